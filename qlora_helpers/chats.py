@@ -1,0 +1,94 @@
+"""Read and check chat data: JSONL, one chat a line, in the `messages` format.
+
+    {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+
+Every bad line is reported with its file, its number and what is wrong. Nothing is dropped silently.
+"""
+
+import json
+from pathlib import Path
+
+ROLES = ("system", "user", "assistant")
+Chat = list[dict[str, str]]
+
+
+class ChatError(ValueError):
+    """A chat file with bad lines; the message names each of them."""
+
+
+def fault_in(chat: object) -> str | None:
+    """What is wrong with one line of a chat file, already decoded; None if nothing is."""
+    if not isinstance(chat, dict) or not isinstance(chat.get("messages"), list) or not chat["messages"]:
+        return 'no messages: expected {"messages": [...]} with at least one message'
+    previous = None
+    for number, message in enumerate(chat["messages"], start=1):
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            return f'message {number} is not {{"role": "…", "content": "…"}}'
+        role, content = message.get("role"), message["content"]
+        if role not in ROLES:
+            return f"message {number} has the unknown role {role!r}: use one of {', '.join(ROLES)}"
+        if role == "system" and number > 1:
+            return f"message {number} has the role 'system', which may only come first"
+        if role == previous:
+            return f"messages {number - 1} and {number} both have the role {role!r}"
+        if not content.strip():
+            return f"message {number} ({role}) is an empty {'answer' if role == 'assistant' else 'message'}"
+        if role == "assistant" and previous != "user":
+            return f"message {number} is an answer to no question"
+        previous = role
+    if previous != "assistant":
+        return "the last message is not an answer: there is nothing to learn from this chat"
+    return None
+
+
+def read_chats(path: str | Path, tokenizer=None, max_length: int | None = None) -> list[Chat]:
+    """Read a chat file and check every line.
+
+    Args:
+        path: a JSONL file. Empty lines are allowed.
+        tokenizer, max_length: with both, a chat of more than `max_length` tokens is a fault too, since the trainer
+            would cut its answer.
+
+    Returns:
+        The chats, each a list of messages.
+
+    Raises:
+        ChatError: bad lines, each named with file, line number and reason (the first 20 of them), or no chat at all.
+        ValueError: `max_length` without a tokenizer.
+    """
+    if max_length is not None and tokenizer is None:
+        raise ValueError(f"max_length={max_length} is counted in tokens: pass the tokenizer too")
+    chats, faults = [], []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            fault = f"not JSON: {error.msg} at column {error.colno}"
+        else:
+            fault = fault_in(row)
+        if fault is None and max_length is not None:
+            length = count_tokens(row["messages"], tokenizer)
+            if length > max_length:
+                fault = f"{length} tokens, over the limit of {max_length}: the answer would be cut"
+        if fault is None:
+            chats.append(row["messages"])
+        else:
+            faults.append(f"{path}, line {number}: {fault}")
+    if faults:
+        more = f"\n… and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise ChatError("\n".join(faults[:20]) + more)
+    if not chats:
+        raise ChatError(f"{path}: there is no chat in this file")
+    return chats
+
+
+def count_tokens(chat: Chat, tokenizer) -> int:
+    """Tokens of a chat after the tokenizer's chat template."""
+    return len(tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"])
+
+
+def split_question(chat: Chat) -> tuple[Chat, str]:
+    """The messages before the last answer, and that answer."""
+    return chat[:-1], chat[-1]["content"]

@@ -1,0 +1,116 @@
+"""Checks for the numbers in a lesson, and for what a learner computes in an exercise.
+
+`check` raises when a number is not what the lesson says. When it holds it prints one line that is the same on every
+machine: for an exact quantity its value, for a measured or trained one the bound, never digits that vary.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class CheckFailed(AssertionError):
+    """A number is not what the lesson says."""
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.10g}"
+
+
+def _exactly_equal(got: Any, want: Any) -> bool:
+    if isinstance(got, torch.Tensor) and isinstance(want, torch.Tensor):
+        return got.dtype == want.dtype and torch.equal(got, want)
+    return bool(got == want)
+
+
+def check(
+    name: str,
+    got: Any,
+    want: Any = None,
+    *,
+    rel: float | None = None,
+    abs: float | None = None,
+    exact: bool = False,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> None:
+    """Hold a number against what it should be; say exactly how it is held.
+
+    Use one of: `want` with `rel` (a relative tolerance), `want` with `abs` (an absolute one), `want` with
+    `exact=True`, or a bound: `at_least`, `at_most` or both.
+
+    Raises:
+        CheckFailed: it does not hold; the message has both values and the tolerance.
+        ValueError: none or several of the ways are asked for, or a tolerance is not a positive number.
+    """
+    bounded = at_least is not None or at_most is not None
+    ways = [rel is not None, abs is not None, exact, bounded]
+    if sum(ways) != 1:
+        raise ValueError(f"check({name!r}): use exactly one of rel=, abs=, exact=True, or at_least=/at_most=")
+    if bounded == (want is not None):
+        raise ValueError(f"check({name!r}): pass want with rel, abs or exact, and no want with at_least or at_most")
+    for word, tolerance in (("rel", rel), ("abs", abs)):
+        if tolerance is not None and not (math.isfinite(tolerance) and tolerance > 0):
+            raise ValueError(f"check({name!r}): {word}={tolerance!r} must be a positive number; for equality, exact=True")
+
+    if exact:
+        holds, held = _exactly_equal(got, want), "exactly"
+        said = "equal, bit for bit" if isinstance(want, torch.Tensor) else _text(want)
+    elif bounded:
+        holds = (at_least is None or got >= at_least) and (at_most is None or got <= at_most)
+        parts = [f"at least {_text(at_least)}"] * (at_least is not None)
+        parts += [f"at most {_text(at_most)}"] * (at_most is not None)
+        said = held = " and ".join(parts)
+    else:
+        allowed = abs if abs is not None else rel * math.fabs(want)
+        holds = math.fabs(got - want) <= allowed  # false for NaN
+        held = f"within {_text(abs)}" if abs is not None else f"within {rel:.3g} of its size"
+        said = f"{_text(want)}, {held}"
+    if not holds:
+        wanted = held if bounded else f"{_text(want)}, {held}"
+        raise CheckFailed(f"{name}: got {_text(got)}, want {wanted}")
+    print(f"✓ {name}: {said}")
+
+
+def exercise(name: str, answer: Any, right: Callable[[Any], bool] | Any, hint: str = "", rel: float = 1e-6) -> None:
+    """Say whether a learner's answer is right. Never raises for a wrong or a missing answer.
+
+    Args:
+        answer: what the learner computed; `...` means not solved yet. A function is passed to `right`.
+        right: the expected value (a number, a string or a tensor), or a function of the answer that returns an empty
+            string if it is right and otherwise what was expected and what came.
+        hint: shown with a missing or wrong answer.
+        rel: relative tolerance for a number.
+    """
+    hint = f" Hint: {hint}" if hint else ""
+    if answer is ...:
+        print(f"○ {name}: not solved yet. Replace the dots (...) and run this cell again.{hint}")
+        return
+    try:
+        fault = right(answer) if callable(right) else _difference(answer, right, rel)
+    except Exception as error:  # a learner's code may fail in any way; the failure is shown, not hidden
+        fault = f"your code raised {type(error).__name__}: {error}."
+    print(f"✗ {name}: {fault}{hint}" if fault else f"✓ {name}: right!")
+
+
+def _difference(answer: Any, right: Any, rel: float) -> str:
+    """Empty if the two agree; otherwise what was expected of the answer, and what came."""
+    if isinstance(right, torch.Tensor):
+        if not isinstance(answer, torch.Tensor):
+            return f"expected a tensor of shape {tuple(right.shape)}, and got {type(answer).__name__}."
+        if answer.shape != right.shape:
+            return f"expected shape {tuple(right.shape)}, and got {tuple(answer.shape)}."
+        if not torch.allclose(answer.float(), right.float(), rtol=rel, atol=1e-9):
+            worst = (answer.float() - right.float()).abs().max().item()
+            return f"the shape is right, but values differ by up to {worst:.4g}."
+        return ""
+    if isinstance(right, int | float) and not isinstance(right, bool):
+        if isinstance(answer, bool) or not isinstance(answer, int | float):
+            return f"expected a number, and got {answer!r}."
+        close = math.isclose(answer, right, rel_tol=rel)
+        return "" if close else f"expected {_text(right)}, and got {_text(answer)}."
+    return "" if answer == right else f"expected {right!r}, and got {answer!r}."

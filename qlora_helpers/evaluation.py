@@ -1,0 +1,128 @@
+"""What a model knows and how it answers: recall of facts, generated answers, exact match, loss.
+
+Every score here is greedy: the most likely next token, one after another, nothing drawn at random.
+"""
+
+import json
+import math
+from collections import Counter, defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from qlora_helpers.chats import Chat, split_question
+
+
+@contextmanager
+def _evaluating(model):
+    """Evaluation mode (no dropout) without gradients; the mode that was on comes back afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def read_facts(path: str | Path) -> list[dict[str, str]]:
+    """Read `recall.jsonl`: facts with a `prompt`, its right next word `answer`, and the `attribute` it is about."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def recall(model, tokenizer, facts: list[dict[str, str]], batch_size: int = 500) -> float:
+    """The share of facts whose right word is the model's most likely next token.
+
+    Raises:
+        ValueError: an answer is not a single token of this tokenizer.
+    """
+    right = 0
+    for start in range(0, len(facts), batch_size):
+        batch = facts[start : start + batch_size]
+        answers = [tokenizer(fact["answer"], add_special_tokens=False)["input_ids"] for fact in batch]
+        for fact, ids in zip(batch, answers, strict=True):
+            if len(ids) != 1:
+                raise ValueError(f"answer={fact['answer']!r} is {len(ids)} tokens of this tokenizer; recall needs one")
+        prompts = tokenizer([fact["prompt"] for fact in batch], padding=True, return_tensors="pt").to(model.device)
+        with _evaluating(model):
+            likeliest = model(**prompts, logits_to_keep=1).logits[:, -1].argmax(-1)
+        right += int((likeliest == torch.tensor(answers, device=model.device).flatten()).sum())
+    return right / len(facts)
+
+
+def standard_error(share: float, count: int) -> float:
+    """The standard error of a share measured on `count` independent cases: sqrt(share (1 - share) / count)."""
+    return math.sqrt(share * (1 - share) / count)
+
+
+def answer(model, tokenizer, questions: list[Chat], max_new_tokens: int = 16, batch_size: int = 250) -> list[str]:
+    """Generate an answer to each chat that ends with a question."""
+    texts = []
+    for start in range(0, len(questions), batch_size):
+        rendered = [
+            tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+            for question in questions[start : start + batch_size]
+        ]
+        # the template has put the first token there already: adding special tokens would double it
+        batch = tokenizer(rendered, padding=True, add_special_tokens=False, return_tensors="pt").to(model.device)
+        with _evaluating(model):
+            output = model.generate(
+                **batch,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        new = output[:, batch["input_ids"].shape[1] :]
+        texts += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    return texts
+
+
+def exact_match(model, tokenizer, chats: list[Chat]) -> float:
+    """The share of chats whose last answer the model generates word for word."""
+    questions, wanted = zip(*map(split_question, chats), strict=True)
+    generated = answer(model, tokenizer, list(questions))
+    return sum(got == want for got, want in zip(generated, wanted, strict=True)) / len(chats)
+
+
+def commonest_answer_rate(train: list[Chat], test: list[Chat]) -> float:
+    """The exact match of knowing nothing: always giving the commonest answer to this wording of a question.
+
+    For questions about the people of the invented world: the answer begins with the person's two names.
+    """
+
+    def anonymous(chat: Chat) -> tuple[str, str]:
+        question, reply = chat[-2]["content"], chat[-1]["content"]
+        name = " ".join(reply.split()[:2])
+        return question.replace(name, "{name}"), reply.replace(name, "{name}")
+
+    replies: dict[str, Counter] = defaultdict(Counter)
+    for question, reply in map(anonymous, train):
+        replies[question][reply] += 1
+    right = sum(
+        bool(replies[question]) and replies[question].most_common(1)[0][0] == reply
+        for question, reply in map(anonymous, test)
+    )
+    return right / len(test)
+
+
+def loss(model, tokenizer, chats: list[Chat], batch_size: int = 250) -> float:
+    """Mean cross-entropy of the assistant's tokens, in nats per token: what training minimises."""
+    total, count = 0.0, 0
+    for start in range(0, len(chats), batch_size):
+        encoded = tokenizer.apply_chat_template(
+            chats[start : start + batch_size],
+            padding=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            return_tensors="pt",
+        ).to(model.device)
+        with _evaluating(model):
+            logits = model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits
+        spoken = encoded["assistant_masks"][:, 1:].bool()
+        total += torch.nn.functional.cross_entropy(
+            logits[:, :-1][spoken].float(), encoded["input_ids"][:, 1:][spoken], reduction="sum"
+        ).item()
+        count += int(spoken.sum())
+    return total / count

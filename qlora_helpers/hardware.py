@@ -1,0 +1,86 @@
+"""What this machine can do, and which of the course's gears that means.
+
+The same lessons run in three gears: `cpu` (the shipped model in float32), `t4` (a GPU without native bfloat16, in
+float16) and `ampere` (bfloat16, from compute capability 8.0). The environment variable QLORA_GEAR overrides the choice.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+GEARS = {"cpu": torch.float32, "t4": torch.float16, "ampere": torch.bfloat16}  # gear: compute dtype
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One machine.
+
+    Attributes:
+        gear: "cpu", "t4" or "ampere".
+        chosen_by: "QLORA_GEAR" or "detection".
+        gpu_name, gpu_bytes, capability: of the first GPU; None, 0 and None without one.
+        native_bfloat16: whether the GPU computes in bfloat16 itself; emulation does not count.
+        cores: processor cores that this process may use.
+        host_bytes: main memory.
+    """
+
+    gear: str
+    chosen_by: str
+    gpu_name: str | None
+    gpu_bytes: int
+    capability: tuple[int, int] | None
+    native_bfloat16: bool
+    cores: int
+    host_bytes: int
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.gear == "cpu" else "cuda"
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of matrix products in this gear."""
+        return GEARS[self.gear]
+
+
+def detect() -> Hardware:
+    """Look at the machine and choose the gear.
+
+    Raises:
+        ValueError: QLORA_GEAR names no gear, or one that this machine cannot run.
+    """
+    has_gpu = torch.cuda.is_available()
+    # a T4 answers True to the plain call, since emulation counts there
+    native = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    wanted = os.environ.get("QLORA_GEAR", "").strip()
+    if wanted and wanted not in GEARS:
+        raise ValueError(f"QLORA_GEAR={wanted!r}: choose one of {', '.join(GEARS)}, or unset it to let the course choose")
+    if wanted in ("t4", "ampere") and not has_gpu:
+        raise ValueError(f"QLORA_GEAR={wanted!r} needs a GPU that torch can see, and there is none: use QLORA_GEAR=cpu")
+    if wanted == "ampere" and not native:
+        raise ValueError("QLORA_GEAR='ampere' needs a GPU with native bfloat16, and this one has none: use QLORA_GEAR=t4")
+    detected = "ampere" if native else "t4" if has_gpu else "cpu"
+    properties = torch.cuda.get_device_properties(0) if has_gpu else None
+    return Hardware(
+        gear=wanted or detected,
+        chosen_by="QLORA_GEAR" if wanted else "detection",
+        gpu_name=properties.name if properties else None,
+        gpu_bytes=properties.total_memory if properties else 0,
+        capability=(properties.major, properties.minor) if properties else None,
+        native_bfloat16=native,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        host_bytes=psutil.virtual_memory().total,
+    )
+
+
+def peak_memory_bytes() -> int:
+    """The most main memory that this process has held so far, in bytes (its peak resident set)."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

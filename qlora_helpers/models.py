@@ -1,0 +1,164 @@
+"""Load the shipped model or one from the Hub, in 4 bit or unquantised, and look at what was loaded.
+
+On a CPU this module keeps two silent faults of bitsandbytes 0.50 away (both are shown in `tests/test_bitsandbytes_faults.py`):
+
+A. With AVX512-BF16, the first forward pass in evaluation repacks every 4-bit weight in place. Training after that
+   computes wrong gradients. `load_model` switches the repacking off.
+B. With AVX512, dequantisation is wrong where the last dimension is no multiple of the block size but of 16.
+   `load_model` refuses such shapes.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from qlora_helpers.files import data_path
+from qlora_helpers.hardware import Hardware, detect
+from qlora_helpers.quantize import Codebook, dequantize, quantize
+from qlora_helpers.quiet import quieten
+
+quieten()  # before bitsandbytes is imported
+
+import bitsandbytes as bnb
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
+
+SHIPPED_MODEL = "tiny-llama"
+BLOCK_SIZE = 64  # values that share a scale in a 4-bit layer; transformers has no option for another
+
+
+def _source(name: str) -> tuple[str, dict]:
+    """Where to load from: the shipped model and any other folder offline, every other name from the Hub."""
+    if name == SHIPPED_MODEL:
+        return str(data_path(SHIPPED_MODEL)), {"local_files_only": True}
+    return name, {"local_files_only": True} if Path(name).is_dir() else {}
+
+
+def load_tokenizer(name: str = SHIPPED_MODEL):
+    """The tokenizer of a model, padding on the left as generation needs it."""
+    folder, options = _source(name)
+    return AutoTokenizer.from_pretrained(folder, padding_side="left", **options)
+
+
+def load_model(
+    name: str = SHIPPED_MODEL,
+    quantization: str | None = "nf4",
+    double_quant: bool = True,
+    hardware: Hardware | None = None,
+):
+    """Load a causal language model onto this machine's device.
+
+    Args:
+        name: "tiny-llama" (shipped), a folder, or a model of the Hub.
+        quantization: "nf4" or "fp4" for 4-bit linear layers through bitsandbytes, None to leave them as they are.
+        double_quant: store the scales of a 4-bit layer in 8 bits.
+        hardware: what to load for; by default what `detect()` finds. Whatever is not 4-bit is loaded in its compute
+            dtype: float32 on a CPU, float16 on a T4, bfloat16 on newer GPUs.
+
+    Raises:
+        ValueError: unknown `quantization`; or, on a CPU, a layer whose shape bitsandbytes decodes wrongly.
+    """
+    if quantization not in ("nf4", "fp4", None):
+        raise ValueError(f"quantization={quantization!r}: choose 'nf4', 'fp4' or None")
+    hardware = hardware or detect()
+    config = quantization and BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=hardware.compute_dtype,
+    )
+    folder, options = _source(name)
+    bars = transformers_logging.is_progress_bar_enabled()
+    if name == SHIPPED_MODEL:  # loaded in less than a second: no bar
+        transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=hardware.compute_dtype,
+            quantization_config=config,
+            device_map={"": 0 if hardware.device == "cuda" else "cpu"},
+            **options,
+        )
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+    if quantization and hardware.device == "cpu":
+        make_safe_on_cpu(model)
+    return model
+
+
+def make_safe_on_cpu(model: torch.nn.Module) -> None:
+    """Switch fault A off in every 4-bit layer, and refuse shapes that meet fault B (see the module's docstring).
+
+    Raises:
+        ValueError: a layer's in_features is no multiple of its block size.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
+            block_size = layer.weight.quant_state.blocksize if layer.weight.quant_state else BLOCK_SIZE
+            if layer.in_features % block_size:
+                raise ValueError(
+                    f"{name} has in_features={layer.in_features}, no multiple of the block size {block_size}: bitsandbytes "
+                    "decodes such a layer wrongly on a CPU with AVX512. Use a GPU, or quantization=None"
+                )
+
+
+def linear_layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The linear layers of the decoder, by name: all that QLoRA quantises, so without the output head."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head") and "lora_" not in name:
+            yield name, module
+
+
+def bytes_by_part(model: torch.nn.Module) -> dict[str, int]:
+    """Bytes that a loaded model holds, by what they are for; parameters shared by two modules count once."""
+    parts = dict.fromkeys(
+        ("4-bit weights", "quantisation constants", "linear weights", "embeddings", "output head", "norms", "adapters"), 0
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            part = "adapters"
+        elif isinstance(parameter, bnb.nn.Params4bit):
+            part = "4-bit weights"
+            parts["quantisation constants"] += _constant_bytes(parameter.quant_state)
+        elif "embed" in name:
+            part = "embeddings"
+        elif "lm_head" in name:
+            part = "output head"
+        elif "norm" in name:
+            part = "norms"
+        else:
+            part = "linear weights"
+        parts[part] += parameter.nbytes
+    return {part: count for part, count in parts.items() if count}
+
+
+def _constant_bytes(state) -> int:
+    """Scales, second-level scales, codebooks and offset of one bitsandbytes weight."""
+    tensors = [state.absmax, state.code]
+    if state.nested:
+        tensors += [state.offset, state.state2.absmax, state.state2.code]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+@torch.no_grad()
+def quantize_dequantize(model, codebook: Codebook, block_size: int = 64, double_quant: bool = False) -> None:
+    """Round every linear weight of an unquantised model to a format and back, in place.
+
+    This shows what a format costs in quality, also for formats that bitsandbytes does not have (INT4, INT3). It saves
+    no memory.
+    """
+    for _, layer in linear_layers(model):
+        weight = layer.weight.detach().cpu()
+        layer.weight.copy_(dequantize(quantize(weight, codebook, block_size, double_quant)))
+
+
+@torch.no_grad()
+def shuffle_linear_weights(model, seed: int = 0) -> None:
+    """Permute the values within every linear weight, in place: same distribution, no knowledge. A control."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, layer in linear_layers(model):
+        order = torch.randperm(layer.weight.numel(), generator=generator).to(layer.weight.device)
+        layer.weight.copy_(layer.weight.flatten()[order].view_as(layer.weight))

@@ -1,0 +1,33 @@
+"""Keep three harmless messages of the libraries out of the lessons, each by its own words; all others are shown."""
+
+import logging
+import warnings
+
+# bitsandbytes at import, on a CPU with AVX512-BF16: an optional package that this course does not use.
+_BITSANDBYTES = "Failed to load CPU gemm_4bit_forward"
+# transformers, for its own default arguments and for TRL's: a renamed option that the course does not set.
+_RENAMED = r"`(is_)?gradient_checkpointing` is deprecated"
+# transformers, when the trainer gives the model the tokenizer's special tokens: news, not a warning.
+_ALIGNED = "The tokenizer has new PAD/BOS/EOS tokens"
+
+
+class _Drop(logging.Filter):
+    def __init__(self, beginning: str):
+        super().__init__()
+        self.beginning = beginning
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.beginning)
+
+
+def quieten() -> None:
+    """Install the filters. Safe to call more than once; call it before importing bitsandbytes."""
+    for logger, beginning in (
+        ("bitsandbytes.backends.cpu.ops", _BITSANDBYTES),
+        ("transformers.trainer_utils", _ALIGNED),
+        ("transformers.trainer", _ALIGNED),
+    ):
+        filters = logging.getLogger(logger).filters
+        if not any(isinstance(old, _Drop) and old.beginning == beginning for old in filters):
+            logging.getLogger(logger).addFilter(_Drop(beginning))
+    warnings.filterwarnings("ignore", message=_RENAMED, category=FutureWarning)
