@@ -154,7 +154,9 @@ class Corpus:
         who = self._integers(len(self.statements), tell, 1)
         told = self.statements[who, order, self._integers(4, tell, len(ATTRIBUTES))]
         asked = self.questions[
-            self._integers(len(self.questions), ask, 4), self._integers(len(ATTRIBUTES), ask, 4), self._integers(2, ask, 4)
+            self._integers(len(self.questions), ask, 4),
+            self._integers(len(ATTRIBUTES), ask, 4),
+            self._integers(2, ask, 4),
         ]
         chats = self.chats[self._integers(len(self.chats), talk)]
         return torch.cat([self._rows(told), self._rows(asked), self._rows(chats)])
@@ -268,7 +270,9 @@ def main() -> None:
     corpus = Corpus(people, tokenizer, device, args.seed)
 
     facts = write_questions(people, args.seed, args.out)
-    encoded = tokenizer([f["prompt"] for f in facts], padding=True, padding_side="right", return_tensors="pt").to(device)
+    encoded = tokenizer([f["prompt"] for f in facts], padding=True, padding_side="right", return_tensors="pt").to(
+        device
+    )
     answers = torch.tensor([tokenizer.encode(f["answer"], add_special_tokens=False)[0] for f in facts], device=device)
     lengths = encoded["attention_mask"].sum(1)
 
@@ -281,7 +285,9 @@ def main() -> None:
 
     linear = sum(p.numel() for n, p in model.named_parameters() if "proj" in n)
     bits = sum(kind.bits for kind in ATTRIBUTES) * len(people)
-    print(f"{model.num_parameters():,} parameters, {linear:,} in linear layers; {bits / linear:.3f} bits of fact for each")
+    print(
+        f"{model.num_parameters():,} parameters, {linear:,} in linear layers; {bits / linear:.3f} bits of fact for each"
+    )
     train(model, corpus, args.steps, args.rows, args.lr, report)
 
     folder = args.out / "tiny-llama"

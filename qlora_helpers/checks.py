@@ -55,7 +55,9 @@ def check(
         raise ValueError(f"check({name!r}): pass want with rel, abs or exact, and no want with at_least or at_most")
     for word, tolerance in (("rel", rel), ("abs", abs)):
         if tolerance is not None and not (math.isfinite(tolerance) and tolerance > 0):
-            raise ValueError(f"check({name!r}): {word}={tolerance!r} must be a positive number; for equality, exact=True")
+            raise ValueError(
+                f"check({name!r}): {word}={tolerance!r} must be a positive number; for equality, exact=True"
+            )
 
     if exact:
         holds, held = _exactly_equal(got, want), "exactly"
@@ -68,7 +70,7 @@ def check(
     else:
         allowed = abs if abs is not None else rel * math.fabs(want)
         holds = math.fabs(got - want) <= allowed  # false for NaN
-        held = f"within {_text(abs)}" if abs is not None else f"within {rel:.3g} of its size"
+        held = f"within {_text(abs)}" if abs is not None else f"within {rel * 100:g} %"
         said = f"{_text(want)}, {held}"
     if not holds:
         wanted = held if bounded else f"{_text(want)}, {held}"

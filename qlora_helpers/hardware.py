@@ -20,7 +20,7 @@ class Hardware:
 
     Attributes:
         gear: "cpu", "t4" or "ampere".
-        chosen_by: "QLORA_GEAR" or "detection".
+        chosen_by: "gear" (the argument), "QLORA_GEAR" or "detection".
         gpu_name, gpu_bytes, capability: of the first GPU; None, 0 and None without one.
         native_bfloat16: whether the GPU computes in bfloat16 itself; emulation does not count.
         cores: processor cores that this process may use.
@@ -46,27 +46,35 @@ class Hardware:
         return GEARS[self.gear]
 
 
-def detect() -> Hardware:
+def detect(gear: str | None = None) -> Hardware:
     """Look at the machine and choose the gear.
 
+    Args:
+        gear: take this one; by default QLORA_GEAR decides, and without it the machine.
+
     Raises:
-        ValueError: QLORA_GEAR names no gear, or one that this machine cannot run.
+        ValueError: `gear` or QLORA_GEAR names no gear, or one that this machine cannot run.
     """
     has_gpu = torch.cuda.is_available()
     # a T4 answers True to the plain call, since emulation counts there
     native = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    wanted = os.environ.get("QLORA_GEAR", "").strip()
+    asked_by = "gear" if gear else "QLORA_GEAR"
+    wanted = gear or os.environ.get("QLORA_GEAR", "").strip()
     if wanted and wanted not in GEARS:
-        raise ValueError(f"QLORA_GEAR={wanted!r}: choose one of {', '.join(GEARS)}, or unset it to let the course choose")
+        raise ValueError(
+            f"{asked_by}={wanted!r}: choose one of {', '.join(GEARS)}"
+        )
     if wanted in ("t4", "ampere") and not has_gpu:
-        raise ValueError(f"QLORA_GEAR={wanted!r} needs a GPU that torch can see, and there is none: use QLORA_GEAR=cpu")
+        raise ValueError(f"{asked_by}={wanted!r} needs a GPU that torch can see, and there is none: use cpu")
     if wanted == "ampere" and not native:
-        raise ValueError("QLORA_GEAR='ampere' needs a GPU with native bfloat16, and this one has none: use QLORA_GEAR=t4")
+        raise ValueError(
+            f"{asked_by}='ampere' needs a GPU with native bfloat16, and this one has none: use t4"
+        )
     detected = "ampere" if native else "t4" if has_gpu else "cpu"
     properties = torch.cuda.get_device_properties(0) if has_gpu else None
     return Hardware(
         gear=wanted or detected,
-        chosen_by="QLORA_GEAR" if wanted else "detection",
+        chosen_by=asked_by if wanted else "detection",
         gpu_name=properties.name if properties else None,
         gpu_bytes=properties.total_memory if properties else 0,
         capability=(properties.major, properties.minor) if properties else None,

@@ -115,7 +115,8 @@ def linear_layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module
 def bytes_by_part(model: torch.nn.Module) -> dict[str, int]:
     """Bytes that a loaded model holds, by what they are for; parameters shared by two modules count once."""
     parts = dict.fromkeys(
-        ("4-bit weights", "quantisation constants", "linear weights", "embeddings", "output head", "norms", "adapters"), 0
+        ("4-bit weights", "quantisation constants", "linear weights", "embeddings", "output head", "norms", "adapters"),
+        0,
     )
     for name, parameter in model.named_parameters():
         if "lora_" in name:

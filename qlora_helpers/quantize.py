@@ -191,7 +191,9 @@ def quantize(
         found = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
         raise TypeError(f"weight is {found}: pass a tensor of float32, bfloat16 or float16")
     if weight.device.type != "cpu":
-        raise ValueError(f"weight is on {weight.device}: pass weight.cpu(); equality with bitsandbytes is shown for CPUs")
+        raise ValueError(
+            f"weight is on {weight.device}: pass weight.cpu(); equality with bitsandbytes is shown for CPUs"
+        )
     if weight.numel() == 0:
         raise ValueError(f"weight of shape {tuple(weight.shape)} holds no values: there is nothing to quantise")
     if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:

@@ -21,6 +21,7 @@ quieten()
 
 import datasets
 from peft import LoraConfig
+from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -97,6 +98,23 @@ class _Recorder(TrainerCallback):
             self.history.append((state.global_step, float(logs["loss"])))
             if self.on_loss:
                 self.on_loss(self.history)
+
+
+class _Bar(TrainerCallback):
+    """A progress bar with the loss behind it, in place of the trainer's, which prints a dictionary beside it."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
 
 
 def last_whole_checkpoint(folder: str | Path) -> Path | None:
@@ -218,15 +236,21 @@ def train(
         raise ValueError("chats is empty: there is nothing to learn")
     checkpoint = last_whole_checkpoint(output_dir) if resume else None
     if not resume and ((output_dir / "adapter").exists() or any(output_dir.glob("checkpoint-*"))):
-        raise FileExistsError(f"output_dir={str(output_dir)!r} holds a run already: name a new folder, or pass resume=True")
-    if checkpoint and (done := json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]) >= settings.steps:
+        raise FileExistsError(
+            f"output_dir={str(output_dir)!r} holds a run already: name a new folder, or pass resume=True"
+        )
+    if (
+        checkpoint
+        and (done := json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]) >= settings.steps
+    ):
         raise ValueError(
             f"the run in {output_dir} is finished ({done} of {settings.steps} steps): load its adapter, or raise steps"
         )
     trainer = build_trainer(model, tokenizer, chats, output_dir, settings, hardware)
     trainer.remove_callback(PrinterCallback)
-    if not progress_bar:
-        trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(ProgressCallback)
+    if progress_bar:
+        trainer.add_callback(_Bar)
     recorder = _Recorder(on_loss)
     trainer.add_callback(recorder)
     started = time.perf_counter()

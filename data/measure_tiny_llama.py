@@ -1,0 +1,93 @@
+"""Measure what the shipped model shows, and write it to `data/tiny-llama/scores.json` and into its card.
+
+    python data/measure_tiny_llama.py        # about four minutes on two cores
+
+The tests repeat these measurements from the shipped files.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+from qlora_helpers import evaluation
+from qlora_helpers.chats import read_chats
+from qlora_helpers.files import data_path
+from qlora_helpers.hardware import detect
+from qlora_helpers.models import linear_layers, load_model, load_tokenizer, quantize_dequantize, shuffle_linear_weights
+from qlora_helpers.normality import excess_kurtosis, qq_correlation
+from qlora_helpers.quantize import FP4, INT3, INT4, INT4_SYMMETRIC, NF4, Codebook
+from qlora_helpers.training import Settings, train
+
+CPU = detect("cpu")
+FORMATS: dict[str, tuple[Codebook, bool]] = {
+    "NF4": (NF4, False),
+    "NF4 + double quant": (NF4, True),
+    "INT4": (INT4, False),
+    "INT4 symmetric": (INT4_SYMMETRIC, False),
+    "FP4": (FP4, False),
+    "INT3": (INT3, False),
+}
+BLOCK_SIZES = (64, 256)
+
+
+def recall_by_format() -> dict[str, dict[str, float]]:
+    """Recall of the base in 16 bit and in each format and block size."""
+    tokenizer, facts = load_tokenizer(), evaluation.read_facts(data_path("recall.jsonl"))
+    model = load_model(quantization=None, hardware=CPU)
+    scores = {"16 bit": {"-": evaluation.recall(model, tokenizer, facts)}}
+    originals = {name: layer.weight.detach().clone() for name, layer in linear_layers(model)}
+    for name, (codebook, double_quant) in FORMATS.items():
+        scores[name] = {}
+        for block_size in BLOCK_SIZES:
+            quantize_dequantize(model, codebook, block_size, double_quant)
+            scores[name][str(block_size)] = evaluation.recall(model, tokenizer, facts)
+            for layer_name, layer in linear_layers(model):
+                layer.weight.data.copy_(originals[layer_name])
+    return scores
+
+
+def fine_tuned(base: str) -> dict[str, float]:
+    """Exact match and loss on the test chats before and after the course's run, on "NF4", "16 bit" or "shuffled"."""
+    tokenizer = load_tokenizer()
+    model = load_model(quantization="nf4" if base == "NF4" else None, hardware=CPU)
+    if base == "shuffled":
+        shuffle_linear_weights(model)
+    settings = Settings()
+    test_chats = read_chats(data_path("chats", "test.jsonl"), tokenizer, settings.max_length)
+    scores = {"before": evaluation.exact_match(model, tokenizer, test_chats)}
+    with tempfile.TemporaryDirectory() as folder:
+        chats = read_chats(data_path("chats", "train.jsonl"), tokenizer, settings.max_length)
+        run = train(model, tokenizer, chats, Path(folder), settings, hardware=CPU)
+    scores["after"] = evaluation.exact_match(run.model, tokenizer, test_chats)
+    scores["loss after"] = evaluation.loss(run.model, tokenizer, test_chats)
+    return scores | {"seconds": run.seconds}
+
+
+def normality() -> dict[str, dict[str, float]]:
+    """QQ correlation and excess kurtosis of each linear weight."""
+    return {
+        name: {"qq": qq_correlation(layer.weight.detach()), "kurtosis": excess_kurtosis(layer.weight.detach())}
+        for name, layer in linear_layers(load_model(quantization=None, hardware=CPU))
+    }
+
+
+def main() -> None:
+    train_chats, test_chats = (read_chats(data_path("chats", f"{part}.jsonl")) for part in ("train", "test"))
+    runs = {base: fine_tuned(base) for base in ("16 bit", "NF4", "shuffled")}
+    scores = {
+        "facts": len(evaluation.read_facts(data_path("recall.jsonl"))),
+        "test_chats": len(test_chats),
+        "recall": recall_by_format(),
+        "commonest_answer_rate": evaluation.commonest_answer_rate(train_chats, test_chats),
+        "exact_match_before": {base: run["before"] for base, run in runs.items()},
+        "exact_match_after": {base: run["after"] for base, run in runs.items()},
+        "loss_after": {base: round(run["loss after"], 4) for base, run in runs.items()},
+        "normality": {n: {k: round(v, 4) for k, v in row.items()} for n, row in normality().items()},
+    }
+    data_path("tiny-llama").joinpath("scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+    print(json.dumps({k: v for k, v in scores.items() if k != "normality"}, indent=1))
+    print({base: f"{run['seconds']:.0f} s" for base, run in runs.items()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Build every edition of every lesson from its one source, and execute it.
+
+    python notebooks/build.py                 # all lessons
+    python notebooks/build.py 02 04           # some of them
+    python notebooks/build.py --no-execute 02 # texts only: refused if the code changed since the outputs were made
+
+A source is `notebooks/source/NN_title.py` in jupytext's percent format. Three editions come from it:
+
+- `notebooks/NN_title.ipynb`, for learners: without the cells tagged `solution`;
+- `notebooks/solutions/NN_title.ipynb`: without the cells tagged `exercise`, so with their solutions in their place;
+- `colab/NN_title.ipynb`: the learners' edition behind a badge and a set-up cell.
+
+`{{seconds}}` and `{{gigabytes}}` in a source stand for what the learners' edition took when it was last executed; the
+figures are kept in `notebooks/timings.json`.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "notebooks" / "source"
+TIMINGS = ROOT / "notebooks" / "timings.json"
+EDITIONS = {"learner": ROOT / "notebooks", "solutions": ROOT / "notebooks" / "solutions", "colab": ROOT / "colab"}
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets")
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def lessons() -> list[str]:
+    """The names of all lessons, such as `01_memory_maths`, in order."""
+    return sorted(path.stem for path in SOURCES.glob("[0-9][0-9]_*.py"))
+
+
+def colab_cells(name: str) -> list:
+    """The badge and the set-up cell that stand before a lesson in its Colab edition."""
+    repository = json.loads((ROOT / "colab" / "repository.json").read_text())["github"]
+    link = f"github/{repository}/blob/main/colab/{name}.ipynb" if repository else ""
+    badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/{link})"
+    set_up = (ROOT / "colab" / "setup_cell.py").read_text().rstrip()
+    return [
+        nbformat.v4.new_markdown_cell(badge),
+        nbformat.v4.new_code_cell(set_up.replace("GITHUB_REPOSITORY", repository), metadata={"tags": ["setup"]}),
+    ]
+
+
+def build_edition(name: str, edition: str, timings: dict) -> nbformat.NotebookNode:
+    """One edition of a lesson without outputs."""
+    source = jupytext.read(SOURCES / f"{name}.py")
+    left_out = "exercise" if edition == "solutions" else "solution"
+    cells = [cell for cell in source.cells if left_out not in cell.metadata.get("tags", [])]
+    measured = timings.get(name, {"seconds": 0, "gigabytes": 0})
+    for cell in cells:
+        if cell.cell_type == "markdown":
+            for key, value in measured.items():
+                cell.source = cell.source.replace("{{" + key + "}}", str(value))
+    if edition == "colab":
+        cells = colab_cells(name) + cells
+    for number, cell in enumerate(cells):
+        cell.id = f"cell-{number:02d}"
+        tags = cell.metadata.get("tags")
+        cell.metadata = nbformat.NotebookNode({"tags": list(tags)} if tags else {})
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    if edition == "colab":
+        metadata |= {"accelerator": "GPU", "colab": {"gpuType": "T4", "provenance": []}}
+    return nbformat.v4.new_notebook(cells=cells, metadata=metadata)
+
+
+def code_hash(notebook: nbformat.NotebookNode) -> str:
+    """A hash of all code; it is stored right after execution, so outputs of other code are noticed."""
+    code = "\0".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    return hashlib.sha256(code.encode()).hexdigest()
+
+
+def _peak_bytes(pid: int) -> int:
+    """Peak resident set of a process, in bytes (Linux)."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no VmHWM for process {pid}: the notebooks are built on Linux")
+
+
+def execute(notebook: nbformat.NotebookNode, folder: Path) -> dict:
+    """Run all cells in `folder`; keep the outputs. Returns the seconds and the peak memory it took."""
+    client = NotebookClient(
+        notebook,
+        timeout=900,
+        record_timing=False,
+        resources={"metadata": {"path": str(folder)}},
+    )
+    started = time.perf_counter()
+    with client.setup_kernel():
+        for index, cell in enumerate(notebook.cells):
+            client.execute_cell(cell, index)
+        peak = _peak_bytes(client.km.provisioner.pid)
+    seconds = time.perf_counter() - started
+    for cell in notebook.cells:
+        # a stored widget has no state to show: what is left is the line under it
+        cell.outputs = (
+            [o for o in cell.get("outputs", []) if WIDGET not in o.get("data", {})] if "outputs" in cell else []
+        )
+        if cell.cell_type != "code":
+            del cell["outputs"]
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    notebook.metadata["course"] = {"executed_code": code_hash(notebook), "versions": versions}
+    return {"seconds": max(5, 5 * round(seconds / 5)), "gigabytes": round(peak / 1e9, 1)}
+
+
+def _executed(job: tuple[str, str]) -> tuple[str, str, str, dict]:
+    name, edition = job
+    notebook = build_edition(name, edition, {})
+    folder = EDITIONS[edition]
+    folder.mkdir(exist_ok=True)
+    measured = execute(notebook, folder)
+    print(f"{edition:10}{name:26}{measured['seconds']:4} s {measured['gigabytes']:5} GB", flush=True)
+    return name, edition, nbformat.writes(notebook), measured
+
+
+def outputs_into(fresh: nbformat.NotebookNode, executed: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Take the outputs of an executed notebook into a freshly built one of the same code.
+
+    Raises:
+        ValueError: the code differs, so the outputs would be stale.
+    """
+    if executed.metadata.get("course", {}).get("executed_code") != code_hash(fresh):
+        raise ValueError("the code has changed since the outputs were made: build without --no-execute")
+    outputs = iter([cell for cell in executed.cells if cell.cell_type == "code"])
+    for cell in fresh.cells:
+        if cell.cell_type == "code":
+            old = next(outputs)
+            cell.outputs, cell.execution_count = old.outputs, old.execution_count
+    fresh.metadata["course"] = executed.metadata["course"]
+    return fresh
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("only", nargs="*", help="numbers of lessons, such as 02; all by default")
+    parser.add_argument("--no-execute", action="store_true", help="take new texts over, keep the outputs")
+    args = parser.parse_args()
+    names = [name for name in lessons() if not args.only or name[:2] in args.only]
+    if not names:
+        sys.exit(f"no lesson {' '.join(args.only)}: there are {', '.join(lessons())}")
+    timings = json.loads(TIMINGS.read_text()) if TIMINGS.exists() else {}
+    jobs = [(name, edition) for name in reversed(names) for edition in EDITIONS]
+    if args.no_execute:
+        done = {job: nbformat.read(EDITIONS[job[1]] / f"{job[0]}.ipynb", as_version=4) for job in jobs}
+    else:
+        done = {}
+        with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+            for name, edition, text, measured in pool.map(_executed, jobs):
+                done[name, edition] = nbformat.reads(text, as_version=4)
+                if edition == "learner":
+                    timings[name] = measured
+    TIMINGS.write_text(json.dumps(dict(sorted(timings.items())), indent=1) + "\n")
+    for (name, edition), executed in done.items():
+        notebook = outputs_into(build_edition(name, edition, timings), executed)
+        nbformat.write(notebook, EDITIONS[edition] / f"{name}.ipynb")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,331 @@
+# %% [markdown]
+# # 4 · A full QLoRA run
+#
+# You will
+# - write LoRA in a dozen lines and get PEFT's numbers;
+# - load a model in 4 bits, and see that gradients flow through its dequantised weights;
+# - fine-tune it with TRL, so that a model that only continues text answers questions;
+# - prove that the answers come from the frozen 4-bit base, then save the adapter and load it again.
+#
+# Takes about {{seconds}} seconds and {{gigabytes}} GB of memory on two processor cores. With a GPU it is faster; none is needed.
+
+# %%
+import json
+
+import peft
+import torch
+import transformers
+import trl
+
+from qlora_helpers import evaluation, plots
+from qlora_helpers.chats import read_chats, split_question
+from qlora_helpers.checks import check, exercise
+from qlora_helpers.files import data_path, new_run_folder
+from qlora_helpers.hardware import detect
+from qlora_helpers.models import bytes_by_part, linear_layers, load_model, load_tokenizer
+from qlora_helpers.training import Settings, train
+
+import bitsandbytes as bnb  # after the helpers, which keep one harmless message of it off the page
+
+for library in (torch, transformers, peft, trl, bnb):
+    print(library.__name__, library.__version__.split("+")[0])
+print("gear:", detect().gear)
+
+# %% [markdown]
+# ## LoRA from scratch
+#
+# A frozen linear layer, plus a detour through `rank` numbers: down with `A`, up with `B`, scaled by `alpha / rank`.
+
+# %%
+class LoRALinear(torch.nn.Module):
+    def __init__(self, linear: torch.nn.Linear, rank: int, alpha: int):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.A = torch.nn.Parameter(torch.randn(rank, linear.in_features) / rank)
+        self.B = torch.nn.Parameter(torch.zeros(linear.out_features, rank))
+        self.scaling = alpha / rank
+
+    def forward(self, x):
+        return self.linear(x) + x @ self.A.T @ self.B.T * self.scaling
+
+# %% [markdown]
+# `B` starts at zero, so at first nothing changes. Not nearly nothing: nothing.
+
+# %% tags=["nbval-check-output"]
+torch.manual_seed(0)
+linear = torch.nn.Linear(256, 512, bias=False)
+mine = LoRALinear(linear, rank=16, alpha=32)
+x = torch.randn(8, 256)
+check("B = 0 changes nothing", mine(x), linear(x), exact=True)
+print(f"{sum(p.numel() for p in mine.parameters() if p.requires_grad):,} trainable of {linear.weight.numel():,} frozen")
+
+# %% [markdown]
+# With `A` and `B` set to the same values, PEFT's layer gives the same output:
+
+# %% tags=["nbval-check-output"]
+torch.nn.init.normal_(mine.B)
+config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=["0"])
+theirs = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(256, 512, bias=False)), config)
+layer = theirs.base_model.model[0]
+layer.base_layer.weight.data.copy_(linear.weight)
+layer.lora_A["default"].weight.data.copy_(mine.A)
+layer.lora_B["default"].weight.data.copy_(mine.B)
+check("largest difference to PEFT", (theirs(x) - mine(x)).abs().max().item(), at_most=1e-4)
+
+# %% [markdown]
+# ## The model, in 4 bits
+#
+# `load_model` passes this to transformers. Each line matters, and none of them is the default:
+#
+# | option | what it does | the default instead |
+# |---|---|---|
+# | `load_in_4bit=True` | linear layers become bitsandbytes' `Linear4bit` | no quantisation |
+# | `bnb_4bit_quant_type="nf4"` | the 16 values of lesson 2 | `"fp4"` |
+# | `bnb_4bit_use_double_quant=True` | 8-bit scales, lesson 3 | off |
+# | `bnb_4bit_compute_dtype` | the dtype of matrix products: float32 on a CPU, float16 on a T4, bfloat16 on newer GPUs | float32 |
+
+# %% tags=["nbval-check-output"]
+model = load_model(quantization="nf4", double_quant=True)
+tokenizer = load_tokenizer()
+parts = bytes_by_part(model)
+check("bytes of 4-bit weights", parts["4-bit weights"], 1_179_648, exact=True)
+check("bytes of their constants", parts["quantisation constants"], 68_016, exact=True)
+
+# %% [markdown]
+# What is 4-bit, and what is not? The decoder's linear layers are `Linear4bit`; the embeddings, the norms and `lm_head`
+# stay as they are.
+
+# %% tags=["nbval-check-output"]
+print(model.model.layers[0])
+print("lm_head:", type(model.lm_head).__name__)
+
+# %% [markdown]
+# LoRA should sit on all linear layers of the decoder: the QLoRA paper found that this, more than the rank, is what reaches
+# the quality of 16 bits. Articles collect their names by hand. PEFT's `"all-linear"` finds the same ones:
+
+# %% tags=["nbval-check-output"]
+by_hand = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+everything = peft.get_peft_model(load_model(), peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+found = {name.rpartition(".")[2] for name in everything.base_model.targeted_module_names}
+print(sorted(by_hand))
+check("all-linear finds the same", sorted(found), sorted(by_hand), exact=True)
+
+# %% [markdown]
+# ## Gradients flow through 4-bit weights
+#
+# One article says that quantised weights "are only used for the forward pass". The backward pass uses them, too: the
+# gradient with respect to a layer's *input* is the gradient of its output times `W`, dequantised once more. Only the
+# gradient of `W` itself is not computed. By hand and by autograd:
+
+# %% tags=["nbval-check-output"]
+layer = model.model.layers[0].mlp.up_proj
+x = torch.randn(4, 256, device=model.device, dtype=layer.compute_dtype, requires_grad=True)
+g = torch.randn(4, 512, device=model.device, dtype=layer.compute_dtype)
+layer(x).backward(g)
+W = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+expected = g @ W.to(g.dtype)
+relative = ((x.grad - expected).norm() / expected.norm()).item()
+check("gradient of the input against g @ W, relative difference", relative, at_most=0.01)
+check("gradient of W", layer.weight.grad, None, exact=True)
+
+# %% [markdown]
+# ## The data
+#
+# The base model was trained on sentences about 30,000 invented people. It was also trained on plain questions about half
+# of them. It has never seen a *chat* about a person. The training chats are about people of the first half; the test
+# chats ask about people of the other half, about whom no question was ever asked. To answer, the adapter must get the
+# fact out of the frozen 4-bit weights.
+
+# %% tags=["nbval-check-output"]
+settings = Settings()
+training_chats = read_chats(data_path("chats", "train.jsonl"), tokenizer, settings.max_length)
+test_chats = read_chats(data_path("chats", "test.jsonl"), tokenizer, settings.max_length)
+print(f"{len(training_chats):,} training chats, {len(test_chats)} test chats")
+print(json.dumps(training_chats[0], indent=1))
+
+# %% [markdown]
+# The chat template turns the messages into tokens, and marks what the assistant says. Only the marked tokens count in the
+# loss: the model learns to answer, not to ask.
+
+# %% tags=["nbval-check-output"]
+encoded = tokenizer.apply_chat_template(training_chats[0], return_dict=True, return_assistant_tokens_mask=True)
+for token, spoken in zip(encoded["input_ids"], encoded["assistant_masks"]):
+    print("loss" if spoken else "    ", tokenizer.decode([token]))
+
+# %% [markdown]
+# ## Before
+
+# %%
+def ask(model, chats):
+    questions, right = zip(*map(split_question, chats))
+    for question, answer, truth in zip(questions, evaluation.answer(model, tokenizer, list(questions)), right):
+        print(f"{'✓' if answer == truth else '✗'} {question[-1]['content']}\n    {answer}")
+
+
+before = evaluation.exact_match(model, tokenizer, test_chats)
+loss_before = evaluation.loss(model, tokenizer, test_chats)
+ask(model, test_chats[:3])
+
+# %% tags=["nbval-check-output"]
+guess = evaluation.commonest_answer_rate(training_chats, test_chats)
+print(f"always the commonest answer: {guess:.1%}")
+check("exact match before", before, at_most=0.2)
+
+# %% [markdown]
+# It continues the text, as it was trained to. Does it know the facts at all? Ask it in the form of its own corpus:
+
+# %% tags=["nbval-check-output"]
+facts = evaluation.read_facts(data_path("recall.jsonl"))
+print("for example:", facts[0]["prompt"], "…", facts[0]["answer"])
+known = evaluation.recall(model, tokenizer, facts)
+check("facts recalled by the 4-bit base", known, at_least=0.95)
+
+# %% [markdown]
+# So the knowledge is there, and the model cannot be asked for it. That is what fine-tuning is for.
+#
+# ## The run
+#
+# `train` is a thin layer over TRL's `SFTTrainer` (see `qlora_helpers/training.py`). It sets what today's libraries get
+# wrong or refuse by themselves: `use_cpu` without a GPU, float16 on a T4, and adapters in float32. TRL makes the adapters of
+# a 4-bit model bfloat16, which breaks float16 training and is not restored exactly after an interruption.
+
+# %% tags=["nbval-check-output"]
+print(settings)
+
+# %%
+live = plots.LivePlot(settings.steps, "The loss falls while the base stays frozen")
+run = train(model, tokenizer, training_chats, new_run_folder("lesson-04"), settings, on_loss=live.update)
+print(f"{run.seconds:.0f} s of training")
+
+# %% tags=["nbval-check-output"]
+print(f"trainable: {run.trainable_parameters:,} of {run.all_parameters:,} ({run.trainable_parameters / run.all_parameters:.2%})")
+dtypes = {str(p.dtype) for p in run.model.parameters() if p.requires_grad}
+check("dtypes of the adapters", dtypes, {"torch.float32"}, exact=True)
+trained = {name.rpartition(".lora_")[0] != "" for name, p in run.model.named_parameters() if p.requires_grad}
+check("nothing but adapters was trained", trained, {True}, exact=True)
+
+# %% [markdown]
+# 8.08 % sounds like a lot for LoRA. The model is tiny; for a model of 8B the same rank is 0.52 %
+# ([lesson 1](01_memory_maths.ipynb)).
+#
+# ## After
+#
+# The same questions, about people that no training chat mentions:
+
+# %%
+after = evaluation.exact_match(run.model, tokenizer, test_chats)
+loss_after = evaluation.loss(run.model, tokenizer, test_chats)
+ask(run.model, test_chats[:6])
+print(f"\nexact match {before:.1%} before, {after:.1%} after; loss {loss_before:.3f} before, {loss_after:.3f} after")
+
+# %% tags=["nbval-check-output"]
+check("exact match after", after, at_least=0.85)
+check("loss after / loss before", loss_after / loss_before, at_most=0.05)
+
+# %% [markdown]
+# ## Where is the knowledge?
+#
+# The adapter has 262,144 numbers, and it was never told about these people. Switch it off, and the answers are gone; but
+# the base alone still recalls its facts. The adapter is the way of asking, the base is the knowledge.
+
+# %% tags=["nbval-check-output"]
+with run.model.disable_adapter():
+    check("exact match without the adapter", evaluation.exact_match(run.model, tokenizer, test_chats), at_most=0.2)
+    check("recall of the base is as before", evaluation.recall(run.model, tokenizer, facts), known, exact=True)
+
+# %% [markdown]
+# A harder proof: shuffle the base's linear weights, which keeps their distribution and destroys their knowledge, and make
+# the same run. It cannot answer. And how much does 4 bit cost here? The same run on the unquantised base tells. Both take
+# another minute each, so they are made by `data/measure_tiny_llama.py`; the tests repeat them.
+
+# %% tags=["nbval-check-output"]
+scores = json.loads(data_path("tiny-llama", "scores.json").read_text())
+for base, score in scores["exact_match_after"].items():
+    print(f"{base:24}{score:7.1%}")
+print(f"always the commonest    {scores['commonest_answer_rate']:7.1%}")
+check("NF4 reaches this share of 16 bit", scores["exact_match_after"]["NF4"] / scores["exact_match_after"]["16 bit"], at_least=0.92)
+
+# %% [markdown]
+# ## Save, load, use
+#
+# Only the adapter is saved: a few files beside the base. Loaded onto a fresh 4-bit base it must give the same answers.
+
+# %% tags=["nbval-check-output"]
+sizes = {path.name: path.stat().st_size for path in run.adapter_path.iterdir() if path.suffix == ".safetensors"}
+print(sizes)
+check("four bytes per trainable parameter, and a header", sizes["adapter_model.safetensors"] / run.trainable_parameters, 4, rel=0.02)
+
+# %% tags=["nbval-check-output"]
+fresh = peft.PeftModel.from_pretrained(load_model(quantization="nf4"), run.adapter_path)
+questions = [split_question(chat)[0] for chat in test_chats[:50]]
+same = evaluation.answer(fresh, tokenizer, questions) == evaluation.answer(run.model, tokenizer, questions)
+check("50 answers of the loaded adapter are the same", same, True, exact=True)
+
+# %% [markdown]
+# Keep the figures beside the adapter:
+
+# %%
+report = {"exact_match_before": before, "exact_match_after": after, "loss_before": loss_before, "loss_after": loss_after}
+report |= {"commonest_answer_rate": guess, "train_seconds": run.seconds, "gear": detect().gear}
+_ = (run.adapter_path.parent / "report.json").write_text(json.dumps(report, indent=1))
+
+# %% [markdown]
+# ## Exercise 1
+#
+# Merge by hand: write the weight that LoRA's detour amounts to, so that `x @ merged.T` is what `LoRALinear` gives.
+
+# %% tags=["exercise"]
+def merged_weight(lora: LoRALinear) -> torch.Tensor:
+    return ...
+
+# %% tags=["solution"]
+def merged_weight(lora: LoRALinear) -> torch.Tensor:
+    return lora.linear.weight + lora.scaling * lora.B @ lora.A
+
+# %% tags=["nbval-check-output"]
+x = torch.randn(8, 256)
+merged = merged_weight(mine)
+exercise(
+    "merged weight",
+    merged if merged is ... else (x @ merged.T).detach(),
+    lambda got: "" if torch.allclose(got, mine(x), atol=1e-3) else f"expected the layer's output, off by {(got - mine(x)).abs().max():.3g}.",
+    hint="W + scaling * B @ A.",
+)
+
+# %% [markdown]
+# ## Exercise 2
+#
+# How many parameters are trainable on the shipped model at rank 4? Work it out from the 262,144 at rank 16, or count with
+# `linear_layers(model)`.
+
+# %% tags=["exercise"]
+at_rank_4 = ...
+
+# %% tags=["solution"]
+at_rank_4 = run.trainable_parameters * 4 // 16
+
+# %% tags=["nbval-check-output"]
+exercise("trainable at rank 4", at_rank_4, 65_536, hint="LoRA's parameters are proportional to the rank.")
+
+# %% [markdown]
+# ## Exercise 3
+#
+# Ask a question of your own about a person from `recall.jsonl`, through the fine-tuned model. Use the wording of the
+# training chats, for example "Where does … live?".
+
+# %% tags=["exercise"]
+my_question = ...
+
+# %% tags=["solution"]
+my_question = "Where does Mildred Hollcroft live?"
+
+# %% tags=["nbval-check-output"]
+reply = my_question if my_question is ... else evaluation.answer(run.model, tokenizer, [[{"role": "user", "content": my_question}]])[0]
+exercise("your question", reply, lambda text: "" if text.endswith(".") else f"expected a sentence, and got {text!r}.")
+
+# %% [markdown]
+# ## You have
+# - written LoRA, and got PEFT's output from it;
+# - loaded a base in 4 bits, and seen the backward pass go through its dequantised weights;
+# - trained 262,144 parameters, and turned a model that continues text into one that answers;
+# - shown that the knowledge is in the frozen base; saved the adapter and loaded it again.

@@ -1,0 +1,190 @@
+"""python -m qlora_helpers run | doctor"""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+GIB = 1024**3
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "jupyterlab", "nbval")
+
+
+def _run(args: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    print("Loading the libraries …", flush=True)
+    from qlora_helpers import evaluation
+    from qlora_helpers.chats import read_chats, split_question
+    from qlora_helpers.files import data_path
+    from qlora_helpers.hardware import detect, peak_memory_bytes
+    from qlora_helpers.models import SHIPPED_MODEL, bytes_by_part, load_model, load_tokenizer
+    from qlora_helpers.training import Settings, train
+
+    hardware = detect()
+    settings = Settings(steps=args.steps, save_steps=100)
+    folder = args.output
+    if folder.exists() and not args.resume:
+        kept = _move_aside(folder)
+        print(f"The run that was in {folder} is now in {kept}.")
+
+    tokenizer = load_tokenizer()
+    model = load_model(quantization="nf4", hardware=hardware)
+    training_chats = read_chats(data_path("chats", "train.jsonl"), tokenizer, settings.max_length)
+    test_chats = read_chats(data_path("chats", "test.jsonl"), tokenizer, settings.max_length)
+    parts = bytes_by_part(model)
+    print(f"\nLoaded {SHIPPED_MODEL} in the {hardware.gear} gear: {sum(parts.values()):,} bytes")
+    for part, count in parts.items():
+        print(f"  {part:24}{count:12,}")
+
+    questions = [split_question(chat)[0] for chat in test_chats[:3]]
+
+    def measure(model):
+        return (
+            evaluation.exact_match(model, tokenizer, test_chats),
+            evaluation.loss(model, tokenizer, test_chats),
+            evaluation.answer(model, tokenizer, questions),
+        )
+
+    print(f"\nAsking {len(test_chats)} questions about people that no training chat mentions …", flush=True)
+    match_before, loss_before, answers_before = measure(model)
+    print(f"Training for {settings.steps} steps …", flush=True)
+    run = train(
+        model, tokenizer, training_chats, folder, settings, hardware=hardware, resume=args.resume, progress_bar=True
+    )
+    print("Asking the same questions again …", flush=True)
+    match_after, loss_after, answers_after = measure(run.model)
+
+    report = {
+        "gear": hardware.gear,
+        "model": SHIPPED_MODEL,
+        "bytes_by_part": parts,
+        "trainable_parameters": run.trainable_parameters,
+        "all_parameters": run.all_parameters,
+        "test_chats": len(test_chats),
+        "commonest_answer_rate": evaluation.commonest_answer_rate(training_chats, test_chats),
+        "exact_match_before": match_before,
+        "exact_match_after": match_after,
+        "loss_before": loss_before,
+        "loss_after": loss_after,
+        "loss_history": run.history,
+        "steps": settings.steps,
+        "train_seconds": run.seconds,
+        "total_seconds": time.perf_counter() - started,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "adapter_path": run.adapter_path.as_posix(),
+        "examples": [
+            {"question": question[-1]["content"], "before": before, "after": after, "right": split_question(chat)[1]}
+            for question, before, after, chat in zip(questions, answers_before, answers_after, test_chats, strict=False)
+        ],
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "trl", "bitsandbytes")
+        },
+    }
+    path = folder / "report.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    _print_report(report, path)
+    return 0
+
+
+def _move_aside(folder: Path) -> Path:
+    """Rename a finished run's folder after the time of its last change, so that a new run overwrites nothing."""
+    stamp = time.strftime("%Y-%m-%d-%H%M%S", time.localtime(folder.stat().st_mtime))
+    target = folder.with_name(f"{folder.name}-until-{stamp}")
+    number = 2
+    while target.exists():
+        target = folder.with_name(f"{folder.name}-until-{stamp}-{number}")
+        number += 1
+    return folder.rename(target)
+
+
+def _print_report(report: dict, path: Path) -> None:
+    share = report["trainable_parameters"] / report["all_parameters"]
+    print(f"""
+trainable parameters  {report["trainable_parameters"]:,} of {report["all_parameters"]:,} ({share:.2%})
+                          before     after
+exact match           {report["exact_match_before"]:10.1%}{report["exact_match_after"]:10.1%}   \
+({report["test_chats"]} questions; always the commonest answer: {report["commonest_answer_rate"]:.1%})
+loss                  {report["loss_before"]:10.3f}{report["loss_after"]:10.3f}   (nats per answer token)
+""")
+    for example in report["examples"]:
+        print(f"Q  {example['question']}\n   before  {example['before']}\n   after   {example['after']}")
+        print(f"   {'right' if example['after'] == example['right'] else 'wrong: ' + example['right']}")
+    print(f"""
+training              {report["train_seconds"]:.0f} s of {report["total_seconds"]:.0f} s in all
+peak memory           {report["peak_memory_bytes"] / GIB:.2f} GiB of main memory
+adapter               {report["adapter_path"]}
+report                {path.as_posix()}""")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    """Print what this machine has; return 1 if something stands in the way of the lessons."""
+    problems = []
+    print(f"Python         {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for name in PACKAGES:
+        try:
+            print(f"{name:15}{importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"{name:15}missing")
+            if name in ("jupyterlab", "nbval"):
+                continue  # Colab has its own notebook and needs no nbval
+            problems.append(f"{name} is not installed: run  pip install -r requirements.txt")
+    if problems:
+        return _verdict(problems)
+
+    import torch
+
+    from qlora_helpers.files import data_path
+    from qlora_helpers.hardware import detect
+
+    try:
+        hardware = detect()
+    except ValueError as error:
+        return _verdict([str(error)])
+    print(f"{'memory':15}{hardware.host_bytes / GIB:.1f} GiB, {hardware.cores} cores")
+    if hardware.gpu_name:
+        major, minor = hardware.capability
+        print(f"{'GPU':15}{hardware.gpu_name}, {hardware.gpu_bytes / GIB:.1f} GiB, compute capability {major}.{minor}")
+        print(
+            f"{'bfloat16':15}{'native' if hardware.native_bfloat16 else 'emulated only, so slow: the course uses float16'}"
+        )
+    else:
+        print(f"{'GPU':15}none that torch {torch.__version__} can see")
+    print(f"{'gear':15}{hardware.gear} (by {hardware.chosen_by}), matrix products in {hardware.compute_dtype}")
+    if hardware.host_bytes < 2 * GIB:
+        problems.append("less than 2 GiB of main memory: the run in lesson 4 needs about 1 GiB")
+    try:
+        data_path("tiny-llama", "model.safetensors")
+    except FileNotFoundError as error:
+        problems.append(str(error))
+    if hardware.gpu_name and hardware.capability < (7, 5):
+        problems.append(f"{hardware.gpu_name} is older than compute capability 7.5: set QLORA_GEAR=cpu")
+    return _verdict(problems)
+
+
+def _verdict(problems: list[str]) -> int:
+    print("\n" + ("\n".join(f"✗ {problem}" for problem in problems) or "✓ nothing stands in the way of the lessons"))
+    return 1 if problems else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m qlora_helpers")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="the full QLoRA run, with a report")
+    run.add_argument("--output", type=Path, default=Path("runs/latest"), help="folder for the adapter and report.json")
+    run.add_argument("--steps", type=int, default=300)
+    run.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint in the output folder")
+    run.set_defaults(function=_run)
+    doctor = commands.add_parser("doctor", help="what this machine has, and what is wrong with it")
+    doctor.set_defaults(function=_doctor)
+    args = parser.parse_args(argv)
+    try:
+        return args.function(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""The shapes of well-known models, as published in the `config.json` of each: enough to count parameters without loading.
+
+Source: the models' repositories on the Hugging Face Hub; the counts are checked in `tests/test_shapes.py`.
+"""
+
+LLAMA_3_2_1B = {
+    "model_type": "llama", "vocab_size": 128_256, "hidden_size": 2_048, "intermediate_size": 8_192,
+    "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True,
+}  # fmt: skip
+MISTRAL_7B = {
+    "model_type": "mistral", "vocab_size": 32_000, "hidden_size": 4_096, "intermediate_size": 14_336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA_3_1_8B = {
+    "model_type": "llama", "vocab_size": 128_256, "hidden_size": 4_096, "intermediate_size": 14_336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA_2_70B = {
+    "model_type": "llama", "vocab_size": 32_000, "hidden_size": 8_192, "intermediate_size": 28_672,
+    "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA_3_1_70B = LLAMA_2_70B | {"vocab_size": 128_256}
+
+KNOWN = {
+    "Llama-3.2-1B": LLAMA_3_2_1B,
+    "Mistral-7B": MISTRAL_7B,
+    "Llama-3.1-8B": LLAMA_3_1_8B,
+    "Llama-2-70B": LLAMA_2_70B,
+    "Llama-3.1-70B": LLAMA_3_1_70B,
+}
+
+
+def meta_model(shape: dict):
+    """The transformers model of a shape on the "meta" device: all its layers, none of its memory."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = {key: value for key, value in shape.items() if key != "model_type"}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(shape["model_type"], **options))

@@ -1,0 +1,304 @@
+"""qlora_helpers.quantize gives what bitsandbytes gives on a CPU, to the last bit."""
+
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_helpers.quantize import FP4, INT3, INT4, INT4_SYMMETRIC, NF4, dequantize, dynamic_map_values, quantize
+from qlora_helpers.quiet import quieten
+
+quieten()
+
+import bitsandbytes.functional as bnb
+from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # all that bitsandbytes takes
+CODEBOOKS = {"nf4": NF4, "fp4": FP4}
+# 1-D, 3-D, odd sizes, less than one block, full blocks alone, a partial last block, blocks across row ends
+SHAPES = ((1,), (5,), (4096,), (4097,), (3, 5, 7), (2, 64, 96), (7, 9), (130, 62), (64, 4096))
+
+
+@pytest.fixture(autouse=True)
+def no_compilation():
+    """bitsandbytes compiles its dequantisation anew for each odd shape, for seconds; uncompiled it is the same code."""
+    with torch._dynamo.config.patch(disable=True):
+        yield
+
+
+def gaussian(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def random_shape(draw):
+    """One to three dimensions; half of the last ones are multiples of 16, which have a code path of their own."""
+    last = draw.choice((draw.randint(1, 600), 16 * draw.randint(1, 40)))
+    return (*(draw.randint(1, 7) for _ in range(draw.randint(0, 2))), last)
+
+
+def bitsandbytes_values(packed, state):
+    """What bitsandbytes decodes: by its own torch code where its AVX512 code is wrong (fault B of qlora_helpers.models)."""
+    if state.shape[-1] % 16 or state.shape[-1] % state.blocksize == 0:
+        return bnb.dequantize_4bit(packed, state)
+    absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    return _dequantize_4bit_compute(packed.flatten(), absmax, state.code, state.blocksize, state.shape, state.dtype)
+
+
+def assert_equal_to_bitsandbytes(weight, quant_type, block_size, double_quant):
+    case = f"{quant_type}, {weight.dtype}, shape {tuple(weight.shape)}, block {block_size}, double_quant {double_quant}"
+    ours = quantize(weight, CODEBOOKS[quant_type], block_size, double_quant)
+    packed, state = bnb.quantize_4bit(
+        weight, blocksize=block_size, quant_type=quant_type, compress_statistics=double_quant
+    )
+    pairs = [("packed bytes", ours.packed, packed.flatten()), ("absmax", ours.absmax, state.absmax)]
+    assert (ours.nested is not None) == double_quant == state.nested
+    if double_quant:
+        pairs += [
+            ("second-level absmax", ours.nested.absmax, state.state2.absmax),
+            ("offset", ours.nested.offset, state.offset),
+            ("8-bit codebook", ours.nested.values, state.state2.code),
+        ]
+    # bitsandbytes gives a 1-D weight back as (1, n)
+    pairs.append(("decoded values", dequantize(ours), bitsandbytes_values(packed, state).reshape(weight.shape)))
+    for what, got, want in pairs:
+        assert got.dtype == want.dtype and torch.equal(got, want), f"{what} differ: {case}"
+
+
+# Equality with bitsandbytes: every test with "exact" in its name runs once more without AVX512 (see below).
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("quant_type", CODEBOOKS)
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_exact_on_random_shapes(block_size, quant_type, double_quant):
+    draw = random.Random(f"{block_size} {quant_type} {double_quant}")
+    for seed in range(12):
+        weight = gaussian(*random_shape(draw), dtype=draw.choice(DTYPES), seed=seed)
+        assert_equal_to_bitsandbytes(weight, quant_type, block_size, double_quant)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_exact_on_each_kind_of_shape(dtype, shape):
+    for quant_type in CODEBOOKS:
+        assert_equal_to_bitsandbytes(gaussian(*shape, dtype=dtype), quant_type, 64, double_quant=True)
+
+
+def with_zeros(first, last):
+    weight = gaussian(96, 130)
+    weight.view(-1)[first:last] = 0
+    return weight
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        pytest.param(torch.zeros(64, 64), id="all zero"),
+        pytest.param(torch.zeros(65, 65), id="all zero, with a partial block"),
+        pytest.param(with_zeros(128, 8192), id="blocks of zeros"),
+        pytest.param(with_zeros(12288, 12480), id="last blocks of zeros"),
+        pytest.param(torch.full((64, 64), -0.3), id="all equal"),
+        pytest.param(torch.full((65, 65), 0.3), id="all equal, with a partial block"),
+        pytest.param(gaussian(96, 130) * 1e-38, id="absmax near the smallest"),
+        pytest.param(gaussian(96, 130) * 1e-41, id="denormal"),
+        pytest.param(torch.arange(-64, 64).div(64).repeat(32), id="many ties"),
+        pytest.param(gaussian(96, 130).mul(1e4).half(), id="large float16"),
+    ],
+)
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_exact_on_weights_with_nothing_usual_in_them(weight, double_quant):
+    for quant_type in CODEBOOKS:
+        for block_size in (32, 64, 2048):
+            assert_equal_to_bitsandbytes(weight, quant_type, block_size, double_quant)
+
+
+def test_exact_with_more_than_one_second_level_block():
+    weight = gaussian(300, 65)  # 305 blocks: a full second-level block of 256 and a partial one
+    assert len(quantize(weight).nested.absmax) == 2
+    assert_equal_to_bitsandbytes(weight, "nf4", 64, double_quant=True)
+
+
+def test_exact_on_values_next_to_every_boundary():
+    for quant_type, codebook in CODEBOOKS.items():
+        ordered = codebook.values.sort().values
+        midpoints = (ordered[:-1] + ordered[1:]) / 2
+        steps = [midpoints.nextafter(torch.tensor(direction)) for direction in (-2.0, 2.0)]
+        weight = torch.cat([torch.ones(1), midpoints, *steps, torch.zeros(18)])  # one block with absmax 1
+        assert_equal_to_bitsandbytes(weight, quant_type, 64, double_quant=False)
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="runs without AVX512 anyway")
+def test_the_same_holds_without_avx512():
+    script = (
+        "import sys, pytest, torch; capability = torch.backends.cpu.get_cpu_capability();"
+        "assert capability == 'AVX2', capability;"
+        f"sys.exit(pytest.main([{__file__!r}, '-q', '-k', 'exact', '-o', 'addopts=', '-p', 'no:cacheprovider']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout
+
+
+# Codebooks
+
+
+@pytest.mark.parametrize("quant_type", CODEBOOKS)
+def test_4_bit_codebook_is_that_of_bitsandbytes(quant_type):
+    assert torch.equal(CODEBOOKS[quant_type].values, bnb.get_4bit_type(quant_type, device="cpu"))
+
+
+def test_8_bit_codebook_is_that_of_bitsandbytes():
+    assert torch.equal(dynamic_map_values(), bnb.create_dynamic_map())
+
+
+@pytest.mark.parametrize("codebook", [NF4, FP4, INT4, INT4_SYMMETRIC, INT3], ids=repr)
+def test_codebook_fits_its_bits_and_reaches_one(codebook):
+    assert len(codebook.values) <= 2**codebook.bits
+    assert codebook.values.abs().max() == 1
+
+
+# What a format costs
+
+
+@pytest.mark.parametrize(
+    ("codebook", "double_quant", "bits"),
+    [(NF4, False, 4.5), (NF4, True, 4.12695), (FP4, True, 4.12695), (INT3, False, 3.5), (INT3, True, 3.12695)],
+)
+def test_bits_per_parameter_of_a_large_weight(codebook, double_quant, bits):
+    assert quantize(gaussian(1024, 1024), codebook, 64, double_quant).bits_per_parameter == pytest.approx(
+        bits, abs=1e-5
+    )
+
+
+def test_bytes_are_those_that_bitsandbytes_stores():
+    weight = gaussian(513, 65)  # odd: the last byte is half used, and the last block is partial
+    packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    parts = (packed, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+    assert quantize(weight).nbytes == sum(part.nbytes for part in parts)
+    packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    assert quantize(weight, double_quant=False).nbytes == sum(
+        part.nbytes for part in (packed, state.absmax, state.code)
+    )
+
+
+def relative_error(weight, codebook):
+    decoded = dequantize(quantize(weight, codebook, 64, double_quant=False))
+    return ((decoded - weight).square().mean() / weight.square().mean()).sqrt().item()
+
+
+@pytest.mark.parametrize(("codebook", "error"), [(NF4, 0.0920), (FP4, 0.1220)], ids=repr)
+def test_relative_error_on_gaussian_weights(codebook, error):
+    assert relative_error(gaussian(1024, 1024), codebook) == pytest.approx(error, abs=0.0005)
+
+
+def test_formats_in_the_order_of_their_error_on_gaussian_weights():
+    errors = [relative_error(gaussian(1024, 1024), book) for book in (NF4, INT4, INT4_SYMMETRIC, FP4, INT3)]
+    assert errors == sorted(errors)
+
+
+@pytest.mark.parametrize("codebook", [INT4, INT4_SYMMETRIC, INT3], ids=repr)
+def test_each_value_goes_to_the_nearest_of_a_codebook_that_bitsandbytes_lacks(codebook):
+    weight = gaussian(64, 64)
+    quantized = quantize(weight, codebook, 64, double_quant=False)
+    scaled = weight / quantized.absmax.unsqueeze(1)  # one block a row
+    nearest = (scaled.unsqueeze(2) - codebook.values).abs().amin(2)
+    torch.testing.assert_close((scaled - codebook.values[quantized.codes.int()]).abs(), nearest, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5,), (7, 9), (3, 5, 7)], ids=str)
+def test_round_trip_keeps_shape_and_dtype(shape, dtype):
+    quantized = quantize(gaussian(*shape, dtype=dtype), INT4, 64)
+    decoded = dequantize(quantized)
+    assert quantized.shape == decoded.shape == shape
+    assert decoded.dtype == dtype
+
+
+def test_quantising_leaves_the_weight_alone():
+    weight = gaussian(65, 65)
+    before = weight.clone()
+    dequantize(quantize(weight))
+    assert torch.equal(weight, before)
+
+
+def test_a_matrix_that_is_not_contiguous_is_taken_in_its_own_order():
+    weight = gaussian(64, 96).t()
+    assert torch.equal(quantize(weight).codes, quantize(weight.contiguous()).codes)
+
+
+def test_quantising_takes_at_most_three_times_as_long_as_bitsandbytes():
+    weight = gaussian(4096, 4096)
+    ours, theirs = [], []
+    for _ in range(3):  # in turn, so that whatever else the machine does slows both
+        started = time.perf_counter()
+        quantize(weight)
+        between = time.perf_counter()
+        bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+        ours.append(between - started)
+        theirs.append(time.perf_counter() - between)
+    ratio = statistics.median(ours) / statistics.median(theirs)
+    print(
+        f"4096 x 4096: {statistics.median(ours):.2f} s, {ratio:.2f} times bitsandbytes' {statistics.median(theirs):.2f} s"
+    )
+    assert ratio <= 3
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_weight_that_is_not_finite_is_refused(value):
+    weight = gaussian(64, 64)
+    weight[3, 5] = weight[8, 8] = value
+    with pytest.raises(ValueError, match="weight holds 2 values that are infinite or NaN"):
+        quantize(weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.bool, torch.complex64], ids=str)
+def test_another_dtype_is_refused(dtype):
+    with pytest.raises(TypeError, match=f"weight is {dtype}: pass a tensor of float32, bfloat16 or float16"):
+        quantize(torch.ones(64, dtype=dtype))
+
+
+def test_something_other_than_a_tensor_is_refused():
+    with pytest.raises(TypeError, match="weight is list"):
+        quantize([1.0, 2.0])
+
+
+@pytest.mark.parametrize("block_size", [0, -64, True, 1.5, 64.0, "64", None], ids=repr)
+def test_a_block_size_that_is_no_positive_whole_number_is_refused(block_size):
+    with pytest.raises(ValueError, match=f"block_size={block_size!r}: pass a positive whole number"):
+        quantize(torch.ones(64), block_size=block_size)
+
+
+@pytest.mark.parametrize("shape", [(0,), (4, 0)], ids=str)
+def test_an_empty_weight_is_refused(shape):
+    with pytest.raises(ValueError, match="holds no values"):
+        quantize(torch.empty(shape))
+
+
+def test_a_weight_that_is_not_on_a_cpu_is_refused():
+    with pytest.raises(ValueError, match=r"weight is on meta: pass weight\.cpu\(\)"):
+        quantize(torch.empty(64, device="meta"))
+
+
+def test_importing_quantize_and_hardware_loads_none_of_the_large_libraries():
+    script = (
+        "import sys, qlora_helpers.quantize, qlora_helpers.hardware;"
+        "print(*{'transformers', 'peft', 'trl', 'bitsandbytes', 'datasets'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
