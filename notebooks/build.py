@@ -10,7 +10,7 @@ A source is `notebooks/source/NN_title.py` in jupytext's percent format. Three e
 - `notebooks/solutions/NN_title.ipynb`: without the cells tagged `exercise`, so with their solutions in their place;
 - `colab/NN_title.ipynb`: the learners' edition behind a badge and a set-up cell.
 
-`{{seconds}}` and `{{gigabytes}}` in a source stand for what the learners' edition took when it was last executed; the
+The lesson table and the results in README.md are written by this script, too. `{{seconds}}` and `{{gigabytes}}` in a source stand for what the learners' edition took when it was last executed; the
 figures are kept in `notebooks/timings.json`.
 """
 
@@ -29,6 +29,10 @@ import nbformat
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "data"))
+
+from measured_tables import fill  # in data/
+
 SOURCES = ROOT / "notebooks" / "source"
 TIMINGS = ROOT / "notebooks" / "timings.json"
 EDITIONS = {"learner": ROOT / "notebooks", "solutions": ROOT / "notebooks" / "solutions", "colab": ROOT / "colab"}
@@ -147,6 +151,26 @@ def outputs_into(fresh: nbformat.NotebookNode, executed: nbformat.NotebookNode) 
     return fresh
 
 
+def readme_tables() -> dict[str, str]:
+    """The generated parts of README.md, by the name of the place where each belongs."""
+    timings = json.loads(TIMINGS.read_text())
+    table = ["| lesson | what you see | time | memory |", "|---|---|---|---|"]
+    for name, summary in json.loads((ROOT / "notebooks" / "lessons.json").read_text()).items():
+        title = jupytext.read(SOURCES / f"{name}.py").cells[0].source.splitlines()[0].removeprefix("# ")
+        time_, memory = timings[name]["seconds"], timings[name]["gigabytes"]
+        table.append(f"| [{title}](notebooks/{name}.ipynb) | {summary} | {time_} s | {memory} GB |")
+    scores = json.loads((ROOT / "data" / "tiny-llama" / "scores.json").read_text())
+    before, after = scores["exact_match_before"], scores["exact_match_after"]
+    results = [f"Exact match on {scores['test_chats']} test questions, greedy answers:\n"]
+    results += ["| base | before | after the run |", "|---|---|---|"]
+    for base, label in (
+        ("NF4", "4 bit (NF4, double quantisation)"), ("16 bit", "unquantised"), ("shuffled", "weights shuffled")
+    ):  # fmt: skip
+        results.append(f"| {label} | {before[base] * 100:.1f} % | {after[base] * 100:.1f} % |")
+    results.append(f"| none: always the commonest answer | | {scores['commonest_answer_rate'] * 100:.1f} % |")
+    return {"lessons": "\n".join(table), "results": "\n".join(results)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("only", nargs="*", help="numbers of lessons, such as 02; all by default")
@@ -170,6 +194,9 @@ def main() -> None:
     for (name, edition), executed in done.items():
         notebook = outputs_into(build_edition(name, edition, timings), executed)
         nbformat.write(notebook, EDITIONS[edition] / f"{name}.ipynb")
+    if set(timings) == set(lessons()):
+        readme = ROOT / "README.md"
+        readme.write_text(fill(readme.read_text(), readme_tables()))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def check(
     ways = [rel is not None, abs is not None, exact, bounded]
     if sum(ways) != 1:
         raise ValueError(f"check({name!r}): use exactly one of rel=, abs=, exact=True, or at_least=/at_most=")
-    if bounded == (want is not None):
+    if (want is not None) if bounded else (want is None and not exact):
         raise ValueError(f"check({name!r}): pass want with rel, abs or exact, and no want with at_least or at_most")
     for word, tolerance in (("rel", rel), ("abs", abs)):
         if tolerance is not None and not (math.isfinite(tolerance) and tolerance > 0):

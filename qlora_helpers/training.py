@@ -170,7 +170,8 @@ def build_trainer(model, tokenizer, chats: list[Chat], output_dir: Path, setting
         use_cpu=not on_gpu,
         bf16=on_gpu and dtype == torch.bfloat16,
         fp16=on_gpu and dtype == torch.float16,
-        logging_steps=10,
+        logging_steps=max(1, settings.steps // 20),
+        disable_tqdm=True,  # else a notebook gets a progress table of the trainer's own
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
         report_to="none",

@@ -1,0 +1,389 @@
+"""Runs of a few steps: what is trained, on what, and that an interrupted run goes on as if nothing had happened.
+
+The scores by which runs are judged are tested here too.
+"""
+
+import math
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from bitsandbytes.nn import Params4bit
+from peft import PeftModel
+from safetensors.torch import load_file
+from trl import SFTTrainer
+
+from qlora_helpers import evaluation
+from qlora_helpers.chats import count_tokens, read_chats, split_question
+from qlora_helpers.files import data_path
+from qlora_helpers.hardware import Hardware
+from qlora_helpers.models import load_model, load_tokenizer
+from qlora_helpers.training import Settings, build_trainer, last_whole_checkpoint, train
+
+CPU = Hardware("cpu", "gear", None, 0, None, False, 1, 0)
+TOKENIZER = load_tokenizer()
+CHATS = read_chats(data_path("chats", "train.jsonl"))[:20]  # less than two epochs of the runs below
+# dropout and an order of chats: both need the random state of the checkpoint
+SHORT = Settings(steps=6, batch_size=4, warmup_steps=2, rank=4, dropout=0.1, save_steps=3)
+
+
+def run(output_dir, settings=SHORT, chats=CHATS, **options):
+    return train(load_model(hardware=CPU), TOKENIZER, chats, output_dir, settings, hardware=CPU, **options)
+
+
+def trainer_of(output_dir, quantization="nf4", settings=SHORT, chats=CHATS):
+    return build_trainer(
+        load_model(quantization=quantization, hardware=CPU), TOKENIZER, chats, output_dir, settings, CPU
+    )
+
+
+def adapter(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def differing(one, other):
+    """The names of the tensors that are not equal, bit for bit."""
+    assert one.keys() == other.keys()
+    return [name for name in one if one[name].dtype != other[name].dtype or not torch.equal(one[name], other[name])]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of six steps, not interrupted, with checkpoints at three and six."""
+    return run(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def interrupted(finished, tmp_path):
+    """The same run, killed after its third step."""
+    shutil.copytree(finished.adapter_path.parent / "checkpoint-3", tmp_path / "checkpoint-3")
+    return tmp_path
+
+
+# What is trained
+
+
+@pytest.mark.parametrize("quantization", ["nf4", None])
+def test_the_adapters_and_nothing_else_are_trained_and_in_float32(quantization, tmp_path):
+    trainer = trainer_of(tmp_path, quantization)
+    trained = {name: p.dtype for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert len(trained) == 4 * 7 * 2  # layers, linears in each, A and B
+    assert all("lora_" in name for name in trained)
+    assert set(trained.values()) == {torch.float32}
+    trainer.create_optimizer()
+    held = {p for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert held == {p for p in trainer.model.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(("quantization", "in_four_bits"), [("nf4", 28), (None, 0)])
+def test_the_base_stays_as_it_was_loaded(quantization, in_four_bits, tmp_path):
+    parameters = list(trainer_of(tmp_path, quantization).model.parameters())
+    assert sum(isinstance(p, Params4bit) for p in parameters) == in_four_bits
+
+
+def test_training_changes_the_adapters_and_not_the_base(finished):
+    plain = dict(load_model(hardware=CPU).named_parameters())
+    for name, parameter in finished.model.named_parameters():
+        if "lora_B" in name:
+            assert parameter.abs().sum() > 0, f"{name} still has its first value, zero"
+        elif "lora_" not in name:
+            assert torch.equal(parameter, plain[name.removeprefix("base_model.model.").replace(".base_layer", "")]), (
+                name
+            )
+
+
+def test_the_loss_is_on_the_answers_and_their_closing_tokens_alone(tmp_path):
+    batch = next(iter(trainer_of(tmp_path).get_train_dataloader()))
+    assert batch["input_ids"].shape[0] == SHORT.batch_size
+    trained_on = {TOKENIZER.decode(row[row != -100]).strip() for row in batch["labels"]}
+    answers = {split_question(chat)[1] + TOKENIZER.eos_token for chat in CHATS}
+    assert len(trained_on) == SHORT.batch_size and trained_on <= answers
+    spoken = batch["labels"] != -100
+    assert torch.equal(batch["labels"][spoken], batch["input_ids"][spoken])
+
+
+def test_a_run_reports_what_it_trained(finished):
+    trainable = sum(p.numel() for p in finished.model.parameters() if p.requires_grad)
+    assert finished.trainable_parameters == trainable == sum(t.numel() for t in adapter(finished.adapter_path).values())
+    assert finished.all_parameters > 10 * trainable
+    assert finished.seconds > 0
+    assert not finished.model.training
+
+
+def test_the_saved_adapter_gives_the_trained_model_back(finished):
+    batch = TOKENIZER("Where does Carl Kirkcroft live?", return_tensors="pt")
+    again = PeftModel.from_pretrained(load_model(hardware=CPU), finished.adapter_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, finished.model(**batch).logits)
+
+
+def test_the_loss_is_recorded_every_ten_steps_and_handed_on(tmp_path):
+    seen = []
+    settings = Settings(steps=20, batch_size=2, warmup_steps=0, rank=4)
+    done = run(tmp_path, settings, CHATS[:2], on_loss=lambda history: seen.append(list(history)))
+    (first, early), (second, late) = done.history
+    assert (first, second) == (10, 20)
+    assert late < early  # the same two chats over and over
+    assert seen == [done.history[:1], done.history]
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]  # no save_steps, no checkpoints
+
+
+def test_gradient_checkpointing_computes_the_same(tmp_path):
+    plain = run(tmp_path / "plain", Settings(steps=2, batch_size=2, warmup_steps=0, rank=4))
+    frugal = run(
+        tmp_path / "frugal", Settings(steps=2, batch_size=2, warmup_steps=0, rank=4, gradient_checkpointing=True)
+    )
+    torch.testing.assert_close(adapter(frugal.adapter_path), adapter(plain.adapter_path))
+    assert any("lora_B" in name and tensor.any() for name, tensor in adapter(frugal.adapter_path).items())
+
+
+# Kill and resume
+
+
+@pytest.fixture
+def steps_taken(monkeypatch):
+    """A list that grows by one entry with each training step: starting all over would end the same, too."""
+    taken, step = [], SFTTrainer.training_step
+    monkeypatch.setattr(SFTTrainer, "training_step", lambda *args, **options: taken.append(1) or step(*args, **options))
+    return taken
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one_to_the_last_bit(finished, interrupted, steps_taken):
+    wanted = adapter(finished.adapter_path)
+    assert len(differing(adapter(interrupted / "checkpoint-3"), wanted)) == len(wanted)  # something is left to do
+    resumed = run(interrupted, resume=True)
+    assert differing(adapter(resumed.adapter_path), wanted) == []
+    assert len(steps_taken) == 3
+
+
+def test_a_run_killed_while_it_wrote_a_checkpoint_goes_on_from_the_one_before(finished, interrupted, steps_taken):
+    shutil.copytree(finished.adapter_path.parent / "checkpoint-6", interrupted / "checkpoint-6")
+    for name in ("adapter_model.safetensors", "optimizer.pt"):
+        (interrupted / "checkpoint-6" / name).write_bytes(b"cut")
+    (interrupted / "checkpoint-6" / "trainer_state.json").unlink()
+    resumed = run(interrupted, resume=True)
+    assert differing(adapter(resumed.adapter_path), adapter(finished.adapter_path)) == []
+    assert len(steps_taken) == 3
+    assert last_whole_checkpoint(interrupted).name == "checkpoint-6"  # written again, in whole
+
+
+def test_resuming_where_there_is_nothing_starts_from_the_start(finished, tmp_path, steps_taken):
+    fresh = run(tmp_path / "new", resume=True)
+    assert len(steps_taken) == 6
+    assert differing(adapter(fresh.adapter_path), adapter(finished.adapter_path)) == []
+
+
+def write_checkpoint(folder, step, state='{"global_step": 3}', parts=("optimizer.pt", "scheduler.pt", "rng_state.pth")):
+    path = folder / f"checkpoint-{step}"
+    path.mkdir()
+    for part in parts:
+        (path / part).touch()
+    if state is not None:
+        (path / "trainer_state.json").write_text(state)
+    return path
+
+
+def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path):
+    for step in (9, 100, 20):
+        write_checkpoint(tmp_path, step)
+    write_checkpoint(tmp_path, "best")
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
+
+
+@pytest.mark.parametrize("state", [None, "", '{"global_step": 6, "log_hist'], ids=["missing", "empty", "cut off"])
+def test_a_half_written_checkpoint_is_passed_over(state, tmp_path):
+    write_checkpoint(tmp_path, 3)
+    write_checkpoint(tmp_path, 6, state, parts=())
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+
+
+def test_without_a_whole_checkpoint_there_is_none(tmp_path):
+    assert last_whole_checkpoint(tmp_path / "nowhere") is None
+    write_checkpoint(tmp_path, 3, state=None)
+    assert last_whole_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("part", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_without_one_of_its_parts_is_refused(part, interrupted):
+    (interrupted / "checkpoint-3" / part).unlink()
+    with pytest.raises(ValueError, match=f"checkpoint-3 lacks {part}: a run resumed from it would not be the same run"):
+        run(interrupted, resume=True)
+
+
+def test_resuming_a_finished_run_is_refused(finished):
+    with pytest.raises(ValueError, match=r"is finished \(6 of 6 steps\): load its adapter, or raise steps"):
+        run(finished.adapter_path.parent, resume=True)
+
+
+@pytest.mark.parametrize("left", ["adapter", "checkpoint-3"])
+def test_a_folder_that_holds_a_run_is_refused_unless_it_is_to_be_resumed(left, tmp_path):
+    (tmp_path / left).mkdir()
+    with pytest.raises(FileExistsError, match="holds a run already: name a new folder, or pass resume=True"):
+        run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [left]
+
+
+# What is refused
+
+
+def test_a_chat_that_would_be_cut_is_refused_by_its_number(tmp_path):
+    length = count_tokens(CHATS[0], TOKENIZER)
+    long = [{"role": "user", "content": "Where? " * 30}, CHATS[0][1]]
+    settings = Settings(steps=1, max_length=length)
+    with pytest.raises(
+        ValueError, match=rf"chat 2 has {count_tokens(long, TOKENIZER)} tokens, over max_length={length}"
+    ):
+        run(tmp_path, settings, [CHATS[0], long])
+
+
+def test_a_chat_of_just_the_length_is_trained_on_in_whole(tmp_path):
+    settings = Settings(steps=1, batch_size=1, max_length=count_tokens(CHATS[0], TOKENIZER))
+    batch = next(iter(trainer_of(tmp_path, settings=settings, chats=CHATS[:1]).get_train_dataloader()))
+    assert batch["labels"][0, -1] == TOKENIZER.eos_token_id
+
+
+def test_no_chats_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="chats is empty"):
+        run(tmp_path, chats=[])
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size", "learning_rate", "rank", "alpha", "max_length"])
+@pytest.mark.parametrize("value", [0, -1, math.nan])
+def test_a_setting_that_must_be_positive(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value!r}: must be more than 0"):
+        Settings(**{name: value})
+
+
+@pytest.mark.parametrize("value", [-0.1, 1, 1.5, math.nan])
+def test_dropout_lies_between_0_and_1(value):
+    with pytest.raises(ValueError, match=f"dropout={value!r}: must be at least 0 and less than 1"):
+        Settings(dropout=value)
+
+
+@pytest.mark.parametrize("value", [0, -5])
+def test_checkpoints_every_so_many_steps_or_none(value):
+    with pytest.raises(ValueError, match=f"save_steps={value}: must be 1 or more, or None for no checkpoints"):
+        Settings(save_steps=value)
+
+
+# The scores
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_model(quantization=None, hardware=CPU)
+
+
+def loss_by_hand(model, chat):
+    """Sum of -log p over the answer's tokens and its closing one, and their number; without the template's mask."""
+    whole = TOKENIZER.apply_chat_template(chat, return_dict=True)["input_ids"]
+    asked = len(TOKENIZER.apply_chat_template(chat[:-1], add_generation_prompt=True, return_dict=True)["input_ids"])
+    with torch.no_grad():
+        log_p = model(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
+    return -sum(log_p[i - 1, whole[i]].item() for i in range(asked, len(whole))), len(whole) - asked
+
+
+def test_the_loss_of_one_chat_is_what_it_is_by_hand(base):
+    total, count = loss_by_hand(base, CHATS[0])
+    assert evaluation.loss(base, TOKENIZER, CHATS[:1]) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_the_loss_of_many_chats_is_their_mean_over_tokens_however_they_are_batched(base):
+    chats = [*CHATS[:4], [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "In Easthaven."}]]
+    totals, counts = zip(*(loss_by_hand(base, chat) for chat in chats), strict=True)
+    assert len({count_tokens(chat, TOKENIZER) for chat in chats}) > 1 and len(set(counts)) > 1  # there is padding
+    for batch_size in (2, 5):
+        loss = evaluation.loss(base, TOKENIZER, chats, batch_size=batch_size)
+        assert loss == pytest.approx(sum(totals) / sum(counts), rel=1e-5)
+
+
+def test_the_loss_of_training_is_the_one_that_evaluation_computes(base, tmp_path):
+    trainer = trainer_of(tmp_path, None, chats=CHATS[:4])
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model.eval(), next(iter(trainer.get_train_dataloader())))
+    assert loss.item() == pytest.approx(evaluation.loss(base, TOKENIZER, CHATS[:4]), rel=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluating_leaves_the_mode_as_it_was(base, training):
+    base.train(training)
+    evaluation.loss(base, TOKENIZER, CHATS[:1])
+    assert base.training is training
+    base.eval()
+
+
+class Parrot(torch.nn.Module):
+    """A model that always says the same word next."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, word):
+        super().__init__()
+        (self.token,) = TOKENIZER(word, add_special_tokens=False)["input_ids"]
+
+    def forward(self, input_ids, **options):
+        logits = torch.zeros(*input_ids.shape, len(TOKENIZER))
+        logits[..., self.token] = 1
+        return SimpleNamespace(logits=logits)
+
+
+def test_recall_is_the_share_of_right_next_words():
+    facts = [
+        {"prompt": f"{name} keeps a", "answer": pet}
+        for name, pet in zip("abcd", ("cat", "dog", "cat", "cat"), strict=True)
+    ]
+    assert [evaluation.recall(Parrot("cat"), TOKENIZER, facts, batch_size=size) for size in (1, 3, 500)] == [0.75] * 3
+
+
+def test_recall_reads_the_word_after_each_prompt_whatever_their_lengths(base):
+    facts = evaluation.read_facts(data_path("recall.jsonl"))[:40]
+    one_by_one = [evaluation.recall(base, TOKENIZER, [fact]) for fact in facts]
+    assert evaluation.recall(base, TOKENIZER, facts) == sum(one_by_one) / 40 > 0.9
+
+
+@pytest.mark.parametrize("answer", ["Constantinople", "cat dog"])
+def test_recall_of_an_answer_of_several_tokens_is_refused(answer):
+    facts = [{"prompt": "a keeps a", "answer": "cat"}, {"prompt": "b lives in", "answer": answer}]
+    with pytest.raises(ValueError, match=rf"answer='{answer}' is \d+ tokens of this tokenizer; recall needs one"):
+        evaluation.recall(Parrot("cat"), TOKENIZER, facts)
+
+
+def chat(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def test_exact_match_wants_the_answer_word_for_word(monkeypatch):
+    chats = [chat("1", "Ann lives here."), chat("2", "Ben lives there."), chat("3", "Cy lives here.")]
+    said = ["Ann lives here.", "Ben lives here.", "Cy lives here"]
+    monkeypatch.setattr(evaluation, "answer", lambda model, tokenizer, questions: said)
+    assert evaluation.exact_match(None, None, chats) == 1 / 3
+
+
+def test_answers_do_not_depend_on_their_batch(base):
+    questions = [split_question(chat)[0] for chat in CHATS[:6]] + [[{"role": "user", "content": "Where?"}]]
+    answers = evaluation.answer(base, TOKENIZER, questions, max_new_tokens=5)
+    assert answers == evaluation.answer(base, TOKENIZER, questions, max_new_tokens=5, batch_size=2)
+    assert len(answers) == 7 and len(set(answers)) > 1
+
+
+def test_the_commonest_answer_to_each_wording_counts_whoever_it_is_about():
+    training = [
+        chat("Which pet does Ann Ash keep?", "Ann Ash keeps a cat."),
+        chat("Which pet does Ben Oak keep?", "Ben Oak keeps a cat."),
+        chat("Which pet does Cy Elm keep?", "Cy Elm keeps a dog."),
+        chat("What does Di Fir feed?", "Di Fir keeps a dog."),
+    ]
+    test = [
+        chat("Which pet does Ed Yew keep?", "Ed Yew keeps a cat."),  # right: cat is the commonest here
+        chat("Which pet does Flo Box keep?", "Flo Box keeps a dog."),
+        chat("What does Gil May feed?", "Gil May keeps a dog."),  # right: dog is, for this wording
+        chat("Where does Hal Fig live?", "Hal Fig lives here."),  # a wording never seen
+    ]
+    assert evaluation.commonest_answer_rate(training, test) == 0.5
+
+
+def test_the_standard_error_of_a_share():
+    assert evaluation.standard_error(0.5, 100) == pytest.approx(0.05)
+    assert evaluation.standard_error(0.9, 400) == pytest.approx(0.015)
+    assert evaluation.standard_error(1.0, 500) == 0
