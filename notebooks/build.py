@@ -65,6 +65,8 @@ def build_edition(name: str, edition: str, timings: dict) -> nbformat.NotebookNo
     measured = timings.get(name, {"seconds": 0, "gigabytes": 0})
     for cell in cells:
         if cell.cell_type == "markdown":
+            if edition == "solutions":  # one folder further down
+                cell.source = cell.source.replace("](../", "](../../")
             for key, value in measured.items():
                 cell.source = cell.source.replace("{{" + key + "}}", str(value))
     if edition == "colab":
@@ -76,7 +78,7 @@ def build_edition(name: str, edition: str, timings: dict) -> nbformat.NotebookNo
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     metadata = {
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
     if edition == "colab":
@@ -98,9 +100,19 @@ def _peak_bytes(pid: int) -> int:
     raise RuntimeError(f"no VmHWM for process {pid}: the notebooks are built on Linux")
 
 
+class _Client(NotebookClient):
+    """A client without widgets: the figure that a slider draws at first becomes an output of its cell.
+
+    nbclient's own handling of a slider's output waits for ever if the kernel's reply comes while it sends.
+    """
+
+    def handle_comm_msg(self, outs, msg, cell_index):
+        pass
+
+
 def execute(notebook: nbformat.NotebookNode, folder: Path) -> dict:
     """Run all cells in `folder`; keep the outputs. Returns the seconds and the peak memory it took."""
-    client = NotebookClient(
+    client = _Client(
         notebook,
         timeout=900,
         record_timing=False,
@@ -113,7 +125,7 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> dict:
         peak = _peak_bytes(client.km.provisioner.pid)
     seconds = time.perf_counter() - started
     for cell in notebook.cells:
-        # a stored widget has no state to show: what is left is the line under it
+        # a stored widget has no state to show: what is left is its figure
         cell.outputs = (
             [o for o in cell.get("outputs", []) if WIDGET not in o.get("data", {})] if "outputs" in cell else []
         )

@@ -53,16 +53,17 @@ STYLE = {
 }
 
 
+plt.rcParams.update(STYLE)
+
+
 def figure(rows: int = 1, columns: int = 1, **options):
-    """`plt.subplots` in the course's style."""
-    with plt.rc_context(STYLE):
-        return plt.subplots(rows, columns, **options)
+    """A new figure and its axes, as `plt.subplots` gives them."""
+    return plt.subplots(rows, columns, **options)
 
 
 def _as_html(fig: Figure, alt: str) -> HTML:
     buffer = io.BytesIO()
-    with plt.rc_context(STYLE):
-        fig.savefig(buffer, format="png")
+    fig.savefig(buffer, format="png")
     data = base64.b64encode(buffer.getvalue()).decode()
     width = int(fig.get_size_inches()[0] * 100)
     return HTML(f'<img alt="{html.escape(alt)}" width="{width}" src="data:image/png;base64,{data}">')
@@ -99,8 +100,8 @@ def code_histogram(ax, share: Sequence[float], values: Sequence[float], name: st
     """How often each code is used, drawn where its value lies between -1 and 1."""
     ax.vlines(values, 0, np.asarray(share) * 100, color=FORMAT_COLOURS.get(name, BLUE), linewidth=5)
     ax.set_xlim(-1.08, 1.08)
-    ax.set_ylim(bottom=0)
-    ax.set_xlabel("value of the code, as a share of the block's absmax")
+    ax.set_ylim(0, 15)
+    ax.set_xlabel("value of the code / absmax")
     ax.set_ylabel("codes used (%)")
     ax.set_title(name)
 
@@ -110,7 +111,7 @@ def weights_and_levels(ax, weights: torch.Tensor, levels: torch.Tensor, name: st
     ax.hist(weights.flatten().numpy(), bins=120, range=(-1, 1), density=True, color="#BBBBBB")
     ax.vlines(levels.numpy(), -0.28, -0.06, color=FORMAT_COLOURS.get(name, BLUE), linewidth=2)
     ax.set_ylim(bottom=-0.32)
-    ax.set_xlabel("weight, as a share of its block's absmax")
+    ax.set_xlabel("weight / absmax of its block")
     ax.set_ylabel("density of weights")
     ax.set_title(name)
 

@@ -1,7 +1,8 @@
 """Block-wise absmax quantisation from scratch: codebooks, encode, decode, double quantisation.
 
 The arithmetic follows bitsandbytes 0.50 on a CPU operation by operation, so that packed bytes, scales and decoded
-values are equal to the last bit (`tests/test_quantize.py` compares them). Only torch is needed.
+values are equal to the last bit (`tests/test_quantize.py` compares them, and names the one exception: in its CUDA builds
+bitsandbytes rounds float16 ties on the CPU away from zero instead of to even). Only torch is needed.
 
 Source of the formats: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314, section 3.
 """

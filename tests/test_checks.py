@@ -28,6 +28,7 @@ def printed(capsys):
         (4.5, 4.5, {"exact": True}, "✓ n: 4.5\n"),
         ("Easthaven", "Easthaven", {"exact": True}, "✓ n: Easthaven\n"),
         (True, True, {"exact": True}, "✓ n: True\n"),
+        (None, None, {"exact": True}, "✓ n: None\n"),
         ((16, 64), (16, 64), {"exact": True}, "✓ n: (16, 64)\n"),
         (0.93, None, {"at_least": 0.9}, "✓ n: at least 0.9\n"),
         (0.9, None, {"at_least": 0.9}, "✓ n: at least 0.9\n"),
@@ -58,6 +59,7 @@ def test_equal_tensors_hold_bit_for_bit(capsys):
         (4.126, 4.127, {"abs": 1e-4}, "n: got 4.126, want 4.127, within 0.0001"),
         (12345679, 12345678, {"exact": True}, "n: got 12,345,679, want 12,345,678, exactly"),
         ("Westhaven", "Easthaven", {"exact": True}, "n: got Westhaven, want Easthaven, exactly"),
+        (1, None, {"exact": True}, "n: got 1, want None, exactly"),
         (0.89, None, {"at_least": 0.9}, "n: got 0.89, want at least 0.9"),
         (1.5, None, {"at_most": 1}, "n: got 1.5, want at most 1"),
         (1.5, None, {"at_least": 0, "at_most": 1}, "n: got 1.5, want at least 0 and at most 1"),
@@ -129,7 +131,7 @@ def test_no_way_or_several_ways_at_once_are_refused(way):
         check("n", 1, **way)
 
 
-@pytest.mark.parametrize("way", [{"rel": 0.1}, {"abs": 0.1}, {"exact": True}, {"want": 1, "at_least": 0}], ids=str)
+@pytest.mark.parametrize("way", [{"rel": 0.1}, {"abs": 0.1}, {"want": 1, "at_least": 0}], ids=str)
 def test_a_missing_or_a_needless_want_is_refused(way):
     with pytest.raises(ValueError, match="pass want with rel, abs or exact, and no want with at_least or at_most"):
         check("n", 1, **way)

@@ -18,6 +18,7 @@ quieten()
 
 import bitsandbytes.functional as bnb
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
+from bitsandbytes.cextension import lib
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # all that bitsandbytes takes
@@ -44,8 +45,14 @@ def random_shape(draw):
 
 
 def bitsandbytes_values(packed, state):
-    """What bitsandbytes decodes: by its own torch code where its AVX512 code is wrong (fault B of qlora_helpers.models)."""
-    if state.shape[-1] % 16 or state.shape[-1] % state.blocksize == 0:
+    """What bitsandbytes decodes: by its own torch code where its compiled code is wrong or rounds otherwise.
+
+    That is so for the shapes of fault B of qlora_helpers.models, and for float16 in a CUDA build of the library: there
+    the CPU code rounds ties away from zero instead of to even (seen in up to 73 of 262,144 values).
+    """
+    fault_b = state.shape[-1] % 16 == 0 and state.shape[-1] % state.blocksize
+    other_rounding = state.dtype == torch.float16 and lib.compiled_with_cuda
+    if not fault_b and not other_rounding:
         return bnb.dequantize_4bit(packed, state)
     absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
     return _dequantize_4bit_compute(packed.flatten(), absmax, state.code, state.blocksize, state.shape, state.dtype)

@@ -118,15 +118,22 @@ def test_the_saved_adapter_gives_the_trained_model_back(finished):
         assert torch.equal(again(**batch).logits, finished.model(**batch).logits)
 
 
-def test_the_loss_is_recorded_every_ten_steps_and_handed_on(tmp_path):
+def test_the_loss_is_recorded_twenty_times_and_handed_on_each_time(tmp_path):
     seen = []
-    settings = Settings(steps=20, batch_size=2, warmup_steps=0, rank=4)
-    done = run(tmp_path, settings, CHATS[:2], on_loss=lambda history: seen.append(list(history)))
-    (first, early), (second, late) = done.history
-    assert (first, second) == (10, 20)
-    assert late < early  # the same two chats over and over
-    assert seen == [done.history[:1], done.history]
+    settings = Settings(steps=40, batch_size=1, warmup_steps=0, rank=4)
+    done = run(tmp_path, settings, CHATS[:1], on_loss=lambda history: seen.append(list(history)))
+    assert [step for step, _ in done.history] == list(range(2, 41, 2))
+    assert done.history[-1][1] < done.history[0][1]  # the same chat over and over
+    assert seen == [done.history[:count] for count in range(1, 21)]
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]  # no save_steps, no checkpoints
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_progress_bar_with_the_loss_is_shown_if_it_is_wanted(wanted, tmp_path, capfd):
+    done = run(tmp_path, Settings(steps=2, batch_size=1, rank=4), progress_bar=wanted)
+    shown = capfd.readouterr()
+    assert ("2/2" in shown.err) is (f"loss {done.history[-1][1]:.3f}" in shown.err) is wanted
+    assert shown.out == ""  # nor the trainer's own dictionaries
 
 
 def test_gradient_checkpointing_computes_the_same(tmp_path):
@@ -136,6 +143,17 @@ def test_gradient_checkpointing_computes_the_same(tmp_path):
     )
     torch.testing.assert_close(adapter(frugal.adapter_path), adapter(plain.adapter_path))
     assert any("lora_B" in name and tensor.any() for name, tensor in adapter(frugal.adapter_path).items())
+
+
+def test_the_first_values_of_the_adapters_follow_from_the_seed_alone(tmp_path):
+    def first_values(seed):
+        model = trainer_of(tmp_path, settings=Settings(rank=4, seed=seed)).model
+        return {name: p for name, p in model.named_parameters() if "lora_A" in name}
+
+    first = first_values(seed=0)
+    torch.rand(1)  # whatever was drawn before
+    assert differing(first_values(seed=0), first) == []
+    assert len(differing(first_values(seed=1), first)) == len(first)
 
 
 # Kill and resume
@@ -358,6 +376,18 @@ def test_exact_match_wants_the_answer_word_for_word(monkeypatch):
     said = ["Ann lives here.", "Ben lives here.", "Cy lives here"]
     monkeypatch.setattr(evaluation, "answer", lambda model, tokenizer, questions: said)
     assert evaluation.exact_match(None, None, chats) == 1 / 3
+
+
+def test_an_answer_is_the_likeliest_tokens_one_after_another(base):
+    question = split_question(CHATS[0])[0]
+    ids = TOKENIZER.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
+    asked = len(ids)
+    for _ in range(5):
+        with torch.no_grad():
+            ids = [*ids, base(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item()]
+    assert TOKENIZER.eos_token_id not in ids[asked:]
+    by_hand = TOKENIZER.decode(ids[asked:], skip_special_tokens=True).strip()
+    assert evaluation.answer(base, TOKENIZER, [question], max_new_tokens=5) == [by_hand]
 
 
 def test_answers_do_not_depend_on_their_batch(base):

@@ -273,7 +273,8 @@ for length, doubled in zip(lengths[1:], [b / a for a, b in zip(saved, saved[1:])
 # %%
 fig, ax = plots.figure()
 ax.plot(lengths, [b / 1e6 for b in saved], marker="o", label="measured, SDPA attention")
-ax.plot(lengths, [saved[0] / 1e6 * (n / 32) ** 2 for n in lengths], linestyle="--", label="if it were quadratic")
+grid = range(32, 257)
+ax.plot(grid, [saved[0] / 1e6 * (n / 32) ** 2 for n in grid], linestyle="--", label="if it were quadratic")
 ax.set_ylim(0, saved[-1] / 1e6 * 2.2)
 ax.set_xlabel("tokens in the sequence")
 ax.set_ylabel("kept for the backward pass (MB)")
@@ -287,7 +288,7 @@ plots.show(fig, "Memory kept for the backward pass against sequence length, 32 t
 #
 # ## Move the bits yourself
 #
-# The slider shows what the weights alone would take. 4.127 is QLoRA's true number of bits, for a model without embeddings.
+# Run the cell, then move the slider. It shows what the weights alone would take. 4.127 is QLoRA's true number of bits, for a model without embeddings.
 
 # %%
 from qlora_helpers.widgets import memory_slider

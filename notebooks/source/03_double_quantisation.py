@@ -4,7 +4,7 @@
 # You will
 # - see what the scales of a 4-bit weight cost, for each block size;
 # - build the second level from scratch and get bitsandbytes' bytes, bit for bit;
-# - compute what it saves: 0.37305 bits per parameter, not 0.34 and not 0.4 as articles say, and find their slips;
+# - compute what it saves: 0.373047 bits per parameter, not 0.34 and not 0.4 as articles say, and find their slips;
 # - measure the error that it adds.
 #
 # Takes about {{seconds}} seconds and {{gigabytes}} GB of memory on two processor cores. No GPU is needed.
@@ -20,7 +20,8 @@ from qlora_helpers.quantize import NF4, dequantize, dynamic_map_values, quantize
 from qlora_helpers.shapes import KNOWN, meta_model
 
 GB, GIB = 10**9, 2**30
-import bitsandbytes.functional as bnb  # after the helpers, which keep one harmless message of it off the page
+# after the helpers, which keep one harmless message off the page
+import bitsandbytes.functional as bnb
 
 print("torch", torch.__version__.split("+")[0])
 

@@ -20,7 +20,7 @@ from qlora_helpers.hardware import detect
 from qlora_helpers.models import bytes_by_part, load_model, load_tokenizer
 from qlora_helpers.training import Settings, train
 
-# after the helpers, which keep one harmless message of bitsandbytes off the page
+# after the helpers, which keep one harmless message off the page
 import bitsandbytes as bnb
 import peft
 import torch
