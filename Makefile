@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 # Nothing here needs the network once the packages are installed.
 export HF_HUB_OFFLINE := 1
+# Threads that wait by spinning make training several times slower as soon as another program needs a core.
+export OMP_WAIT_POLICY := passive
 
 .PHONY: help run test lab notebooks lint
 

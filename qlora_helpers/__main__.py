@@ -3,6 +3,7 @@
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 import sys
 import time
@@ -14,6 +15,8 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", 
 
 def _run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
+    # Threads that wait by spinning make a run several times slower as soon as another program needs a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     print("Loading the libraries …", flush=True)
     from qlora_helpers import evaluation
     from qlora_helpers.chats import read_chats, split_question

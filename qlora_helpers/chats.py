@@ -8,6 +8,8 @@ Every bad line is reported with its file, its number and what is wrong. Nothing 
 import json
 from pathlib import Path
 
+import jinja2
+
 ROLES = ("system", "user", "assistant")
 Chat = list[dict[str, str]]
 
@@ -59,17 +61,23 @@ def read_chats(path: str | Path, tokenizer=None, max_length: int | None = None) 
     if max_length is not None and tokenizer is None:
         raise ValueError(f"max_length={max_length} is counted in tokens: pass the tokenizer too")
     chats, faults = [], []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    # by bytes: str.splitlines would also split at characters such as U+2028, which JSON allows within a text
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            fault = f"not UTF-8 at byte {error.start + 1}"
         except json.JSONDecodeError as error:
             fault = f"not JSON: {error.msg} at column {error.colno}"
         else:
             fault = fault_in(row)
         if fault is None and max_length is not None:
-            length = count_tokens(row["messages"], tokenizer)
+            try:
+                length = count_tokens(row["messages"], tokenizer)
+            except jinja2.TemplateError as error:
+                fault, length = f"the chat template refuses it: {error}", 0
             if length > max_length:
                 fault = f"{length} tokens, over the limit of {max_length}: the answer would be cut"
         if fault is None:

@@ -22,8 +22,9 @@ def _text(value: Any) -> str:
 
 
 def _exactly_equal(got: Any, want: Any) -> bool:
-    if isinstance(got, torch.Tensor) and isinstance(want, torch.Tensor):
-        return got.dtype == want.dtype and torch.equal(got, want)
+    if isinstance(got, torch.Tensor) or isinstance(want, torch.Tensor):
+        both = isinstance(got, torch.Tensor) and isinstance(want, torch.Tensor)
+        return both and got.dtype == want.dtype and torch.equal(got, want)
     return bool(got == want)
 
 
@@ -78,7 +79,7 @@ def check(
     print(f"✓ {name}: {said}")
 
 
-def exercise(name: str, answer: Any, right: Callable[[Any], bool] | Any, hint: str = "", rel: float = 1e-6) -> None:
+def exercise(name: str, answer: Any, right: Callable[[Any], str] | Any, hint: str = "", rel: float = 1e-6) -> None:
     """Say whether a learner's answer is right. Never raises for a wrong or a missing answer.
 
     Args:

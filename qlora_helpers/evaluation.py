@@ -28,7 +28,7 @@ def _evaluating(model):
 
 def read_facts(path: str | Path) -> list[dict[str, str]]:
     """Read `recall.jsonl`: facts with a `prompt`, its right next word `answer`, and the `attribute` it is about."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in Path(path).read_bytes().splitlines()]
 
 
 def recall(model, tokenizer, facts: list[dict[str, str]], batch_size: int = 500) -> float:

@@ -61,15 +61,11 @@ def detect(gear: str | None = None) -> Hardware:
     asked_by = "gear" if gear else "QLORA_GEAR"
     wanted = gear or os.environ.get("QLORA_GEAR", "").strip()
     if wanted and wanted not in GEARS:
-        raise ValueError(
-            f"{asked_by}={wanted!r}: choose one of {', '.join(GEARS)}"
-        )
+        raise ValueError(f"{asked_by}={wanted!r}: choose one of {', '.join(GEARS)}")
     if wanted in ("t4", "ampere") and not has_gpu:
         raise ValueError(f"{asked_by}={wanted!r} needs a GPU that torch can see, and there is none: use cpu")
     if wanted == "ampere" and not native:
-        raise ValueError(
-            f"{asked_by}='ampere' needs a GPU with native bfloat16, and this one has none: use t4"
-        )
+        raise ValueError(f"{asked_by}='ampere' needs a GPU with native bfloat16, and this one has none: use t4")
     detected = "ampere" if native else "t4" if has_gpu else "cpu"
     properties = torch.cuda.get_device_properties(0) if has_gpu else None
     return Hardware(

@@ -251,6 +251,8 @@ def _quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, NestedAbsmax]:
     """The second level: subtract the mean, then quantise the scales to 8 bits in blocks of 256."""
     values, table = _absmax_table()
     offset = absmax.mean()
+    if not torch.isfinite(offset):
+        raise ValueError("the mean of the scales overflows float32: use double_quant=False for such large values")
     centred = absmax - offset
     count = centred.numel()
     padded = torch.nn.functional.pad(centred, (0, -count % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)

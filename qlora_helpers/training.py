@@ -95,7 +95,8 @@ class _Recorder(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
-            self.history.append((state.global_step, float(logs["loss"])))
+            # the state's own log, which a resumed run finds in its checkpoint
+            self.history = [(entry["step"], float(entry["loss"])) for entry in state.log_history if "loss" in entry]
             if self.on_loss:
                 self.on_loss(self.history)
 
@@ -140,6 +141,28 @@ def last_whole_checkpoint(folder: str | Path) -> Path | None:
             )
         return path
     return None
+
+
+def _where_to_start(output_dir: Path, steps: int, resume: bool) -> Path | None:
+    """The checkpoint from which to go on, or None for the start; refuse to overwrite or to redo a run."""
+    has_adapter = (output_dir / "adapter").exists()
+    if not resume:
+        if has_adapter or any(output_dir.glob("checkpoint-*")):
+            raise FileExistsError(
+                f"output_dir={str(output_dir)!r} holds a run already: name a new folder, or pass resume=True"
+            )
+        return None
+    checkpoint = last_whole_checkpoint(output_dir)
+    if checkpoint is None:
+        if has_adapter:
+            raise ValueError(f"the run in {output_dir} is finished and left no checkpoint: load its adapter")
+        return None
+    done = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    if done >= steps:
+        raise ValueError(
+            f"the run in {output_dir} is finished ({done} of {steps} steps): load its adapter, or raise steps"
+        )
+    return checkpoint
 
 
 def build_trainer(model, tokenizer, chats: list[Chat], output_dir: Path, settings: Settings, hardware: Hardware):
@@ -235,18 +258,7 @@ def train(
     settings, hardware, output_dir = settings or Settings(), hardware or detect(), Path(output_dir)
     if not chats:
         raise ValueError("chats is empty: there is nothing to learn")
-    checkpoint = last_whole_checkpoint(output_dir) if resume else None
-    if not resume and ((output_dir / "adapter").exists() or any(output_dir.glob("checkpoint-*"))):
-        raise FileExistsError(
-            f"output_dir={str(output_dir)!r} holds a run already: name a new folder, or pass resume=True"
-        )
-    if (
-        checkpoint
-        and (done := json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]) >= settings.steps
-    ):
-        raise ValueError(
-            f"the run in {output_dir} is finished ({done} of {settings.steps} steps): load its adapter, or raise steps"
-        )
+    checkpoint = _where_to_start(output_dir, settings.steps, resume)
     trainer = build_trainer(model, tokenizer, chats, output_dir, settings, hardware)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)

@@ -54,5 +54,7 @@ def outlier_slider() -> ipywidgets.Widget:
     return ipywidgets.interactive(
         draw,
         outlier=ipywidgets.FloatSlider(value=12, min=1, max=30, step=1, description="outlier"),
-        block_size=ipywidgets.SelectionSlider(options=[32, 64, 128, 256, 512, 1024], value=64, description="block size"),
+        block_size=ipywidgets.SelectionSlider(
+            options=[32, 64, 128, 256, 512, 1024], value=64, description="block size"
+        ),
     )

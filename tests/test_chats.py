@@ -230,3 +230,28 @@ def test_a_question_ready_to_be_answered_is_the_beginning_of_the_training_text(t
     trained = tokenizer.apply_chat_template(GOOD, return_dict=True, return_assistant_tokens_mask=True)
     assert trained["input_ids"][: len(asked)] == asked
     assert trained["assistant_masks"] == [0] * len(asked) + [1] * (len(trained["input_ids"]) - len(asked))
+
+
+WITH_LINE_SEPARATORS = [{"role": "user", "content": "a\u2028b\x85c"}, {"role": "assistant", "content": "x"}]
+
+
+def test_characters_that_python_takes_for_line_ends_may_stand_in_a_text(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    line = json.dumps({"messages": WITH_LINE_SEPARATORS}, ensure_ascii=False)
+    path.write_bytes(f"{line}\r\n\r\n".encode())
+    assert read_chats(path) == [WITH_LINE_SEPARATORS]
+
+
+def test_a_line_that_is_not_utf_8_is_named(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_bytes(b'{}\n{"messages": "\xff"}\n')
+    with pytest.raises(ChatError, match="line 2: not UTF-8 at byte 15"):
+        read_chats(path)
+
+
+def test_a_chat_that_the_template_refuses_is_named(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    path.write_text(json.dumps({"messages": chat}))
+    with pytest.raises(ChatError, match="line 1: the chat template refuses it: this model knows the roles"):
+        read_chats(path, load_tokenizer(), 64)

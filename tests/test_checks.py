@@ -79,8 +79,8 @@ def test_a_failed_check_is_an_assertion_error():
 
 @pytest.mark.parametrize(
     "other",
-    [torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1, 2]), torch.tensor([1.0, NAN])],
-    ids=["value", "shape", "dtype", "nan"],
+    [torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1, 2]), torch.tensor([1.0, NAN]), 1.0],
+    ids=["value", "shape", "dtype", "nan", "no tensor"],
 )
 def test_tensors_that_differ_in_anything_are_not_exactly_equal(other):
     with pytest.raises(CheckFailed):

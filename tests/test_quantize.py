@@ -317,3 +317,8 @@ def test_importing_quantize_and_hardware_loads_none_of_the_large_libraries():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_scales_whose_mean_overflows_are_refused():
+    with pytest.raises(ValueError, match="overflows float32: use double_quant=False"):
+        quantize(torch.full((512, 64), 3e38))

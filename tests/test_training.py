@@ -234,6 +234,12 @@ def test_resuming_a_finished_run_is_refused(finished):
         run(finished.adapter_path.parent, resume=True)
 
 
+def test_resuming_a_finished_run_without_checkpoints_is_refused(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(ValueError, match="is finished and left no checkpoint: load its adapter"):
+        run(tmp_path, resume=True)
+
+
 @pytest.mark.parametrize("left", ["adapter", "checkpoint-3"])
 def test_a_folder_that_holds_a_run_is_refused_unless_it_is_to_be_resumed(left, tmp_path):
     (tmp_path / left).mkdir()
@@ -388,6 +394,14 @@ def test_an_answer_is_the_likeliest_tokens_one_after_another(base):
     assert TOKENIZER.eos_token_id not in ids[asked:]
     by_hand = TOKENIZER.decode(ids[asked:], skip_special_tokens=True).strip()
     assert evaluation.answer(base, TOKENIZER, [question], max_new_tokens=5) == [by_hand]
+
+
+def test_a_model_is_asked_in_the_tokens_that_it_was_trained_on(base, monkeypatch):
+    asked, generate = [], base.generate
+    monkeypatch.setattr(base, "generate", lambda **batch: asked.append(batch["input_ids"]) or generate(**batch))
+    evaluation.answer(base, TOKENIZER, [split_question(CHATS[0])[0]])
+    trained = TOKENIZER.apply_chat_template(CHATS[0], return_dict=True)["input_ids"]
+    assert asked[0][0].tolist() == trained[: asked[0].shape[1]]  # above all with one first token, not two
 
 
 def test_answers_do_not_depend_on_their_batch(base):
