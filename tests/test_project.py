@@ -67,6 +67,8 @@ def test_the_ranges_admit_what_colab_has():
 
 
 def test_no_file_names_a_path_of_the_machine_it_was_made_on():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: which files belong to the project is asked of git")
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     for name in filter(None, files):
         path = ROOT / name

@@ -28,7 +28,7 @@ print("torch", torch.__version__.split("+")[0], "· transformers", transformers.
 # ## Two units with almost the same name
 #
 # A gigabyte (GB) is a power of ten. A gibibyte (GiB) is a power of two, and 7 % larger. Model files are sold in GB, GPU
-# tools count in GiB. Mixing the two is the commonest mistake in memory maths.
+# tools count in GiB. Mixing the two is an easy mistake; one of the articles behind this course makes it.
 
 # %% tags=["nbval-check-output"]
 GB = 10**9

@@ -245,7 +245,7 @@ outlier_slider()
 #
 # Weight errors are a means. What counts is the model. The shipped one holds 0.36 bits of fact in each parameter of its
 # linear layers, near what such a model can hold, so rounding has something to destroy. *Recall* is the share of 2,000
-# facts ("Judith Standale lives in …") whose right word is the model's first choice.
+# facts ("You can visit Henry Coldford in …") whose right word is the model's first choice.
 
 # %%
 tokenizer = load_tokenizer()
@@ -301,8 +301,9 @@ check("INT3 is far below", full - scores["INT3", 64], at_least=0.2)
 check("double quantisation costs nothing here", scores["NF4", 64] - scores["NF4 + double quant", 64], at_most=0.005)
 
 # %% [markdown]
-# The order of the errors is the order of the recall. That is clear in this model because it is full of facts. In a model
-# with room to spare, 4-bit formats hardly differ in what they know.
+# At blocks of 64 the order of the errors is the order of the recall. (At 256 symmetric INT4 and FP4 forget the same.) That
+# is clear in this model because it is full of facts. In a model with room to spare, 4-bit formats hardly differ in what
+# they know.
 #
 # ## Exercise 1
 #

@@ -75,9 +75,9 @@ check("largest difference to PEFT", (theirs(x) - mine(x)).abs().max().item(), at
 # %% [markdown]
 # ## The model, in 4 bits
 #
-# `load_model` passes this to transformers. Each line matters, and none of them is the default:
+# `load_model` passes this to transformers. Each line matters:
 #
-# | option | what it does | the default instead |
+# | option | what it does | if it is left out |
 # |---|---|---|
 # | `load_in_4bit=True` | linear layers become bitsandbytes' `Linear4bit` | no quantisation |
 # | `bnb_4bit_quant_type="nf4"` | the 16 values of lesson 2 | `"fp4"` |
@@ -315,7 +315,7 @@ exercise("trainable at rank 4", at_rank_4, 65_536, hint="LoRA's parameters are p
 my_question = ...
 
 # %% tags=["solution"]
-my_question = "Where does Mildred Hollcroft live?"
+my_question = "Where does Henry Coldford live?"
 
 # %% tags=["nbval-check-output"]
 reply = my_question if my_question is ... else evaluation.answer(run.model, tokenizer, [[{"role": "user", "content": my_question}]])[0]
