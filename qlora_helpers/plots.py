@@ -124,7 +124,9 @@ class LivePlot:
         self.handle: DisplayHandle | None = None
 
     def update(self, history: list[tuple[int, float]]) -> None:
-        """Redraw with the (step, loss) pairs so far."""
+        """Redraw with the (step, loss) pairs so far; at every second one and at the end, since drawing takes time, too."""
+        if len(history) % 2 and history[-1][0] < self.steps:
+            return
         fig, ax = figure()
         x, y = zip(*history, strict=True)
         ax.plot(x, y, marker="o", markersize=3)
