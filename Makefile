@@ -1,4 +1,5 @@
 # make run | test | lab | notebooks: each sets up .venv first, and installs nothing when it is up to date.
+# make zip needs git alone; make test-colab has an environment of its own.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
@@ -11,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 # Threads that wait by spinning make training several times slower as soon as another program needs a core.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help run test lab notebooks lint
+.PHONY: help run test lab notebooks lint zip test-colab
 
 help:
 	@echo "make run        the full QLoRA run on this machine, about a minute after the first set-up"
@@ -19,6 +20,8 @@ help:
 	@echo "make lab        JupyterLab in notebooks/"
 	@echo "make notebooks  rebuild and execute every edition of the lessons"
 	@echo "make lint       ruff"
+	@echo "make zip        qlora-course.zip of the last commit, to upload to Colab or Kaggle"
+	@echo "make test-colab the Colab editions under the versions that Colab has, in an environment of their own"
 
 # The stamp keeps what it was made from: a changed requirements.txt or pyproject.toml installs again, a second run does not.
 $(READY): requirements.txt pyproject.toml
@@ -40,6 +43,10 @@ test: $(READY)
 	@$(BIN)/ruff check --quiet .
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
+# 20 runs killed for real; the last output is in data/measured/kills.txt
+test-kills: $(READY)
+	@set -o pipefail; PYTHONPATH=. $(BIN)/python tests/kills.py | tee data/measured/kills.txt
+
 lab: $(READY)
 	@cd notebooks && ../$(BIN)/jupyter lab
 
@@ -48,3 +55,30 @@ notebooks: $(READY)
 
 lint: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+ZIP := qlora-course.zip
+zip:
+	@git archive --format=zip --prefix=qlora-course/ --output=$(ZIP) HEAD
+	@echo "$(ZIP): $$(du -h $(ZIP) | cut -f1)B, made of the last commit"
+	@git diff --quiet HEAD || echo "What is not committed is not in it."
+
+# Colab's versions, on the Python and the torch at hand. What MOVES names is not held to Colab's version: torch, which
+# is built for CUDA there, and what colab/requirements.txt replaces there (tests/test_colab.py shows it). On Linux
+# without a GPU, first install PyTorch's CPU build into .venv-colab, as README.md says for .venv.
+COLAB := .venv-colab
+COLAB_READY := $(COLAB)/ready
+MOVES := torch|triton|pip|setuptools|datasets|pyarrow|huggingface_hub
+$(COLAB_READY): colab/requirements.txt colab/runtime-packages.txt requirements.txt
+	@[ -x $(COLAB)/bin/python ] || $(PYTHON) -m venv $(COLAB)
+	@sed -n 's/ .*//; /==/p' colab/runtime-packages.txt | grep -vE '^($(MOVES))==' > $(COLAB)/constraints.txt
+	@echo "Installing Colab's versions into $(COLAB) (once; a few minutes)."
+	@$(COLAB)/bin/python -m pip install --quiet --disable-pip-version-check -c $(COLAB)/constraints.txt \
+		-r colab/requirements.txt $$(grep -E '^(torch|nbval|pytest|pytest-xdist)==' requirements.txt) \
+		transformers tokenizers peft accelerate safetensors numpy pandas matplotlib psutil tqdm jinja2 \
+		ipywidgets ipykernel ipython tornado jupyter_client nbformat traitlets
+	@touch $(COLAB_READY)
+
+test-colab: $(COLAB_READY)
+	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && \
+		OMP_NUM_THREADS=1 QLORA_RUNS=$$runs PYDEVD_DISABLE_FILE_VALIDATION=1 \
+		$(COLAB)/bin/python -m pytest -q -rs -p no:anyio colab

@@ -1,20 +1,25 @@
-# Set-up: installs on Colab and Kaggle what they lack, and does nothing elsewhere. Safe to run twice.
-import importlib.util, subprocess, sys
+# Set-up: fetches the course, and installs what Colab or Kaggle lacks. Safe to run twice; elsewhere it changes nothing.
+import importlib.util, runpy, subprocess, zipfile
 from pathlib import Path
 
-if importlib.util.find_spec("qlora_helpers") is None:
-    repository = "GITHUB_REPOSITORY"  # owner/name; empty: unpack the course's zip here, or keep it in your Drive
-    places = [Path.cwd() / "qlora-course", Path("/content/drive/MyDrive/qlora-course"), *Path.cwd().parents]
-    course = next((place for place in places if (place / "qlora_helpers").is_dir()), None)
-    if course is None and repository:
-        course = Path.cwd() / "qlora-course"
-        subprocess.run(["git", "clone", "--depth", "1", f"https://github.com/{repository}", str(course)], check=True)
-    if course is None:
-        raise FileNotFoundError("The course is not here: upload its zip, unpack it as qlora-course, and run this again.")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
-    subprocess.run([*pip, "-r", str(course / "colab" / "requirements.txt")], check=True)
-    sys.path.insert(0, str(course))
+repository, here = "GITHUB_REPOSITORY", Path.cwd()  # owner/name on GitHub; empty: the course comes as a zip
 
-import torch
 
-print("Set-up is complete." if torch.cuda.is_available() else "Set-up is complete. There is no GPU: the cpu gear runs.")
+def find_course():  # installed, here or above, one folder below, in a mounted Google Drive, or among Kaggle's inputs
+    package = importlib.util.find_spec("qlora_helpers")
+    places = [Path(package.origin).parents[1]] if package and package.origin else []
+    places += [here, *here.parents, *here.glob("*"), here / "drive/MyDrive/qlora-course"]
+    places += [place for depth in range(1, 5) for place in here.parent.glob("input/" + "*/" * depth)]
+    return next((place for place in places if (place / "colab/setup.py").is_file()), None)
+
+
+for file in [*here.glob("*.zip"), *here.glob("drive/MyDrive/qlora-course*.zip")]:
+    if not find_course() and zipfile.is_zipfile(file) and "qlora_helpers/" in str(zipfile.ZipFile(file).namelist()):
+        zipfile.ZipFile(file).extractall(here)
+if not find_course() and repository:
+    subprocess.run(["git", "clone", "--quiet", "--depth=1", f"https://github.com/{repository}", "qlora-course"])
+if not find_course():
+    cure = "upload qlora-course.zip beside this notebook (Kaggle: as a dataset), wait until it is complete"
+    fetched = f", nor could https://github.com/{repository} be fetched (no Internet?)" if repository else ""
+    raise FileNotFoundError(f"The course is not here{fetched}: {cure}, and run this cell again.")
+set_up = runpy.run_path(str(find_course() / "colab/setup.py"), run_name="__main__")

@@ -18,7 +18,9 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
+import os
 import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -48,11 +50,14 @@ def lessons() -> list[str]:
 def colab_cells(name: str) -> list:
     """The badge and the set-up cell that stand before a lesson in its Colab edition."""
     repository = json.loads((ROOT / "colab" / "repository.json").read_text())["github"]
-    link = f"github/{repository}/blob/main/colab/{name}.ipynb" if repository else ""
+    link, how = f"github/{repository}/blob/main/colab/{name}.ipynb", ""
+    if not repository:  # nothing that a link could open: Colab's upload page
+        link = "#upload=true"
+        how = "\n\nUpload this notebook there, and the course's `qlora-course.zip` beside it (in Colab: the folder at the left)."
     badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/{link})"
     set_up = (ROOT / "colab" / "setup_cell.py").read_text().rstrip()
     return [
-        nbformat.v4.new_markdown_cell(badge),
+        nbformat.v4.new_markdown_cell(badge + how),
         nbformat.v4.new_code_cell(set_up.replace("GITHUB_REPOSITORY", repository), metadata={"tags": ["setup"]}),
     ]
 
@@ -141,7 +146,9 @@ def _executed(job: tuple[str, str]) -> tuple[str, str, str, dict]:
     notebook = build_edition(name, edition, {})
     folder = EDITIONS[edition]
     folder.mkdir(exist_ok=True)
-    measured = execute(notebook, folder)
+    with tempfile.TemporaryDirectory() as runs:  # of its own: a lesson goes on with a run that it finds unfinished
+        os.environ["QLORA_RUNS"] = runs
+        measured = execute(notebook, folder)
     print(f"{edition:10}{name:26}{measured['seconds']:4} s {measured['gigabytes']:5} GB", flush=True)
     return name, edition, nbformat.writes(notebook), measured
 
@@ -180,7 +187,24 @@ def readme_tables() -> dict[str, str]:
     ):  # fmt: skip
         results.append(f"| {label} | {before[base] * 100:.1f} % | {after[base] * 100:.1f} % |")
     results.append(f"| none: always the commonest answer | | {scores['commonest_answer_rate'] * 100:.1f} % |")
-    return {"lessons": "\n".join(table), "results": "\n".join(results)}
+    return {"lessons": "\n".join(table), "results": "\n".join(results), "t4": t4_table()}
+
+
+def t4_table() -> str:
+    """The course's gears beside the articles' recipe, as `data/measure_t4.py` measured them."""
+    measured = json.loads((ROOT / "data" / "measured" / "t4_gear.json").read_text())
+    rows = [row for row in measured["rows"] if row["what"] == "training"]
+    by_size: dict = {}
+    for row in rows:
+        size = row["model"], "float16, as a T4" if row["gear"] == "t4" else "bfloat16", row["batch_size"], row["tokens"]
+        result = row["outcome"]
+        if result == "ran":
+            result = f"{row['peak_allocated_bytes'] / 2**30:.2f} GiB, {row['tokens_per_second']:,} tokens/s"
+        by_size.setdefault(size, {})[row["who"]] = result
+    table = [f"| on one {measured['gpu']} | | batch x tokens | the recipe | this course |", "|---|---|---|---|---|"]
+    for (model, how, batch_size, tokens), results in by_size.items():
+        table.append(f"| {model} | {how} | {batch_size} x {tokens:,} | {results['recipe']} | {results['ours']} |")
+    return "\n".join(table)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from qlora_helpers.chats import Chat, split_question
+from qlora_helpers.chats import Chat, count_tokens, split_question
 
 
 @contextmanager
@@ -71,6 +71,11 @@ def answer(model, tokenizer, questions: list[Chat], max_new_tokens: int = 16, ba
                 **batch,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                # a model's own generation_config.json may ask for these; greedy answers have no use for them
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                repetition_penalty=1.0,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
             )
@@ -107,8 +112,18 @@ def commonest_answer_rate(train: list[Chat], test: list[Chat]) -> float:
     return right / len(test)
 
 
-def loss(model, tokenizer, chats: list[Chat], batch_size: int = 250) -> float:
-    """Mean cross-entropy of the assistant's tokens, in nats per token: what training minimises."""
+MOST_LOGITS = 2**27  # in one batch: 256 MiB in 16 bits
+
+
+def loss(model, tokenizer, chats: list[Chat], batch_size: int | None = None) -> float:
+    """Mean cross-entropy of the assistant's tokens, in nats per token: what training minimises.
+
+    Args:
+        batch_size: chats at once; by default up to 250, and fewer where a large vocabulary makes large logits.
+    """
+    if batch_size is None:
+        longest = max(count_tokens(chat, tokenizer) for chat in chats)
+        batch_size = max(1, min(250, MOST_LOGITS // (longest * model.config.vocab_size)))
     total, count = 0.0, 0
     for start in range(0, len(chats), batch_size):
         encoded = tokenizer.apply_chat_template(

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+DRIVE = Path("/content/drive/MyDrive")  # where Colab mounts it
+
 
 def data_path(*parts: str) -> Path:
     """The path of a file or folder in the course's `data/`, such as `data_path("chats", "train.jsonl")`.
@@ -26,12 +28,21 @@ def data_path(*parts: str) -> Path:
     )
 
 
-def new_run_folder(name: str) -> Path:
-    """Make a new folder `name-1`, `name-2`, … for a run, in the folder that QLORA_RUNS names, else in `runs/`.
+def _runs() -> Path:
+    """Where runs go: the folder that QLORA_RUNS names, else Google Drive if it is mounted, else beside `data/`."""
+    if named := os.environ.get("QLORA_RUNS"):
+        return Path(named)
+    if DRIVE.is_dir():
+        return DRIVE / "qlora-runs"
+    return data_path().parent / "runs"
 
-    Nothing is overwritten: the first number that is free is taken. `runs/` lies beside the course's `data/`.
+
+def new_run_folder(name: str) -> Path:
+    """Make a new folder `name-1`, `name-2`, … for a run. Nothing is overwritten: the first number that is free is taken.
+
+    It lies in the folder that QLORA_RUNS names; else in Google Drive, if Colab has mounted it; else in the course's `runs/`.
     """
-    runs = Path(os.environ.get("QLORA_RUNS") or data_path().parent / "runs")
+    runs = _runs()
     runs.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
@@ -42,3 +53,12 @@ def new_run_folder(name: str) -> Path:
             number += 1
         else:
             return folder
+
+
+def unfinished_run_folder(name: str) -> Path:
+    """The newest folder of this name whose run was begun and not finished; a new one if there is none."""
+    begun = [path for path in _runs().glob(f"{name}-*") if path.name.removeprefix(f"{name}-").isdigit()]
+    for folder in sorted(begun, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        if (folder / "run.json").exists() and not (folder / "adapter").exists():
+            return folder
+    return new_run_folder(name)

@@ -8,13 +8,16 @@ B. With AVX512, dequantisation is wrong where the last dimension is no multiple 
    `load_model` refuses such shapes.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from qlora_helpers.attention import REPEATED_KV
 from qlora_helpers.files import data_path
 from qlora_helpers.hardware import Hardware, detect
+from qlora_helpers.hub import DEFAULT_MODEL, HubError, fetch
 from qlora_helpers.quantize import Codebook, dequantize, quantize
 from qlora_helpers.quiet import quieten
 
@@ -28,17 +31,38 @@ SHIPPED_MODEL = "tiny-llama"
 BLOCK_SIZE = 64  # values that share a scale in a 4-bit layer; transformers has no option for another
 
 
-def _source(name: str) -> tuple[str, dict]:
-    """Where to load from: the shipped model and any other folder offline, every other name from the Hub."""
+def _folder(name: str) -> Path:
+    """Where a model lies on this disk; one of the Hub is fetched first."""
     if name == SHIPPED_MODEL:
-        return str(data_path(SHIPPED_MODEL)), {"local_files_only": True}
-    return name, {"local_files_only": True} if Path(name).is_dir() else {}
+        return data_path(SHIPPED_MODEL)
+    return Path(name) if Path(name).is_dir() else fetch(name)
+
+
+def default_model(hardware: Hardware | None = None) -> str:
+    """The model that this machine's gear trains: the shipped one on a CPU, one of 1.5B from the Hub on a GPU.
+
+    The environment variable QLORA_MODEL names another: a model of the Hub, a folder, or "tiny-llama".
+    """
+    on_gpu = (hardware or detect()).device == "cuda"
+    return os.environ.get("QLORA_MODEL", "").strip() or (DEFAULT_MODEL if on_gpu else SHIPPED_MODEL)
 
 
 def load_tokenizer(name: str = SHIPPED_MODEL):
-    """The tokenizer of a model, padding on the left as generation needs it."""
-    folder, options = _source(name)
-    return AutoTokenizer.from_pretrained(folder, padding_side="left", **options)
+    """The tokenizer of a model, padding on the left as generation needs it.
+
+    Its chat template marks what the assistant says, which training on the answers alone needs. Most published templates
+    do not; TRL has marked versions of the common ones, and the one that renders the same text is taken.
+
+    Raises:
+        HubError: a model of the Hub could not be fetched.
+        ValueError: the template has no marks, and TRL knows no marked version of it.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(_folder(name), padding_side="left", local_files_only=True)
+    if "generation %}" not in (tokenizer.chat_template or "").replace("-%}", " %}"):
+        from trl.chat_template_utils import get_training_chat_template  # only here: it takes seconds to import
+
+        tokenizer.chat_template = get_training_chat_template(tokenizer) or tokenizer.chat_template
+    return tokenizer
 
 
 def load_model(
@@ -50,13 +74,15 @@ def load_model(
     """Load a causal language model onto this machine's device.
 
     Args:
-        name: "tiny-llama" (shipped), a folder, or a model of the Hub.
+        name: "tiny-llama" (shipped), a folder, or a model of the Hub (owner/model).
         quantization: "nf4" or "fp4" for 4-bit linear layers through bitsandbytes, None to leave them as they are.
         double_quant: store the scales of a 4-bit layer in 8 bits.
         hardware: what to load for; by default what `detect()` finds. Whatever is not 4-bit is loaded in its compute
-            dtype: float32 on a CPU, float16 on a T4, bfloat16 on newer GPUs.
+            dtype: float32 on a CPU, float16 on a T4, bfloat16 on newer GPUs. On a T4 attention repeats keys and values
+            (see `qlora_helpers.attention`).
 
     Raises:
+        HubError: a model of the Hub could not be fetched.
         ValueError: unknown `quantization`; or, on a CPU, a layer whose shape bitsandbytes decodes wrongly.
     """
     if quantization not in ("nf4", "fp4", None):
@@ -68,7 +94,7 @@ def load_model(
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=hardware.compute_dtype,
     )
-    folder, options = _source(name)
+    folder = _folder(name)
     bars = transformers_logging.is_progress_bar_enabled()
     if name == SHIPPED_MODEL:  # loaded in less than a second: no bar
         transformers_logging.disable_progress_bar()
@@ -78,7 +104,8 @@ def load_model(
             dtype=hardware.compute_dtype,
             quantization_config=config,
             device_map={"": 0 if hardware.device == "cuda" else "cpu"},
-            **options,
+            attn_implementation=REPEATED_KV if hardware.gear == "t4" else "sdpa",
+            local_files_only=True,
         )
     finally:
         if bars:
@@ -86,6 +113,25 @@ def load_model(
     if quantization and hardware.device == "cpu":
         make_safe_on_cpu(model)
     return model
+
+
+def load_or_shipped(name: str, **options):
+    """Load a model and its tokenizer; if the Hub is the trouble, say so in one line and load the shipped ones instead.
+
+    Args:
+        name, options: of `load_model`.
+
+    Returns:
+        The model, its tokenizer, and the name of what was loaded.
+    """
+    try:
+        tokenizer = load_tokenizer(name)
+        model = load_model(name, **options)
+    except HubError as error:
+        print(f"{error}.\nThis lesson goes on with the shipped model, {SHIPPED_MODEL}.")
+        return load_model(SHIPPED_MODEL, **options), load_tokenizer(SHIPPED_MODEL), SHIPPED_MODEL
+    print(f"Loaded {name}" + ("" if name == SHIPPED_MODEL else f" at {_folder(name).name}") + ".")
+    return model, tokenizer, name
 
 
 def make_safe_on_cpu(model: torch.nn.Module) -> None:

@@ -5,7 +5,7 @@ that a comparison compares what it says. In particular the adapters are float32 
 when the base is 4-bit, which would confound the comparison, break float16 training and not survive a resume.
 """
 
-import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,13 +14,22 @@ from pathlib import Path
 import torch
 
 from qlora_helpers.chats import Chat, count_tokens
+from qlora_helpers.checkpoints import (
+    SaveByTheClock,
+    history,
+    record_of,
+    save_adapter,
+    steps_done,
+    where_to_start,
+    write_record,
+)
 from qlora_helpers.hardware import Hardware, detect
 from qlora_helpers.quiet import quieten
 
 quieten()
 
 import datasets
-from peft import LoraConfig
+from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
@@ -32,18 +41,22 @@ class Settings:
 
     Attributes:
         steps: optimizer steps.
-        batch_size: chats per step.
+        batch_size: chats that go through the model at once.
+        accumulation: so many batches make one optimizer step.
         learning_rate: the peak; linear warm-up over `warmup_steps`, then linear decay to zero.
         rank, alpha, dropout, target_modules: of LoRA; see `peft.LoraConfig`.
         max_length: the longest chat in tokens. A longer one is refused, not cut.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         optimizer: a name that transformers' `optim` takes; None for paged 8-bit AdamW on a GPU and AdamW on a CPU.
         save_steps: write a checkpoint every so many steps; None for none.
+        save_minutes: write a checkpoint at the first step after every so many minutes; None for none.
+        keep_checkpoints: the newest so many are kept. With two, a kill while one is written leaves the other.
         seed: of the adapters' first values, the order of the chats, and dropout.
     """
 
     steps: int = 300
     batch_size: int = 16
+    accumulation: int = 1
     learning_rate: float = 1e-3
     warmup_steps: int = 15
     rank: int = 16
@@ -54,16 +67,25 @@ class Settings:
     gradient_checkpointing: bool = False
     optimizer: str | None = None
     save_steps: int | None = None
+    save_minutes: float | None = None
+    keep_checkpoints: int = 2
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "learning_rate", "rank", "alpha", "max_length"):
+        positive = ("steps", "batch_size", "accumulation", "learning_rate", "rank", "alpha", "max_length")
+        for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be more than 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r}: must be at least 0 and less than 1")
         if self.save_steps is not None and self.save_steps < 1:
             raise ValueError(f"save_steps={self.save_steps!r}: must be 1 or more, or None for no checkpoints")
+        if self.save_minutes is not None and not self.save_minutes >= 0:
+            raise ValueError(f"save_minutes={self.save_minutes!r}: must be 0 or more, or None for no checkpoints")
+        if not self.keep_checkpoints >= 2:
+            raise ValueError(
+                f"keep_checkpoints={self.keep_checkpoints!r}: must be 2 or more, else a kill can leave none"
+            )
 
 
 @dataclass
@@ -76,6 +98,7 @@ class Run:
         seconds: in `trainer.train()`.
         trainable_parameters, all_parameters: as PEFT counts them.
         adapter_path: the folder with the saved adapter.
+        skipped_steps: those whose gradients overflowed float16. The loss scale was halved instead of a step.
     """
 
     model: torch.nn.Module
@@ -84,6 +107,15 @@ class Run:
     trainable_parameters: int
     all_parameters: int
     adapter_path: Path
+    skipped_steps: list[int]
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no number any more, or float16 cannot hold the gradients; the message says since which step."""
+
+
+# Loss scaling begins at 2^16 and halves at each overflow: after so many in a row the scale is below 1.
+MOST_SKIPPED_IN_A_ROW = 17
 
 
 class _Recorder(TrainerCallback):
@@ -118,51 +150,57 @@ class _Bar(TrainerCallback):
         self.bar.close()
 
 
-def last_whole_checkpoint(folder: str | Path) -> Path | None:
-    """The newest checkpoint in `folder` that was written to its end; None if there is none.
+class _Trainer(SFTTrainer):
+    """An SFTTrainer that keeps the loss of each step, as tensors: reading them at every step would hold the GPU up."""
 
-    `trainer_state.json` is written last, so a checkpoint is whole if it parses. A whole one that lacks its optimizer,
-    scheduler or random state would be resumed silently from zero by the trainer; it is refused here.
+    def __init__(self, *args, **kwargs):
+        self.step_losses: list[tuple[int, torch.Tensor]] = []
+        super().__init__(*args, **kwargs)
 
-    Raises:
-        ValueError: the newest whole checkpoint lacks one of its parts.
-    """
-    numbered = [(int(p.name.partition("-")[2]), p) for p in Path(folder).glob("checkpoint-*") if p.name[11:].isdigit()]
-    for _, path in sorted(numbered, reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            continue  # cut off while it was written
-        missing = [n for n in ("optimizer.pt", "scheduler.pt", "rng_state.pth") if not (path / n).exists()]
-        if missing:
-            raise ValueError(
-                f"{path} lacks {', '.join(missing)}: a run resumed from it would not be the same run. "
-                "Delete this checkpoint to resume from the one before it"
-            )
-        return path
-    return None
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.step_losses.append((self.state.global_step + 1, loss.detach()))
+        return loss
 
 
-def _where_to_start(output_dir: Path, steps: int, resume: bool) -> Path | None:
-    """The checkpoint from which to go on, or None for the start; refuse to overwrite or to redo a run."""
-    has_adapter = (output_dir / "adapter").exists()
-    if not resume:
-        if has_adapter or any(output_dir.glob("checkpoint-*")):
-            raise FileExistsError(
-                f"output_dir={str(output_dir)!r} holds a run already: name a new folder, or pass resume=True"
-            )
-        return None
-    checkpoint = last_whole_checkpoint(output_dir)
-    if checkpoint is None:
-        if has_adapter:
-            raise ValueError(f"the run in {output_dir} is finished and left no checkpoint: load its adapter")
-        return None
-    done = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
-    if done >= steps:
-        raise ValueError(
-            f"the run in {output_dir} is finished ({done} of {steps} steps): load its adapter, or raise steps"
-        )
-    return checkpoint
+class _Watch(TrainerCallback):
+    """Stop at a loss that is no number, before it is logged or saved; count the steps that float16 skipped."""
+
+    def __init__(self, trainer: _Trainer):
+        self.trainer = trainer
+        self.skipped: list[int] = []
+        self.in_a_row = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.accelerator.optimizer_step_was_skipped:
+            self.skipped.append(state.global_step)
+            self.in_a_row += 1
+            if self.in_a_row >= MOST_SKIPPED_IN_A_ROW:
+                raise TrainingDiverged(
+                    f"step {state.global_step}: the gradients have overflowed float16 {self.in_a_row} times in a row, and "
+                    f"the loss scale cannot fall further. Lower learning_rate={args.learning_rate:g}, or run on a GPU with "
+                    "native bfloat16"
+                )
+        else:
+            self.in_a_row = 0
+        if control.should_log or control.should_save or control.should_training_stop:
+            self.look(args)
+
+    def look(self, args):
+        losses, self.trainer.step_losses = self.trainer.step_losses, []
+        for step, loss in losses:
+            if not math.isfinite(value := loss.item()):
+                advice = (
+                    "float16 can also overflow inside the model, whatever the learning rate: then only another model or a GPU "
+                    "with native bfloat16 helps"
+                    if args.fp16
+                    else "Look at the losses before it: did they rise?"
+                )
+                raise TrainingDiverged(
+                    f"step {step}: the loss is {value}. Lower learning_rate={args.learning_rate:g} or raise "
+                    f"warmup_steps={args.warmup_steps:g}, then start again or resume from a checkpoint before this step. "
+                    f"{advice}"
+                )
 
 
 def build_trainer(model, tokenizer, chats: list[Chat], output_dir: Path, settings: Settings, hardware: Hardware):
@@ -183,6 +221,7 @@ def build_trainer(model, tokenizer, chats: list[Chat], output_dir: Path, setting
         output_dir=str(output_dir),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_steps,
         lr_scheduler_type="linear",
@@ -197,10 +236,15 @@ def build_trainer(model, tokenizer, chats: list[Chat], output_dir: Path, setting
         disable_tqdm=True,  # else a notebook gets a progress table of the trainer's own
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
+        save_total_limit=settings.keep_checkpoints,
+        logging_nan_inf_filter=False,  # it would show the mean of the losses before in place of a NaN
         report_to="none",
         seed=settings.seed,
         dataloader_pin_memory=on_gpu,
     )
+    if config.n_gpu > 1:
+        print(f"{config.n_gpu} GPUs are here. This run uses the first one: TRL refuses to split a batch over several.")
+        config._n_gpu = 1
     targets = settings.target_modules
     lora = LoraConfig(
         r=settings.rank,
@@ -213,7 +257,7 @@ def build_trainer(model, tokenizer, chats: list[Chat], output_dir: Path, setting
     bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        trainer = SFTTrainer(
+        trainer = _Trainer(
             model=model,
             args=config,
             train_dataset=datasets.Dataset.from_list([{"messages": chat} for chat in chats]),
@@ -246,31 +290,49 @@ def train(
     Args:
         model: from `load_model`. It is changed: adapters are put into it.
         chats: each a list of messages (`qlora_helpers.chats.read_chats`).
-        output_dir: gets `adapter/`, and `checkpoint-N/` if `settings.save_steps` is set.
-        resume: go on from the last whole checkpoint in `output_dir`; from the start if there is none.
+        output_dir: gets `run.json`, `checkpoint-N/` as the settings say, and in the end `adapter/`.
+        resume: go on from the last whole checkpoint in `output_dir`, also in another process; from the start if there is
+            none. The run then ends as it would have ended uninterrupted.
         progress_bar: show one, for a terminal.
         on_loss: called with the history so far each time the loss is logged, for a live plot.
 
     Raises:
         FileExistsError: `output_dir` holds a run already, and `resume` is not set.
-        ValueError: a chat is too long; the last checkpoint lacks a part; the run in `output_dir` is finished.
+        ValueError: a chat is too long; the last checkpoint lacks a part; the run in `output_dir` is finished, or was begun
+            with other settings, chats, or another model.
+        TrainingDiverged: the loss is no number any more, or float16 cannot hold the gradients.
     """
     settings, hardware, output_dir = settings or Settings(), hardware or detect(), Path(output_dir)
     if not chats:
         raise ValueError("chats is empty: there is nothing to learn")
-    checkpoint = _where_to_start(output_dir, settings.steps, resume)
+    record = record_of(model, chats, settings, hardware.compute_dtype)
+    checkpoint = where_to_start(output_dir, record, resume, float16=hardware.compute_dtype == torch.float16)
     trainer = build_trainer(model, tokenizer, chats, output_dir, settings, hardware)
+    write_record(output_dir, record)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if progress_bar:
         trainer.add_callback(_Bar)
-    recorder = _Recorder(on_loss)
+    recorder, watch = _Recorder(on_loss), _Watch(trainer)
     trainer.add_callback(recorder)
+    if settings.save_minutes is not None:
+        trainer.add_callback(SaveByTheClock(settings.save_minutes))
+    trainer.add_callback(watch)  # after all that ask for a checkpoint
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint and steps_done(checkpoint) >= settings.steps:
+        # killed between its last checkpoint and the end; the trainer would train one step more
+        set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint)))
+        recorder.history = history(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - started
+    if watch.skipped:
+        print(
+            f"float16: gradients overflowed at {len(watch.skipped)} of {settings.steps} steps (the last is step "
+            f"{watch.skipped[-1]}). These steps were skipped and the loss scale halved. A few at the start are normal; if it "
+            "goes on, lower the learning rate."
+        )
     trainable, total = trainer.model.get_nb_trainable_parameters()
-    adapter_path = output_dir / "adapter"
-    trainer.model.save_pretrained(adapter_path)
+    adapter_path = save_adapter(trainer.model, output_dir)
     trainer.model.eval()
-    return Run(trainer.model, recorder.history, seconds, trainable, total, adapter_path)
+    return Run(trainer.model, recorder.history, seconds, trainable, total, adapter_path, watch.skipped)

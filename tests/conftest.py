@@ -22,11 +22,12 @@ FIRST = ("04_qlora_run", "test_quality", "02_nf4_vs_int4", "test_shipped_model",
 
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # once, not in every worker; the workers inherit the environment
-        os.environ["QLORA_RUNS"] = config.course_runs = tempfile.mkdtemp(prefix="qlora-runs-")
+        os.environ["QLORA_RUNS"] = tempfile.mkdtemp(prefix="qlora-runs-")
+    config.course_runs = os.environ["QLORA_RUNS"]
 
 
 def pytest_unconfigure(config):
-    if hasattr(config, "course_runs"):
+    if not hasattr(config, "workerinput"):
         shutil.rmtree(config.course_runs)
 
 
@@ -39,8 +40,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_setup(item):
-    """Run the Colab editions' kernels without AVX-512: the checked numbers must hold on such a processor, too."""
+    """Run the Colab editions' kernels without AVX-512: the checked numbers must hold on such a processor, too.
+
+    Each notebook has its runs in a folder of its own: a lesson goes on with a run that it finds unfinished.
+    """
     if item.path.suffix == ".ipynb":
+        os.environ["QLORA_RUNS"] = str(Path(item.config.course_runs) / item.path.parent.name / item.path.stem)
         if item.path.parent.name == "colab":
             os.environ["ATEN_CPU_CAPABILITY"] = "avx2"
         else:

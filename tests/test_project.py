@@ -16,12 +16,8 @@ README = (ROOT / "README.md").read_text()
 PINS = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(), re.M))
 RANGES = [Requirement(line) for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]]
 
-# What Colab's GPU runtime had in November 2026.
-COLAB = {
-    "accelerate": "1.14.0", "datasets": "4.0.0", "ipywidgets": "7.7.1", "matplotlib": "3.10.0", "numpy": "2.1.3",
-    "peft": "0.20.0", "psutil": "5.9.5", "safetensors": "0.8.0", "tokenizers": "0.22.2", "torch": "2.11.0+cu128",
-    "transformers": "5.15.0",
-}  # fmt: skip
+# What Colab's GPU runtime has; behind the bars stands what each needs.
+COLAB = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "colab" / "runtime-packages.txt").read_text(), re.M))
 
 
 def test_the_generated_tables_of_the_readme_are_up_to_date():
@@ -49,6 +45,20 @@ def test_the_numbers_of_a_lesson_s_summary_are_printed_by_the_lesson():
             assert number in printed, (name, number)
 
 
+def test_the_numbers_about_the_t4_gear_are_the_measured_ones():
+    rows = json.loads((ROOT / "data" / "measured" / "t4_gear.json").read_text())["rows"]
+    loading = next(row for row in rows if row["what"] == "loading")
+    own, disk = loading["host_own_bytes"] / 1e9, loading["disk_bytes"] / 1e9
+    assert own < 10 and disk < 20
+    text = " ".join(README.split())
+    assert f"needs {own:.2f} GB of main memory of its own while it is loaded, and {disk:.2f} GB of disk" in text
+    for split, said in (("train", "on {} questions about QLoRA"),):
+        count = len((ROOT / "data" / "chats" / "qlora" / f"{split}.jsonl").read_bytes().splitlines())
+        assert said.format(count) in text
+    killed = (ROOT / "data" / "measured" / "kills.txt").read_text()
+    assert "20 of 20 runs ended bit-identical to the uninterrupted one" in killed and "20 runs killed for real" in text
+
+
 def test_every_lesson_has_a_summary():
     assert list(json.loads((ROOT / "notebooks" / "lessons.json").read_text())) == build.lessons()
 
@@ -61,6 +71,7 @@ def test_the_pins_are_exact_and_lie_within_the_ranges():
 
 
 def test_the_ranges_admit_what_colab_has():
+    assert {"torch", "transformers", "peft", "numpy", "ipywidgets"} <= COLAB.keys()
     for requirement in RANGES:
         if requirement.name in COLAB:
             assert requirement.specifier.contains(COLAB[requirement.name]), str(requirement)

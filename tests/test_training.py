@@ -1,64 +1,29 @@
-"""Runs of a few steps: what is trained, on what, and that an interrupted run goes on as if nothing had happened.
+"""Runs of a few steps: what is trained, on what, and what is refused.
 
 The scores by which runs are judged are tested here too.
 """
 
 import math
-import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from bitsandbytes.nn import Params4bit
 from peft import PeftModel
-from safetensors.torch import load_file
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
-from qlora_helpers import evaluation
-from qlora_helpers.chats import count_tokens, read_chats, split_question
+from qlora_helpers import evaluation, training
+from qlora_helpers.chats import count_tokens, split_question
 from qlora_helpers.files import data_path
-from qlora_helpers.hardware import Hardware
-from qlora_helpers.models import load_model, load_tokenizer
-from qlora_helpers.training import Settings, build_trainer, last_whole_checkpoint, train
-
-CPU = Hardware("cpu", "gear", None, 0, None, False, 1, 0)
-TOKENIZER = load_tokenizer()
-CHATS = read_chats(data_path("chats", "train.jsonl"))[:20]  # less than two epochs of the runs below
-# dropout and an order of chats: both need the random state of the checkpoint
-SHORT = Settings(steps=6, batch_size=4, warmup_steps=2, rank=4, dropout=0.1, save_steps=3)
-
-
-def run(output_dir, settings=SHORT, chats=CHATS, **options):
-    return train(load_model(hardware=CPU), TOKENIZER, chats, output_dir, settings, hardware=CPU, **options)
-
-
-def trainer_of(output_dir, quantization="nf4", settings=SHORT, chats=CHATS):
-    return build_trainer(
-        load_model(quantization=quantization, hardware=CPU), TOKENIZER, chats, output_dir, settings, CPU
-    )
-
-
-def adapter(folder):
-    return load_file(folder / "adapter_model.safetensors")
-
-
-def differing(one, other):
-    """The names of the tensors that are not equal, bit for bit."""
-    assert one.keys() == other.keys()
-    return [name for name in one if one[name].dtype != other[name].dtype or not torch.equal(one[name], other[name])]
+from qlora_helpers.models import load_model
+from qlora_helpers.training import Settings, TrainingDiverged
+from runs import CHATS, CPU, SHORT, TOKENIZER, adapter, differing, run, trainer_of
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of six steps, not interrupted, with checkpoints at three and six."""
     return run(tmp_path_factory.mktemp("finished"))
-
-
-@pytest.fixture
-def interrupted(finished, tmp_path):
-    """The same run, killed after its third step."""
-    shutil.copytree(finished.adapter_path.parent / "checkpoint-3", tmp_path / "checkpoint-3")
-    return tmp_path
 
 
 # What is trained
@@ -125,7 +90,7 @@ def test_the_loss_is_recorded_twenty_times_and_handed_on_each_time(tmp_path):
     assert [step for step, _ in done.history] == list(range(2, 41, 2))
     assert done.history[-1][1] < done.history[0][1]  # the same chat over and over
     assert seen == [done.history[:count] for count in range(1, 21)]
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]  # no save_steps, no checkpoints
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "run.json"}  # no save_steps, no checkpoints
 
 
 @pytest.mark.parametrize("wanted", [True, False])
@@ -156,98 +121,6 @@ def test_the_first_values_of_the_adapters_follow_from_the_seed_alone(tmp_path):
     assert len(differing(first_values(seed=1), first)) == len(first)
 
 
-# Kill and resume
-
-
-@pytest.fixture
-def steps_taken(monkeypatch):
-    """A list that grows by one entry with each training step: starting all over would end the same, too."""
-    taken, step = [], SFTTrainer.training_step
-    monkeypatch.setattr(SFTTrainer, "training_step", lambda *args, **options: taken.append(1) or step(*args, **options))
-    return taken
-
-
-def test_a_resumed_run_ends_as_an_uninterrupted_one_to_the_last_bit(finished, interrupted, steps_taken):
-    wanted = adapter(finished.adapter_path)
-    assert len(differing(adapter(interrupted / "checkpoint-3"), wanted)) == len(wanted)  # something is left to do
-    resumed = run(interrupted, resume=True)
-    assert differing(adapter(resumed.adapter_path), wanted) == []
-    assert len(steps_taken) == 3
-
-
-def test_a_run_killed_while_it_wrote_a_checkpoint_goes_on_from_the_one_before(finished, interrupted, steps_taken):
-    shutil.copytree(finished.adapter_path.parent / "checkpoint-6", interrupted / "checkpoint-6")
-    for name in ("adapter_model.safetensors", "optimizer.pt"):
-        (interrupted / "checkpoint-6" / name).write_bytes(b"cut")
-    (interrupted / "checkpoint-6" / "trainer_state.json").unlink()
-    resumed = run(interrupted, resume=True)
-    assert differing(adapter(resumed.adapter_path), adapter(finished.adapter_path)) == []
-    assert len(steps_taken) == 3
-    assert last_whole_checkpoint(interrupted).name == "checkpoint-6"  # written again, in whole
-
-
-def test_resuming_where_there_is_nothing_starts_from_the_start(finished, tmp_path, steps_taken):
-    fresh = run(tmp_path / "new", resume=True)
-    assert len(steps_taken) == 6
-    assert differing(adapter(fresh.adapter_path), adapter(finished.adapter_path)) == []
-
-
-def write_checkpoint(folder, step, state='{"global_step": 3}', parts=("optimizer.pt", "scheduler.pt", "rng_state.pth")):
-    path = folder / f"checkpoint-{step}"
-    path.mkdir()
-    for part in parts:
-        (path / part).touch()
-    if state is not None:
-        (path / "trainer_state.json").write_text(state)
-    return path
-
-
-def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path):
-    for step in (9, 100, 20):
-        write_checkpoint(tmp_path, step)
-    write_checkpoint(tmp_path, "best")
-    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
-
-
-@pytest.mark.parametrize("state", [None, "", '{"global_step": 6, "log_hist'], ids=["missing", "empty", "cut off"])
-def test_a_half_written_checkpoint_is_passed_over(state, tmp_path):
-    write_checkpoint(tmp_path, 3)
-    write_checkpoint(tmp_path, 6, state, parts=())
-    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
-
-
-def test_without_a_whole_checkpoint_there_is_none(tmp_path):
-    assert last_whole_checkpoint(tmp_path / "nowhere") is None
-    write_checkpoint(tmp_path, 3, state=None)
-    assert last_whole_checkpoint(tmp_path) is None
-
-
-@pytest.mark.parametrize("part", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_checkpoint_without_one_of_its_parts_is_refused(part, interrupted):
-    (interrupted / "checkpoint-3" / part).unlink()
-    with pytest.raises(ValueError, match=f"checkpoint-3 lacks {part}: a run resumed from it would not be the same run"):
-        run(interrupted, resume=True)
-
-
-def test_resuming_a_finished_run_is_refused(finished):
-    with pytest.raises(ValueError, match=r"is finished \(6 of 6 steps\): load its adapter, or raise steps"):
-        run(finished.adapter_path.parent, resume=True)
-
-
-def test_resuming_a_finished_run_without_checkpoints_is_refused(tmp_path):
-    (tmp_path / "adapter").mkdir()
-    with pytest.raises(ValueError, match="is finished and left no checkpoint: load its adapter"):
-        run(tmp_path, resume=True)
-
-
-@pytest.mark.parametrize("left", ["adapter", "checkpoint-3"])
-def test_a_folder_that_holds_a_run_is_refused_unless_it_is_to_be_resumed(left, tmp_path):
-    (tmp_path / left).mkdir()
-    with pytest.raises(FileExistsError, match="holds a run already: name a new folder, or pass resume=True"):
-        run(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [left]
-
-
 # What is refused
 
 
@@ -272,7 +145,9 @@ def test_no_chats_are_refused(tmp_path):
         run(tmp_path, chats=[])
 
 
-@pytest.mark.parametrize("name", ["steps", "batch_size", "learning_rate", "rank", "alpha", "max_length"])
+@pytest.mark.parametrize(
+    "name", ["steps", "batch_size", "accumulation", "learning_rate", "rank", "alpha", "max_length"]
+)
 @pytest.mark.parametrize("value", [0, -1, math.nan])
 def test_a_setting_that_must_be_positive(name, value):
     with pytest.raises(ValueError, match=f"{name}={value!r}: must be more than 0"):
@@ -289,6 +164,83 @@ def test_dropout_lies_between_0_and_1(value):
 def test_checkpoints_every_so_many_steps_or_none(value):
     with pytest.raises(ValueError, match=f"save_steps={value}: must be 1 or more, or None for no checkpoints"):
         Settings(save_steps=value)
+
+
+@pytest.mark.parametrize("value", [-0.5, math.nan])
+def test_checkpoints_every_so_many_minutes_or_none(value):
+    with pytest.raises(ValueError, match=f"save_minutes={value}: must be 0 or more, or None for no checkpoints"):
+        Settings(save_minutes=value)
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_one_checkpoint_is_not_enough(value):
+    with pytest.raises(ValueError, match=f"keep_checkpoints={value}: must be 2 or more, else a kill can leave none"):
+        Settings(keep_checkpoints=value)
+
+
+# When it goes wrong
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
+    step = SFTTrainer.training_step
+
+    def spoiled(self, *args, **options):
+        loss = step(self, *args, **options)
+        return loss * math.nan if self.state.global_step == 2 else loss  # the third step
+
+    monkeypatch.setattr(SFTTrainer, "training_step", spoiled)
+    with pytest.raises(
+        TrainingDiverged, match=r"^step 3: the loss is nan\. Lower learning_rate=0\.001 or raise warmup_"
+    ):
+        run(tmp_path)
+    assert not (tmp_path / "checkpoint-3").exists()  # it would have been saved at this step
+    assert not (tmp_path / "adapter").exists()
+
+
+def overflowing(trainer, steps):
+    """An accelerator whose optimizer skips these steps, as it does when gradients overflow float16."""
+    accelerator = type(trainer.accelerator)
+    return type(
+        "Overflowing",
+        (accelerator,),
+        {"optimizer_step_was_skipped": property(lambda self: trainer.state.global_step in steps)},
+    )
+
+
+@pytest.mark.parametrize(("steps", "stops"), [(range(1, 17), False), (range(3, 20), True)])
+def test_steps_that_overflow_are_counted_and_too_many_in_a_row_stop_the_run(
+    steps, stops, tmp_path, monkeypatch, capsys
+):
+    build = training.build_trainer
+
+    def build_overflowing(*args):
+        trainer = build(*args)
+        trainer.accelerator.__class__ = overflowing(trainer, steps)
+        return trainer
+
+    monkeypatch.setattr(training, "build_trainer", build_overflowing)
+    settings = Settings(steps=20, batch_size=1, rank=4)
+    if stops:
+        with pytest.raises(
+            TrainingDiverged, match=r"^step 19: the gradients have overflowed float16 17 times in a row"
+        ):
+            run(tmp_path, settings, CHATS[:1])
+    else:
+        assert run(tmp_path, settings, CHATS[:1]).skipped_steps == list(range(1, 17))
+        assert "gradients overflowed at 16 of 20 steps (the last is step 16)" in capsys.readouterr().out
+
+
+def test_with_several_gpus_one_is_used_and_that_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "SFTConfig", lambda **options: two_gpus(SFTConfig(**options)))
+    trainer = trainer_of(tmp_path)
+    assert trainer.args.n_gpu == 1
+    assert "2 GPUs are here. This run uses the first one" in capsys.readouterr().out
+
+
+def two_gpus(config):
+    assert config.n_gpu == 0  # set up, on this CPU
+    config._n_gpu = 2
+    return config
 
 
 # The scores

@@ -1,0 +1,183 @@
+"""Checkpoints of a run that may be killed at any moment, and the rules by which it goes on.
+
+A resumed run must end as if nothing had happened. The trainer alone does not see to that: it stops at a half-written
+checkpoint, goes on silently without an optimizer or scheduler state, trains a finished run one step further, and does not
+notice other settings or other chats. These rules do.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+from qlora_helpers.quiet import quieten
+
+quieten()
+
+from transformers import TrainerCallback
+
+RECORD = "run.json"  # what a run was begun with
+PARTS = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+# these say when to save, not what to compute
+FREE_TO_CHANGE = ("save_steps", "save_minutes", "keep_checkpoints")
+
+
+class SaveByTheClock(TrainerCallback):
+    """Ask for a checkpoint at the end of the first step after every so many minutes."""
+
+    def __init__(self, minutes: float):
+        self.minutes = minutes
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.last = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if time.monotonic() - self.last >= self.minutes * 60:
+            control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs):
+        self.last = time.monotonic()
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, the newest first."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
+
+
+def _state(checkpoint: Path) -> dict | None:
+    """The trainer's state in a checkpoint; None if it was cut off, since this file is written last."""
+    try:
+        return json.loads((checkpoint / "trainer_state.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _damaged(part: Path) -> bool:
+    """Whether a part is missing, or was cut off: torch's files are zip archives with their table at the end."""
+    if part.suffix == ".safetensors":
+        if not part.exists() or part.stat().st_size < 8:
+            return True
+        with part.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+            try:
+                tensors = json.loads(file.read(header))
+            except ValueError:
+                return True
+        return (
+            8 + header + max(t["data_offsets"][1] for n, t in tensors.items() if n != "__metadata__")
+            > part.stat().st_size
+        )
+    return not part.exists() or not zipfile.is_zipfile(part)
+
+
+def last_whole_checkpoint(folder: str | Path, float16: bool = False) -> Path | None:
+    """The newest checkpoint in `folder` that was written to its end; None if there is none.
+
+    `trainer_state.json` is written last, so a checkpoint is whole if it parses. A whole one that lacks its optimizer,
+    scheduler or random state would be resumed silently from zero by the trainer; it is refused here.
+
+    Args:
+        float16: the run scales its loss, so the scale must be there, too.
+
+    Raises:
+        ValueError: the newest whole checkpoint lacks one of its parts.
+    """
+    for path in _numbered(Path(folder)):
+        if _state(path) is None:
+            continue  # cut off while it was written
+        damaged = [part for part in (*PARTS, *["scaler.pt"] * float16) if _damaged(path / part)]
+        if damaged:
+            raise ValueError(
+                f"{path} lacks {', '.join(damaged)}: a run resumed from it would not be the same run. "
+                "Delete this checkpoint to resume from the one before it"
+            )
+        return path
+    return None
+
+
+def steps_done(checkpoint: Path) -> int:
+    """Optimizer steps that lie behind a whole checkpoint."""
+    return _state(checkpoint)["global_step"]
+
+
+def history(checkpoint: Path) -> list[tuple[int, float]]:
+    """(step, loss) as logged up to a whole checkpoint."""
+    return [(entry["step"], float(entry["loss"])) for entry in _state(checkpoint)["log_history"] if "loss" in entry]
+
+
+def record_of(model, chats: list, settings, compute_dtype) -> dict:
+    """What a run is: its settings, chats, base model and compute dtype. Two runs of one record end alike."""
+    config = getattr(model.config, "quantization_config", None)
+    quantization = (
+        f"{config.bnb_4bit_quant_type}, double_quant={config.bnb_4bit_use_double_quant}" if config else "none"
+    )
+    return {
+        **{name: value for name, value in asdict(settings).items() if name not in FREE_TO_CHANGE},
+        "chats": hashlib.sha256(json.dumps(chats).encode()).hexdigest()[:16],
+        "model": Path(model.config._name_or_path).name,
+        "quantization": quantization,
+        "compute_dtype": str(compute_dtype),
+    }
+
+
+def where_to_start(folder: Path, record: dict, resume: bool, float16: bool) -> Path | None:
+    """The checkpoint from which a run goes on, or None for the start.
+
+    Checkpoints that were cut off are removed when a run is resumed.
+
+    Raises:
+        FileExistsError: the folder holds a run already, and `resume` is not set.
+        ValueError: the run is finished, is another one than `record` says, or its last checkpoint lacks a part.
+    """
+    record = json.loads(json.dumps(record))  # as it will be read again
+    begun, finished = folder / RECORD, folder / "adapter"
+    if not resume and (finished.exists() or begun.exists() or _numbered(folder)):
+        raise FileExistsError(f"output_dir={str(folder)!r} holds a run already: name a new folder, or pass resume=True")
+    if finished.exists():
+        raise ValueError(f"the run in {folder} is finished: load its adapter, or name a new folder for another run")
+    if not begun.exists():
+        if _numbered(folder):
+            raise ValueError(
+                f"{folder} has checkpoints and no {RECORD}: what they belong to is unknown. Name a new folder"
+            )
+        return None
+    before = json.loads(begun.read_text())
+    differing = [
+        f"{name} was {before.get(name)!r} and is now {record.get(name)!r}"
+        for name in sorted(before.keys() | record.keys())
+        if before.get(name) != record.get(name)
+    ]
+    if differing:
+        cure = " (QLORA_GEAR chooses the dtype)" if before.get("compute_dtype") != record.get("compute_dtype") else ""
+        raise ValueError(
+            f"the run in {folder} was begun otherwise: {'; '.join(differing)}{cure}. Resume it as it was begun, or name a "
+            "new folder"
+        )
+    checkpoint = last_whole_checkpoint(folder, float16)
+    for path in _numbered(folder):
+        if _state(path) is None:
+            shutil.rmtree(path)
+    return checkpoint
+
+
+def write_record(folder: Path, record: dict) -> None:
+    """Begin a run: write down what it is, so that after a kill the file is there in whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{RECORD}.part"
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(part, folder / RECORD)
+
+
+def save_adapter(model, folder: Path) -> Path:
+    """Save a finished run's adapter as `folder/adapter`, which is there in whole or not at all."""
+    part, adapter = folder / "adapter.part", folder / "adapter"
+    if part.exists():
+        shutil.rmtree(part)  # a kill came while it was written
+    model.save_pretrained(part)
+    part.rename(adapter)
+    return adapter

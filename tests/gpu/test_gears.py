@@ -1,0 +1,44 @@
+"""The shipped model on a GPU: each gear learns what the cpu gear learns, and a killed run goes on."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_helpers import evaluation
+from qlora_helpers.files import data_path
+
+ROOT = Path(__file__).resolve().parents[2]
+SCORES = json.loads(data_path("tiny-llama", "scores.json").read_text())
+
+
+@pytest.mark.parametrize("gear", ["t4", "ampere", "cpu"])
+def test_the_run_reaches_the_score_of_the_cpu_gear(gear, tmp_path):
+    command = [sys.executable, "-m", "qlora_helpers", "run", "--output", str(tmp_path / "run")]
+    subprocess.run(
+        command,
+        env=os.environ | {"QLORA_GEAR": gear, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
+        check=True,
+    )
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    wanted, count = SCORES["exact_match_after"]["NF4"], report["test_chats"]
+    print(f"\n{gear}: {report['exact_match_after']:.1%} in {report['train_seconds']:.0f} s of training")
+    assert report["gear"] == gear
+    # the difference of two shares of as many questions
+    assert report["exact_match_after"] >= wanted - 2 * 2**0.5 * evaluation.standard_error(wanted, count)
+
+
+@pytest.mark.parametrize("gear", ["t4", "ampere"])
+@pytest.mark.parametrize("where", ["between steps", "inside a save"])
+def test_a_run_killed_on_a_gpu_ends_bit_identical(where, gear, tmp_path, monkeypatch):
+    import kills
+
+    monkeypatch.setenv("QLORA_GEAR", gear)
+    result = kills.trial(tmp_path, where, random.Random(where))
+    print(f"\n{gear}: {result}")
+    assert result["kills"] == 1
+    assert result["differing tensors"] == 0

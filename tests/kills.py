@@ -1,0 +1,141 @@
+"""Kill training processes for real, resume them in fresh ones, and hold the adapter against an uninterrupted run.
+
+    make test-kills            # 20 runs, each killed one to three times; prints a table
+
+A process is killed with SIGKILL, which it can neither notice nor prevent: at a random moment, or inside the writing of a
+checkpoint (in the middle of the files, with the newest one half written).
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 24
+SAVES = (5, 10, 15, 20, 24)
+PLACES = ("between steps", "inside a save", "inside the last save")
+
+
+def work(folder: Path, kill_in_save: int) -> None:
+    """One process: begin the run in `folder` or go on with it; die while the checkpoint of a step is written."""
+    import torch
+    from transformers import Trainer
+
+    from qlora_helpers.models import load_model
+    from qlora_helpers.training import Settings, train
+    from runs import CHATS, TOKENIZER
+
+    torch.set_num_threads(1)
+    save = Trainer._save_rng_state
+
+    def killed(self, output_dir):  # after the optimizer's state, before the trainer's
+        if self.state.global_step == kill_in_save:
+            (Path(output_dir) / "rng_state.pth").write_bytes(b"cut")
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(self, output_dir)
+
+    Trainer._save_rng_state = killed
+    settings = Settings(
+        steps=STEPS, batch_size=4, accumulation=2, warmup_steps=2, rank=4, dropout=0.1, save_steps=5,
+        optimizer="adamw_8bit",
+    )  # fmt: skip
+
+    def tell(history):
+        print("step", history[-1][0], flush=True)
+
+    train(load_model(), TOKENIZER, CHATS, folder, settings, resume=True, on_loss=tell)
+
+
+def start(folder: Path, kill_in_save: int = 0) -> subprocess.Popen:
+    command = [sys.executable, __file__, "--work", str(folder), "--kill-in-save", str(kill_in_save)]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen) -> None:
+    output = process.communicate()[0]
+    if process.returncode:
+        raise RuntimeError(f"the run ended with {process.returncode}:\n{output}")
+
+
+def kill_at(process: subprocess.Popen, step: int, delay: float) -> bool:
+    """Kill a process `delay` seconds after it has logged `step`; whether it was still alive."""
+    for line in process.stdout:
+        if line.startswith("step ") and int(line.split()[1]) >= step:
+            time.sleep(delay)
+            break
+    alive = process.poll() is None
+    process.kill()
+    process.communicate()
+    return alive
+
+
+def uninterrupted(folder: Path) -> Path:
+    finish(start(folder))
+    return folder / "adapter"
+
+
+def trial(folder: Path, where: str, chance: random.Random, times: int = 1, reference: Path | None = None) -> dict:
+    """Begin a run, kill it `times` times in the way that `where` says, let it end, and compare."""
+    from qlora_helpers.checkpoints import last_whole_checkpoint, steps_done
+    from runs import adapter, differing
+
+    reference = reference or uninterrupted(folder / "reference")
+    killed, at = 0, []
+    for _ in range(times):
+        if where == "between steps":
+            step, delay = chance.randrange(1, STEPS), chance.random() * 0.3
+            killed += kill_at(start(folder / "killed"), step, delay)
+        else:
+            last = last_whole_checkpoint(folder / "killed")
+            saves = [step for step in SAVES if step > (steps_done(last) if last else 0)]
+            process = start(folder / "killed", kill_in_save=chance.choice(saves) if where == "inside a save" else STEPS)
+            output = process.communicate()[0]
+            killed += process.returncode == -signal.SIGKILL
+            if process.returncode not in (0, -signal.SIGKILL):
+                raise RuntimeError(output)
+        at.append(max((int(p.name[11:]) for p in (folder / "killed").glob("checkpoint-*")), default=0))
+        if (folder / "killed" / "adapter").exists():
+            break  # the kill came too late
+    else:
+        finish(start(folder / "killed"))
+    differ = differing(adapter(folder / "killed" / "adapter"), adapter(reference))
+    return {"where": where, "kills": killed, "newest folder then": at, "differing tensors": len(differ)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--kill-in-save", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        work(args.work, args.kill_in_save)
+        return
+    failed = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        reference = uninterrupted(Path(scratch) / "reference")
+        print(f"{STEPS} steps each, a checkpoint every 5, dropout, accumulation, 8-bit AdamW\n")
+        print(f"{'run':4} {'killed':22} {'kills':>5}  {'newest checkpoint then':24} differing tensors")
+        for number in range(args.trials):
+            where, chance = PLACES[number % 3], random.Random(number)
+            row = trial(Path(scratch) / str(number), where, chance, times=1 + number % 3, reference=reference)
+            failed += row["differing tensors"] > 0 or row["kills"] == 0
+            at = ", ".join(map(str, row["newest folder then"]))
+            print(f"{number + 1:<4} {where:22} {row['kills']:5}  {at:24} {row['differing tensors']}", flush=True)
+    print(f"\n{args.trials - failed} of {args.trials} runs ended bit-identical to the uninterrupted one")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
