@@ -23,7 +23,7 @@ from qlora_helpers.shapes import ALL
 SHARD = "2GB"  # small shards keep the main memory small while a model is loaded
 
 
-def tokenizer():
+def make_tokenizer():
     """Byte-level BPE, trained on the course's questions, in the chat format of Qwen2.5."""
     from transformers import PreTrainedTokenizerFast
     from trl.chat_template_utils import qwen2_5_chat_template
@@ -60,28 +60,33 @@ def write(shape: str, folder: Path, device: str | None = None) -> Path:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = {key: value for key, value in ALL[shape].items() if key != "model_type"}
     config = AutoConfig.for_model(ALL[shape]["model_type"], max_position_embeddings=32_768, **options)
-    words = tokenizer()
-    config.eos_token_id, config.pad_token_id = words.eos_token_id, words.pad_token_id
+    tokenizer = make_tokenizer()
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     # what Qwen2.5's own file asks for, so that greedy answers are tested against it
     model.generation_config = GenerationConfig(
-        do_sample=True, temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05, eos_token_id=words.eos_token_id
+        do_sample=True,
+        temperature=0.7,
+        top_p=0.8,
+        top_k=20,
+        repetition_penalty=1.05,
+        eos_token_id=tokenizer.eos_token_id,
     )
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part, max_shard_size=SHARD)
-    words.save_pretrained(part)
+    tokenizer.save_pretrained(part)
     part.rename(folder)
     return folder
 
 
-def chats(count: int, tokens: int, words) -> list:
+def chats(count: int, tokens: int, tokenizer) -> list:
     """Chats of exactly so many tokens, nearly all of them in the answer."""
     from qlora_helpers.chats import count_tokens
 
-    vocabulary = [w for w in (words.decode([i]) for i in range(len(words))) if w[:1] == " " and w[1:].isalpha()]
-    vocabulary = [w for w in vocabulary if len(words(w, add_special_tokens=False)["input_ids"]) == 1]
+    vocabulary = [w for w in (tokenizer.decode([i]) for i in range(len(tokenizer))) if w[:1] == " " and w[1:].isalpha()]
+    vocabulary = [w for w in vocabulary if len(tokenizer(w, add_special_tokens=False)["input_ids"]) == 1]
     generator = torch.Generator().manual_seed(0)
     made = []
     for _ in range(count):
@@ -91,8 +96,8 @@ def chats(count: int, tokens: int, words) -> list:
             answer = "".join(vocabulary[i] for i in picked[:length])
             return [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": answer}]
 
-        made.append(chat(tokens - (count_tokens(chat(tokens), words) - tokens)))
-        if (length := count_tokens(made[-1], words)) != tokens:
+        made.append(chat(tokens - (count_tokens(chat(tokens), tokenizer) - tokens)))
+        if (length := count_tokens(made[-1], tokenizer)) != tokens:
             raise RuntimeError(f"made a chat of {length} tokens, not {tokens}")
     return made
 

@@ -27,14 +27,17 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets")
 # What a call on a variable calls, by its last name: the code does not tell the type of the variable.
 METHODS = {
     "amax": "torch.Tensor.amax",
+    "attention": "torch.nn.functional.scaled_dot_product_attention",
     "clamp": "torch.Tensor.clamp",
     "mean": "torch.Tensor.mean",
+    "repeat_interleave": "torch.Tensor.repeat_interleave",
     "zero_grad": "torch.optim.Optimizer.zero_grad",
     "tokenizer": "transformers.PreTrainedTokenizerFast.__call__",
     "apply_chat_template": "transformers.PreTrainedTokenizerFast.apply_chat_template",
     "batch_decode": "transformers.PreTrainedTokenizerFast.batch_decode",
     "encode": "transformers.PreTrainedTokenizerFast.encode",
     "model": "transformers.LlamaForCausalLM.forward",
+    "save_pretrained": "transformers.PreTrainedModel.save_pretrained",
     "generate": "transformers.LlamaForCausalLM.generate",
     "train": "trl.SFTTrainer.train",
 }
@@ -45,11 +48,13 @@ OTHERS = {
     r".*\.(add_argument|add_parser|add_subparsers|set_defaults)": "argparse",
     r".*\.(mkdir|read_text|write_text)": "pathlib",
     r".*\.format": "str",
+    r"function": "the operation that torch dispatches",
 }
 
 # Who takes the keywords that a callee passes on through its **kwargs; a list gives names.
 PASSED_ON = {
     "transformers.AutoModelForCausalLM.from_pretrained": ["transformers.PreTrainedModel.from_pretrained"],
+    "transformers.AutoModelForCausalLM.from_config": ["transformers.PreTrainedModel._from_config"],
     "transformers.AutoTokenizer.from_pretrained": [
         "transformers.PreTrainedTokenizerBase.from_pretrained",
         "transformers.PreTrainedTokenizerFast",
@@ -72,6 +77,9 @@ EXPANDED = {
     ("training.py", "kwargs"): lambda: (),
     ("evaluation.py", "batch"): lambda: models.load_tokenizer()("a"),
     ("evaluation.py", "prompts"): lambda: models.load_tokenizer()("a"),
+    ("test_t4_gear.py", "batch"): lambda: models.load_tokenizer()("a"),
+    ("test_t4_gear.py", "alone"): lambda: models.load_tokenizer()("a"),
+    ("stand_in.py", "options"): lambda: shapes.LLAMA_3_1_8B.keys() - {"model_type"},
     ("shapes.py", "options"): lambda: shapes.LLAMA_3_1_8B.keys() - {"model_type"},
 }
 
