@@ -228,6 +228,7 @@ def build_trainer(model, tokenizer, chats: list[Chat], output_dir: Path, setting
         optim=settings.optimizer or ("paged_adamw_8bit" if on_gpu else "adamw_torch"),
         max_length=settings.max_length,
         assistant_only_loss=True,
+        packing=False,  # it is meant for FlashAttention, which a T4 has not
         gradient_checkpointing=settings.gradient_checkpointing,
         use_cpu=not on_gpu,
         bf16=on_gpu and dtype == torch.bfloat16,

@@ -410,7 +410,7 @@ def answers(model):
 said_before, held_out_before = answers(real_model), evaluation.loss(real_model, real_tokenizer, held_out)
 folder = unfinished_run_folder("lesson-04-real")
 print("checkpoints go to", "Google Drive" if "MyDrive" in folder.parts else "this machine's disk")
-live = plots.LivePlot(real_settings.steps, "The same code trains a real model")
+live = plots.LivePlot(real_settings.steps, f"The same code trains {name.split('/')[-1]}")
 real = train(real_model, real_tokenizer, real_chats, folder, real_settings, resume=True, on_loss=live.update)
 
 # %%
