@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
 from world import ATTRIBUTES, COMMON_WORDS, FIRST_NAMES, LAST_NAMES, SEED, Person, make_people, word_chat
 
 PAD, BEGIN, END, USER, ASSISTANT = SPECIAL_TOKENS = ["<|pad|>", "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"]

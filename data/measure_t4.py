@@ -2,7 +2,7 @@
 
     python data/measure_t4.py            # needs a GPU; writes data/measured/t4_gear.json, about ten minutes on an H200
 
-Rows of one model, trainer and gear share a process; the memory is freed between them. The models have real shapes and random weights (`data/stand_in.py`). Rows in float16 run
+Every row is a process of its own, since a trainer that is gone leaves memory behind. The models have real shapes and random weights (`data/stand_in.py`). Rows in float16 run
 as on a T4: memory capped at 14.3 GiB, FlashAttention and cuDNN attention switched off; for the course's gear the math
 kernel, too. Rows in bfloat16 have all kernels and all memory. Speeds are this GPU's. No T4 was at hand.
 
@@ -117,10 +117,10 @@ def _our_trainer(folder: str, chats: list, batch_size: int, tokens: int, output:
 def training_row(folder: str, who: str, batch_size: int, tokens: int) -> dict:
     """Train a few steps; the peak is over all of them, the speed over those behind the first two."""
     import torch
-    from stand_in import chats
     from transformers import PrinterCallback, TrainerCallback
 
     from qlora_helpers.models import load_tokenizer
+    from stand_in import chats
 
     marks = []
 
@@ -186,38 +186,28 @@ def loading_row(folder: str) -> dict:
 
 
 def child(job: dict) -> None:
-    """Measure the rows of one job, one result a line."""
-    import gc
-
-    import torch
-
+    """Measure one row."""
     import qlora_helpers.models  # noqa: F401  before bitsandbytes: it quietens the libraries
 
     if job["gear"] == "t4":
         as_on_a_t4(math_kernel=job["who"] == "recipe")
     if job["what"] == "loading":
-        print("RESULT " + json.dumps(loading_row(job["folder"])), flush=True)
-        return
-    for batch_size, tokens in job["sizes"]:
-        result = training_row(job["folder"], job["who"], batch_size, tokens)
-        print("RESULT " + json.dumps({"batch_size": batch_size, "tokens": tokens} | result), flush=True)
-        gc.collect()
-        torch.cuda.empty_cache()
+        result = loading_row(job["folder"])
+    else:
+        result = training_row(job["folder"], job["who"], job["batch_size"], job["tokens"])
+    print("RESULT " + json.dumps(result), flush=True)
 
 
-def measured(job: dict):
-    """Run one job in a process of its own; yield its rows as they come."""
+def measured(job: dict) -> dict:
+    """Measure one row in a process of its own."""
     environment = os.environ | {"QLORA_GEAR": job["gear"], "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, __file__, "--job", json.dumps(job)]
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
-        for line in process.stdout:
-            if line.startswith("RESULT "):
-                about = {key: job[key] for key in ("what", "model", "who", "gear")}
-                yield about | json.loads(line.removeprefix("RESULT "))
-        if process.wait():
-            errors.seek(0)
-            raise RuntimeError(f"{job} ended with {process.returncode}:\n{errors.read()[-4000:]}")
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    results = [line for line in ended.stdout.splitlines() if line.startswith("RESULT ")]
+    if ended.returncode or not results:
+        raise RuntimeError(f"{job} ended with {ended.returncode}:\n{ended.stderr[-4000:]}")
+    row = {key: value for key, value in job.items() if key != "folder"}
+    return row | json.loads(results[0].removeprefix("RESULT "))
 
 
 def all_jobs(folders: dict[str, str]):
@@ -229,7 +219,8 @@ def all_jobs(folders: dict[str, str]):
             if (model, gear) == ("Llama-3.1-8B", "t4"):
                 sizes += [(1, tokens) for tokens in LONGEST]
             for who in ("recipe", "ours"):
-                yield {"what": "training", "model": model, "who": who, "gear": gear, "folder": folder, "sizes": sizes}
+                about = {"what": "training", "model": model, "who": who, "gear": gear, "folder": folder}
+                yield from (about | {"batch_size": batch_size, "tokens": tokens} for batch_size, tokens in sizes)
 
 
 def show(row: dict) -> str:
@@ -256,8 +247,9 @@ def main() -> None:
         return
     import importlib.metadata
 
-    import stand_in
     import torch
+
+    import stand_in
 
     args.models.mkdir(parents=True, exist_ok=True)
     folders = {m: str(stand_in.write(m, args.models / m)) for m in ("Qwen2.5-1.5B", "Llama-3.1-8B")}
@@ -272,10 +264,13 @@ def main() -> None:
         "rows": [],
     }
 
+    loaded: dict[tuple, int] = {}
     for job in all_jobs(folders):
-        for row in measured(job):
-            table["rows"].append(row)
-            print(show(row), flush=True)
+        table["rows"].append(row := measured(job))
+        print(show(row), flush=True)
+        size = row.get("loaded_bytes")  # none, if it ran out of memory before
+        if size and loaded.setdefault((row["model"], row["who"], row["gear"]), size) != size:
+            raise RuntimeError(f"{row['model']} was loaded in another size than before: something was left in memory")
     args.table.write_text(json.dumps(table, indent=1) + "\n")
 
 

@@ -13,7 +13,6 @@ import tempfile
 from pathlib import Path
 
 from measured_tables import fill
-
 from qlora_helpers import evaluation
 from qlora_helpers.chats import read_chats
 from qlora_helpers.files import data_path

@@ -65,9 +65,11 @@ def _damaged(part: Path) -> bool:
         with part.open("rb") as file:
             header = int.from_bytes(file.read(8), "little")
             try:
-                tensors = json.loads(file.read(header))
+                tensors = json.loads(file.read(header)) if header < part.stat().st_size else {}
             except ValueError:
                 return True
+        if not tensors.keys() - {"__metadata__"}:
+            return True
         return (
             8 + header + max(t["data_offsets"][1] for n, t in tensors.items() if n != "__metadata__")
             > part.stat().st_size
@@ -111,7 +113,10 @@ def history(checkpoint: Path) -> list[tuple[int, float]]:
 
 
 def record_of(model, chats: list, settings, compute_dtype) -> dict:
-    """What a run is: its settings, chats, base model and compute dtype. Two runs of one record end alike."""
+    """What a run is: its settings, chats, base model and compute dtype.
+
+    On one machine, with the same versions of the libraries, two runs of one record end alike.
+    """
     config = getattr(model.config, "quantization_config", None)
     quantization = (
         f"{config.bnb_4bit_quant_type}, double_quant={config.bnb_4bit_use_double_quant}" if config else "none"
@@ -136,6 +141,8 @@ def where_to_start(folder: Path, record: dict, resume: bool, float16: bool) -> P
     """
     record = json.loads(json.dumps(record))  # as it will be read again
     begun, finished = folder / RECORD, folder / "adapter"
+    if finished.is_dir() and not any(finished.iterdir()):
+        finished.rmdir()  # a Drive that lost its runtime may know the folder, and not what was in it
     if not resume and (finished.exists() or begun.exists() or _numbered(folder)):
         raise FileExistsError(f"output_dir={str(folder)!r} holds a run already: name a new folder, or pass resume=True")
     if finished.exists():
@@ -146,7 +153,10 @@ def where_to_start(folder: Path, record: dict, resume: bool, float16: bool) -> P
                 f"{folder} has checkpoints and no {RECORD}: what they belong to is unknown. Name a new folder"
             )
         return None
-    before = json.loads(begun.read_text())
+    try:
+        before = json.loads(begun.read_text())
+    except ValueError as error:
+        raise ValueError(f"{begun} is damaged, so what the run was is unknown: name a new folder") from error
     differing = [
         f"{name} was {before.get(name)!r} and is now {record.get(name)!r}"
         for name in sorted(before.keys() | record.keys())

@@ -59,6 +59,6 @@ def unfinished_run_folder(name: str) -> Path:
     """The newest folder of this name whose run was begun and not finished; a new one if there is none."""
     begun = [path for path in _runs().glob(f"{name}-*") if path.name.removeprefix(f"{name}-").isdigit()]
     for folder in sorted(begun, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        if (folder / "run.json").exists() and not (folder / "adapter").exists():
+        if (folder / "run.json").exists() and not any((folder / "adapter").glob("*")):
             return folder
     return new_run_folder(name)

@@ -95,10 +95,10 @@ class Run:
     Attributes:
         model: the PEFT model, adapters attached, in evaluation mode.
         history: (step, loss) as logged, the loss averaged over the steps since the last entry.
-        seconds: in `trainer.train()`.
+        seconds: in `trainer.train()`, since the last start or resume.
         trainable_parameters, all_parameters: as PEFT counts them.
         adapter_path: the folder with the saved adapter.
-        skipped_steps: those whose gradients overflowed float16. The loss scale was halved instead of a step.
+        skipped_steps: those whose gradients overflowed float16, since the last start. The loss scale was halved instead of a step.
     """
 
     model: torch.nn.Module
@@ -163,6 +163,13 @@ class _Trainer(SFTTrainer):
         return loss
 
 
+class _SaveAsAsked(TrainerCallback):
+    """Save as often as the settings say now: a resumed trainer takes that over from its checkpoint."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.save_steps = args.save_steps
+
+
 class _Watch(TrainerCallback):
     """Stop at a loss that is no number, before it is logged or saved; count the steps that float16 skipped."""
 
@@ -198,8 +205,7 @@ class _Watch(TrainerCallback):
                 )
                 raise TrainingDiverged(
                     f"step {step}: the loss is {value}. Lower learning_rate={args.learning_rate:g} or raise "
-                    f"warmup_steps={args.warmup_steps:g}, then start again or resume from a checkpoint before this step. "
-                    f"{advice}"
+                    f"warmup_steps={args.warmup_steps:g}, and start again in a new folder. {advice}"
                 )
 
 
@@ -316,6 +322,7 @@ def train(
         trainer.add_callback(_Bar)
     recorder, watch = _Recorder(on_loss), _Watch(trainer)
     trainer.add_callback(recorder)
+    trainer.add_callback(_SaveAsAsked)
     if settings.save_minutes is not None:
         trainer.add_callback(SaveByTheClock(settings.save_minutes))
     trainer.add_callback(watch)  # after all that ask for a checkpoint

@@ -29,7 +29,7 @@ def work(folder: Path, kill_in_save: int) -> None:
 
     from qlora_helpers.models import load_model
     from qlora_helpers.training import Settings, train
-    from runs import CHATS, TOKENIZER
+    from short_runs import CHATS, TOKENIZER
 
     torch.set_num_threads(1)
     save = Trainer._save_rng_state
@@ -88,7 +88,7 @@ def uninterrupted(folder: Path) -> Path:
 def trial(folder: Path, where: str, chance: random.Random, times: int = 1, reference: Path | None = None) -> dict:
     """Begin a run, kill it `times` times in the way that `where` says, let it end, and compare."""
     from qlora_helpers.checkpoints import last_whole_checkpoint, steps_done
-    from runs import adapter, differing
+    from short_runs import adapter, differing
 
     reference = reference or uninterrupted(folder / "reference")
     killed, at = 0, []

@@ -15,7 +15,7 @@ from qlora_helpers import training
 from qlora_helpers.checkpoints import PARTS, last_whole_checkpoint
 from qlora_helpers.models import load_model
 from qlora_helpers.training import Settings
-from runs import CHATS, CPU, SHORT, adapter, differing, run
+from short_runs import CHATS, CPU, SHORT, adapter, differing, run
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,8 @@ def test_resuming_where_there_is_nothing_starts_from_the_start(finished, tmp_pat
 
 
 def test_how_often_to_save_may_change_between_the_parts_of_a_run(finished, interrupted):
-    resumed = run(interrupted, Settings(**{**vars(SHORT), "save_steps": None, "save_minutes": 60}), resume=True)
+    resumed = run(interrupted, Settings(**{**vars(SHORT), "save_steps": 2}), resume=True)
+    assert {path.name for path in interrupted.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}
     assert differing(adapter(resumed.adapter_path), adapter(finished.adapter_path)) == []
 
 
@@ -160,6 +161,13 @@ def test_a_part_that_was_cut_off_counts_as_missing(part, tmp_path):
             last_whole_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"\xff" * 64, b"\x02" + b"\0" * 7 + b"{}"], ids=["garbage", "no tensors"])
+def test_an_adapter_file_that_holds_no_tensors_counts_as_missing(content, tmp_path):
+    (write_checkpoint(tmp_path, 3) / "adapter_model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"checkpoint-3 lacks adapter_model\.safetensors"):
+        last_whole_checkpoint(tmp_path)
+
+
 def test_a_float16_run_needs_its_loss_scale_too(tmp_path):
     write_checkpoint(tmp_path, 3)
     assert last_whole_checkpoint(tmp_path).name == "checkpoint-3"
@@ -178,6 +186,7 @@ def test_resuming_a_finished_run_is_refused(finished):
 @pytest.mark.parametrize("left", ["adapter", "checkpoint-3", "run.json"])
 def test_a_folder_that_holds_a_run_is_refused_unless_it_is_to_be_resumed(left, tmp_path):
     (tmp_path / left).mkdir()
+    (tmp_path / left / "file").touch()
     with pytest.raises(FileExistsError, match="holds a run already: name a new folder, or pass resume=True"):
         run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [left]
@@ -202,6 +211,18 @@ def test_another_base_is_not_gone_on_with(interrupted):
     said = "quantization was 'nf4, double_quant=True' and is now 'none'"
     with pytest.raises(ValueError, match=f"was begun otherwise: {said}"):
         training.train(unquantised, None, CHATS, interrupted, SHORT, hardware=CPU, resume=True)
+
+
+def test_a_damaged_record_is_refused(interrupted):
+    (interrupted / "run.json").write_text('{"steps": 6')
+    with pytest.raises(ValueError, match=r"run\.json is damaged, so what the run was is unknown: name a new folder"):
+        run(interrupted, resume=True)
+
+
+def test_an_adapter_folder_without_its_files_is_no_finished_run(interrupted, finished):
+    (interrupted / "adapter").mkdir()
+    resumed = run(interrupted, resume=True)
+    assert differing(adapter(resumed.adapter_path), adapter(finished.adapter_path)) == []
 
 
 def test_checkpoints_of_an_unknown_run_are_refused(interrupted):

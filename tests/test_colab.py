@@ -19,11 +19,12 @@ import warnings
 import zipfile
 from pathlib import Path
 
-import build
 import packaging
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import build
 
 ROOT = Path(__file__).resolve().parents[1]
 CELL = (ROOT / "colab" / "setup_cell.py").read_text()

@@ -23,6 +23,8 @@ def test_an_unfinished_run_is_found_again_and_a_finished_one_is_not(runs):
     (first / "run.json").touch()
     assert unfinished_run_folder("a") == first
     (first / "adapter").mkdir()
+    assert unfinished_run_folder("a") == first  # empty: what was in it was lost
+    (first / "adapter" / "adapter_config.json").touch()
     assert unfinished_run_folder("a") == runs / "a-3"
 
 

@@ -8,7 +8,7 @@ from huggingface_hub import errors
 
 from qlora_helpers import hub, models
 from qlora_helpers.hub import DEFAULT_MODEL, LARGER_MODEL, REVISIONS, HubError, fetch
-from runs import CPU
+from short_runs import CPU
 
 
 def refused(kind, message="as the Hub says it"):

@@ -6,10 +6,11 @@ import json
 import re
 from pathlib import Path
 
-import build
 import nbformat
 import pytest
 from nbval.plugin import IPyNbFile, coalesce_streams
+
+import build
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = [(name, edition) for name in build.lessons() for edition in build.EDITIONS]

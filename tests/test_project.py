@@ -6,10 +6,11 @@ import subprocess
 import tomllib
 from pathlib import Path
 
-import build
 import pytest
-from measured_tables import fill
 from packaging.requirements import Requirement
+
+import build
+from measured_tables import fill
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -6,8 +6,8 @@ import re
 from collections import Counter
 
 import pytest
-import qlora_numbers  # in data/
 
+import qlora_numbers  # in data/
 from qlora_helpers.chats import read_chats
 from qlora_helpers.files import data_path
 

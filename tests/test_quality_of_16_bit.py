@@ -4,8 +4,9 @@ import json
 import os
 from pathlib import Path
 
-import measure_tiny_llama as measure
 import pytest
+
+import measure_tiny_llama as measure
 
 SCORES = json.loads((Path(measure.__file__).parent / "tiny-llama" / "scores.json").read_text())
 

@@ -3,7 +3,6 @@
 import json
 
 import measure_tiny_llama as measure
-
 from qlora_helpers.files import data_path
 
 

@@ -2,9 +2,9 @@
 
 import json
 
-import measure_tiny_llama as measure
 import pytest
 
+import measure_tiny_llama as measure
 from qlora_helpers import evaluation
 from qlora_helpers.chats import read_chats
 from qlora_helpers.files import data_path

@@ -17,7 +17,7 @@ from qlora_helpers.chats import count_tokens, split_question
 from qlora_helpers.files import data_path
 from qlora_helpers.models import load_model
 from qlora_helpers.training import Settings, TrainingDiverged
-from runs import CHATS, CPU, SHORT, TOKENIZER, adapter, differing, run, trainer_of
+from short_runs import CHATS, CPU, SHORT, TOKENIZER, adapter, differing, run, trainer_of
 
 
 @pytest.fixture(scope="module")

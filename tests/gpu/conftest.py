@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs.py, kills.py
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # short_runs.py, kills.py
 
 
 def pytest_collection_modifyitems(items):

@@ -2,9 +2,10 @@
 
 import os
 
-import build  # in notebooks/
 import pytest
 import torch
+
+import build  # in notebooks/
 
 CASES = [(name, "colab", "t4") for name in build.lessons()] + [
     (name, "solutions", "ampere") for name in build.lessons()
