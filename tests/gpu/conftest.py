@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def stand_ins():
     """A function from the name of a shape to a folder with random weights of it, written once."""
     import stand_in  # in data/
 
-    folder = Path(os.environ.get("QLORA_STAND_INS", "/tmp/stand-ins"))
+    folder = Path(os.environ.get("QLORA_STAND_INS") or Path(tempfile.gettempdir(), "stand-ins"))
     folder.mkdir(parents=True, exist_ok=True)
 
     def written(shape: str) -> str:
