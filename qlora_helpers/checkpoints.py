@@ -18,6 +18,7 @@ from qlora_helpers.quiet import quieten
 
 quieten()
 
+from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 
 RECORD = "run.json"  # what a run was begun with
@@ -60,20 +61,11 @@ def _state(checkpoint: Path) -> dict | None:
 def _damaged(part: Path) -> bool:
     """Whether a part is missing, or was cut off: torch's files are zip archives with their table at the end."""
     if part.suffix == ".safetensors":
-        if not part.exists() or part.stat().st_size < 8:
+        try:
+            with safe_open(part, framework="pt") as file:  # holds the header against the file's length
+                return not file.keys()
+        except (FileNotFoundError, SafetensorError):
             return True
-        with part.open("rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-            try:
-                tensors = json.loads(file.read(header)) if header < part.stat().st_size else {}
-            except ValueError:
-                return True
-        if not tensors.keys() - {"__metadata__"}:
-            return True
-        return (
-            8 + header + max(t["data_offsets"][1] for n, t in tensors.items() if n != "__metadata__")
-            > part.stat().st_size
-        )
     return not part.exists() or not zipfile.is_zipfile(part)
 
 
@@ -107,9 +99,14 @@ def steps_done(checkpoint: Path) -> int:
     return _state(checkpoint)["global_step"]
 
 
+def losses(log_history: list[dict]) -> list[tuple[int, float]]:
+    """(step, loss) of each entry of a trainer's log that has a loss."""
+    return [(entry["step"], float(entry["loss"])) for entry in log_history if "loss" in entry]
+
+
 def history(checkpoint: Path) -> list[tuple[int, float]]:
     """(step, loss) as logged up to a whole checkpoint."""
-    return [(entry["step"], float(entry["loss"])) for entry in _state(checkpoint)["log_history"] if "loss" in entry]
+    return losses(_state(checkpoint)["log_history"])
 
 
 def record_of(model, chats: list, settings, compute_dtype) -> dict:

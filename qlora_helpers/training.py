@@ -17,6 +17,7 @@ from qlora_helpers.chats import Chat, count_tokens
 from qlora_helpers.checkpoints import (
     SaveByTheClock,
     history,
+    losses,
     record_of,
     save_adapter,
     steps_done,
@@ -128,7 +129,7 @@ class _Recorder(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
             # the state's own log, which a resumed run finds in its checkpoint
-            self.history = [(entry["step"], float(entry["loss"])) for entry in state.log_history if "loss" in entry]
+            self.history = losses(state.log_history)
             if self.on_loss:
                 self.on_loss(self.history)
 
@@ -194,8 +195,8 @@ class _Watch(TrainerCallback):
             self.look(args)
 
     def look(self, args):
-        losses, self.trainer.step_losses = self.trainer.step_losses, []
-        for step, loss in losses:
+        unread, self.trainer.step_losses = self.trainer.step_losses, []
+        for step, loss in unread:
             if not math.isfinite(value := loss.item()):
                 advice = (
                     "float16 can also overflow inside the model, whatever the learning rate: then only another model or a GPU "
