@@ -56,6 +56,18 @@ def test_the_numbers_about_the_t4_gear_are_the_measured_ones():
     for split, said in (("train", "on {} questions about QLoRA"),):
         count = len((ROOT / "data" / "chats" / "qlora" / f"{split}.jsonl").read_bytes().splitlines())
         assert said.format(count) in text
+    fits = {
+        who: [
+            row["tokens"]
+            for row in rows
+            if row["what"] == "training"
+            and (row["model"], row["gear"], row["batch_size"], row["who"]) == ("Llama-3.1-8B", "t4", 1, who)
+            and row["outcome"] == "ran"
+        ]
+        for who in ("recipe", "ours")
+    }
+    said = "the recipe trains 8B at {:,} tokens and not at 4,096; this course's gear trains it at {:,} and not at 16,384"
+    assert said.format(max(fits["recipe"]), max(fits["ours"])) in text
     killed = (ROOT / "data" / "measured" / "kills.txt").read_text()
     assert "20 of 20 runs ended bit-identical to the uninterrupted one" in killed and "20 runs killed for real" in text
 
