@@ -1,0 +1,73 @@
+"""The GPUs that people fine-tune on: usable memory, compute capability, and what the CUDA libraries take of it."""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+
+from ..files import data_path
+
+GIB, MIB = 2**30, 2**20
+
+# torch gives each thread that runs products a workspace of cuBLAS: 32 MiB on Hopper, 8.125 MiB elsewhere
+# (aten/src/ATen/cuda/CUDABlas.cpp, default_cublas_workspace_config). Forward and backward pass are two threads.
+WORKSPACE_HOPPER, WORKSPACE = 32 * MIB, 8_519_680
+# The CUDA context with the kernels and libraries that a run loads, measured on an H200 (data/measured/h200_peaks.json):
+# what the card shows as used, less what torch reserved, for runs without paged states. Not measured on other cards.
+CONTEXT_BYTES = 804_061_184
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A card.
+
+    Args:
+        usable_bytes: what torch reports as its total memory.
+        compute_capability: such as (7, 5) for a T4.
+        workspace_bytes: of cuBLAS, for both threads.
+    """
+
+    name: str
+    usable_bytes: int
+    compute_capability: tuple[int, int]
+    workspace_bytes: int
+
+    @property
+    def context_bytes(self) -> int:
+        return CONTEXT_BYTES
+
+    def reserved_bytes(self, peak: int, standing: int) -> int:
+        """What torch's allocator takes from the card, at a peak of which `standing` bytes never move."""
+        return int(peak + 0.08 * (peak - standing))
+
+
+@cache
+def _table() -> dict[str, GPU]:
+    table = {}
+    for key, entry in json.loads(data_path("gpus.json").read_text()).items():
+        if not isinstance(entry, dict):
+            continue
+        capability = tuple(entry["compute_capability"])
+        workspace = 2 * (WORKSPACE_HOPPER if capability[0] == 9 else WORKSPACE)
+        gpu = GPU(entry["name"], int(entry["usable_gib"] * GIB), capability, workspace)
+        for name in (key, *entry.get("aliases", ())):
+            table[_plain(name)] = gpu
+    return table
+
+
+def _plain(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum())
+
+
+def find_gpu(gpu: str | GPU) -> GPU:
+    """A GPU by its short name, such as "t4" or "a100-80".
+
+    Raises:
+        ValueError: no such name.
+    """
+    if isinstance(gpu, GPU):
+        return gpu
+    found = _table().get(_plain(str(gpu)))
+    if found is None:
+        known = ", ".join(json.loads(data_path("gpus.json").read_text()))
+        raise ValueError(f"gpu is {gpu!r}; known are {known}")
+    return found

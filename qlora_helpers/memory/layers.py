@@ -1,0 +1,509 @@
+"""A decoder layer of each known family, written with the tape's sized tensors, as transformers, PEFT and bitsandbytes run it.
+
+Read beside `modeling_llama.py` and its siblings in transformers, `tuners/lora/` in PEFT and `autograd/_functions.py` in
+bitsandbytes. `tests/test_memory_activations.py` runs the libraries' own layers on fake tensors and compares the two.
+"""
+
+from dataclasses import dataclass
+
+from .architectures import Linear, ModelShape
+from .tape import Tape, Tensor
+
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class How:
+    """How a layer is run: widths in bytes of one element, and which weights are trained.
+
+    Args:
+        compute: of 16-bit (or, without autocast, float32) products.
+        stream: of embeddings, norms' weights and the residual stream: 4 if they were made float32.
+        wide_norms: LayerNorm gives float32 under autocast, and bitsandbytes' layers give back what they are given, so that the
+            residual stream is float32 from the first layer on.
+        adapter: of LoRA's weights.
+        weight: of linear weights that are not in 4 bits.
+        autocast: a mixed-precision context is on.
+        method: "qlora", "lora" or "full".
+        adapted: names of the layers that have an adapter.
+        kernel: "flash", "efficient" (keys and values repeated for it), "math" or "eager".
+    """
+
+    batch_size: int
+    seq_len: int
+    compute: int
+    stream: int
+    wide_norms: bool
+    adapter: int
+    weight: int
+    autocast: bool
+    method: str
+    double_quant: bool
+    block_size: int
+    rank: int
+    dropout: bool
+    adapted: frozenset
+    kernel: str
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_size * self.seq_len
+
+    @property
+    def between(self) -> int:
+        """Bytes of one element of the residual stream between two layers."""
+        return FLOAT32 if self.wide_norms else self.stream
+
+
+class DecoderLayer:
+    """One decoder layer on a tape: call it with its input."""
+
+    def __init__(self, shape: ModelShape, how: How, tape: Tape):
+        self.shape, self.how, self.tape = shape, how, tape
+        self.linears = {linear.name.rsplit(".")[-1]: linear for linear in shape.linears}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.shape.model_type == "gptj":
+            return self._gptj(x)
+        if self.shape.model_type == "gpt_neox":
+            return self._gpt_neox(x)
+        return self._llama(x)
+
+    # ---- elementwise operations
+
+    def cast(self, x: Tensor, width: int) -> Tensor:
+        if x.width == width:
+            return x
+        new, elements, before = self.tape.new, x.elements, x.width
+        return self.tape.apply(elements, width, (x,), lambda g: (new(elements, before),))
+
+    def scale(self, x: Tensor, times: int = 1) -> Tensor:
+        """Multiply by a constant, or negate: nothing is saved."""
+        new, elements, width = self.tape.new, x.elements, x.width
+        return self.tape.apply(elements, width, (x,), lambda g: (new(elements, width),))
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        width = max(a.width, b.width)
+        new, of_a, of_b, elements = self.tape.new, a.width, b.width, a.elements
+
+        def backward(g):
+            return tuple(g if of == width else new(elements, of) for of in (of_a, of_b))
+
+        return self.tape.apply(elements, width, (a, b), backward)
+
+    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
+        """Each factor is saved for the gradient of the other."""
+        new, elements, width = self.tape.new, a.elements, a.width
+        saved = (a if b.node else None, b if a.node else None)
+
+        def backward(g):
+            return tuple(new(elements, width) if other is not None else None for other in reversed(saved))
+
+        return self.tape.apply(elements, width, (a, b), backward)
+
+    def dropout(self, x: Tensor) -> Tensor:
+        """Saves its mask, a byte per element."""
+        if not self.how.dropout:
+            return x
+        new, elements, width = self.tape.new, x.elements, x.width
+        mask = new(elements, 1)
+
+        def backward(g, mask=mask):
+            return (new(elements, width),)
+
+        return self.tape.apply(elements, width, (x,), backward)
+
+    def activation(self, x: Tensor) -> Tensor:
+        """SiLU or a fused GELU: saves its input."""
+        new, elements, width = self.tape.new, x.elements, x.width
+        return self.tape.apply(elements, width, (x,), lambda g, x=x: (new(elements, width),))
+
+    # ---- linear layers
+
+    def product(self, x: Tensor, out: int, weights: int, trainable_width: int = 0) -> Tensor:
+        """x @ W.T. `trainable_width` is that of the weight's gradient; 0 for a frozen weight, which needs no x kept."""
+        new, into, width, rows = self.tape.new, x.elements, self.how.compute, self.how.tokens
+        copy = new(weights, width) if trainable_width and trainable_width != width else None  # autocast's
+        saved = (x if trainable_width else None, copy)
+        needs = x.node is not None
+
+        def backward(g, saved=saved):
+            gradient = new(into, width) if needs else None
+            if trainable_width:
+                of_weight = new(weights, width)
+                if trainable_width != width:
+                    of_weight = new(weights, trainable_width)
+                self.tape.keep_weight_gradient(of_weight)
+            return (gradient,)
+
+        make = self.tape.with_weights if trainable_width else self.tape.apply
+        return make(rows * out, width, (x,), backward)
+
+    def product_4bit(self, x: Tensor, linear: Linear) -> Tensor:
+        """bitsandbytes' `MatMul4Bit`: the weight is dequantised forward and again backward, and nothing is saved."""
+        new, into, width = self.tape.new, x.elements, self.how.compute
+        needs = x.node is not None
+
+        def dequantised() -> Tensor:
+            scales = new(-(-linear.weights // self.how.block_size), FLOAT32) if self.how.double_quant else None
+            weight = new(linear.weights, width)
+            del scales
+            return weight
+
+        def backward(g):
+            if not needs:
+                return (None,)
+            weight = dequantised()  # held until the product is there
+            gradient = new(into, width)
+            del weight
+            return (gradient,)
+
+        weight = dequantised()
+        out = self.tape.apply(self.how.tokens * linear.out_features, width, (x,), backward)
+        del weight
+        return out
+
+    def base(self, x: Tensor, linear: Linear) -> Tensor:
+        how = self.how
+        if how.method == "qlora":
+            out = self.product_4bit(self.cast(x, how.compute), linear)
+            return self.cast(out, x.width)
+        x = self.cast(x, how.compute) if how.autocast else x
+        if how.method == "full":
+            return self.product(x, linear.out_features, linear.weights, how.weight)
+        if how.weight == how.compute:
+            return self.product(x, linear.out_features, linear.weights)
+        return self._frozen_wide(x, linear)
+
+    def _frozen_wide(self, x: Tensor, linear: Linear) -> Tensor:
+        """A frozen float32 weight under autocast: its 16-bit copy is saved for the gradient of x."""
+        new, into, width = self.tape.new, x.elements, self.how.compute
+        copy = new(linear.weights, width)
+        return self.tape.apply(
+            self.how.tokens * linear.out_features, width, (x,), lambda g, copy=copy: (new(into, width),)
+        )
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        """A linear layer, with its adapter if it has one."""
+        linear, how = self.linears[name], self.how
+        result = self.base(x, linear)
+        if linear.name not in how.adapted:
+            return result
+        if how.method == "qlora":
+            result = self.scale(result)  # PEFT clones the 4-bit layer's result
+        wanted = how.adapter
+        if how.method == "lora" or not how.autocast:
+            x = self.cast(x, wanted)  # PEFT's LoRA on a 16-bit layer casts its input to the adapter's dtype
+        dropped = self.dropout(x)
+        if how.autocast:
+            dropped = self.cast(dropped, how.compute)
+        low = self.product(dropped, how.rank, how.rank * linear.in_features, wanted)
+        del dropped
+        delta = self.product(low, linear.out_features, how.rank * linear.out_features, wanted)
+        del low
+        delta = self.scale(delta)
+        out = self.add(result, delta)
+        return self.cast(out, result.width)
+
+    # ---- norms
+
+    def rms_norm(self, x: Tensor, row: int) -> Tensor:
+        """RMSNorm as in Llama: in float32, whose input and inverse root are saved."""
+        new, elements, how = self.tape.new, x.elements, self.how
+        before, rows, gemma = x.width, elements // row, self.shape.model_type == "gemma2"
+        wide = self.cast(x, FLOAT32)
+        # x.pow(2).mean(): one temporary of the input's size
+        square = self.tape.apply(elements, FLOAT32, (wide,), lambda g, wide=wide: (new(elements, FLOAT32),))
+        root = self.tape.apply(rows, FLOAT32, (square,), lambda g: (new(elements, FLOAT32),))
+        del square
+        needs = wide.node is not None
+
+        def backward(g, wide=wide, root=root):
+            of_x = new(elements, FLOAT32)
+            of_root = new(elements, FLOAT32)  # summed to one per row
+            of_root = new(rows, FLOAT32)
+            return (of_x, of_root) if needs else (None, None)
+
+        normed = self.tape.apply(elements, FLOAT32, (wide, root), backward)
+        del wide, root
+        width = FLOAT32 if gemma else before
+        normed = self.cast(normed, width)
+        out = self.weighted(normed, row, max(width, how.stream))
+        return self.cast(out, before) if gemma else out
+
+    def weighted(self, x: Tensor, row: int, width: int) -> Tensor:
+        """x times the norm's weight; a trained weight needs x kept."""
+        new, elements, of_x, trained = self.tape.new, x.elements, x.width, self.how.method == "full"
+        saved = x if trained else None
+
+        def backward(g, saved=saved):
+            gradient = new(elements, width)
+            if trained:
+                of_weight = new(elements, width)
+                of_weight = new(row, width)
+                self.tape.keep_weight_gradient(of_weight)
+            return (gradient if of_x == width else new(elements, of_x),)
+
+        make = self.tape.with_weights if trained else self.tape.apply
+        return make(elements, width, (x,), backward)
+
+    def layer_norm(self, x: Tensor, row: int) -> Tensor:
+        """LayerNorm: under autocast in float32, result included."""
+        new, elements, trained = self.tape.new, x.elements, self.how.method == "full"
+        wide = self.cast(x, FLOAT32) if self.how.autocast else x
+        width = wide.width
+        statistics = new(2 * elements // row, FLOAT32)
+
+        def backward(g, saved=(wide, statistics)):
+            if trained:
+                self.tape.keep_weight_gradient(new(2 * row, self.how.weight))
+            return (new(elements, width),)
+
+        make = self.tape.with_weights if trained else self.tape.apply
+        return make(elements, width, (wide,), backward)
+
+    # ---- attention
+
+    def rotary(self, x: Tensor, share: float = 1.0) -> Tensor:
+        """x * cos + rotate_half(x) * sin, on a share of each head; cos and sin are kept once per model, and small."""
+        new, elements, width = self.tape.new, x.elements, x.width
+        part = int(elements * share)
+        needs = x.node is not None
+        head = x.view(part)
+        cosine = self.scale(head)
+        half = new(part // 2, width)
+        rotated = new(part, width)
+        del half
+
+        def back_to_x(g):  # the gradients of the two halves, each laid into zeros
+            half = new(part // 2, width)
+            first = new(part, width)
+            second = new(part, width)
+            del half, second
+            return (first if needs else None,)
+
+        source = self.tape.apply(0, width, (head,), back_to_x)
+        rotated = Tensor(rotated.buffer, part, width, source.node)
+        sine = self.scale(rotated)
+        del rotated, source
+        out = self.add(cosine, sine)
+        if part == elements:
+            return out
+        del cosine, sine
+
+        def uncat(g):
+            return (g.view(part), None)
+
+        return self.tape.apply(elements, width, (out, x), uncat)
+
+    def repeated(self, x: Tensor) -> Tensor:
+        """Keys or values, once for each head that shares them."""
+        groups = self.shape.num_attention_heads // self.shape.num_key_value_heads
+        if groups == 1:
+            return x
+        new, elements, width = self.tape.new, x.elements, x.width
+        return self.tape.apply(elements * groups, width, (x,), lambda g: (new(elements, width),))
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        how = self.how
+        if how.kernel == "eager":
+            return self._eager(q, self.repeated(k), self.repeated(v))
+        if how.autocast:
+            q, k, v = (self.cast(x, how.compute) for x in (q, k, v))
+        if how.kernel == "math":
+            return self._math(q, self.repeated(k), self.repeated(v))
+        if how.kernel == "efficient":
+            k, v = self.repeated(k), self.repeated(v)
+        return self._fused(q, k, v)
+
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """FlashAttention or the memory-efficient kernel: saves its inputs, its result and one number per query and head."""
+        new, width, heads, tokens = self.tape.new, q.width, self.shape.num_attention_heads, self.how.tokens
+        of_q, of_k, grouped = q.elements, k.elements, k.elements != q.elements
+        flash = self.how.kernel == "flash"
+        # FlashAttention's backward pass accumulates in float32, rows rounded to 128 and heads to 32
+        rounded = self.how.batch_size * heads * (-(-self.how.seq_len // 128) * 128)
+        logsumexp = new(heads * tokens, FLOAT32)
+        out = new(of_q, width)
+        needs = any(x.node for x in (q, k, v))
+
+        def backward(g, saved=(q, k, v, out.buffer, logsumexp)):
+            gradients = (new(of_q, width), new(of_k, width), new(of_k, width))
+            delta = new(rounded if flash else heads * tokens, FLOAT32)
+            if flash:
+                sums = new(rounded * (-(-self.shape.head_dim // 32) * 32), FLOAT32)
+                expanded = (new(of_q, width), new(of_q, width)) if grouped else None
+                del sums, expanded
+            del delta
+            return gradients
+
+        if not needs:
+            return out
+        result = self.tape.apply(0, width, (q, k, v), backward)
+        return Tensor(out.buffer, of_q, width, result.node)
+
+    @property
+    def scores(self) -> int:
+        """Elements of a layer's attention scores: one for every pair of tokens, in every head."""
+        return self.how.batch_size * self.shape.num_attention_heads * self.how.seq_len**2
+
+    def matmul(self, a: Tensor, b: Tensor, elements: int) -> Tensor:
+        """A product of two activations: each is saved for the other."""
+        new, width, of_a, of_b = self.tape.new, a.width, a.elements, b.elements
+        saved = (a if b.node else None, b if a.node else None)
+
+        def backward(g, saved=saved):
+            return (new(of_a, width) if saved[1] is not None else None, new(of_b, width) if saved[0] is not None else None)
+
+        return self.tape.apply(elements, width, (a, b), backward)
+
+    def softmax(self, x: Tensor, width: int) -> Tensor:
+        """Saves its result."""
+        new, elements, before = self.tape.new, x.elements, x.width
+        out = new(elements, width)
+        if x.node is None:
+            return out
+
+        def backward(g, saved=out.buffer):
+            return (new(elements, before),)
+
+        return Tensor(out.buffer, elements, width, self.tape.apply(0, width, (x,), backward).node)
+
+    def _math(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """torch's math kernel: in float32, quadratic."""
+        new = self.tape.new
+        before = q.width
+        q, k, v = (self.cast(x, FLOAT32) for x in (q, k, v))
+        mask = new(self.how.seq_len**2, FLOAT32)
+        q, k = self.scale(q), self.scale(k)
+        scores = self.matmul(q, k, self.scores)
+        masked = new(self.scores, 1)
+        plain = new(self.scores, FLOAT32)  # torch's safe softmax makes one more
+        weights = self.softmax(scores, FLOAT32)
+        del scores, masked, plain, mask
+        out = self.matmul(weights, v, q.elements)
+        return self.cast(out, before)
+
+    def _eager(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention in Python, as transformers writes it: several copies of the scores."""
+        how = self.how
+        width = q.width
+        narrow = how.compute if how.autocast else width
+        scores = self.matmul(self.cast(q, narrow), self.cast(k, narrow), self.scores)
+        scores = self.scale(scores)
+        if self.shape.model_type == "gemma2":  # soft-capped: tanh saves its result
+            scores = self.scale(scores)
+            scores = self.softmax(scores, scores.width)
+            scores = self.scale(scores)
+        scores = self.add(scores, self.tape.new(scores.elements, 0)) if False else self.scale(scores)  # plus the mask
+        weights = self.softmax(scores, FLOAT32)
+        del scores
+        weights = self.cast(self.cast(weights, width), narrow)
+        out = self.matmul(weights, self.cast(v, narrow), q.elements)
+        return self.scale(out)  # made contiguous
+
+    # ---- the families
+
+    def _llama(self, x: Tensor) -> Tensor:
+        shape = self.shape
+        gemma = shape.model_type == "gemma2"
+        normed = self.rms_norm(x, shape.hidden_size)
+        if shape.model_type == "phi3":
+            q, k, v = self._split(
+                self.linear(normed, "qkv_proj"), (shape.query_width, shape.key_value_width, shape.key_value_width)
+            )
+        else:
+            q, k, v = self.linear(normed, "q_proj"), None, None
+            if shape.model_type == "qwen3":
+                q = self.rms_norm(q, shape.head_dim)
+            k = self.linear(normed, "k_proj")
+            if shape.model_type == "qwen3":
+                k = self.rms_norm(k, shape.head_dim)
+            v = self.linear(normed, "v_proj")
+        rotated_q = self.rotary(q)
+        rotated_k = self.rotary(k)
+        del q, k
+        mixed = self.attention(rotated_q, rotated_k, v)
+        out = self.linear(mixed, "o_proj")
+        del mixed, rotated_q, rotated_k, v, normed
+        if gemma:
+            out = self.rms_norm(out, shape.hidden_size)
+        x = self.add(x, out)
+        del out
+        out = self._mlp(self.rms_norm(x, shape.hidden_size))
+        if gemma:
+            out = self.rms_norm(out, shape.hidden_size)
+        return self.add(x, out)
+
+    def _split(self, x: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Slices of a fused projection; their gradients are laid into zeros of its size."""
+        new, elements, width = self.tape.new, x.elements, x.width
+        return tuple(
+            Tensor(
+                x.buffer,
+                self.how.tokens * part,
+                width,
+                self.tape.apply(0, width, (x,), lambda g: (new(elements, width),)).node,
+            )
+            for part in widths
+        )
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        if self.shape.model_type == "phi3":
+            i = self.shape.intermediate_size
+            gate, up = self._split(self.linear(x, "gate_up_proj"), (i, i))
+            product = self.multiply(up, self.activation(gate))
+            del gate, up
+            return self.linear(product, "down_proj")
+        active = self.activation(self.linear(x, "gate_proj"))
+        up = self.linear(x, "up_proj")
+        product = self.multiply(active, up)
+        del active, up, x
+        return self.linear(product, "down_proj")
+
+    def _gpt_neox(self, x: Tensor) -> Tensor:
+        shape = self.shape
+        h, share = shape.hidden_size, shape.rotary_dim / shape.head_dim
+        q, k, v = self._split(self.linear(self.layer_norm(x, h), "query_key_value"), (h, h, h))
+        rotated_q, rotated_k = self.rotary(q, share), self.rotary(k, share)
+        del q, k
+        attended = self.linear(self.attention(rotated_q, rotated_k, v), "dense")
+        del rotated_q, rotated_k, v
+        if not shape.use_parallel_residual:
+            attended = self.add(attended, x)
+        out = self.layer_norm(x if shape.use_parallel_residual else attended, h)
+        out = self.activation(self.linear(out, "dense_h_to_4h"))
+        out = self.add(self.linear(out, "dense_4h_to_h"), attended)
+        return self.add(out, x) if shape.use_parallel_residual else out
+
+    def _gptj(self, x: Tensor) -> Tensor:
+        shape = self.shape
+        h = shape.hidden_size
+        normed = self.layer_norm(x, h)
+        q, k, v = (self.linear(normed, name) for name in ("q_proj", "k_proj", "v_proj"))
+        share = shape.rotary_dim / shape.head_dim if shape.rotary_dim else 1.0
+        k, q = self.rotary(k, share), self.rotary(q, share)
+        q, k = self.cast(q, FLOAT32), self.cast(k, FLOAT32)
+        how = self.how
+        narrow = how.compute if how.autocast else FLOAT32
+        scores = self.matmul(self.cast(q, narrow), self.cast(k, narrow), self.scores)
+        scores = self.scale(scores)
+        scores = self.scale(scores)  # plus the mask
+        weights = self.softmax(scores, FLOAT32)
+        del scores
+        weights = self.cast(self.cast(weights, v.width), narrow)
+        mixed = self.scale(self.matmul(weights, self.cast(v, narrow), q.elements))
+        del weights, q, k, v
+        attended = self.linear(mixed, "out_proj")
+        del mixed
+        out = self.linear(self._gelu_new(self.linear(normed, "fc_in")), "fc_out")
+        return self.add(self.add(attended, out), x)
+
+    def _gelu_new(self, x: Tensor) -> Tensor:
+        """GELU written out in Python: each of its steps makes a tensor."""
+        cube = self.activation(x)  # pow saves x; under autocast in float32
+        inner = self.scale(self.add(x, self.scale(cube)))
+        del cube
+        tanh = self.softmax(inner, inner.width)  # saves its result
+        del inner
+        return self.multiply(self.scale(x), self.scale(tanh))

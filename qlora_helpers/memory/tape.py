@@ -1,0 +1,112 @@
+"""Tensors that have a size but no numbers, and an autograd over them: enough to see what a training step keeps in memory.
+
+A `Tensor` holds a `Buffer`, and a buffer is freed when Python drops its last reference, as torch does it. An operation makes
+a new tensor and notes what its backward pass will need; what is noted stays alive. So the code of a layer, written with
+these tensors, takes and frees memory in the same order as the layer in torch, in microseconds and without torch.
+"""
+
+BLOCK = 512  # bytes: the CUDA caching allocator rounds every request up to a multiple (torch/c10, kMinBlockSize)
+
+
+class Buffer:
+    """Memory of a tape, freed when the last reference goes."""
+
+    __slots__ = ("size", "tape")
+
+    def __init__(self, tape: "Tape", size: int):
+        self.tape, self.size = tape, -(-size // BLOCK) * BLOCK
+        tape.live += self.size
+        tape.peak = max(tape.peak, tape.live)
+
+    def __del__(self):
+        self.tape.live -= self.size
+
+
+class Node:
+    """An operation that the backward pass comes back to."""
+
+    __slots__ = ("backward", "inputs")
+
+    def __init__(self, inputs: tuple, backward):
+        self.inputs, self.backward = inputs, backward
+
+
+class Tensor:
+    """Elements of a width in bytes; `node` is the operation that made it, None if no gradient flows there."""
+
+    __slots__ = ("buffer", "elements", "node", "width")
+
+    def __init__(self, buffer: Buffer, elements: int, width: int, node: Node | None = None):
+        self.buffer, self.elements, self.width, self.node = buffer, elements, width, node
+
+    def view(self, elements: int | None = None) -> "Tensor":
+        """The same memory under another shape, or a part of it."""
+        return Tensor(self.buffer, self.elements if elements is None else elements, self.width, self.node)
+
+
+class Tape:
+    """Counts the bytes that live, and the most that ever lived at once.
+
+    Args:
+        recording: note operations for a backward pass. Without it, as in the forward pass of a checkpointed layer, nothing is
+            kept.
+    """
+
+    def __init__(self, recording: bool = True):
+        self.live = self.peak = 0
+        self.nodes: list[Node] = []
+        self.recording = recording
+        self.weight_gradients: list[Tensor] = []
+
+    def new(self, elements: int, width: int) -> Tensor:
+        """A tensor without history."""
+        return Tensor(Buffer(self, elements * width), elements, width)
+
+    def source(self, elements: int, width: int) -> Tensor:
+        """A tensor that asks for a gradient: the input of a layer."""
+        return self._noted(self.new(elements, width), (), None)
+
+    def _noted(self, out: Tensor, inputs: tuple, backward) -> Tensor:
+        if self.recording:
+            out.node = Node(inputs, backward)
+            self.nodes.append(out.node)
+        return out
+
+    def apply(self, elements: int, width: int, inputs: tuple[Tensor, ...], backward) -> Tensor:
+        """The result of an operation.
+
+        Args:
+            elements, width: of the result.
+            inputs: the tensors that it was computed from.
+            backward: from the gradient of the result to those of the inputs, one each; what it refers to is what autograd
+                saves. It is asked only for inputs that need a gradient.
+        """
+        out = self.new(elements, width)
+        if self.recording and any(tensor.node for tensor in inputs):
+            self._noted(out, tuple(tensor.node for tensor in inputs), backward)
+        return out
+
+    def with_weights(self, elements: int, width: int, inputs: tuple[Tensor, ...], backward) -> Tensor:
+        """The same, for an operation with trainable weights: it is noted even if no input needs a gradient."""
+        return self._noted(self.new(elements, width), tuple(tensor.node for tensor in inputs), backward)
+
+    def keep_weight_gradient(self, gradient: Tensor) -> None:
+        """A gradient of a weight stays until the optimizer's step."""
+        self.weight_gradients.append(gradient)
+
+    def backward(self, last: Node, gradient: Tensor) -> None:
+        """Go back from an operation whose gradient is given; every operation's noted tensors are freed behind it."""
+        gradients = {id(last): gradient}
+        del gradient
+        while self.nodes:
+            node = self.nodes.pop()
+            incoming = gradients.pop(id(node), None)
+            if incoming is None or node.backward is None:
+                continue
+            results = node.backward(incoming)
+            del incoming
+            node.backward = None
+            for source, result in zip(node.inputs, results):
+                if source is not None and result is not None and id(source) not in gradients:
+                    gradients[id(source)] = result  # a second one is added in place
+            del results, result
