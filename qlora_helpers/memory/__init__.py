@@ -1,7 +1,35 @@
 """Will it fit? The memory of a fine-tuning run, predicted part by part."""
 
 from .architectures import ModelShape
-from .gpus import GPU, find_gpu
+from .fitting import (
+    Change,
+    Suggestion,
+    cures,
+    find_shape,
+    known_models,
+    largest_batch,
+    longest_sequence,
+    suggest,
+    what_fits,
+)
+from .gpus import GPU, find_gpu, known_gpus
 from .prediction import FineTuning, Prediction, predict
 
-__all__ = ["GPU", "FineTuning", "ModelShape", "Prediction", "find_gpu", "predict"]
+__all__ = [
+    "GPU",
+    "Change",
+    "FineTuning",
+    "ModelShape",
+    "Prediction",
+    "Suggestion",
+    "cures",
+    "find_gpu",
+    "find_shape",
+    "known_gpus",
+    "known_models",
+    "largest_batch",
+    "longest_sequence",
+    "predict",
+    "suggest",
+    "what_fits",
+]

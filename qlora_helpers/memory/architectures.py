@@ -42,7 +42,7 @@ _LLAMA = {
 }  # fmt: skip
 _DEFAULTS = {
     "llama": _LLAMA,
-    "mistral": _LLAMA | {"intermediate_size": 14_336, "num_key_value_heads": 8},
+    "mistral": _LLAMA | {"intermediate_size": 14_336, "num_key_value_heads": 8, "sliding_window": 4_096},
     "qwen2": _LLAMA | {"vocab_size": 151_936, "intermediate_size": 22_016, "num_key_value_heads": 32},
     "qwen3": _LLAMA | {
         "vocab_size": 151_936, "intermediate_size": 22_016, "num_key_value_heads": 32, "head_dim": 128,
@@ -85,6 +85,7 @@ class ModelShape:
     max_position_embeddings: int | None = None
     rotary_dim: int = 0  # elements of a head that are rotated; 0 where it is the whole head
     use_parallel_residual: bool = False
+    sliding_window: int | None = None  # tokens that attention looks back; longer sequences need a mask
     name: str = field(default="", compare=False)
 
     @classmethod
@@ -105,7 +106,10 @@ class ModelShape:
             path = path / "config.json" if path.is_dir() else path
             if not path.is_file():
                 raise FileNotFoundError(f"config: there is no file {path}; give a config.json or a folder that has one")
-            name, config = path.parent.name, json.loads(path.read_text())
+            try:
+                name, config = path.resolve().parent.name, json.loads(path.read_text())
+            except ValueError as error:
+                raise ValueError(f"config: {path} is no JSON ({error})") from error
         elif hasattr(config, "to_dict"):
             config = config.to_dict()
         if not isinstance(config, dict):
@@ -134,7 +138,9 @@ class ModelShape:
             sizes["num_key_value_heads"] = sizes["num_attention_heads"]
         for key, size in sizes.items():
             if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-                raise ValueError(f"{names.get(key, key)} is {size!r} in the config; it must be a whole number from 1 on")
+                raise ValueError(
+                    f"{names.get(key, key)} is {size!r} in the config; it must be a whole number from 1 on"
+                )
         if sizes["head_dim"] is None or family in ("gpt_neox", "gptj", "phi3"):  # these three know no head_dim
             if sizes["hidden_size"] % sizes["num_attention_heads"]:
                 raise ValueError(
@@ -159,6 +165,9 @@ class ModelShape:
             attention_bias=family == "qwen2" or bool(value("attention_bias")),
             mlp_bias=family in ("gpt_neox", "gptj") or bool(value("mlp_bias")),
             rotary_dim=rotary,
+            sliding_window=config.get("sliding_window", value("sliding_window"))
+            if family in ("mistral", "phi3")
+            else None,
             use_parallel_residual=family == "gptj" or bool(value("use_parallel_residual")),
             name=name or str(config.get("_name_or_path") or ""),
             **sizes,
@@ -237,6 +246,11 @@ class ModelShape:
         return self.num_hidden_layers * per_layer + last
 
     @property
+    def largest_tensor(self) -> int:
+        """Elements of the largest tensor of the model's files."""
+        return max(self.vocab_size * self.hidden_size, *(linear.weights for linear in self.linears))
+
+    @property
     def buffer_bytes(self) -> int:
         """Tables that are no parameters: GPT-J keeps float32 sines for every position in every layer."""
         if self.model_type != "gptj":
@@ -270,7 +284,9 @@ class ModelShape:
         )
         if not found:
             known = ", ".join(linear.name.rsplit(".")[-1] for linear in self.linears)
-            raise ValueError(f"target_modules is {list(target_modules)}; none of them is in {self.model_type}, which has {known}")
+            raise ValueError(
+                f"target_modules is {list(target_modules)}; none of them is in {self.model_type}, which has {known}"
+            )
         return found
 
     def lora_parameters(self, rank: int, target_modules="all-linear") -> int:

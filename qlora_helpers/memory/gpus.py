@@ -35,23 +35,22 @@ class GPU:
     def context_bytes(self) -> int:
         return CONTEXT_BYTES
 
-    def reserved_bytes(self, peak: int, standing: int) -> int:
-        """What torch's allocator takes from the card, at a peak of which `standing` bytes never move."""
-        return int(peak + 0.08 * (peak - standing))
-
 
 @cache
 def _table() -> dict[str, GPU]:
     table = {}
     for key, entry in json.loads(data_path("gpus.json").read_text()).items():
-        if not isinstance(entry, dict):
-            continue
         capability = tuple(entry["compute_capability"])
         workspace = 2 * (WORKSPACE_HOPPER if capability[0] == 9 else WORKSPACE)
         gpu = GPU(entry["name"], int(entry["usable_gib"] * GIB), capability, workspace)
         for name in (key, *entry.get("aliases", ())):
             table[_plain(name)] = gpu
     return table
+
+
+def known_gpus() -> dict[str, GPU]:
+    """The GPUs of `data/gpus.json` by their short names."""
+    return {key: find_gpu(key) for key in json.loads(data_path("gpus.json").read_text())}
 
 
 def _plain(name: str) -> str:
@@ -68,6 +67,5 @@ def find_gpu(gpu: str | GPU) -> GPU:
         return gpu
     found = _table().get(_plain(str(gpu)))
     if found is None:
-        known = ", ".join(json.loads(data_path("gpus.json").read_text()))
-        raise ValueError(f"gpu is {gpu!r}; known are {known}")
+        raise ValueError(f"gpu is {gpu!r}; known are {', '.join(known_gpus())}")
     return found

@@ -10,6 +10,7 @@ from .architectures import Linear, ModelShape
 from .tape import Tape, Tensor
 
 FLOAT32 = 4
+DEQUANTISED, TILE = "dequantised weight", "logits tile"  # kinds of memory that a tape counts by themselves
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,11 @@ class How:
             residual stream is float32 from the first layer on.
         adapter: of LoRA's weights.
         weight: of linear weights that are not in 4 bits.
-        autocast: a mixed-precision context is on.
+        autocast: a mixed-precision context is on; float16: in float16.
         method: "qlora", "lora" or "full".
         adapted: names of the layers that have an adapter.
         kernel: "flash", "efficient" (keys and values repeated for it), "math" or "eager".
+        masked: the kernel is given a mask, sequence x sequence.
     """
 
     batch_size: int
@@ -37,6 +39,7 @@ class How:
     adapter: int
     weight: int
     autocast: bool
+    float16: bool
     method: str
     double_quant: bool
     block_size: int
@@ -44,6 +47,7 @@ class How:
     dropout: bool
     adapted: frozenset
     kernel: str
+    masked: bool = False
 
     @property
     def tokens(self) -> int:
@@ -146,7 +150,7 @@ class DecoderLayer:
 
         def dequantised() -> Tensor:
             scales = new(-(-linear.weights // self.how.block_size), FLOAT32) if self.how.double_quant else None
-            weight = new(linear.weights, width)
+            weight = new(linear.weights, width, DEQUANTISED)
             del scales
             return weight
 
@@ -166,8 +170,8 @@ class DecoderLayer:
     def base(self, x: Tensor, linear: Linear) -> Tensor:
         how = self.how
         if how.method == "qlora":
-            out = self.product_4bit(self.cast(x, how.compute), linear)
-            return self.cast(out, x.width)
+            narrow = self.cast(x, how.compute)  # alive until the layer returns
+            return self.cast(self.product_4bit(narrow, linear), x.width)
         x = self.cast(x, how.compute) if how.autocast else x
         if how.method == "full":
             return self.product(x, linear.out_features, linear.weights, how.weight)
@@ -195,10 +199,9 @@ class DecoderLayer:
         if how.method == "lora" or not how.autocast:
             x = self.cast(x, wanted)  # PEFT's LoRA on a 16-bit layer casts its input to the adapter's dtype
         dropped = self.dropout(x)
-        if how.autocast:
-            dropped = self.cast(dropped, how.compute)
-        low = self.product(dropped, how.rank, how.rank * linear.in_features, wanted)
-        del dropped
+        narrow = self.cast(dropped, how.compute) if how.autocast else dropped
+        low = self.product(narrow, how.rank, how.rank * linear.in_features, wanted)
+        del dropped, narrow
         delta = self.product(low, linear.out_features, how.rank * linear.out_features, wanted)
         del low
         delta = self.scale(delta)
@@ -324,10 +327,11 @@ class DecoderLayer:
         # FlashAttention's backward pass accumulates in float32, rows rounded to 128 and heads to 32
         rounded = self.how.batch_size * heads * (-(-self.how.seq_len // 128) * 128)
         logsumexp = new(heads * tokens, FLOAT32)
+        mask = new(self.how.batch_size * self.how.seq_len**2, width) if self.how.masked else None
         out = new(of_q, width)
         needs = any(x.node for x in (q, k, v))
 
-        def backward(g, saved=(q, k, v, out.buffer, logsumexp)):
+        def backward(g, saved=(q, k, v, out.buffer, logsumexp, mask)):
             gradients = (new(of_q, width), new(of_k, width), new(of_k, width))
             delta = new(rounded if flash else heads * tokens, FLOAT32)
             if flash:
@@ -353,21 +357,33 @@ class DecoderLayer:
         saved = (a if b.node else None, b if a.node else None)
 
         def backward(g, saved=saved):
-            return (new(of_a, width) if saved[1] is not None else None, new(of_b, width) if saved[0] is not None else None)
+            return (
+                new(of_a, width) if saved[1] is not None else None,
+                new(of_b, width) if saved[0] is not None else None,
+            )
 
         return self.tape.apply(elements, width, (a, b), backward)
 
-    def softmax(self, x: Tensor, width: int) -> Tensor:
-        """Saves its result."""
+    def keeping_result(self, x: Tensor, width: int, softmax: bool = False) -> Tensor:
+        """An operation whose gradient needs its result: tanh, or softmax, which backward takes one more temporary."""
         new, elements, before = self.tape.new, x.elements, x.width
         out = new(elements, width)
         if x.node is None:
             return out
 
         def backward(g, saved=out.buffer):
-            return (new(elements, before),)
+            product = new(elements, width) if softmax else None  # g * result (torch, softmax_backward_cuda_out)
+            gradient = new(elements, before)
+            del product
+            return (gradient,)
 
         return Tensor(out.buffer, elements, width, self.tape.apply(0, width, (x,), backward).node)
+
+    def softmax(self, x: Tensor) -> Tensor:
+        """In float32. torch reads float16 directly; bfloat16 it casts before."""
+        if not self.how.float16:
+            x = self.cast(x, FLOAT32)
+        return self.keeping_result(x, FLOAT32, softmax=True)
 
     def _math(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """torch's math kernel: in float32, quadratic."""
@@ -379,7 +395,7 @@ class DecoderLayer:
         scores = self.matmul(q, k, self.scores)
         masked = new(self.scores, 1)
         plain = new(self.scores, FLOAT32)  # torch's safe softmax makes one more
-        weights = self.softmax(scores, FLOAT32)
+        weights = self.softmax(scores)
         del scores, masked, plain, mask
         out = self.matmul(weights, v, q.elements)
         return self.cast(out, before)
@@ -393,10 +409,10 @@ class DecoderLayer:
         scores = self.scale(scores)
         if self.shape.model_type == "gemma2":  # soft-capped: tanh saves its result
             scores = self.scale(scores)
-            scores = self.softmax(scores, scores.width)
+            scores = self.keeping_result(scores, scores.width)
             scores = self.scale(scores)
-        scores = self.add(scores, self.tape.new(scores.elements, 0)) if False else self.scale(scores)  # plus the mask
-        weights = self.softmax(scores, FLOAT32)
+        scores = self.scale(scores)  # plus the mask
+        weights = self.softmax(scores)
         del scores
         weights = self.cast(self.cast(weights, width), narrow)
         out = self.matmul(weights, self.cast(v, narrow), q.elements)
@@ -458,7 +474,7 @@ class DecoderLayer:
         active = self.activation(self.linear(x, "gate_proj"))
         up = self.linear(x, "up_proj")
         product = self.multiply(active, up)
-        del active, up, x
+        del active, up
         return self.linear(product, "down_proj")
 
     def _gpt_neox(self, x: Tensor) -> Tensor:
@@ -471,8 +487,8 @@ class DecoderLayer:
         del rotated_q, rotated_k, v
         if not shape.use_parallel_residual:
             attended = self.add(attended, x)
-        out = self.layer_norm(x if shape.use_parallel_residual else attended, h)
-        out = self.activation(self.linear(out, "dense_h_to_4h"))
+        normed = self.layer_norm(x if shape.use_parallel_residual else attended, h)
+        out = self.activation(self.linear(normed, "dense_h_to_4h"))
         out = self.add(self.linear(out, "dense_4h_to_h"), attended)
         return self.add(out, x) if shape.use_parallel_residual else out
 
@@ -489,7 +505,7 @@ class DecoderLayer:
         scores = self.matmul(self.cast(q, narrow), self.cast(k, narrow), self.scores)
         scores = self.scale(scores)
         scores = self.scale(scores)  # plus the mask
-        weights = self.softmax(scores, FLOAT32)
+        weights = self.softmax(scores)
         del scores
         weights = self.cast(self.cast(weights, v.width), narrow)
         mixed = self.scale(self.matmul(weights, self.cast(v, narrow), q.elements))
@@ -500,10 +516,11 @@ class DecoderLayer:
         return self.add(self.add(attended, out), x)
 
     def _gelu_new(self, x: Tensor) -> Tensor:
-        """GELU written out in Python: each of its steps makes a tensor."""
-        cube = self.activation(x)  # pow saves x; under autocast in float32
+        """GELU written out in Python: each of its steps makes a tensor. Under autocast `pow` gives float32."""
+        x = self.cast(x, FLOAT32) if self.how.autocast else x
+        cube = self.activation(x)  # saves x
         inner = self.scale(self.add(x, self.scale(cube)))
         del cube
-        tanh = self.softmax(inner, inner.width)  # saves its result
+        tanh = self.keeping_result(inner, inner.width)
         del inner
         return self.multiply(self.scale(x), self.scale(tanh))

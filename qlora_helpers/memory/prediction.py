@@ -6,12 +6,12 @@ with sized tensors. What cannot be derived is named below, with where it was mea
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from .architectures import Linear, ModelShape
+from .architectures import ModelShape
 from .gpus import GPU, find_gpu
-from .layers import FLOAT32, DecoderLayer, How
+from .layers import DEQUANTISED, FLOAT32, TILE, DecoderLayer, How
 from .tape import BLOCK, Tape, Tensor
 
 GIB, MIB = 2**30, 2**20
@@ -30,6 +30,15 @@ SMALLEST_PAGED = 100_000
 # Managed memory is given out in pieces of this size (measured on an H200: data/measured/h200_peaks.json, 70B: 49 of them).
 PAGE_POOL = 128 * MIB
 NESTED_BLOCK = 256  # constants per second-level block, bitsandbytes
+# torch serves requests below this size from memory of their own (c10/cuda/CUDACachingAllocator.cpp, kSmallSize), which
+# large tensors cannot use: both pools keep the most that each of them ever held.
+SMALL_REQUEST = MIB
+# Main memory of a process that has loaded the libraries, without a model: Llama-3.1-8B was loaded, tensor by tensor, in
+# 1.62 GB, of which its largest tensor is 1.05 (data/measured/t4_gear.json).
+HOST_PROCESS = 571_000_000
+# What torch's allocator cannot give out again, as a share of what comes and goes within a step: holes between tensors of
+# unlike sizes. Medians of the calibration rows of data/measured/memory.json.
+HOLES_WITH_CHECKPOINTING, HOLES = 0.14, 0.025
 
 
 @dataclass(frozen=True)
@@ -154,7 +163,10 @@ class Prediction:
 
     @property
     def spare_bytes(self) -> int:
-        """Memory of the card that is left; negative where the run does not fit."""
+        """Memory of the card that is left; negative where the run does not fit. Paged optimizer states count as lying on it.
+
+        The driver may move them to main memory if the card is full, at the price of time; that is not counted on here.
+        """
         return self.gpu.usable_bytes - self.device_bytes
 
     @property
@@ -169,19 +181,26 @@ def _rounded(size: float) -> int:
 def _how(shape: ModelShape, run: FineTuning, gpu: GPU) -> How:
     compute = WIDTHS[run.compute_dtype]
     upcast = run.upcast_fp32 and run.method != "full"
-    kernel = {"sdpa": "flash", "math": "math", "eager": "eager"}[run.attention]
-    if kernel == "flash" and gpu.compute_capability < (8, 0):
-        kernel = "efficient"
+    kernel = run.attention
+    # beyond the window transformers makes a mask, which FlashAttention does not take
+    masked = shape.sliding_window is not None and run.seq_len > shape.sliding_window
+    if shape.model_type in ("gemma2", "gptj"):
+        kernel = "eager"  # transformers has nothing else for these two
+    elif kernel == "sdpa":
+        kernel = "flash" if gpu.compute_capability >= (8, 0) and not masked else "efficient"
     adapted = frozenset() if run.method == "full" else frozenset(t.name for t in shape.targets(run.target_modules))
     return How(
         batch_size=run.batch_size,
         seq_len=run.seq_len,
         compute=compute,
         stream=FLOAT32 if upcast else compute,
-        wide_norms=shape.model_type in ("gpt_neox", "gptj") and run.method == "qlora" and run.compute_dtype != "float32",
+        wide_norms=shape.model_type in ("gpt_neox", "gptj")
+        and run.method == "qlora"
+        and run.compute_dtype != "float32",
         adapter=WIDTHS[run.adapter_dtype],
         weight=FLOAT32 if upcast and run.method == "lora" else compute,
         autocast=run.compute_dtype != "float32",
+        float16=run.compute_dtype == "float16",
         method=run.method,
         double_quant=run.double_quant,
         block_size=run.block_size,
@@ -189,30 +208,44 @@ def _how(shape: ModelShape, run: FineTuning, gpu: GPU) -> How:
         dropout=run.method != "full" and run.lora_dropout > 0,
         adapted=adapted,
         kernel=kernel,
+        masked=masked,
     )
 
 
 @dataclass(frozen=True)
-class LayerCost:
-    """Bytes of one decoder layer: what its forward pass keeps, the most it takes on the way forward, and on the way back.
+class Peak:
+    """The most that a piece of the step takes, in bytes, and what of it is of a kind that is shown by itself."""
 
-    The input is in none of them; the gradient of the output is in `backward`.
+    total: int
+    dequantised: int = 0
+    tile: int = 0
+
+    @classmethod
+    def of(cls, tape: Tape, without: int) -> "Peak":
+        return cls(tape.peak - without, tape.peak_of.get(DEQUANTISED, 0), tape.peak_of.get(TILE, 0))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A piece of the model: bytes that its forward pass keeps, and its peaks on the way forward and on the way back.
+
+    Its input is in none of them; the gradient of its output is in `backward`.
     """
 
     kept: int
-    forward: int
-    backward: int
+    forward: Peak
+    backward: Peak
 
 
-def _measured(shape: ModelShape, how: How, apply, keep_input: bool) -> LayerCost:
-    """Run a piece of the model on a tape, forward and back."""
+def _measured(shape: ModelShape, how: How, apply, keep_input: bool, first: bool = False) -> Cost:
+    """Run a piece of the model on a tape, forward and back. The `first` layer's input asks for no gradient."""
     tape = Tape()
     layer = DecoderLayer(shape, how, tape)
     elements = how.tokens * shape.hidden_size
-    x = tape.source(elements, how.between)
+    x = tape.new(elements, how.stream) if first else tape.source(elements, how.between)
     size = x.buffer.size
     out = apply(layer, x)
-    forward = tape.peak - size
+    forward = Peak.of(tape, size)
     node, out_elements, out_width = out.node, out.elements, out.width
     if not keep_input:
         del x
@@ -220,9 +253,9 @@ def _measured(shape: ModelShape, how: How, apply, keep_input: bool) -> LayerCost
     del out
     kept = tape.live - size
     gradient = tape.new(out_elements, out_width)
-    tape.peak = tape.live
+    tape.forget_peak()
     tape.backward(node, gradient)
-    return LayerCost(kept, forward, tape.peak - size)
+    return Cost(kept, forward, Peak.of(tape, size))
 
 
 def _head(layer: DecoderLayer, x: Tensor) -> Tensor:
@@ -246,39 +279,40 @@ def _head(layer: DecoderLayer, x: Tensor) -> Tensor:
     rows = min(scored, TILE_TOKENS)
     trained = how.method == "full"
 
-    def tile() -> list[Tensor]:
-        taken = [new(rows * TILE_VOCABULARY, how.compute)]
+    def tile(pieces: int) -> list[Tensor]:
+        taken = [new(rows * TILE_VOCABULARY, how.compute, TILE)]
         if width != how.compute:
             taken.append(new(rows * h, how.compute))
-        if s != how.compute:
-            taken.append(new(min(TILE_VOCABULARY, shape.vocab_size) * h, how.compute))
+        if s != how.compute:  # 16-bit copies of pieces of the float32 head
+            taken.append(new(min(pieces * TILE_VOCABULARY, shape.vocab_size) * h, how.compute))
         return taken
 
-    taken = tile()
+    taken = tile(1)
     del taken, statistics
     kept = new(2 * scored, FLOAT32)
 
     def backward(g, saved=(hidden, kept)):
-        of_hidden = new(scored * h, FLOAT32)
-        of_weight = new(shape.vocab_size * h, FLOAT32) if trained else None
-        taken = tile()
-        del taken
-        if width != FLOAT32:
-            of_hidden = new(scored * h, width)
+        # all of these are alive until the function returns
+        wide = new(scored * h, FLOAT32)
+        wide_weight = new(shape.vocab_size * h, FLOAT32) if trained else None
+        taken = tile(2)  # a piece is dropped after the next is made
+        of_hidden = wide if width == FLOAT32 else new(scored * h, width)
         if trained:
-            of_weight = new(shape.vocab_size * h, how.weight)
-            tape.keep_weight_gradient(of_weight)
+            tape.keep_weight_gradient(new(shape.vocab_size * h, how.weight))
+        del wide, wide_weight, taken
         return (of_hidden,)
 
     return tape.apply(1, FLOAT32, (hidden,), backward)
 
 
 @lru_cache(maxsize=4096)
-def _costs(shape: ModelShape, how: How, checkpointing: bool) -> tuple[LayerCost, LayerCost]:
-    """The cost of a decoder layer, and of the head."""
-    layer = _measured(shape, how, lambda layer, x: layer(x), keep_input=checkpointing)
-    head = _measured(shape, how, _head, keep_input=False)
-    return layer, head
+def _costs(shape: ModelShape, how: How, checkpointing: bool) -> tuple[Cost, Cost, Cost]:
+    """The cost of the first decoder layer, of each further one, and of the head."""
+    layer = first = _measured(shape, how, DecoderLayer.__call__, keep_input=checkpointing)
+    # with checkpointing TRL lets the embeddings' output ask for a gradient; with trained embeddings it does anyway
+    if not checkpointing and how.method != "full":
+        first = _measured(shape, how, DecoderLayer.__call__, keep_input=False, first=True)
+    return first, layer, _measured(shape, how, _head, keep_input=False)
 
 
 def _weights(shape: ModelShape, run: FineTuning) -> dict[str, int]:
@@ -348,6 +382,12 @@ def _optimizer(shape: ModelShape, run: FineTuning, width: int) -> tuple[int, int
     return on_gpu, paged, temporaries
 
 
+def _share_below(shape: ModelShape, run: FineTuning, width: int) -> float:
+    """The share of the trained parameters that lies in tensors of the allocator's small pool."""
+    sizes = [(elements * times, elements * width < SMALL_REQUEST) for elements, times, _ in _trained(shape, run)]
+    return sum(size for size, below in sizes if below) / sum(size for size, _ in sizes)
+
+
 def _check(shape: ModelShape, run: FineTuning) -> None:
     if run.method != "full" and run.lora_rank > shape.hidden_size:
         raise ValueError(f"lora_rank is {run.lora_rank}; allowed: up to the model's hidden size, {shape.hidden_size}")
@@ -370,66 +410,97 @@ def predict(shape: ModelShape, run: FineTuning, gpu: str | GPU = "h200") -> Pred
     gpu = find_gpu(gpu)
     _check(shape, run)
     how = _how(shape, run, gpu)
-    layer, head = _costs(shape, how, run.gradient_checkpointing)
+    first, layer, head = _costs(shape, how, run.gradient_checkpointing)
     layers, h = shape.num_hidden_layers, shape.hidden_size
 
     weights = _weights(shape, run)
-    loaded = sum(_weights(shape, _without_upcast(run)).values())
+    loaded = sum(_weights(shape, replace(run, upcast_fp32=False)).values())
     trained = sum(elements * times for elements, times, _ in _trained(shape, run))
     trained_width = WIDTHS[run.adapter_dtype] if run.method != "full" else WIDTHS[run.compute_dtype]
     adapters = 0 if run.method == "full" else trained * trained_width
     gradients = trained * trained_width
     on_gpu, paged, temporaries = _optimizer(shape, run, trained_width)
 
-    workspace = gpu.workspace_bytes
-    standing = sum(weights.values()) + adapters + on_gpu + workspace
+    pairs = run.batch_size * run.seq_len**2  # of tokens; a mask is made once, for all layers together
+    if how.kernel == "eager":
+        masks = (
+            pairs * how.compute * (2 if shape.model_type == "gemma2" else 1)
+        )  # Gemma 2 has one with a window and one without
+    else:
+        masks = pairs if how.masked else 0
+    standing = sum(weights.values()) + adapters + on_gpu + gpu.workspace_bytes + masks
     copies = trained * how.compute if how.autocast and trained_width != how.compute else 0  # autocast's cache
-    gradient_per_layer = gradients // layers if run.method != "full" else trained_width * shape.linear_parameters // layers
+    gradient_per_layer = (
+        gradients // layers if run.method != "full" else trained_width * shape.linear_parameters // layers
+    )
     x = _rounded(how.tokens * h * how.between)
-    held = x if run.gradient_checkpointing else layer.kept
     table = shape.vocab_size * h * trained_width if run.method == "full" else 0
-    inner = max(layer.backward, layer.forward + x if run.gradient_checkpointing else 0)
+    above = table + (layers - 1) * gradient_per_layer  # gradients that are there when the first layer's turn comes
 
-    # (gradients, checkpoints or kept activations, what the phase itself takes, autocast copies)
+    # phase: (gradients, checkpoints or kept activations, autocast's copies, what the phase itself takes)
     if run.gradient_checkpointing:
+        kept = _rounded(how.tokens * h * how.stream) + (layers - 1) * x
+        # a layer is run again with the gradient of its output waiting
+        again = max(layer.backward, replace(layer.forward, total=layer.forward.total + x), key=lambda peak: peak.total)
         phases = {
-            "loss": (0, layers * held, head.forward + x, copies),
-            "loss backward": (0, layers * held, head.backward, 0),
-            "last layer backward": (table, layers * held, inner, 0),
-            "first layer backward": (table + (layers - 1) * gradient_per_layer, held, inner, 0),
+            "loss": (0, kept, copies, head.forward),
+            "loss backward": (0, kept, 0, head.backward),
+            "last layer backward": (table, kept, 0, again),
+            "first layer backward": (above, x, 0, again),
         }
     else:
+        kept = first.kept + (layers - 1) * layer.kept
         phases = {
-            "loss": (0, layers * held, head.forward + x, 0),
-            "loss backward": (0, layers * held, head.backward, 0),
-            "last layer backward": (table, (layers - 1) * held, layer.backward, 0),
-            "first layer backward": (table + (layers - 1) * gradient_per_layer, 0, layer.backward, 0),
+            "loss": (0, kept, 0, head.forward),
+            "loss backward": (0, kept, 0, head.backward),
+            "last layer backward": (table, kept - layer.kept, 0, layer.backward),
+            "first layer backward": (above, 0, 0, first.backward),
         }
-    phases["optimizer step"] = (gradients, 0, temporaries, 0)
+    phases["loss"] = (
+        *phases["loss"][:3],
+        replace(head.forward, total=head.forward.total + x),
+    )  # the last layer's output
+    phases["optimizer step"] = (gradients, 0, 0, Peak(temporaries))
     if run.method == "full":
-        phases["embeddings backward"] = (gradients, 0, table + x, 0)
-    phase = max(phases, key=lambda name: sum(phases[name]))
-    of_gradients, of_checkpoints, of_phase, of_copies = phases[phase]
-    peak = standing + sum(phases[phase])
+        # the head's gradient is there; if it shares its weight with the embeddings, theirs is made beside it
+        phases["embeddings backward"] = (gradients, 0, 0, Peak(x + (table if shape.tie_word_embeddings else 0)))
 
-    tile = min(how.tokens, TILE_TOKENS) * TILE_VOCABULARY * how.compute if phase.startswith("loss") else 0
-    biggest = max((linear.weights for linear in shape.linears), default=0)
-    dequantised = biggest * how.compute if run.method == "qlora" and "layer" in phase else 0
+    def total(name: str) -> int:
+        *before, at_work = phases[name]
+        return sum(before) + at_work.total
+
+    phase = max(phases, key=total)
+    of_gradients, of_activations, of_copies, at_work = phases[phase]
+    peak = standing + total(phase)
+    in_step = phase == "optimizer step"
+    checkpointing = run.gradient_checkpointing
     parts = {
         **weights,
         "adapters": adapters,
         "gradients": of_gradients,
-        "optimizer (GPU)": on_gpu,
-        "checkpointed activations" if run.gradient_checkpointing else "activations": of_checkpoints,
-        "recomputed layer" if run.gradient_checkpointing else "layer in work": of_phase + of_copies - tile - dequantised,
-        "logits tile": tile,
-        "dequantised weight": dequantised,
-        "workspace": workspace,
+        "optimizer (GPU)": on_gpu + (temporaries if in_step else 0),
+        "optimizer (paged)": paged,
+        "checkpointed activations" if checkpointing else "activations": of_activations,
+        "recomputed layer" if checkpointing else "layer at work": (
+            masks if in_step else masks + of_copies + at_work.total - at_work.tile - at_work.dequantised
+        ),
+        "logits tile": at_work.tile,
+        "dequantised weight": at_work.dequantised,
+        "workspace": gpu.workspace_bytes,
+        "CUDA context": gpu.context_bytes,
     }
-    reserved = gpu.reserved_bytes(peak, standing)
+    # the small pool is fullest at the optimizer's step, when the gradients and the temporaries are there
+    small = _share_below(shape, run, trained_width)
+    holes = HOLES_WITH_CHECKPOINTING if checkpointing else HOLES
+
+    def held(name: str) -> float:
+        of_gradients, *_ = phases[name]
+        moving = total(name) - of_gradients
+        later = small * (gradients + temporaries - of_gradients) if name != "optimizer step" else 0
+        return standing + total(name) + max(later, 0) + holes * moving
+
+    reserved = int(max(map(held, phases)))
     resident = -(-paged // PAGE_POOL) * PAGE_POOL
-    parts |= {"optimizer (paged)": paged, "CUDA context": gpu.context_bytes}
-    disk = 2 * shape.parameters
     return Prediction(
         shape=shape,
         run=run,
@@ -438,15 +509,9 @@ def predict(shape: ModelShape, run: FineTuning, gpu: str | GPU = "h200") -> Pred
         peak_allocated_bytes=peak,
         peak_reserved_bytes=reserved,
         device_bytes=reserved + gpu.context_bytes + resident,
-        host_bytes_to_load=2 * shape.vocab_size * h,
-        disk_bytes=disk,
+        host_bytes_to_load=2 * shape.largest_tensor + HOST_PROCESS,
+        disk_bytes=2 * shape.parameters,
         trainable_parameters=trained,
         peak_phase=phase,
         parts=parts,
     )
-
-
-def _without_upcast(run: FineTuning) -> FineTuning:
-    from dataclasses import replace
-
-    return replace(run, upcast_fp32=False) if run.upcast_fp32 else run

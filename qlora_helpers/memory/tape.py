@@ -11,15 +11,20 @@ BLOCK = 512  # bytes: the CUDA caching allocator rounds every request up to a mu
 class Buffer:
     """Memory of a tape, freed when the last reference goes."""
 
-    __slots__ = ("size", "tape")
+    __slots__ = ("kind", "size", "tape")
 
-    def __init__(self, tape: "Tape", size: int):
-        self.tape, self.size = tape, -(-size // BLOCK) * BLOCK
+    def __init__(self, tape: "Tape", size: int, kind: str | None = None):
+        self.tape, self.size, self.kind = tape, -(-size // BLOCK) * BLOCK, kind
         tape.live += self.size
-        tape.peak = max(tape.peak, tape.live)
+        if kind:
+            tape.live_of[kind] = tape.live_of.get(kind, 0) + self.size
+        if tape.live > tape.peak:
+            tape.peak, tape.peak_of = tape.live, tape.live_of.copy() if tape.live_of else tape.live_of
 
     def __del__(self):
         self.tape.live -= self.size
+        if self.kind:
+            self.tape.live_of[self.kind] -= self.size
 
 
 class Node:
@@ -45,31 +50,30 @@ class Tensor:
 
 
 class Tape:
-    """Counts the bytes that live, and the most that ever lived at once.
+    """Counts the bytes that live, and the most that ever lived at once: in all, and of each kind at that moment."""
 
-    Args:
-        recording: note operations for a backward pass. Without it, as in the forward pass of a checkpointed layer, nothing is
-            kept.
-    """
-
-    def __init__(self, recording: bool = True):
+    def __init__(self):
         self.live = self.peak = 0
+        self.live_of: dict[str, int] = {}
+        self.peak_of: dict[str, int] = {}
         self.nodes: list[Node] = []
-        self.recording = recording
         self.weight_gradients: list[Tensor] = []
 
-    def new(self, elements: int, width: int) -> Tensor:
-        """A tensor without history."""
-        return Tensor(Buffer(self, elements * width), elements, width)
+    def new(self, elements: int, width: int, kind: str | None = None) -> Tensor:
+        """A tensor without history; memory of a `kind` is counted by itself, too."""
+        return Tensor(Buffer(self, elements * width, kind), elements, width)
+
+    def forget_peak(self) -> None:
+        """Begin a new search for the peak."""
+        self.peak, self.peak_of = self.live, self.live_of.copy()
 
     def source(self, elements: int, width: int) -> Tensor:
         """A tensor that asks for a gradient: the input of a layer."""
         return self._noted(self.new(elements, width), (), None)
 
     def _noted(self, out: Tensor, inputs: tuple, backward) -> Tensor:
-        if self.recording:
-            out.node = Node(inputs, backward)
-            self.nodes.append(out.node)
+        out.node = Node(inputs, backward)
+        self.nodes.append(out.node)
         return out
 
     def apply(self, elements: int, width: int, inputs: tuple[Tensor, ...], backward) -> Tensor:
@@ -82,7 +86,7 @@ class Tape:
                 saves. It is asked only for inputs that need a gradient.
         """
         out = self.new(elements, width)
-        if self.recording and any(tensor.node for tensor in inputs):
+        if any(tensor.node for tensor in inputs):
             self._noted(out, tuple(tensor.node for tensor in inputs), backward)
         return out
 
@@ -106,7 +110,7 @@ class Tape:
             results = node.backward(incoming)
             del incoming
             node.backward = None
-            for source, result in zip(node.inputs, results):
+            for source, result in zip(node.inputs, results, strict=True):
                 if source is not None and result is not None and id(source) not in gradients:
                     gradients[id(source)] = result  # a second one is added in place
             del results, result
