@@ -33,6 +33,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "data"))
 
+import memory_errors  # in data/
 from measured_tables import fill  # in data/
 
 SOURCES = ROOT / "notebooks" / "source"
@@ -187,7 +188,12 @@ def readme_tables() -> dict[str, str]:
     ):  # fmt: skip
         results.append(f"| {label} | {before[base] * 100:.1f} % | {after[base] * 100:.1f} % |")
     results.append(f"| none: always the commonest answer | | {scores['commonest_answer_rate'] * 100:.1f} % |")
-    return {"lessons": "\n".join(table), "results": "\n".join(results), "t4": t4_table()}
+    return {
+        "lessons": "\n".join(table),
+        "results": "\n".join(results),
+        "t4": t4_table(),
+        "memory": memory_errors.markdown_table(),
+    }
 
 
 def t4_table() -> str:

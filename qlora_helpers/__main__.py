@@ -1,4 +1,4 @@
-"""python -m qlora_helpers run | doctor"""
+"""python -m qlora_helpers run | memory | doctor"""
 
 import argparse
 import importlib.metadata
@@ -8,6 +8,8 @@ import platform
 import sys
 import time
 from pathlib import Path
+
+from qlora_helpers.memory import report  # needs no torch
 
 GIB = 1024**3
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "jupyterlab", "nbval")
@@ -179,6 +181,9 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("--steps", type=int, default=300)
     run.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint in the output folder")
     run.set_defaults(function=_run)
+    memory = commands.add_parser("memory", help="will a run fit on a GPU, what takes the memory, and what helps")
+    report.add_arguments(memory)
+    memory.set_defaults(function=report.command)
     doctor = commands.add_parser("doctor", help="what this machine has, and what is wrong with it")
     doctor.set_defaults(function=_doctor)
     args = parser.parse_args(argv)

@@ -58,3 +58,70 @@ def outlier_slider() -> ipywidgets.Widget:
             options=[32, 64, 128, 256, 512, 1024], value=64, description="block size"
         ),
     )
+
+
+def _explained(prediction) -> dict[str, float]:
+    """What a run takes on its card, in GiB: seven parts whose sum is `device_bytes`."""
+    named = {
+        "4-bit weights": ("4-bit weights", "quantisation constants"),
+        "16-bit weights": ("16-bit weights",),
+        "adapters, gradients, optimizer": ("adapters", "gradients", "optimizer (GPU)", "optimizer (paged)"),
+        "activations": ("checkpointed activations", "activations"),
+        "layer at work": ("recomputed layer", "layer at work", "logits tile", "dequantised weight", "workspace"),
+        "CUDA context": ("CUDA context",),
+    }
+    parts = {name: sum(prediction.parts.get(part, 0) for part in of) for name, of in named.items()}
+    parts["allocator's reserve"] = prediction.device_bytes - sum(prediction.parts.values())
+    return {name: size / 2**30 for name, size in parts.items()}
+
+
+def fit_explorer() -> ipywidgets.Widget:
+    """Move a QLoRA run: model, GPU and settings; see its parts grow and shrink against the GPU's memory."""
+    from qlora_helpers.memory import FineTuning, find_gpu, find_shape, known_gpus, known_models, predict
+    from qlora_helpers.memory.prediction import OPTIMIZERS
+
+    def draw(model: str, gpu: str, rank: int, batch_size: int, seq_len: int, checkpointing: bool, optimizer: str):
+        card = find_gpu(gpu)
+        try:
+            run = FineTuning(
+                compute_dtype="bfloat16" if card.compute_capability >= (8, 0) else "float16",
+                lora_rank=rank,
+                batch_size=batch_size,
+                seq_len=seq_len,
+                gradient_checkpointing=checkpointing,
+                optimizer=optimizer,
+            )
+            prediction = predict(find_shape(model), run, card)
+        except ValueError as error:  # this model does not allow that setting
+            print(error)
+            return
+        spare, room = prediction.spare_bytes / 2**30, card.usable_bytes / 2**30
+        title = f"fits with {spare:.1f} GiB to spare" if spare >= 0 else f"does not fit: {-spare:.1f} GiB too much"
+        fig, ax = plots.figure(figsize=(7.2, 2.6))
+        plots.stacked_bars(ax, [""], {part: [size] for part, size in _explained(prediction).items()}, "GiB")
+        ax.axvline(room, color="black", linestyle="--")
+        ax.set_xlim(0, 1.12 * max(room, prediction.device_bytes / 2**30))
+        ax.set_yticks([])
+        ax.set_xlabel(f"GiB on the card; the dashed line is the {card.name} with {room:.2f} GiB")
+        ax.set_title(title)
+        ax.get_legend().remove()
+        fig.legend(loc="outside lower center", ncols=4, fontsize=8)
+        plots.show(
+            fig,
+            f"{model} on {card.name}, rank {rank}, {batch_size} x {seq_len:,} tokens: "
+            f"{prediction.device_bytes / 2**30:.1f} of {room:.1f} GiB; {title}.",
+        )
+
+    def choose(options, value, description: str):
+        return ipywidgets.SelectionSlider(options=options, value=value, description=description)
+
+    return ipywidgets.interactive(
+        draw,
+        model=ipywidgets.Dropdown(options=list(known_models()), value="meta-llama/Llama-3.1-8B", description="model"),
+        gpu=ipywidgets.Dropdown(options=list(known_gpus()), value="t4", description="GPU"),
+        rank=choose([4, 8, 16, 32, 64, 128, 256], 16, "rank"),
+        batch_size=choose([1, 2, 4, 8, 16, 32], 1, "batch"),
+        seq_len=choose([256, 512, 1024, 2048, 4096, 8192, 16384, 32768], 2048, "tokens"),
+        checkpointing=ipywidgets.Checkbox(value=True, description="checkpointing"),
+        optimizer=ipywidgets.Dropdown(options=list(OPTIMIZERS), value="paged_adamw_8bit", description="optimizer"),
+    )

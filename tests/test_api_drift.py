@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+import memory_plan  # in data/
 from qlora_helpers import models, shapes, training  # noqa: F401  (they quieten the libraries, so they come first)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +31,7 @@ METHODS = {
     "attention": "torch.nn.functional.scaled_dot_product_attention",
     "clamp": "torch.Tensor.clamp",
     "mean": "torch.Tensor.mean",
+    "normal_": "torch.Tensor.normal_",
     "repeat_interleave": "torch.Tensor.repeat_interleave",
     "zero_grad": "torch.optim.Optimizer.zero_grad",
     "tokenizer": "transformers.PreTrainedTokenizerFast.__call__",
@@ -37,6 +39,8 @@ METHODS = {
     "batch_decode": "transformers.PreTrainedTokenizerFast.batch_decode",
     "encode": "transformers.PreTrainedTokenizerFast.encode",
     "model": "transformers.LlamaForCausalLM.forward",
+    "layer": "transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward",
+    "from_pretrained": "transformers.PreTrainedModel.from_pretrained",
     "save_pretrained": "transformers.PreTrainedModel.save_pretrained",
     "generate": "transformers.LlamaForCausalLM.generate",
     "train": "trl.SFTTrainer.train",
@@ -48,6 +52,8 @@ OTHERS = {
     r".*\.(add_argument|add_parser|add_subparsers|set_defaults)": "argparse",
     r".*\.(mkdir|read_text|write_text)": "pathlib",
     r".*\.format": "str",
+    r"context\.(Pipe|Process)": "multiprocessing",
+    r"self\.measurement\.begin": "qlora_helpers.measure",
     r"function": "the operation that torch dispatches",
 }
 
@@ -63,7 +69,7 @@ PASSED_ON = {
         "transformers.PreTrainedTokenizerBase",
         "transformers.PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES",
     ],
-    "transformers.AutoConfig.for_model": ["transformers.LlamaConfig"],
+    "transformers.AutoConfig.for_model": ["transformers.LlamaConfig", "transformers.GPTJConfig"],
     "transformers.LlamaForCausalLM.generate": [
         "transformers.GenerationConfig",
         "transformers.LlamaForCausalLM.forward",
@@ -80,6 +86,7 @@ EXPANDED = {
     ("test_t4_gear.py", "batch"): lambda: models.load_tokenizer()("a"),
     ("test_t4_gear.py", "alone"): lambda: models.load_tokenizer()("a"),
     ("stand_in.py", "options"): lambda: shapes.LLAMA_3_1_8B.keys() - {"model_type"},
+    ("measure_memory.py", "options"): lambda: set().union(*memory_plan.CONFIGS.values()) - {"model_type"},
     ("shapes.py", "options"): lambda: shapes.LLAMA_3_1_8B.keys() - {"model_type"},
 }
 

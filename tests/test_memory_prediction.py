@@ -4,57 +4,40 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
+from transformers.training_args import OptimizerNames
 
+import memory_errors  # in data/
+from memory_errors import mean_and_worst
 from qlora_helpers.files import data_path
 from qlora_helpers.memory import FineTuning, ModelShape, find_gpu, known_gpus, predict
 from qlora_helpers.memory.prediction import OPTIMIZERS
 
 LLAMA = ModelShape.from_config(json.loads(data_path("models.json").read_text())["models"]["meta-llama/Llama-3.1-8B"])
-NAMES = {field.name for field in fields(FineTuning)}
-H200 = find_gpu("h200")
+GROUPS = memory_errors.groups()
+ROWS = [row for rows in GROUPS.values() for row in rows]
 
 
-def rows(*names: str) -> list[dict]:
-    return [row for name in names for row in json.loads(data_path("measured", name).read_text())["rows"]]
-
-
-def predicted(row: dict):
-    # rows with a T4's kernels ran on an H200, so with its workspace
-    gpu = replace(H200, compute_capability=(7, 5)) if row.get("t4_kernels") else H200
-    run = FineTuning(**{name: value for name, value in row.items() if name in NAMES})
-    return predict(ModelShape.from_config(row["config"]), run, gpu)
-
-
-def errors(table: list[dict], of: str, measured: str) -> list[float]:
-    return [abs(getattr(predicted(row), of) / row[measured] - 1) for row in table if row[measured]]
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-@pytest.mark.parametrize("held_out", [False, True])
-def test_predictions_lie_near_the_measured_runs(held_out):
-    table = [row for row in rows("memory.json") if row["held_out"] == held_out]
-    assert len(table) >= 20
-    peaks = errors(table, "peak_allocated_bytes", "peak_allocated_bytes")
-    assert mean(peaks) < 0.01 and max(peaks) < 0.03
-    assert max(errors(table, "loaded_bytes", "loaded_bytes")) < 0.01
-    assert mean(errors(table, "peak_reserved_bytes", "peak_reserved_bytes")) < 0.04
-    assert mean(errors(table, "device_bytes", "device_used_bytes")) < 0.04
+@pytest.mark.parametrize("group", GROUPS)
+def test_predictions_lie_near_the_measured_runs(group):
+    errors = {of: mean_and_worst(found) for of, found in memory_errors.errors(GROUPS[group]).items()}
+    assert len(GROUPS[group]) >= 20
+    assert errors["loaded_bytes"] < (0.005, 0.04)
+    mean, worst = errors["peak_allocated_bytes"]
+    assert mean < 0.01 and worst < 0.06
+    assert errors["peak_reserved_bytes"][0] < 0.04 and errors["device_bytes"][0] < 0.04
 
 
 def test_a_wrong_prediction_would_be_seen():
-    wrong = [row | {"gradient_checkpointing": not row["gradient_checkpointing"]} for row in rows("memory.json")]
-    assert mean(errors(wrong, "peak_allocated_bytes", "peak_allocated_bytes")) > 0.3
+    wrong = [row | {"gradient_checkpointing": not row["gradient_checkpointing"]} for row in ROWS]
+    assert mean_and_worst(memory_errors.errors(wrong)["peak_allocated_bytes"])[0] > 0.3
 
 
 def test_the_parts_add_up_to_the_peak_and_the_card():
-    for row in rows("memory.json"):
-        found = predicted(row)
+    for row in ROWS:
+        found = memory_errors.predicted(row)
         outside = found.parts["optimizer (paged)"] + found.parts["CUDA context"]
         assert sum(found.parts.values()) - outside == found.peak_allocated_bytes
         assert min(found.parts.values()) >= 0
@@ -85,6 +68,16 @@ def test_paged_states_are_those_of_large_tensors_alone():
     found = predict(LLAMA, FineTuning(lora_rank=16, optimizer="paged_adamw_32bit"))
     large = 32 * 3 * 16 * 14_336  # gate and up out, down in; the others have 4,096 * 16 or fewer elements
     assert found.parts["optimizer (paged)"] == large * 8
+
+
+@pytest.mark.parametrize("config", json.loads(data_path("models.json").read_text())["models"].values(), ids=str)
+def test_full_fine_tuning_trains_every_parameter(config):
+    shape = ModelShape.from_config(config)
+    assert predict(shape, FineTuning(method="full", seq_len=512)).trainable_parameters == shape.parameters
+
+
+def test_the_optimizers_are_names_of_transformers():
+    assert set(OPTIMIZERS) <= {name.value for name in OptimizerNames}
 
 
 def test_a_t4_keeps_to_the_kernels_it_has():

@@ -66,7 +66,9 @@ def test_the_numbers_about_the_t4_gear_are_the_measured_ones():
         ]
         for who in ("recipe", "ours")
     }
-    said = "the recipe trains 8B at {:,} tokens and not at 4,096; this course's gear trains it at {:,} and not at 16,384"
+    said = (
+        "the recipe trains 8B at {:,} tokens and not at 4,096; this course's gear trains it at {:,} and not at 16,384"
+    )
     assert said.format(max(fits["recipe"]), max(fits["ours"])) in text
     killed = (ROOT / "data" / "measured" / "kills.txt").read_text()
     assert "20 of 20 runs ended bit-identical to the uninterrupted one" in killed and "20 runs killed for real" in text

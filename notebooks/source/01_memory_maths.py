@@ -286,6 +286,24 @@ plots.show(fig, "Memory kept for the backward pass against sequence length, 32 t
 # Gradient checkpointing goes further: it keeps only the input of each layer and computes the rest again in the backward
 # pass. Less memory, more time.
 #
+# ## The whole run
+#
+# So what does a training run take, all in all? The course has a predictor. Here is its answer for QLoRA on Llama-3.1-8B, one
+# sequence of 2,048 tokens at rank 16, on an RTX 4090. [Lesson 5](05_will_it_fit.ipynb) builds it from the terms of this
+# lesson, and holds it against measured runs.
+
+# %% tags=["nbval-check-output"]
+from qlora_helpers.memory import FineTuning, find_shape, predict
+
+whole = predict(find_shape("meta-llama/Llama-3.1-8B"), FineTuning(batch_size=1, seq_len=2048, lora_rank=16), "4090")
+for part, size in whole.parts.items():
+    print(f"{part:26}{size / GB:6.2f} GB")
+print(f"peak of torch's tensors in a run of {whole.run.seq_len:,} tokens: {whole.peak_allocated_bytes / GB:.2f} GB")
+
+# %% [markdown]
+# The parts are those that are alive at the peak: on the way back through the last layer, no adapter has a gradient yet. The
+# last two lie outside of what torch allocates.
+#
 # ## Move the bits yourself
 #
 # Run the cell, then move the slider. It shows what the weights alone would take. 4.127 is QLoRA's true number of bits, for a model without embeddings.

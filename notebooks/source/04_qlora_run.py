@@ -492,3 +492,5 @@ exercise("your question", reply, lambda text: "" if text.endswith(".") else f"ex
 # - trained 262,144 parameters, and turned a model that continues text into one that answers;
 # - shown that the knowledge is in the frozen base; saved the adapter and loaded it again;
 # - interrupted a run and gone on with it, to the last bit; with a GPU, trained a real model by the same code.
+#
+# Next: [lesson 5](05_will_it_fit.ipynb) asks which model, batch and sequence a card can hold, before you rent it.

@@ -134,7 +134,6 @@ OPTIMIZERS = {
     "adamw_torch_fused": Optimizer(),
     "adamw_bnb_8bit": Optimizer(bits=8),
     "adamw_8bit": Optimizer(bits=8),
-    "paged_adamw": Optimizer(bits=32, paged=True),
     "paged_adamw_32bit": Optimizer(bits=32, paged=True),
     "paged_adamw_8bit": Optimizer(bits=8, paged=True),
 }
@@ -359,7 +358,9 @@ def _trained(shape: ModelShape, run: FineTuning) -> list[tuple[int, int, bool]]:
     tensors.append((table, 1, True))
     if not shape.tie_word_embeddings:
         tensors.append((table, 1, False))
-    tensors.append((shape.hidden_size, shape.small_parameters // shape.hidden_size, False))
+    rest = shape.parameters - sum(elements * times for elements, times, _ in tensors)  # norms and biases
+    tensors.append((shape.hidden_size, rest // shape.hidden_size, False))
+    tensors.append((rest % shape.hidden_size, 1, False))
     return tensors
 
 

@@ -1,0 +1,40 @@
+"""What is predicted for a run of real size is what the run takes, measured with the course's own callback."""
+
+import gc
+
+import pytest
+import torch
+
+from qlora_helpers.hardware import detect
+from qlora_helpers.measure import Measurement, MemoryCallback, compare, run_of, shape_of
+from qlora_helpers.memory import predict
+from qlora_helpers.models import load_model, load_tokenizer
+from qlora_helpers.training import Settings, build_trainer
+
+BATCH, TOKENS, STEPS = 4, 1_024, 2
+
+
+def test_the_predicted_peak_of_1_5b_is_within_8_per_cent(stand_ins, tmp_path, monkeypatch):
+    import stand_in  # in data/
+
+    monkeypatch.setenv("QLORA_GEAR", "ampere")
+    gc.collect()
+    torch.cuda.empty_cache()
+    folder = stand_ins("Qwen2.5-1.5B")
+    tokenizer = load_tokenizer(folder)
+    chats = stand_in.chats(BATCH * STEPS, TOKENS, tokenizer)
+    before = torch.cuda.memory_allocated()
+    measurement = Measurement()
+    with measurement.phase("load"):
+        model = load_model(folder)
+    settings = Settings(
+        steps=STEPS, batch_size=BATCH, dropout=0.05, max_length=TOKENS, warmup_steps=1, gradient_checkpointing=True
+    )
+    trainer = build_trainer(model, tokenizer, chats, tmp_path, settings, detect())
+    trainer.add_callback(MemoryCallback(measurement))
+    trainer.train()
+    prediction = predict(shape_of(trainer), run_of(trainer), "h200")
+    print("\n" + compare(prediction, measurement))
+    steady = measurement.phases["steady steps"]
+    # what tests before this one have left is not the run's
+    assert prediction.peak_allocated_bytes == pytest.approx(steady.peak_allocated_bytes - before, rel=0.08)
