@@ -68,8 +68,11 @@ def markdown_table() -> str:
     lines = ["| on one NVIDIA H200 | runs | peak allocated | peak reserved | on the card |", "|---|---|---|---|---|"]
     for name, rows in groups().items():
         found = errors(rows)
-        cells = ["{:.1%}, worst {:.1%}".format(*mean_and_worst(found[of])) for of in list(COMPARED)[1:]]
-        lines.append(f"| {name} | {len(rows)} | {' | '.join(cells)} |".replace("%", " %"))
+        cells = []
+        for of in list(COMPARED)[1:]:
+            cell = "{:.1%}, worst {:.1%}".format(*mean_and_worst(found[of])).replace("%", " %")
+            cells.append(cell if len(found[of]) == len(rows) else f"{cell} ({len(found[of])} runs)")
+        lines.append(f"| {name} | {len(rows)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

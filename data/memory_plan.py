@@ -193,6 +193,7 @@ def all_rows(fresh: bool = False) -> list[dict]:
             settings |= change
         alone, t4_kernels = fresh or settings.pop("alone", False), settings.pop("t4_kernels", False)
         row = {"model": model, "config": CONFIGS[model]} | vars(dataclasses.replace(USUAL, **settings))
+        del row["accumulation"]  # every step is one pass
         if isinstance(row["target_modules"], tuple):
             row["target_modules"] = list(row["target_modules"])  # as JSON has it
         row |= {"t4_kernels": True} if t4_kernels else {}

@@ -216,6 +216,7 @@ def t4_table() -> str:
 
 
 def main() -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two kernels with more threads than cores are slower by a factor
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("only", nargs="*", help="numbers of lessons, such as 02; all by default")
     parser.add_argument("--no-execute", action="store_true", help="take new texts over, keep the outputs")

@@ -23,6 +23,7 @@ import torch
 from qlora_helpers.attention import REPEATED_KV
 from qlora_helpers.hardware import detect
 from qlora_helpers.memory import FineTuning, ModelShape, Prediction
+from qlora_helpers.memory.prediction import EAGER_ONLY
 from qlora_helpers.quiet import quieten
 
 quieten()  # before bitsandbytes is imported
@@ -36,6 +37,8 @@ GIB, MIB = 2**30, 2**20
 LOAD, FIRST_STEP, STEADY_STEPS = "load", "first step", "steady steps"
 TOLERANCE = 0.10  # a prediction that is farther off is marked
 LOOK_EVERY = 0.01  # seconds between two looks at the main memory
+# settings of TrainingArguments and SFTConfig that change the step in ways the predictor does not know
+NOT_PREDICTED = ("use_liger_kernel", "activation_offloading", "packing", "padding_free", "deepspeed", "fsdp")
 OUTSIDE = ("optimizer (paged)", "CUDA context")  # parts of a prediction that are not in torch's allocator
 
 
@@ -221,6 +224,9 @@ def run_of(trainer_or_model, args=None, seq_len: int | None = None) -> FineTunin
     seq_len = seq_len or getattr(args, "max_length", None)
     if not seq_len:
         raise ValueError(f"seq_len is missing, and {type(args).__name__} has no max_length: pass seq_len")
+    for name in NOT_PREDICTED:
+        if value := getattr(args, name, None):
+            raise ValueError(f"{name} is {value!r}: such a run is not predicted")
     shape, base = shape_of(model), model.get_base_model() if isinstance(model, PeftModel) else model
     four_bit = _four_bit_of(base, shape)
     lora = _lora_of(model, shape) if isinstance(model, PeftModel) else {}
@@ -249,6 +255,7 @@ def run_of(trainer_or_model, args=None, seq_len: int | None = None) -> FineTunin
         optimizer=str(getattr(args.optim, "value", args.optim)),
         upcast_fp32=upcast,
         attention=_attention_of(base.config, shape),
+        accumulation=args.gradient_accumulation_steps,
         **four_bit,
         **lora,
     )
@@ -317,6 +324,8 @@ def _attention_of(config, shape: ModelShape) -> str:
     used = config._attn_implementation
     if used == "eager":
         return "eager"
+    if "flash" in used and shape.model_type in EAGER_ONLY:
+        raise ValueError(f"attention is {used!r} in {shape.model_type}: this is not predicted; eager is")
     if used == REPEATED_KV or "flash" in used:
         return "sdpa"
     if used != "sdpa":

@@ -102,7 +102,10 @@ def test_memory_says_how_much_is_too_much_and_what_helps(capsys):
     assert f"does not fit: {-predict(shape, run, '4090').spare_bytes / GIB:.1f} GiB too much" in text
     found = cures(shape, run, "4090")
     assert found
-    places = [text.index(f"{number:2}. {change.what}\n    costs: ") for number, change in enumerate(found, 1)]
+    places = [
+        text.index(f"{number:2}. {'or ' if number > 1 else ''}{change.what}\n    costs: ")
+        for number, change in enumerate(found, 1)
+    ]
     assert places == sorted(places)
 
 

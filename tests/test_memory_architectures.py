@@ -86,6 +86,21 @@ def test_a_config_comes_as_dict_object_file_or_folder(tmp_path):
     assert ModelShape.from_config(tmp_path) == wanted
 
 
+def test_a_null_is_as_many_heads_as_there_are_or_no_window():
+    few = {"model_type": "qwen2", "num_attention_heads": 14, "hidden_size": 896, "num_key_value_heads": None}
+    assert ModelShape.from_config(few).num_key_value_heads == 14
+    assert ModelShape.from_config({"model_type": "mistral"}).sliding_window == 4_096
+    assert ModelShape.from_config({"model_type": "mistral", "sliding_window": None}).sliding_window is None
+    windowed = {"model_type": "qwen2", "sliding_window": 1_024}
+    assert ModelShape.from_config(windowed).sliding_window is None
+    assert ModelShape.from_config(windowed | {"use_sliding_window": True}).sliding_window == 1_024
+    assert ModelShape.from_config({"model_type": "gptj", "rotary_dim": None}).rotary_dim == 0
+    with pytest.raises(ValueError, match=r"rotary_pct is '0\.25' in the config"):
+        ModelShape.from_config({"model_type": "gpt_neox", "rotary_pct": "0.25"})
+    with pytest.raises(ValueError, match="sliding_window is '4096' in the config"):
+        ModelShape.from_config({"model_type": "mistral", "sliding_window": "4096"})
+
+
 def test_what_is_wrong_with_a_config_is_said(tmp_path):
     with pytest.raises(ValueError, match="model_type is 'mamba'; known are llama"):
         ModelShape.from_config({"model_type": "mamba"})

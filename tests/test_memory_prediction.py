@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from transformers.training_args import OptimizerNames
 
@@ -106,6 +107,9 @@ def test_a_sequence_beyond_the_window_needs_a_mask():
         ("lora_rank", -1, "lora_rank is -1"),
         ("lora_dropout", 1.0, "lora_dropout is 1.0; allowed: a number from 0 to below 1"),
         ("block_size", 100, "block_size is 100; allowed: 32, 64"),
+        ("target_modules", 5, 'target_modules is 5; allowed: "all-linear", or a list'),
+        ("optimizer", ["x"], r"optimizer is \['x'\]; allowed: adamw_torch"),
+        ("accumulation", 0, "accumulation is 0; allowed: a whole number from 1 on"),
         ("double_quant", "yes", "double_quant is 'yes'; allowed: True, False"),
         ("gradient_checkpointing", 3, "gradient_checkpointing is 3"),
     ],
@@ -116,10 +120,47 @@ def test_a_bad_field_is_named_with_its_value(field, value, said):
 
 
 def test_a_field_that_the_method_does_not_use_is_not_looked_at():
-    FineTuning(method="full", lora_rank=-1, adapter_dtype="x", block_size=1, double_quant=None, target_modules=None)
-    FineTuning(method="lora", block_size=1, double_quant=None)
-    full = FineTuning(method="full", optimizer="adamw_8bit", lora_rank=10**9, target_modules=["nothing"])
-    predict(LLAMA, full)
+    unused = {"lora_rank": [-1], "adapter_dtype": None, "block_size": [1], "double_quant": None, "target_modules": None}
+    unused |= {"upcast_fp32": "x", "lora_dropout": 2}
+    full = FineTuning(method="full", optimizer="adamw_8bit")
+    strange = replace(full, **unused)
+    assert predict(LLAMA, strange).parts == predict(LLAMA, full).parts
+    lora = FineTuning(method="lora")
+    assert predict(LLAMA, replace(lora, block_size=[1], double_quant=None)).parts == predict(LLAMA, lora).parts
+
+
+def test_numbers_of_numpy_are_numbers():
+    run = FineTuning(batch_size=np.int64(2), lora_rank=np.int32(8), lora_dropout=np.float32(0.5))
+    assert run == FineTuning(batch_size=2, lora_rank=8, lora_dropout=0.5) and type(run.batch_size) is int
+
+
+def test_accumulation_keeps_the_gradients():
+    run = FineTuning(method="full", optimizer="adamw_8bit", batch_size=2, seq_len=4_096)
+    once, often = (predict(LLAMA, replace(run, accumulation=steps)) for steps in (1, 8))
+    assert often.parts["gradients"] == 2 * LLAMA.parameters > once.parts["gradients"]
+    assert often.peak_allocated_bytes > once.peak_allocated_bytes
+
+
+def test_float32_has_no_flash_attention():
+    run = FineTuning(compute_dtype="float32", seq_len=4_096)
+    assert predict(LLAMA, run).parts == predict(LLAMA, replace(run, attention="math")).parts
+    unshared = replace(LLAMA, num_key_value_heads=32)
+    assert (
+        predict(unshared, run).peak_allocated_bytes
+        < predict(unshared, replace(run, attention="math")).peak_allocated_bytes
+    )
+
+
+def test_a_name_in_place_of_a_shape_is_refused_with_the_cure():
+    with pytest.raises(ValueError, match=r"shape is 'Qwen/Qwen2.5-7B'; give a ModelShape, such as find_shape"):
+        predict("Qwen/Qwen2.5-7B", FineTuning())
+    with pytest.raises(ValueError, match="run is a dict; give a FineTuning"):
+        predict(LLAMA, {})
+
+
+@pytest.mark.parametrize("gpu", known_gpus().values(), ids=lambda gpu: gpu.name)
+def test_a_gpu_is_found_by_the_name_that_torch_gives_it(gpu):
+    assert find_gpu(gpu.name) == gpu
 
 
 def test_what_does_not_go_with_the_model_is_refused():

@@ -74,6 +74,13 @@ def test_the_numbers_about_the_t4_gear_are_the_measured_ones():
     assert "20 of 20 runs ended bit-identical to the uninterrupted one" in killed and "20 runs killed for real" in text
 
 
+def test_the_readme_counts_the_models_and_gpus_that_the_memory_command_knows():
+    models = json.loads((ROOT / "data" / "models.json").read_text())["models"]
+    gpus = json.loads((ROOT / "data" / "gpus.json").read_text())
+    text = " ".join(README.split())
+    assert f"It knows {len(models)} open models by name" in text and f"{len(gpus)} GPUs" in text
+
+
 def test_every_lesson_has_a_summary():
     assert list(json.loads((ROOT / "notebooks" / "lessons.json").read_text())) == build.lessons()
 

@@ -83,8 +83,7 @@ check("share of the peak that paging could move", share * states / row["peak_all
 # %% [markdown]
 # ## Activations
 #
-# With gradient checkpointing each layer keeps its input only: a number of 2 bytes for every token and every place of
-# the hidden state.
+# With gradient checkpointing each layer keeps its input only: `hidden_size` numbers of 2 bytes for every token.
 
 # %% tags=["nbval-check-output"]
 tokens = row["batch_size"] * row["seq_len"]
@@ -220,15 +219,17 @@ tape.backward(silu.node, tape.new(1024, 2))
 print(f"after the backward pass:              {tape.live:,} bytes")
 
 # %% [markdown]
-# Written with such tensors, a decoder layer must keep what the real one kept above. To ask the predictor, we make the
-# shipped model one layer deeper. The two agree to the byte:
+# Written with such tensors, a decoder layer must keep what the real one kept above. The two agree to the byte:
 
 # %% tags=["nbval-check-output"]
+from qlora_helpers.memory.layers import DecoderLayer
+from qlora_helpers.memory.prediction import cost_of, layer_settings
+
 tiny = find_shape(small.config)
-how = FineTuning(compute_dtype="float32", lora_dropout=0, seq_len=128, gradient_checkpointing=False)
-deeper = replace(tiny, num_hidden_layers=tiny.num_hidden_layers + 1)
-one_layer = predict(deeper, how).parts["activations"] - predict(tiny, how).parts["activations"]
-check("bytes of one layer, on the tape and in torch", one_layer, kept_bytes, exact=True)
+run = FineTuning(compute_dtype="float32", lora_dropout=0, seq_len=128)
+settings = replace(layer_settings(tiny, run, find_gpu("h200")), kernel="flash")  # what the CPU's attention keeps, too
+on_tape = cost_of(tiny, settings, DecoderLayer.__call__, keep_input=False)
+check("bytes of one layer, on the tape and in torch", on_tape.kept, kept_bytes, exact=True)
 
 # %% [markdown]
 # And here is the whole prediction for our run. Only what is alive at the peak counts; the last two parts lie outside of
@@ -310,8 +311,9 @@ for name, group in pairs.items():
     check("mean error", sum(off) / len(off), at_most=0.06)
 
 # %% [markdown]
-# For comparison: the best published calculator for QLoRA that we found, fitcheck-llm, was asked for 19 runs of this
-# kind on the H200. It was off by 134 % on average on the whole process, always upwards. That is no fault of its makers:
+# For comparison: the best published calculator for QLoRA that we found, fitcheck-llm 0.3.1, was asked for 19 runs of this
+# kind on the H200, while this course was planned. It was off by 134 % on average on the whole process, always upwards. (The
+# script of that comparison is not in this repository.) That is no fault of its makers:
 # it was made for one T4, float16, no double quantisation and an older training loop, and still counts full logits and
 # float32 copies that today's TRL no longer makes. A calculator is right for the software that it was measured on.
 #
@@ -355,7 +357,8 @@ ax.set_title("What the run computes on costs more than what it trains")
 plots.show(fig, "Bars of what one change to a run of Llama-3.1-8B at 4 x 2,048 tokens takes on a 24 GiB card: rank, adapters, optimizer and double quantisation hardly change it, tokens, float32 copies and the attention kernel add five to seven GiB, a 16-bit base about ten, and without checkpointing it is about three times the card.")
 
 # %% [markdown]
-# Rank and optimizer, which tutorials discuss at length, are among the cheapest. The float32 copies are what
+# Rank and optimizer, which tutorials discuss at length, are among the cheapest. (Paging even costs a little: the driver gives
+# managed memory out in pieces of 128 MiB, and counts a started piece in full.) The float32 copies are what
 # `prepare_model_for_kbit_training` makes, and two of the three articles call it: norms, embeddings and output head in
 # float32, and with them everything that flows between the layers. This course trains without them (lesson 4). Twice the
 # sequences and twice the tokens cost the same, since only their product counts, unless the attention is "math".
@@ -489,7 +492,7 @@ for claim, name, gpu, settings in claims:
 
 # %% [markdown]
 # One claim is plainly false, and it is a title: 70B on a single consumer GPU. The weights alone are larger than the
-# card. The rest holds at short sequences; the first article's table is cautious rather than wrong. But its own
+# card. The other claims about sizes hold at short sequences; the first article's table is cautious rather than wrong. But its own
 # settings, four sequences of 2,048 tokens and float32 copies, need far more than a T4 has. The paper's 33B on 24 GB is
 # close: it pages the optimizer for this very case.
 #
@@ -576,11 +579,11 @@ print(compare(predict(shape_of(trainer), run_of(trainer), "t4"), measurement))
 # - Its few constants were measured on one H200 with one version of each library. The CUDA context of other cards was
 #   not measured; it is taken to be as large.
 # - It predicts full sequences without padding or packing. A batch of short ones needs less.
-# - Accumulation keeps the gradients between forward passes; that is not in it, and is small for LoRA.
 # - Other libraries, such as Unsloth or Liger, need less. It knows TRL, PEFT and bitsandbytes only.
 # - A desktop that draws on the same card takes its share, too.
 #
-# So leave a GiB free, and try the real run for a few steps before you go to bed.
+# And where it is wrong, it is more often too low than too high. So leave a GiB or a tenth free, whichever is more, and try
+# the real run for a few steps before you go to bed.
 #
 # ## Exercise 1
 #

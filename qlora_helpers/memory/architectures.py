@@ -5,8 +5,10 @@ device, and the trainable ones against PEFT.
 """
 
 import json
+import operator
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 
 
@@ -62,6 +64,7 @@ _DEFAULTS = {
     },
 }  # fmt: skip
 FAMILIES = tuple(_DEFAULTS)
+NULL_MEANS_SOMETHING = ("num_key_value_heads", "rotary_dim", "sliding_window")
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class ModelShape:
             if not path.is_file():
                 raise FileNotFoundError(f"config: there is no file {path}; give a config.json or a folder that has one")
             try:
-                name, config = path.resolve().parent.name, json.loads(path.read_text())
+                name, config = path.resolve().parent.name, json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise ValueError(f"config: {path} is no JSON ({error})") from error
         elif hasattr(config, "to_dict"):
@@ -115,7 +118,7 @@ class ModelShape:
         if not isinstance(config, dict):
             raise ValueError(f"config is a {type(config).__name__}; give a dict, a PretrainedConfig or a path")
         family = config.get("model_type")
-        if family not in _DEFAULTS:
+        if not isinstance(family, str) or family not in _DEFAULTS:
             raise ValueError(
                 f"model_type is {family!r}; known are {', '.join(FAMILIES)}. The layers of another family would be a guess"
             )
@@ -123,25 +126,37 @@ class ModelShape:
 
         def value(key: str):
             for stated in (names.get(key, key), key):
-                if config.get(stated) is not None:
+                # a null means the default, but for these three: as many as there are heads; the whole head; no window
+                if config.get(stated) is not None or (stated in config and key in NULL_MEANS_SOMETHING):
                     return config[stated]
             return _DEFAULTS[family].get(key)
 
         sizes = {
             key: value(key)
             for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                        "num_key_value_heads", "head_dim", "max_position_embeddings")
+                        "num_key_value_heads", "head_dim", "max_position_embeddings", "rotary_dim", "sliding_window")
         }  # fmt: skip
         if sizes["intermediate_size"] is None:
             sizes["intermediate_size"] = 4 * sizes["hidden_size"]  # GPT-J's default
         if family in ("gpt_neox", "gptj") or sizes["num_key_value_heads"] is None:
             sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+        windowed = family in ("mistral", "phi3") or (family in ("qwen2", "qwen3") and config.get("use_sliding_window"))
+        if not windowed:
+            sizes["sliding_window"] = None
+        if family != "gptj":
+            sizes["rotary_dim"] = None
         for key, size in sizes.items():
-            if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            if size is None:
+                continue
+            try:
+                sizes[key] = 0 if isinstance(size, bool) else operator.index(size)
+            except TypeError:
+                sizes[key] = 0
+            if sizes[key] < 1:
                 raise ValueError(
                     f"{names.get(key, key)} is {size!r} in the config; it must be a whole number from 1 on"
                 )
-        if sizes["head_dim"] is None or family in ("gpt_neox", "gptj", "phi3"):  # these three know no head_dim
+        if sizes["head_dim"] is None or family in ("gpt_neox", "gptj"):  # these two know no head_dim
             if sizes["hidden_size"] % sizes["num_attention_heads"]:
                 raise ValueError(
                     f"hidden_size {sizes['hidden_size']} is no multiple of num_attention_heads "
@@ -153,21 +168,17 @@ class ModelShape:
                 f"num_attention_heads {sizes['num_attention_heads']} is no multiple of num_key_value_heads "
                 f"{sizes['num_key_value_heads']}"
             )
-        rotary = 0
-        if family == "gptj":
-            rotary = value("rotary_dim") or 0
-        elif family == "gpt_neox":
-            share = (config.get("rope_parameters") or {}).get("partial_rotary_factor", value("rotary_pct"))
-            rotary = int(sizes["head_dim"] * share)
+        sizes["rotary_dim"] = sizes["rotary_dim"] or 0
+        if family == "gpt_neox":
+            share = (config.get("rope_parameters") or {}).get("partial_rotary_factor") or value("rotary_pct")
+            if not isinstance(share, Real) or not 0 < share <= 1:
+                raise ValueError(f"rotary_pct is {share!r} in the config; it must be a number above 0 and up to 1")
+            sizes["rotary_dim"] = int(sizes["head_dim"] * share)
         return cls(
             model_type=family,
             tie_word_embeddings=bool(value("tie_word_embeddings")),
             attention_bias=family == "qwen2" or bool(value("attention_bias")),
             mlp_bias=family in ("gpt_neox", "gptj") or bool(value("mlp_bias")),
-            rotary_dim=rotary,
-            sliding_window=config.get("sliding_window", value("sliding_window"))
-            if family in ("mistral", "phi3")
-            else None,
             use_parallel_residual=family == "gptj" or bool(value("use_parallel_residual")),
             name=name or str(config.get("_name_or_path") or ""),
             **sizes,

@@ -7,6 +7,7 @@ import difflib
 import itertools
 import json
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -15,7 +16,7 @@ from pathlib import Path
 from ..files import data_path
 from .architectures import ModelShape
 from .gpus import GPU, find_gpu
-from .prediction import GIB, OPTIMIZERS, FineTuning, Prediction, predict
+from .prediction import EAGER_ONLY, GIB, OPTIMIZERS, FineTuning, Prediction, predict
 
 STEP = 128  # tokens: sequences are looked for in multiples of it
 LONGEST = 131_072  # tokens: where the search ends for a model whose config states no limit
@@ -161,9 +162,14 @@ def _no_upcast(shape: ModelShape, run: FineTuning, gpu: GPU) -> Rung:
 
 
 def _fused_attention(shape: ModelShape, run: FineTuning, gpu: GPU) -> Rung:
-    if run.attention != "sdpa":
-        kernel = "FlashAttention" if gpu.compute_capability >= (8, 0) else "the memory-efficient kernel"
-        yield f"attention by sdpa, in {kernel}", "nothing: the same result, and faster", replace(run, attention="sdpa")
+    if run.attention == "sdpa" or shape.model_type in EAGER_ONLY:
+        return
+    if gpu.compute_capability >= (8, 0):
+        what, price = "attention by sdpa, in FlashAttention", "nothing: the same result, and faster"
+    else:
+        what = "this course's attention (qlora_helpers.attention), in the memory-efficient kernel"
+        price = "a copy of keys and values: the same result, and faster"
+    yield what, price, replace(run, attention="sdpa")
 
 
 def _fused_optimizer(shape: ModelShape, run: FineTuning, gpu: GPU) -> Rung:
@@ -179,7 +185,11 @@ def _8bit_optimizer(shape: ModelShape, run: FineTuning, gpu: GPU) -> Rung:
     now = OPTIMIZERS[run.optimizer]
     if now.bits != 8:
         name = "paged_adamw_8bit" if now.paged else "adamw_8bit"
-        yield f"optim {name}", "no measurable loss of quality: states in 8 bits", replace(run, optimizer=name)
+        yield (
+            f"optim {name}",
+            "hardly any quality, say those who made it (arXiv 2110.02861): states in 8 bits",
+            replace(run, optimizer=name),
+        )
 
 
 def _16bit_compute(shape: ModelShape, run: FineTuning, gpu: GPU) -> Rung:
@@ -209,7 +219,8 @@ def _smaller_batch(shape: ModelShape, run: FineTuning, gpu: GPU) -> Rung:
     small = [divisor for divisor in range(1, math.isqrt(size) + 1) if size % divisor == 0]
     for batch in sorted({*small, *(size // divisor for divisor in small)} - {size}, reverse=True):
         what = f"a batch of {batch:,} with {size // batch:,} steps of accumulation"
-        yield what, "the same result, slower on a large GPU", replace(run, batch_size=batch)
+        changed = replace(run, batch_size=batch, accumulation=run.accumulation * size // batch)
+        yield what, "the same result, slower on a large GPU", changed
 
 
 def _lower_rank(shape: ModelShape, run: FineTuning, gpu: GPU) -> Rung:
@@ -228,32 +239,45 @@ def _fewer_layers(shape: ModelShape, run: FineTuning, gpu: GPU) -> Rung:
         yield f"adapters on {' and '.join(few)} only", "may learn less", replace(run, target_modules=few)
 
 
+def _lora(shape: ModelShape, run: FineTuning, gpu: GPU) -> Rung:
+    if run.method == "full":
+        price = "adapters that learn less than all weights do"
+        yield "LoRA on 16-bit weights instead of full fine-tuning", price, _with_adapters(run, "lora")
+
+
 def _qlora(shape: ModelShape, run: FineTuning, gpu: GPU) -> Rung:
-    if run.method == "qlora":
-        return
-    # What the run's own method does not look at was not checked, and was not meant for QLoRA: take the defaults.
+    if run.method == "full":
+        price = "a 4-bit base, and adapters that learn less than all weights do"
+        yield "QLoRA instead of full fine-tuning", price, _with_adapters(run, "qlora")
+    elif run.method == "lora":
+        yield "QLoRA instead of LoRA", "a 4-bit base, which loses a little", _with_adapters(run, "qlora")
+
+
+def _with_adapters(run: FineTuning, method: str) -> FineTuning:
+    """The run by another method. What its own does not look at was not checked, and was not meant: it takes the defaults."""
     unused = {"double_quant", "block_size"}
     if run.method == "full":
         unused |= {"adapter_dtype", "lora_rank", "lora_dropout", "target_modules", "upcast_fp32"}
-    defaults = {each.name: each.default for each in fields(FineTuning) if each.name in unused}
-    if run.method == "full":
-        what, price = "full fine-tuning", "a 4-bit base, and adapters that learn less than all weights do"
-    else:
-        what, price = "LoRA", "a small loss of quality: a 4-bit base"
-    yield f"QLoRA instead of {what}", price, replace(run, method="qlora", **defaults)
+    return replace(
+        run, method=method, **{each.name: each.default for each in fields(FineTuning) if each.name in unused}
+    )
 
 
 def _shorter(shape: ModelShape, run: FineTuning, gpu: GPU) -> Rung:
-    tokens = run.seq_len // 2
-    while tokens >= SHORTEST:
+    def cut(tokens: int) -> tuple[str, str, FineTuning]:
         what = f"sequences of {tokens:,} tokens instead of {run.seq_len:,}"
-        yield what, "what is longer is cut off", replace(run, seq_len=tokens)
-        tokens //= 2
+        return what, "what is longer is cut off", replace(run, seq_len=tokens)
+
+    enough = longest_sequence(shape, run, gpu)
+    if SHORTEST <= enough < run.seq_len:
+        yield cut(enough)
+    elif run.seq_len > SHORTEST:
+        yield cut(SHORTEST)
 
 
 LADDER = (  # by price, the cheapest first
     _no_upcast, _fused_attention, _fused_optimizer, _8bit_optimizer, _16bit_compute, _double_quant, _checkpointing,
-    _smaller_batch, _lower_rank, _fewer_layers, _qlora, _shorter,
+    _smaller_batch, _lower_rank, _fewer_layers, _lora, _qlora, _shorter,
 )  # fmt: skip
 STRONGEST = 1_000_000  # a level above all that a rung has
 
@@ -263,8 +287,8 @@ def _apply(
 ) -> tuple[tuple[tuple[str, str], ...], Prediction]:
     """The run with each rung at a level: 0 leaves it out, 1 is its mildest change, too high a level its strongest."""
     notes = {}
-    # QLoRA goes first: on a full fine-tuning the rungs of the adapters apply only behind it.
-    for rung in sorted(LADDER, key=lambda rung: rung is not _qlora):
+    # The method goes first: on a full fine-tuning the rungs of the adapters apply only behind it.
+    for rung in sorted(LADDER, key=lambda rung: rung not in (_lora, _qlora)):
         for what, price, changed in itertools.islice(rung(shape, run, gpu), levels.get(rung, 0)):
             notes[rung] = (what, price, changed)
         if rung in notes:
@@ -275,8 +299,8 @@ def _apply(
 def cures(shape: ModelShape, run: FineTuning, gpu: str | GPU) -> list[Change]:
     """What makes a run fit that does not, the cheapest first; nothing for a run that fits.
 
-    First all single changes that are enough, each as mild as it may be. Behind them a combination, if there is none, or
-    if it needs only changes that are cheaper than the cheapest of them. It has the cheap changes rather than the dear
+    All single changes that are enough, each as mild as it may be. Before them a combination, if it needs only changes that
+    are cheaper than the cheapest of them, or if no single one is enough. It has the cheap changes rather than the dear
     ones, and none that could be left out or be milder. If not even all changes together are enough, one entry without a
     run says how much is missing.
 
@@ -315,7 +339,7 @@ def cures(shape: ModelShape, run: FineTuning, gpu: str | GPU) -> list[Change]:
         levels[rung] = next(level for level in itertools.count() if fits(levels | {rung: level}))
     notes, prediction = _apply(shape, run, gpu, levels)
     what, price = ("; ".join(words) for words in zip(*notes, strict=True))
-    return [*found, Change(what, price, prediction.run, prediction, notes)]
+    return [Change(what, price, prediction.run, prediction, notes), *found]
 
 
 @dataclass(frozen=True)
@@ -339,24 +363,28 @@ def suggest(shape: ModelShape, gpu: str | GPU, run: FineTuning = DEFAULT_RUN, ef
     Args:
         shape: of the model.
         gpu: to run on.
-        run: all but its `batch_size`.
+        run: all but its `batch_size` and `accumulation`.
         effective_batch: sequences per optimizer step.
 
     Raises:
         ValueError: not even a batch of 1 fits, or `effective_batch` is no positive whole number.
     """
-    if not isinstance(effective_batch, int) or isinstance(effective_batch, bool) or effective_batch < 1:
+    try:
+        wanted = operator.index(effective_batch)
+    except TypeError:
+        wanted = 0
+    if wanted < 1 or isinstance(effective_batch, bool):
         raise ValueError(f"effective_batch is {effective_batch!r}; it must be a whole number from 1 on")
     gpu = find_gpu(gpu)
-    largest = largest_batch(shape, run, gpu)
-    if not largest:
-        missing = -predict(shape, replace(run, batch_size=1), gpu).spare_bytes / GIB
-        raise ValueError(
-            f"gpu is {gpu.name}: not even a batch of 1 fits, {missing:.2f} GiB are missing. "
-            "cures(shape, run, gpu) says what would help"
-        )
-    batch = next(size for size in range(min(largest, effective_batch), 0, -1) if effective_batch % size == 0)
-    return Suggestion(batch, effective_batch // batch, predict(shape, replace(run, batch_size=batch), gpu))
+    for batch in (size for size in range(wanted, 0, -1) if wanted % size == 0):
+        prediction = predict(shape, replace(run, batch_size=batch, accumulation=wanted // batch), gpu)
+        if prediction.fits:
+            return Suggestion(batch, wanted // batch, prediction)
+    missing = -prediction.spare_bytes / GIB
+    raise ValueError(
+        f"gpu is {gpu.name}: not even a batch of 1 fits, {missing:.2f} GiB are missing. "
+        "cures(shape, run, gpu) says what would help"
+    )
 
 
 def what_fits(

@@ -1,6 +1,8 @@
 """The GPUs that people fine-tune on: usable memory, compute capability, and what the CUDA libraries take of it."""
 
+import difflib
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 
@@ -43,8 +45,8 @@ def _table() -> dict[str, GPU]:
         capability = tuple(entry["compute_capability"])
         workspace = 2 * (WORKSPACE_HOPPER if capability[0] == 9 else WORKSPACE)
         gpu = GPU(entry["name"], int(entry["usable_gib"] * GIB), capability, workspace)
-        for name in (key, *entry.get("aliases", ())):
-            table[_plain(name)] = gpu
+        for name in (key, entry["name"], *entry.get("aliases", ())):
+            table.setdefault(_plain(name), gpu)
     return table
 
 
@@ -54,7 +56,9 @@ def known_gpus() -> dict[str, GPU]:
 
 
 def _plain(name: str) -> str:
-    return "".join(c for c in name.lower() if c.isalnum())
+    """Without what is written or left out at will: "NVIDIA GeForce RTX 4090" and "4090" are the same."""
+    words = re.sub(r"nvidia|geforce|tesla|quadro|rtx|gb\b", " ", name.lower())
+    return "".join(c for c in words if c.isalnum())
 
 
 def find_gpu(gpu: str | GPU) -> GPU:
@@ -67,5 +71,9 @@ def find_gpu(gpu: str | GPU) -> GPU:
         return gpu
     found = _table().get(_plain(str(gpu)))
     if found is None:
-        raise ValueError(f"gpu is {gpu!r}; known are {', '.join(known_gpus())}")
+        near = [key for key in known_gpus() if key.startswith(_plain(str(gpu)) or "-")] or difflib.get_close_matches(
+            str(gpu), known_gpus(), 2
+        )
+        meant = f" (perhaps {' or '.join(near)})" if near else ""
+        raise ValueError(f"gpu is {gpu!r}{meant}; known are {', '.join(known_gpus())}")
     return found

@@ -81,7 +81,7 @@ class DecoderLayer:
         new, elements, before = self.tape.new, x.elements, x.width
         return self.tape.apply(elements, width, (x,), lambda g: (new(elements, before),))
 
-    def scale(self, x: Tensor, times: int = 1) -> Tensor:
+    def scale(self, x: Tensor) -> Tensor:
         """Multiply by a constant, or negate: nothing is saved."""
         new, elements, width = self.tape.new, x.elements, x.width
         return self.tape.apply(elements, width, (x,), lambda g: (new(elements, width),))
@@ -497,7 +497,7 @@ class DecoderLayer:
         h = shape.hidden_size
         normed = self.layer_norm(x, h)
         q, k, v = (self.linear(normed, name) for name in ("q_proj", "k_proj", "v_proj"))
-        share = shape.rotary_dim / shape.head_dim if shape.rotary_dim else 1.0
+        share = shape.rotary_dim / shape.head_dim if shape.rotary_dim else 1.0  # none stated: the whole head
         k, q = self.rotary(k, share), self.rotary(q, share)
         q, k = self.cast(q, FLOAT32), self.cast(k, FLOAT32)
         how = self.how

@@ -5,9 +5,11 @@ sequences without padding, from the second step on. What autograd keeps is not f
 with sized tensors. What cannot be derived is named below, with where it was measured.
 """
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from numbers import Real
 
 from .architectures import ModelShape
 from .gpus import GPU, find_gpu
@@ -19,6 +21,7 @@ GIB, MIB = 2**30, 2**20
 METHODS = ("qlora", "lora", "full")
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
 ATTENTION = ("sdpa", "math", "eager")
+EAGER_ONLY = ("gemma2", "gptj")  # transformers offers no sdpa for these families
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes'
 
 # TRL's fused output head works on tiles (trl/kernels/chunked_logprob.py, trl/trainer/utils.py).
@@ -37,7 +40,7 @@ SMALL_REQUEST = MIB
 # 1.62 GB, of which its largest tensor is 1.05 (data/measured/t4_gear.json).
 HOST_PROCESS = 571_000_000
 # What torch's allocator cannot give out again, as a share of what comes and goes within a step: holes between tensors of
-# unlike sizes. Medians of the calibration rows of data/measured/memory.json.
+# unlike sizes. Chosen by the calibration rows of data/measured/memory.json, whose own shares lie from 0.01 to 0.3.
 HOLES_WITH_CHECKPOINTING, HOLES = 0.14, 0.025
 
 
@@ -58,6 +61,8 @@ class FineTuning:
         upcast_fp32: `prepare_model_for_kbit_training` was called.
         attention: "sdpa", "math" (torch's own kernel, which is what a T4 is left with for grouped-query attention) or
             "eager". Below compute capability 8.0 "sdpa" means this course's gear, which keeps to the memory-efficient kernel.
+            Gemma 2 and GPT-J have no "sdpa" in transformers: there it means "eager".
+        accumulation: forward passes per optimizer step; with more than one the gradients stay from pass to pass.
 
     Raises:
         ValueError: names the field, its value, and what is allowed. Fields that the method does not use are not looked at.
@@ -77,41 +82,56 @@ class FineTuning:
     optimizer: str = "paged_adamw_8bit"
     upcast_fp32: bool = False
     attention: str = "sdpa"
+    accumulation: int = 1
 
     def __post_init__(self):
         def refuse(name: str, allowed: str):
             raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}")
 
-        def one_of(name: str, known) -> None:
-            if getattr(self, name) not in known:
-                refuse(name, ", ".join(map(str, known)))
+        def put(name: str, value) -> None:
+            object.__setattr__(self, name, value)
 
-        def whole(name: str) -> None:
+        def one_of(name: str, known) -> None:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                refuse(name, "a whole number from 1 on")
+            if not isinstance(value, str) or value not in known:
+                refuse(name, ", ".join(known))
+
+        def whole(name: str, known: tuple[int, ...] = ()) -> None:
+            try:
+                value = operator.index(getattr(self, name))  # a numpy integer is one, too
+            except TypeError:
+                value = 0
+            if value < 1 or isinstance(getattr(self, name), bool) or (known and value not in known):
+                refuse(name, ", ".join(map(str, known)) or "a whole number from 1 on")
+            put(name, value)
+
+        def switch(name: str) -> None:
+            if not isinstance(getattr(self, name), bool):
+                refuse(name, "True, False")
 
         one_of("method", METHODS)
         one_of("compute_dtype", WIDTHS)
         one_of("optimizer", OPTIMIZERS)
         one_of("attention", ATTENTION)
-        whole("batch_size")
-        whole("seq_len")
-        switches = ["gradient_checkpointing", "upcast_fp32"]
+        for name in ("batch_size", "seq_len", "accumulation"):
+            whole(name)
+        switch("gradient_checkpointing")
         if self.method == "qlora":
-            switches.append("double_quant")
-            one_of("block_size", BLOCK_SIZES)
-        for name in switches:
-            one_of(name, (True, False))
+            switch("double_quant")
+            whole("block_size", BLOCK_SIZES)
         if self.method != "full":
+            switch("upcast_fp32")
             one_of("adapter_dtype", WIDTHS)
             whole("lora_rank")
-            if isinstance(self.lora_dropout, bool) or not isinstance(self.lora_dropout, int | float):
+            dropout = self.lora_dropout
+            if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0 <= dropout < 1:
                 refuse("lora_dropout", "a number from 0 to below 1")
-            if not 0 <= self.lora_dropout < 1:
-                refuse("lora_dropout", "a number from 0 to below 1")
-            if not isinstance(self.target_modules, str):
-                object.__setattr__(self, "target_modules", tuple(self.target_modules))
+            put("lora_dropout", float(dropout))
+            targets = self.target_modules
+            if not isinstance(targets, str):
+                if not isinstance(targets, Iterable) or not all(isinstance(name, str) for name in targets):
+                    refuse("target_modules", '"all-linear", or a list of names such as ["q_proj", "v_proj"]')
+                put("target_modules", tuple(sorted(targets) if isinstance(targets, set | frozenset) else targets))
 
 
 @dataclass(frozen=True)
@@ -143,8 +163,18 @@ OPTIMIZERS = {
 class Prediction:
     """What a run takes, in bytes.
 
-    `parts` are what is alive at the peak, in order; they add up to `peak_allocated_bytes`, with two further rows for what lies
-    outside torch's allocator: the paged optimizer states and the CUDA context.
+    Attributes:
+        loaded_bytes: in torch's tensors after the model is loaded, adapters not yet there.
+        peak_allocated_bytes, peak_reserved_bytes: the most in torch's tensors within a steady step, and the most that
+            torch's allocator holds for them.
+        device_bytes: on the card: what torch reserves, the CUDA context, and the paged optimizer states.
+        host_bytes_to_load: of main memory while the model is loaded, file pages that the system may drop aside.
+        disk_bytes: of the model's files in 16 bits.
+        peak_phase: of the step in which the peak lies.
+        parts: what is alive at the peak, in order. They add up to `peak_allocated_bytes`, but for two that lie outside of
+            torch's allocator: "optimizer (paged)" and "CUDA context". Without checkpointing "checkpointed activations" and
+            "recomputed layer" are called "activations" and "layer at work". "16-bit weights" are all that are not in 4
+            bits, also where the run has made them float32.
     """
 
     shape: ModelShape
@@ -177,17 +207,27 @@ def _rounded(size: float) -> int:
     return -(-int(size) // BLOCK) * BLOCK
 
 
-def _how(shape: ModelShape, run: FineTuning, gpu: GPU) -> How:
+def _kernel(shape: ModelShape, run: FineTuning, gpu: GPU, masked: bool) -> str:
+    """The attention kernel that serves a run."""
+    if shape.model_type in EAGER_ONLY:
+        return "eager"
+    if run.attention != "sdpa":
+        return run.attention
+    if gpu.compute_capability < (8, 0) or masked:
+        return "efficient"
+    if run.compute_dtype == "float32":  # FlashAttention takes 16 bits only, and the next kernel no shared key heads
+        return "math" if shape.num_key_value_heads != shape.num_attention_heads else "efficient"
+    return "flash"
+
+
+def layer_settings(shape: ModelShape, run: FineTuning, gpu: GPU) -> How:
+    """How a decoder layer is run. Fields that the method does not use have a value of their own."""
     compute = WIDTHS[run.compute_dtype]
     upcast = run.upcast_fp32 and run.method != "full"
-    kernel = run.attention
     # beyond the window transformers makes a mask, which FlashAttention does not take
     masked = shape.sliding_window is not None and run.seq_len > shape.sliding_window
-    if shape.model_type in ("gemma2", "gptj"):
-        kernel = "eager"  # transformers has nothing else for these two
-    elif kernel == "sdpa":
-        kernel = "flash" if gpu.compute_capability >= (8, 0) and not masked else "efficient"
-    adapted = frozenset() if run.method == "full" else frozenset(t.name for t in shape.targets(run.target_modules))
+    lora, four_bit = run.method != "full", run.method == "qlora"
+    adapted = frozenset(target.name for target in shape.targets(run.target_modules)) if lora else frozenset()
     return How(
         batch_size=run.batch_size,
         seq_len=run.seq_len,
@@ -196,17 +236,17 @@ def _how(shape: ModelShape, run: FineTuning, gpu: GPU) -> How:
         wide_norms=shape.model_type in ("gpt_neox", "gptj")
         and run.method == "qlora"
         and run.compute_dtype != "float32",
-        adapter=WIDTHS[run.adapter_dtype],
+        adapter=WIDTHS[run.adapter_dtype] if lora else compute,
         weight=FLOAT32 if upcast and run.method == "lora" else compute,
         autocast=run.compute_dtype != "float32",
         float16=run.compute_dtype == "float16",
         method=run.method,
-        double_quant=run.double_quant,
-        block_size=run.block_size,
-        rank=run.lora_rank,
-        dropout=run.method != "full" and run.lora_dropout > 0,
+        double_quant=four_bit and run.double_quant,
+        block_size=run.block_size if four_bit else BLOCK_SIZES[0],
+        rank=run.lora_rank if lora else 1,
+        dropout=lora and run.lora_dropout > 0,
         adapted=adapted,
-        kernel=kernel,
+        kernel=_kernel(shape, run, gpu, masked),
         masked=masked,
     )
 
@@ -236,8 +276,14 @@ class Cost:
     backward: Peak
 
 
-def _measured(shape: ModelShape, how: How, apply, keep_input: bool, first: bool = False) -> Cost:
-    """Run a piece of the model on a tape, forward and back. The `first` layer's input asks for no gradient."""
+def cost_of(shape: ModelShape, how: How, apply, keep_input: bool, first: bool = False) -> Cost:
+    """Run a piece of the model on a tape, forward and back.
+
+    Args:
+        apply: from a `DecoderLayer` and its input to the result, such as `DecoderLayer.__call__`.
+        keep_input: the input stays whether or not a gradient needs it.
+        first: the input asks for no gradient.
+    """
     tape = Tape()
     layer = DecoderLayer(shape, how, tape)
     elements = how.tokens * shape.hidden_size
@@ -307,11 +353,11 @@ def _head(layer: DecoderLayer, x: Tensor) -> Tensor:
 @lru_cache(maxsize=4096)
 def _costs(shape: ModelShape, how: How, checkpointing: bool) -> tuple[Cost, Cost, Cost]:
     """The cost of the first decoder layer, of each further one, and of the head."""
-    layer = first = _measured(shape, how, DecoderLayer.__call__, keep_input=checkpointing)
+    layer = first = cost_of(shape, how, DecoderLayer.__call__, keep_input=checkpointing)
     # with checkpointing TRL lets the embeddings' output ask for a gradient; with trained embeddings it does anyway
     if not checkpointing and how.method != "full":
-        first = _measured(shape, how, DecoderLayer.__call__, keep_input=False, first=True)
-    return first, layer, _measured(shape, how, _head, keep_input=False)
+        first = cost_of(shape, how, DecoderLayer.__call__, keep_input=False, first=True)
+    return first, layer, cost_of(shape, how, _head, keep_input=False)
 
 
 def _weights(shape: ModelShape, run: FineTuning) -> dict[str, int]:
@@ -408,9 +454,13 @@ def predict(shape: ModelShape, run: FineTuning, gpu: str | GPU = "h200") -> Pred
     Raises:
         ValueError: a field of the run does not go with this model, or the GPU is not known.
     """
+    if not isinstance(shape, ModelShape):
+        raise ValueError(f"shape is {shape!r}; give a ModelShape, such as find_shape({str(shape)!r})")
+    if not isinstance(run, FineTuning):
+        raise ValueError(f"run is a {type(run).__name__}; give a FineTuning(...)")
     gpu = find_gpu(gpu)
     _check(shape, run)
-    how = _how(shape, run, gpu)
+    how = layer_settings(shape, run, gpu)
     first, layer, head = _costs(shape, how, run.gradient_checkpointing)
     layers, h = shape.num_hidden_layers, shape.hidden_size
 
@@ -465,6 +515,9 @@ def predict(shape: ModelShape, run: FineTuning, gpu: str | GPU = "h200") -> Pred
     if run.method == "full":
         # the head's gradient is there; if it shares its weight with the embeddings, theirs is made beside it
         phases["embeddings backward"] = (gradients, 0, 0, Peak(x + (table if shape.tie_word_embeddings else 0)))
+
+    if run.accumulation > 1:  # the gradients of the passes before are there, and each new one is added to its own
+        phases = {name: (gradients, *rest) for name, (_, *rest) in phases.items()}
 
     def total(name: str) -> int:
         *before, at_work = phases[name]

@@ -5,9 +5,10 @@ import json
 import textwrap
 from dataclasses import asdict
 
+from .architectures import ModelShape
 from .fitting import cures, find_shape, known_models, largest_batch, longest_sequence
-from .gpus import find_gpu, known_gpus
-from .prediction import GIB, MIB, FineTuning, Prediction, predict
+from .gpus import GPU, find_gpu, known_gpus
+from .prediction import EAGER_ONLY, GIB, MIB, FineTuning, Prediction, predict
 
 WIDTH, BAR = 100, 60  # characters
 SEQ_LEN = 2_048
@@ -30,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dropout", type=float, default=usual.lora_dropout, help="of the adapters (default: %(default)s)"
     )
     parser.add_argument("--optimizer", default=usual.optimizer, help="transformers' optim (default: %(default)s)")
-    parser.add_argument("--compute-dtype", help="default: bfloat16, float16 below compute capability 8.0")
+    parser.add_argument(
+        "--compute-dtype", help="default: bfloat16; below compute capability 8.0 float16, float32 for full"
+    )
     parser.add_argument("--adapter-dtype", default=usual.adapter_dtype, help="default: %(default)s")
     parser.add_argument(
         "--targets", default="all-linear", help="adapted layers, such as q_proj,v_proj (default: %(default)s)"
@@ -57,9 +60,12 @@ def command(args: argparse.Namespace) -> int:
     seq_len = args.seq_len
     if seq_len is None:
         seq_len = min(SEQ_LEN, shape.max_position_embeddings or SEQ_LEN)
+    usual = "bfloat16"
+    if gpu.compute_capability < (8, 0):
+        usual = "float32" if args.method == "full" else "float16"  # torch trains no float16 weights with loss scaling
     run = FineTuning(
         method=args.method,
-        compute_dtype=args.compute_dtype or ("bfloat16" if gpu.compute_capability >= (8, 0) else "float16"),
+        compute_dtype=args.compute_dtype or usual,
         adapter_dtype=args.adapter_dtype,
         double_quant=not args.no_double_quant,
         lora_rank=args.rank,
@@ -143,9 +149,26 @@ def _described(run: FineTuning) -> str:
         words.append("no checkpointing")
     if run.method == "qlora" and not run.double_quant:
         words.append("no double quantisation")
+    if run.accumulation > 1:
+        words.append(f"{run.accumulation:,} steps of accumulation")
     if run.attention != "sdpa":
         words.append(f"{run.attention} attention")
     return f"{run.method}: {', '.join(words)}"
+
+
+def _notes(shape: ModelShape, run: FineTuning, gpu: GPU) -> list[str]:
+    """What a reader should know before trusting the figures."""
+    notes = []
+    shared = shape.num_key_value_heads != shape.num_attention_heads and shape.model_type not in EAGER_ONLY
+    if run.attention == "sdpa" and shared and gpu.compute_capability < (8, 0):
+        notes.append(
+            "this is with the course's attention (qlora_helpers.attention). transformers' own sdpa falls back to the math "
+            "kernel on this card: --attention math"
+        )
+    trained = run.compute_dtype if run.method == "full" else run.adapter_dtype
+    if run.compute_dtype == "float16" and trained != "float32":
+        notes.append(f"torch's loss scaling refuses to train weights in {trained}: such a run stops at its first step")
+    return notes
 
 
 def _wrapped(text: str, first: str = "", rest: str = "") -> str:
@@ -163,7 +186,8 @@ def as_text(prediction: Prediction, found: dict) -> str:
     """
     shape, run, gpu = prediction.shape, prediction.run, prediction.gpu
     of = f"{prediction.trainable_parameters:,} of {shape.parameters:,} parameters trained"
-    lines = [_wrapped(f"{shape.name}: {of}"), _wrapped(_described(run), rest="  "), ""]
+    lines = [_wrapped(f"{shape.name}: {of}"), _wrapped(_described(run), rest="  ")]
+    lines += [_wrapped(note, "note: ", "  ") for note in _notes(shape, run, gpu)] + [""]
 
     parts = {name: size for name, size in prediction.parts.items() if size}
     largest = max(parts.values())
@@ -183,6 +207,7 @@ def as_text(prediction: Prediction, found: dict) -> str:
         f"fits with {_amount(prediction.spare_bytes)} to spare"
         if prediction.fits
         else f"does not fit: {_amount(-prediction.spare_bytes)} too much",
+        *(["too close to promise: the real run may take a few per cent more or less"] if _close(prediction) else []),
         "",
         f"{'largest batch':26}{found['largest_batch']:6,}      of {run.seq_len:,} tokens each",
         f"{'longest sequence':26}{found['longest_sequence']:6,}      at batch {run.batch_size:,}{_limit(found)}",
@@ -190,13 +215,14 @@ def as_text(prediction: Prediction, found: dict) -> str:
         f"{'disk':26}{_gib(disk)}",
     ]
     if found["cures"]:
-        alone = len(found["cures"][0]["steps"]) == 1
-        lines += ["", "What helps, each alone, the cheapest first:" if alone else "What helps:"]
+        lines += ["", "What helps, the cheapest first:"]
         for number, change in enumerate(found["cures"], 1):
             together = change["run"] and len(change["steps"]) > 1
             what = change["what"]
             if together:
-                what = "all of this:" if number == 1 else "or, with cheaper changes only, all of this:"
+                what = "all of this together:"
+            elif number > 1:
+                what = f"or {what}"
             lines.append(_wrapped(what, f"{number:2}. ", "    "))
             if not together:
                 lines.append(_wrapped(change["price"], "    costs: " if change["run"] else "    ", "    "))
@@ -205,6 +231,11 @@ def as_text(prediction: Prediction, found: dict) -> str:
             if change["run"]:
                 lines.append(f"    then {_gib(change['device_bytes']).strip()} on the card")
     return "\n".join(lines)
+
+
+def _close(prediction: Prediction) -> bool:
+    """Whether the verdict hangs on less than 1 GiB or a tenth of what the run takes, whichever is less."""
+    return abs(prediction.spare_bytes) < min(GIB, prediction.device_bytes / 10)
 
 
 def _limit(found: dict) -> str:
