@@ -301,8 +301,8 @@ for part, size in whole.parts.items():
 print(f"peak of torch's tensors in a run of {whole.run.seq_len:,} tokens: {whole.peak_allocated_bytes / GB:.2f} GB")
 
 # %% [markdown]
-# The parts are those that are alive at the peak: on the way back through the last layer, no adapter has a gradient yet. The
-# last two lie outside of what torch allocates.
+# The parts are those that are alive at the peak: on the way back through the last layer, no adapter has a gradient yet. Paged
+# optimizer states and the CUDA context lie outside of what torch allocates, and are not in that peak.
 #
 # ## Move the bits yourself
 #

@@ -232,8 +232,8 @@ on_tape = cost_of(tiny, settings, DecoderLayer.__call__, keep_input=False)
 check("bytes of one layer, on the tape and in torch", on_tape.kept, kept_bytes, exact=True)
 
 # %% [markdown]
-# And here is the whole prediction for our run. Only what is alive at the peak counts; the last two parts lie outside of
-# torch's allocator.
+# And here is the whole prediction for our run. Only what is alive at the peak counts. Paged states and the CUDA context lie
+# outside of torch's allocator, and are not in its peak.
 
 # %% tags=["nbval-check-output"]
 run = FineTuning(batch_size=4, seq_len=2048, lora_rank=16, adapter_dtype="bfloat16", optimizer="paged_adamw_8bit")
