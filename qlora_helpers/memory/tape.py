@@ -2,7 +2,7 @@
 
 A `Tensor` holds a `Buffer`, and a buffer is freed when Python drops its last reference, as torch does it. An operation makes
 a new tensor and notes what its backward pass will need; what is noted stays alive. So the code of a layer, written with
-these tensors, takes and frees memory in the same order as the layer in torch, in microseconds and without torch.
+these tensors, takes and frees memory in the same order as the layer in torch, in a millisecond and without torch.
 """
 
 BLOCK = 512  # bytes: the CUDA caching allocator rounds every request up to a multiple (torch/c10, kMinBlockSize)
