@@ -127,6 +127,14 @@ def file_merge(base: Path, adapter: Path, merged: Path) -> dict:
     return row | {"tensors": len(ours), "unmatched_tensors": len(tied), "differing_values": values}
 
 
+def steps_of(only: list[str] | None) -> list[str]:
+    """All steps, or those asked for with what they are compared with."""
+    needed = {*only, UNMERGED} if only else {*WAYS, "files"}
+    if needed & {"files", REQUANTISED}:
+        needed.add("16bit")
+    return [step for step in (*WAYS, "files") if step in needed]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, help="a folder that keeps the model; by default one that is removed")
@@ -184,11 +192,10 @@ def main() -> None:
         "tokens": CHATS * TOKENS,
         "adapter": trained,
     }
-    rows = [in_a_process(step) for step in args.only or (*WAYS, "files")]
+    rows = [in_a_process(step) for step in steps_of(args.only)]
     if args.only:  # the other rows were measured with another adapter of the same making
-        measured = json.loads(args.table.read_text())
-        new = {row["way"]: row for row in rows}
-        table, rows = measured, [new.get(row["way"], row) for row in measured["rows"]]
+        new, table = {row["way"]: row for row in rows}, json.loads(args.table.read_text())
+        rows = [new.get(row["way"], row) for row in table["rows"]]
     table["rows"] = rows
     args.table.write_text(json.dumps(table, indent=1) + "\n")
     if not args.models:

@@ -80,6 +80,13 @@ def _base_name(said: str) -> str:
     return path.name if is_path else said
 
 
+def same_name(one: str, other: str) -> bool:
+    """Whether two names can be of one model. A copy in a folder of one's own has no owner: then the rest of it decides."""
+    if "/" in one and "/" in other:
+        return one == other
+    return one.rpartition("/")[2] == other.rpartition("/")[2]
+
+
 def save_adapter(model: PeftModel, folder: str | Path, name: str = "default", overwrite: bool = False) -> Path:
     """Save one adapter of a model, with its base's name.
 
@@ -127,7 +134,7 @@ def load_adapter(model, folder: str | Path, name: str = "default") -> PeftModel:
     if not name or "." in name or hasattr(torch.nn.ModuleDict(), name):  # PEFT keeps adapters in a ModuleDict
         raise ValueError(f"name={name!r} is one that torch uses itself: choose another")
     found, base = describe(folder), name_of(model)
-    if found.base != base:
+    if not same_name(found.base, base):
         raise WrongBase(
             f"the adapter in {folder} was trained on {found.base!r}, and this model is {base!r}: load {found.base!r} instead"
         )

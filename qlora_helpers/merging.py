@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from qlora_helpers.adapters import CONFIG, WEIGHTS, WrongBase, describe, load_adapter
+from qlora_helpers.adapters import CONFIG, WEIGHTS, WrongBase, describe, load_adapter, same_name
 from qlora_helpers.chats import Chat
 from qlora_helpers.evaluation import evaluating
 from qlora_helpers.files import settle, whole_folder
@@ -97,7 +97,7 @@ def merge_files(base: str | Path, adapter: str | Path, folder: str | Path, overw
     files, found = sorted(base.glob("*.safetensors")), describe(adapter)
     if not files:
         raise FileNotFoundError(f"base={str(base)!r} has no safetensors files: pass the folder of a 16-bit model")
-    if found.base != name_in(base):
+    if not same_name(found.base, name_in(base)):
         raise WrongBase(f"the adapter in {adapter} was trained on {found.base!r}, and base is {name_in(base)!r}")
     config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
     if extras := [name for name in _NOT_PLAIN if config.get(name)]:

@@ -101,9 +101,8 @@ def load_model(
             bnb_4bit_compute_dtype=hardware.compute_dtype,
         )
     bars = transformers_logging.is_progress_bar_enabled()
-    if (
-        sum(path.stat().st_size for path in folder.glob("*.safetensors")) < SMALL
-    ):  # loaded in less than a second: no bar
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if size < SMALL:  # loaded in less than a second: no bar
         transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(

@@ -50,18 +50,11 @@ def test_the_whole_model_is_saved_and_plain_transformers_loads_it(finished):
     assert all(torch.equal(p, plain[name]) for name, p in done.model.named_parameters())
 
 
-def test_a_killed_run_ends_as_an_uninterrupted_one(finished, tmp_path):
+@pytest.mark.parametrize("last", ["checkpoint-2", "checkpoint-4"])  # amid the run; behind its last step
+def test_a_killed_run_ends_as_an_uninterrupted_one(last, finished, tmp_path):
     folder, _ = finished
-    for name in ("run.json", "checkpoint-2"):
-        (shutil.copytree if (folder / name).is_dir() else shutil.copy)(folder / name, tmp_path / name)
-    run(tmp_path, resume=True)
-    assert differing(trained(tmp_path), trained(folder)) == []
-
-
-def test_a_run_killed_behind_its_last_step_is_not_trained_further(finished, tmp_path):
-    folder, _ = finished
-    for name in ("run.json", "checkpoint-4"):
-        (shutil.copytree if (folder / name).is_dir() else shutil.copy)(folder / name, tmp_path / name)
+    shutil.copy(folder / "run.json", tmp_path)
+    shutil.copytree(folder / last, tmp_path / last)
     run(tmp_path, resume=True)
     assert differing(trained(tmp_path), trained(folder)) == []
 

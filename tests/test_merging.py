@@ -220,6 +220,12 @@ def test_every_way_was_measured_at_full_size(measured):
     assert measured["16bit, from file to file"]["differing_values"] == 0
 
 
+def test_what_a_step_is_compared_with_is_measured_first():
+    assert measure_merging.steps_of(None) == [*measure_merging.WAYS, "files"]
+    assert measure_merging.steps_of(["4bit"]) == ["unmerged", "4bit"]
+    assert measure_merging.steps_of(["files"]) == ["unmerged", "16bit", "files"]
+
+
 def test_the_script_measures_each_way(tmp_path, monkeypatch):
     monkeypatch.setattr(measure_merging, "STEPS", 2)
     monkeypatch.setattr(measure_merging, "TOKENS", 32)

@@ -28,7 +28,7 @@ def test_t_leaves_out_five_per_cent(freedom, t):
 def test_an_interval_of_known_numbers():
     found = interval([1.0, 2.0, 3.0])
     assert found.mean == 2 and found.count == 3 and found.half == pytest.approx(4.303 / math.sqrt(3))
-    assert found.is_noise is (found.half >= 2)
+    assert found.is_noise and not interval([1.9, 2.0, 2.1]).is_noise
 
 
 def test_nineteen_of_twenty_intervals_hold_the_true_mean():

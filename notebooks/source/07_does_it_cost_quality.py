@@ -215,8 +215,9 @@ check("attention at rank 64 minus all layers at rank 16", at_best[64, "attention
 
 # %% [markdown]
 # At one learning rate, rank 64 looks far worse than rank 16. At half the rate it is as good. From rank 16 on, more rank buys
-# nothing here; below, it costs. And all linear layers beat attention alone even with fewer numbers. The paper's
-# advice holds (on attention alone three seeds scatter, and rank 16 even fell behind rank 4). Its claim that rank does not matter at all holds from some rank on, which depends on what must be learned.
+# nothing here; below, it costs. And all linear layers beat attention alone even with fewer numbers (on attention alone three
+# seeds scatter: rank 16 even fell behind rank 4). So the paper's advice holds. Its claim that the rank does not matter holds
+# from some rank on, which depends on what must be learned.
 #
 # ## Alpha
 #

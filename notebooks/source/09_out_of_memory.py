@@ -287,7 +287,7 @@ for group, cure in chosen.items():
     print(f"{group:18}" + "{:5.1f}{:9.2f}{:8.2f}{:11.2f}{:8.2f}".format(*(size / GIB for size in sizes)), "  {:6,} →{:6,}".format(*speeds))
 
 # %% [markdown]
-# "About a third more time" was too kind to checkpointing, on this GPU at least. And four bits are not free either: the
+# Checkpointing is often said to take a third more time. It took more, on this GPU at least. And four bits are not free: the
 # weights are decoded in every product, which LoRA on 16-bit weights need not do. The other cures cost little time, or even
 # save it. (Speeds are of one run each, two steps on an H200 with random weights; another card has others.)
 
