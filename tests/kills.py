@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,6 +117,7 @@ def trial(folder: Path, where: str, chance: random.Random, times: int = 1, refer
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--workers", type=int, default=2, help="so many runs at a time, each on one thread")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--kill-in-save", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -127,12 +129,16 @@ def main() -> None:
         reference = uninterrupted(Path(scratch) / "reference")
         print(f"{STEPS} steps each, a checkpoint every 5, dropout, accumulation, 8-bit AdamW\n")
         print(f"{'run':4} {'killed':22} {'kills':>5}  {'newest checkpoint then':24} differing tensors")
-        for number in range(args.trials):
-            where, chance = PLACES[number % 3], random.Random(number)
-            row = trial(Path(scratch) / str(number), where, chance, times=1 + number % 3, reference=reference)
-            failed += row["differing tensors"] > 0 or row["kills"] == 0
-            at = ", ".join(map(str, row["newest folder then"]))
-            print(f"{number + 1:<4} {where:22} {row['kills']:5}  {at:24} {row['differing tensors']}", flush=True)
+
+        def numbered(number: int) -> dict:
+            folder, chance = Path(scratch) / str(number), random.Random(number)
+            return trial(folder, PLACES[number % 3], chance, times=1 + number % 3, reference=reference)
+
+        with ThreadPoolExecutor(args.workers) as pool:  # the threads only wait for the processes that train
+            for number, row in enumerate(pool.map(numbered, range(args.trials)), start=1):
+                failed += row["differing tensors"] > 0 or row["kills"] == 0
+                at = ", ".join(map(str, row["newest folder then"]))
+                print(f"{number:<4} {row['where']:22} {row['kills']:5}  {at:24} {row['differing tensors']}", flush=True)
     print(f"\n{args.trials - failed} of {args.trials} runs ended bit-identical to the uninterrupted one")
     sys.exit(1 if failed else 0)
 
