@@ -36,11 +36,11 @@ def in_one_kernel(
         if has_tag(cell, "exercise"):
             place["exercise"].append(cell)
             continue
-        other = next(theirs)
-        while has_tag(other, "solution"):
+        other = next(theirs, None)
+        while other and has_tag(other, "solution"):
             place["solution"].append(other)
-            other = next(theirs)
-        if other.source != cell.source:
+            other = next(theirs, None)
+        if other is None or other.source != cell.source:
             raise ValueError(f"neither an exercise nor a solution, but in one edition only: {cell.source[:60]!r}")
         if any(place.values()):
             runs += [(("learner",), found) for found in (*place["exercise"], cell)]
