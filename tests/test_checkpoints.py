@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from trl import SFTTrainer
 
+import kills
 from qlora_helpers import training
 from qlora_helpers.checkpoints import PARTS, WEIGHTS, last_whole_checkpoint
 from qlora_helpers.models import load_model
@@ -242,10 +243,13 @@ def test_a_run_that_could_not_begin_leaves_its_folder_free(tmp_path):
 # Real kills, each in a process of its own
 
 
-@pytest.mark.parametrize("where", ["between steps", "inside a save", "inside the last save"])
-def test_a_killed_process_leaves_a_run_that_ends_bit_identical(where, tmp_path):
-    import kills
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return kills.uninterrupted(tmp_path_factory.mktemp("reference"))
 
-    result = kills.trial(tmp_path, where, random.Random(where))
+
+@pytest.mark.parametrize("where", kills.PLACES)
+def test_a_killed_process_leaves_a_run_that_ends_bit_identical(where, uninterrupted, tmp_path):
+    result = kills.trial(tmp_path, where, random.Random(where), reference=uninterrupted)
     assert result["kills"] >= 1
     assert result["differing tensors"] == 0, json.dumps(result)
