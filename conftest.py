@@ -16,11 +16,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client.provisioning import local_provisioner
 from nbval.plugin import IPyNbCell, IPyNbFile, NbCellError, find_comment_markers, find_metadata_tags
 
 ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT / folder) for folder in ("data", "notebooks")]  # their scripts are tested too
 
+import forked_kernels
 from running import code_cells, in_one_kernel, peak_bytes  # in notebooks/
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers with more threads than cores are slower by a factor
@@ -126,23 +128,34 @@ class Notebook(IPyNbFile):
             item.unsolved = bool(who)
             yield item
 
+    def start_kernel(self, patch: pytest.MonkeyPatch) -> None:
+        super().setup()
+
     def setup(self):
         with pytest.MonkeyPatch.context() as patch:  # a kernel takes the environment over when it starts
             runs = Path(self.config.course_runs) / self.path.parent.name / self.path.stem
             patch.setenv("QLORA_RUNS", str(runs))
             if self.path.parent.name == "colab":
                 patch.setenv("ATEN_CPU_CAPABILITY", "avx2")
-            super().setup()
+            self.start_kernel(patch)
 
 
 class LessonOnce(Notebook):
-    """The solved edition of a lesson; before each solution the exercise is run as a learner finds it, in the same kernel."""
+    """The solved edition of a lesson; before each solution the exercise is run as a learner finds it, in the same kernel.
+
+    The kernel is forked from a process that has imported the libraries.
+    """
 
     def to_run(self):
         solved = super().to_run()
         learner = nbformat.read(self.path.parents[1] / self.path.name, as_version=4)
         runs = in_one_kernel(code_cells(learner), [cell for _, cell in solved])
         return [("" if "solutions" in who else ", unsolved", cell) for who, cell in runs]
+
+    def start_kernel(self, patch):
+        if forked_kernels.AVAILABLE:
+            patch.setattr(local_provisioner, "launch_kernel", forked_kernels.launch_kernel)
+        super().start_kernel(patch)
 
 
 def _everything(config) -> bool:

@@ -14,6 +14,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+import forked_kernels
+
 ROOT = Path(__file__).resolve().parents[1]
 LONG, SHORT = (
     "01_memory_maths",
@@ -24,7 +26,7 @@ TELL = """import json, os, sys, time
 from pathlib import Path
 tells = Path(os.environ["TELLS"])
 me = f"{Path.cwd().name}-LESSON-{len(list(tells.iterdir())):02d}"
-found = dict(os.environ) | {"modules": "torch" in sys.modules, "place": me}
+found = dict(os.environ) | {"warm": "fractions" in sys.modules, "place": me}
 if Path.cwd().name == "colab":
     import torch
     found["capability"] = torch.backends.cpu.get_cpu_capability()
@@ -84,8 +86,9 @@ class Ran:
 
 def small_course(folder: Path) -> Path:
     (folder / "notebooks").mkdir()
-    for name in ("conftest.py", "pyproject.toml", "notebooks/running.py"):
+    for name in ("conftest.py", "pyproject.toml", "notebooks/running.py", "notebooks/forked_kernels.py"):
         shutil.copy(ROOT / name, folder / name)
+    (folder / "notebooks" / "warm_libraries.py").write_text("import fractions\n")  # no kernel has it by itself
     (folder / "tests").mkdir()
     (folder / "tests" / "test_marked.py").write_text(
         "import gc, os\nimport pytest\n\n\n"
@@ -171,6 +174,12 @@ def test_the_colab_editions_run_without_avx_512_and_the_others_with_all_that_is_
         assert kernel.get("ATEN_CPU_CAPABILITY") == ("avx2" if colab else None), place
         assert kernel.get("capability", "AVX2") == "AVX2", place
         assert ("capability" in kernel) == colab
+
+
+def test_a_kernel_that_runs_a_lesson_once_has_the_libraries_and_others_are_fresh(once, everything):
+    assert [kernel["warm"] for kernel in once.kernels.values()] == [forked_kernels.AVAILABLE] * 2
+    assert [kernel["warm"] for kernel in everything.kernels.values()] == [False] * 6
+    assert all(kernel["JPY_PARENT_PID"] for kernel in once.kernels.values())
 
 
 def test_the_longest_lesson_begins_also_under_xdist(once):

@@ -68,7 +68,13 @@ def call(course: Path, *lessons: str) -> subprocess.CompletedProcess:
 def course(tmp_path_factory):
     folder = tmp_path_factory.mktemp("course")
     (folder / "notebooks" / "source").mkdir(parents=True)
-    for name in ("conftest.py", "pyproject.toml", "notebooks/build.py", "notebooks/running.py"):
+    for name in (
+        "conftest.py",
+        "pyproject.toml",
+        "notebooks/build.py",
+        "notebooks/running.py",
+        "notebooks/forked_kernels.py",
+    ):
         shutil.copy(ROOT / name, folder / name)
     shutil.copytree(ROOT / "qlora_helpers", folder / "qlora_helpers", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "data").symlink_to(ROOT / "data")
