@@ -73,7 +73,7 @@ def course(tmp_path_factory):
         "pyproject.toml",
         "notebooks/build.py",
         "notebooks/running.py",
-        "notebooks/forked_kernels.py",
+        "notebooks/forking.py",
     ):
         shutil.copy(ROOT / name, folder / name)
     shutil.copytree(ROOT / "qlora_helpers", folder / "qlora_helpers", ignore=shutil.ignore_patterns("__pycache__"))
