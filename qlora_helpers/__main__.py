@@ -5,40 +5,96 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 from qlora_helpers import troubleshooting
-from qlora_helpers.memory import report  # neither needs torch
+from qlora_helpers.memory import report
+from qlora_helpers.run_folder import check_output, is_finished, move_aside, steps_saved  # none of them needs torch
 
 GIB = 1024**3
+STEPS = 300  # of `run`
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "jupyterlab", "nbval")
+
+
+def _steps(text: str) -> int:
+    """The value of --steps."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of steps: name a whole number, 1 or more")
+    return int(text)
+
+
+def _how_to_resume(args: argparse.Namespace) -> str:
+    """The command line that goes on with a run, for the shell that began it."""
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    words = [str(python), "-m", "qlora_helpers", "run", "--resume", "--output", str(args.output)]
+    words += ["--steps", str(args.steps)] if args.steps else []
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def _where_to_begin(args: argparse.Namespace) -> int:
+    """Look at the output folder, say what will happen there, and give the steps of the run. Needs no library.
+
+    Raises:
+        ValueError, OSError: the run cannot be there; the message names the argument.
+    """
+    folder = args.output
+    record = check_output(folder)
+    if record is None:
+        if args.resume:  # no error: a script may repeat `run --resume` until it is done
+            print(f"There is nothing to resume in {folder}: this is a new run.")
+        return args.steps or STEPS
+    if not args.resume:
+        kept = move_aside(folder)
+        check_output(folder)
+        print(f"The run that was in {folder} is now in {kept}.")
+        return args.steps or STEPS
+    if is_finished(folder):
+        raise ValueError(
+            f"--resume: the run in --output={str(folder)!r} is finished. Leave out --resume to begin another; the finished one "
+            "is moved aside"
+        )
+    if args.steps not in (None, record["steps"]):
+        raise ValueError(
+            f"--steps={args.steps}: the run in --output={str(folder)!r} was begun with {record['steps']}. Leave out --steps to go "
+            "on with it, or leave out --resume to begin another"
+        )
+    if saved := steps_saved(folder):
+        print(f"Going on with the run in {folder} after step {saved} of {record['steps']}.")
+    else:
+        print(f"The run in {folder} was stopped before its first checkpoint: it begins again at step 1.")
+    return record["steps"]
 
 
 def _run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
-    # Threads that wait by spinning make a run several times slower as soon as another program needs a core.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    steps = _where_to_begin(args)
     print("Loading the libraries …", flush=True)
     from qlora_helpers import evaluation
     from qlora_helpers.chats import read_chats, split_question
+    from qlora_helpers.checkpoints import record_of, where_to_start
     from qlora_helpers.files import data_path
     from qlora_helpers.hardware import detect, peak_memory_bytes
+    from qlora_helpers.interrupts import Interrupted
     from qlora_helpers.models import SHIPPED_MODEL, bytes_by_part, load_model, load_tokenizer
     from qlora_helpers.training import Settings, train
 
     hardware = detect()
-    settings = Settings(steps=args.steps, save_steps=100)
+    settings = Settings(steps=steps, save_steps=100)
     folder = args.output
-    if folder.exists() and not args.resume:
-        kept = _move_aside(folder)
-        print(f"The run that was in {folder} is now in {kept}.")
 
     tokenizer = load_tokenizer()
     model = load_model(quantization="nf4", hardware=hardware)
     training_chats = read_chats(data_path("chats", "train.jsonl"), tokenizer, settings.max_length)
     test_chats = read_chats(data_path("chats", "test.jsonl"), tokenizer, settings.max_length)
+    record = record_of(model, training_chats, settings, hardware.compute_dtype)
+    where_to_start(folder, record, args.resume, float16=hardware.gear == "t4")  # refuses before anything is asked
     parts = bytes_by_part(model)
     print(f"\nLoaded {SHIPPED_MODEL} in the {hardware.gear} gear: {sum(parts.values()):,} bytes")
     for part, count in parts.items():
@@ -56,9 +112,16 @@ def _run(args: argparse.Namespace) -> int:
     print(f"\nAsking {len(test_chats)} questions about people that no training chat mentions …", flush=True)
     match_before, loss_before, answers_before = measure(model)
     print(f"Training for {settings.steps} steps …", flush=True)
-    run = train(
-        model, tokenizer, training_chats, folder, settings, hardware=hardware, resume=args.resume, progress_bar=True
-    )
+    try:
+        run = train(
+            model, tokenizer, training_chats, folder, settings, hardware=hardware, resume=args.resume, progress_bar=True
+        )
+    except Interrupted as stop:
+        print(
+            f"\nStopped {stop.where}." + ("" if stop.finished else f" To go on:\n  {_how_to_resume(args)}"),
+            file=sys.stderr,
+        )
+        return 128 + stop.signal
     print("Asking the same questions again …", flush=True)
     match_after, loss_after, answers_after = measure(run.model)
 
@@ -92,17 +155,6 @@ def _run(args: argparse.Namespace) -> int:
     path.write_text(json.dumps(report, indent=1) + "\n")
     _print_report(report, path)
     return 0
-
-
-def _move_aside(folder: Path) -> Path:
-    """Rename a finished run's folder after the time of its last change, so that a new run overwrites nothing."""
-    stamp = time.strftime("%Y-%m-%d-%H%M%S", time.localtime(folder.stat().st_mtime))
-    target = folder.with_name(f"{folder.name}-until-{stamp}")
-    number = 2
-    while target.exists():
-        target = folder.with_name(f"{folder.name}-until-{stamp}-{number}")
-        number += 1
-    return folder.rename(target)
 
 
 def _print_report(report: dict, path: Path) -> None:
@@ -186,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="the full QLoRA run, with a report")
     run.add_argument("--output", type=Path, default=Path("runs/latest"), help="folder for the adapter and report.json")
-    run.add_argument("--steps", type=int, default=300)
+    run.add_argument("--steps", type=_steps, help=f"optimizer steps: {STEPS}, or those of the run that is resumed")
     run.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint in the output folder")
     run.set_defaults(function=_run)
     memory = commands.add_parser("memory", help="will a run fit on a GPU, what takes the memory, and what helps")
@@ -209,6 +261,10 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        print(f"\nStopped by Ctrl-C during `{args.command}`.", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
