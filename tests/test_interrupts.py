@@ -14,7 +14,7 @@ from qlora_helpers.__main__ import main
 from qlora_helpers.interrupts import Interrupted, StopWhenAsked
 from qlora_helpers.run_folder import steps_saved
 from qlora_helpers.training import Settings
-from short_runs import SHORT, adapter, differing, run
+from short_runs import CHATS, SHORT, adapter, differing, run
 
 WITHOUT_CHECKPOINTS = Settings(**{**vars(SHORT), "save_steps": None})
 
