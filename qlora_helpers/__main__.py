@@ -4,7 +4,6 @@ import argparse
 import importlib.metadata
 import json
 import os
-import platform
 import shlex
 import signal
 import subprocess
@@ -12,13 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-from qlora_helpers import troubleshooting
+from qlora_helpers import doctor
 from qlora_helpers.memory import report
 from qlora_helpers.run_folder import check_output, is_finished, move_aside, steps_saved  # none of them needs torch
 
 GIB = 1024**3
 STEPS = 300  # of `run`
-PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "jupyterlab", "nbval")
 
 
 def _steps(text: str) -> int:
@@ -73,8 +71,12 @@ def _where_to_begin(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    started = time.perf_counter()
     steps = _where_to_begin(args)
+    return _load_and_run(args, steps)
+
+
+def _load_and_run(args: argparse.Namespace, steps: int) -> int:
+    started = time.perf_counter()
     print("Loading the libraries …", flush=True)
     from qlora_helpers import evaluation
     from qlora_helpers.chats import read_chats, split_question
@@ -176,63 +178,6 @@ adapter               {report["adapter_path"]}
 report                {path.as_posix()}""")
 
 
-def _doctor(args: argparse.Namespace) -> int:
-    """Print what this machine has, or the entry for a pasted error.
-
-    Returns 1 if something stands in the way of the lessons, or if there is no entry.
-    """
-    if args.error is not None:
-        answer = troubleshooting.search(sys.stdin.read() if args.error == "-" else args.error)
-        print(troubleshooting.report(answer))
-        return 0 if answer.entry else 1
-    problems = []
-    print(f"Python         {platform.python_version()} on {platform.system()} {platform.machine()}")
-    for name in PACKAGES:
-        try:
-            print(f"{name:15}{importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            print(f"{name:15}missing")
-            if name in ("jupyterlab", "nbval"):
-                continue  # Colab has its own notebook and needs no nbval
-            problems.append(f"{name} is not installed: run  pip install -r requirements.txt")
-    if problems:
-        return _verdict(problems)
-
-    import torch
-
-    from qlora_helpers.files import data_path
-    from qlora_helpers.hardware import detect
-
-    try:
-        hardware = detect()
-    except ValueError as error:
-        return _verdict([str(error)])
-    print(f"{'memory':15}{hardware.host_bytes / GIB:.1f} GiB, {hardware.cores} cores")
-    if hardware.gpu_name:
-        major, minor = hardware.capability
-        print(f"{'GPU':15}{hardware.gpu_name}, {hardware.gpu_bytes / GIB:.1f} GiB, compute capability {major}.{minor}")
-        print(
-            f"{'bfloat16':15}{'native' if hardware.native_bfloat16 else 'emulated only, so slow: the course uses float16'}"
-        )
-    else:
-        print(f"{'GPU':15}none that torch {torch.__version__} can see")
-    print(f"{'gear':15}{hardware.gear} (by {hardware.chosen_by}), matrix products in {hardware.compute_dtype}")
-    if hardware.host_bytes < 2 * GIB:
-        problems.append("less than 2 GiB of main memory: the run in lesson 4 needs about 1 GiB")
-    try:
-        data_path("tiny-llama", "model.safetensors")
-    except FileNotFoundError as error:
-        problems.append(str(error))
-    if hardware.gpu_name and hardware.capability < (7, 5):
-        problems.append(f"{hardware.gpu_name} is older than compute capability 7.5: set QLORA_GEAR=cpu")
-    return _verdict(problems)
-
-
-def _verdict(problems: list[str]) -> int:
-    print("\n" + ("\n".join(f"✗ {problem}" for problem in problems) or "✓ nothing stands in the way of the lessons"))
-    return 1 if problems else 0
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m qlora_helpers")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -244,15 +189,11 @@ def main(argv: list[str] | None = None) -> int:
     memory = commands.add_parser("memory", help="will a run fit on a GPU, what takes the memory, and what helps")
     report.add_arguments(memory)
     memory.set_defaults(function=report.command)
-    doctor = commands.add_parser(
+    examine = commands.add_parser(
         "doctor", help="what this machine has, and what is wrong with it; or what an error means"
     )
-    doctor.add_argument(
-        "--error",
-        metavar="TEXT",
-        help=f"look an error up in {troubleshooting.PAGE}: its message or a whole traceback; - reads it from standard input",
-    )
-    doctor.set_defaults(function=_doctor)
+    doctor.add_arguments(examine)
+    examine.set_defaults(function=doctor.command)
     args = parser.parse_args(argv)
     try:
         code = args.function(args)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ def data_path(*parts: str) -> Path:
     )
 
 
-def _runs() -> Path:
+def runs_folder() -> Path:
     """Where runs go: the folder that QLORA_RUNS names, else Google Drive if it is mounted, else beside `data/`."""
     if named := os.environ.get("QLORA_RUNS"):
         return Path(named)
@@ -40,12 +41,23 @@ def _runs() -> Path:
     return data_path().parent / "runs"
 
 
+def probe_writing(folder: Path) -> None:
+    """Write a file into a folder, which is gone at once.
+
+    Raises:
+        OSError: that is not allowed there, or its disk is full.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"0" * 4096)
+        file.flush()
+
+
 def new_run_folder(name: str) -> Path:
     """Make a new folder `name-1`, `name-2`, … for a run. Nothing is overwritten: the first number that is free is taken.
 
     It lies in the folder that QLORA_RUNS names; else in Google Drive, if Colab has mounted it; else in the course's `runs/`.
     """
-    runs = _runs()
+    runs = runs_folder()
     runs.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
@@ -60,7 +72,7 @@ def new_run_folder(name: str) -> Path:
 
 def unfinished_run_folder(name: str) -> Path:
     """The newest folder of this name whose run was begun and not finished; a new one if there is none."""
-    begun = [path for path in _runs().glob(f"{name}-*") if path.name.removeprefix(f"{name}-").isdigit()]
+    begun = [path for path in runs_folder().glob(f"{name}-*") if path.name.removeprefix(f"{name}-").isdigit()]
     for folder in sorted(begun, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         if (folder / "run.json").exists() and not any([*folder.glob("adapter/*"), *folder.glob("model/*")]):
             return folder

@@ -8,9 +8,10 @@ import errno
 import json
 import os
 import shutil
-import tempfile
 import time
 from pathlib import Path
+
+from qlora_helpers.files import probe_writing
 
 RECORD = "run.json"  # what a run was begun with
 RESULT = {"lora": "adapter", "full": "model"}  # by the method: the folder of what a finished run has trained
@@ -83,8 +84,7 @@ def check_output(folder: Path, name: str = "--output") -> dict | None:
                 more = f" and {len(held) - 1} more" if len(held) > 1 else ""
                 raise FileExistsError(f"{said} holds {held[0]!r}{more} and no run of this course: {_CURE}")
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        probe_writing(folder)
         free = shutil.disk_usage(folder).free
     except OSError as error:
         if error.errno is None:

@@ -44,7 +44,7 @@ def test_of_several_unfinished_runs_the_newest_is_taken_by_number(runs):
 def test_google_drive_is_used_when_it_is_mounted(tmp_path, monkeypatch):
     monkeypatch.delenv("QLORA_RUNS")
     monkeypatch.setattr(files, "DRIVE", tmp_path / "MyDrive")
-    assert files._runs() == data_path().parent / "runs"
+    assert files.runs_folder() == data_path().parent / "runs"
     (tmp_path / "MyDrive").mkdir()
     assert new_run_folder("a") == tmp_path / "MyDrive" / "qlora-runs" / "a-1"
 
