@@ -72,7 +72,18 @@ def _where_to_begin(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     steps = _where_to_begin(args)
-    return _load_and_run(args, steps)
+    try:
+        return _load_and_run(args, steps)
+    except KeyboardInterrupt as stop:  # while it trains an Interrupted, which says where
+        trained = is_finished(args.output)
+        where = (
+            f"after the training; what was trained is in {args.output}"
+            if trained
+            else "before the first step of training"
+        )
+        how = "" if trained else f" To go on:\n  {_how_to_resume(args)}"
+        print(f"\nStopped {getattr(stop, 'where', where)}.{how}", file=sys.stderr)
+        return 128 + getattr(stop, "signal", signal.SIGINT)
 
 
 def _load_and_run(args: argparse.Namespace, steps: int) -> int:
@@ -83,7 +94,6 @@ def _load_and_run(args: argparse.Namespace, steps: int) -> int:
     from qlora_helpers.checkpoints import record_of, where_to_start
     from qlora_helpers.files import data_path
     from qlora_helpers.hardware import detect, peak_memory_bytes
-    from qlora_helpers.interrupts import Interrupted
     from qlora_helpers.models import SHIPPED_MODEL, bytes_by_part, load_model, load_tokenizer
     from qlora_helpers.training import Settings, train
 
@@ -114,16 +124,9 @@ def _load_and_run(args: argparse.Namespace, steps: int) -> int:
     print(f"\nAsking {len(test_chats)} questions about people that no training chat mentions …", flush=True)
     match_before, loss_before, answers_before = measure(model)
     print(f"Training for {settings.steps} steps …", flush=True)
-    try:
-        run = train(
-            model, tokenizer, training_chats, folder, settings, hardware=hardware, resume=args.resume, progress_bar=True
-        )
-    except Interrupted as stop:
-        print(
-            f"\nStopped {stop.where}." + ("" if stop.finished else f" To go on:\n  {_how_to_resume(args)}"),
-            file=sys.stderr,
-        )
-        return 128 + stop.signal
+    run = train(
+        model, tokenizer, training_chats, folder, settings, hardware=hardware, resume=args.resume, progress_bar=True
+    )
     print("Asking the same questions again …", flush=True)
     match_after, loss_after, answers_after = measure(run.model)
 
@@ -204,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         sys.stdout.flush()
-        print(f"\nStopped by Ctrl-C during `{args.command}`.", file=sys.stderr)
+        print("\nStopped by Ctrl-C.", file=sys.stderr)
         return 128 + signal.SIGINT
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

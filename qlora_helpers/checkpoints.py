@@ -165,7 +165,6 @@ def where_to_start(folder: Path, record: dict, resume: bool, float16: bool) -> P
 
 def write_record(folder: Path, record: dict) -> None:
     """Begin a run: write down what it is, so that after a kill the file is there in whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{RECORD}.part"
     part.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(part, folder / RECORD)

@@ -283,6 +283,8 @@ def _runs(report: Report) -> None:
 
 def _memory(report: Report) -> None:
     """The main memory: what there is, and what each lesson needs."""
+    if importlib.util.find_spec("psutil") is None:
+        return  # said by the probe of the packages
     total, available = _memory_bytes()
     report.fact("memory", f"{total / GB:.1f} GB, {available / GB:.1f} GB of it free, {os.cpu_count()} cores")
     timings = COURSE / "notebooks" / "timings.json"

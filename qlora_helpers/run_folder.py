@@ -67,35 +67,48 @@ def check_output(folder: Path, name: str = "--output") -> dict | None:
         The record of the run that is there; None if none is.
 
     Raises:
-        NotADirectoryError: it is a file, or below one.
+        NotADirectoryError: it is a file.
         FileExistsError: it holds files, and no run of this course.
         OSError: it cannot be made or written into, or its disk is full.
     """
     said = f"{name}={str(folder)!r}"
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"{said} is a file: {_CURE}")
-        if folder.is_symlink() and not folder.exists():
-            raise FileExistsError(f"{said} is a link to {os.readlink(folder)}, which is not there: {_CURE}")
-        record = read_record(folder)
-        if record is None and folder.exists():
-            held = sorted(path.name for path in folder.iterdir() if path.name != f"{RECORD}.part")
-            if held:
-                more = f" and {len(held) - 1} more" if len(held) > 1 else ""
-                raise FileExistsError(f"{said} holds {held[0]!r}{more} and no run of this course: {_CURE}")
-        folder.mkdir(parents=True, exist_ok=True)
-        probe_writing(folder)
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        if error.errno is None:
-            raise  # one of those above
-        raise type(error)(f"{said} cannot be written to ({error.strerror}): name a folder of your own") from error
+    if folder.is_symlink() and not folder.exists():
+        raise FileExistsError(f"{said} is a link to {os.readlink(folder)}, which is not there: {_CURE}")
+    record = read_record(folder)
+    if record is None and folder.is_dir():
+        held = sorted(path.name for path in folder.iterdir() if path.name != f"{RECORD}.part")
+        if held:
+            more = f" and {len(held) - 1} more" if len(held) > 1 else ""
+            raise FileExistsError(f"{said} holds {held[0]!r}{more} and no run of this course: {_CURE}")
+    make(folder, name)
+    free = shutil.disk_usage(folder).free
     if free < RUN_BYTES:
         raise OSError(
             f"{said}: its disk has {free / 1e6:.0f} MB left, and a run needs {RUN_BYTES / 1e6:.0f} MB. Free some, or name a "
             "folder on another disk"
         )
     return record
+
+
+def make(folder: Path, name: str) -> None:
+    """Make a folder for a run, if it is not there, and make sure that it can be written into.
+
+    Args:
+        folder: where the run shall go.
+        name: of the argument that named it, for the error.
+
+    Raises:
+        NotADirectoryError: it is a file.
+        OSError: it cannot be made or written into.
+    """
+    said = f"{name}={str(folder)!r}"
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{said} is a file: {_CURE}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe_writing(folder)
+    except OSError as error:
+        raise type(error)(f"{said} cannot be written to ({error.strerror}): name a folder of your own") from error
 
 
 def move_aside(folder: Path, name: str = "--output") -> Path:

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from qlora_helpers.hardware import Hardware, detect
 from qlora_helpers.interrupts import Interrupted, StopWhenAsked
 from qlora_helpers.models import save_model
 from qlora_helpers.quiet import quieten
-from qlora_helpers.run_folder import RESULT, steps_saved
+from qlora_helpers.run_folder import RESULT, make, steps_saved
 from qlora_helpers.spikes import Spike, SpikeWatch
 from qlora_helpers.threads import say_if_slowed
 
@@ -97,8 +98,15 @@ class Settings:
             raise ValueError(f"method={self.method!r}: choose one of {', '.join(RESULT)}")
         positive = ("steps", "batch_size", "accumulation", "learning_rate", "rank", "alpha", "max_length")
         for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be more than 0")
+            value = getattr(self, name)
+            if not (isinstance(value, Real) and value > 0):
+                raise ValueError(f"{name}={value!r}: must be more than 0")
+            if name in ("steps", "batch_size", "accumulation", "rank", "max_length") and not isinstance(
+                value, Integral
+            ):
+                raise ValueError(f"{name}={value!r}: must be a whole number")
+        if not (isinstance(self.warmup_steps, Real) and self.warmup_steps >= 0):
+            raise ValueError(f"warmup_steps={self.warmup_steps!r}: must be 0 or more")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule={self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
@@ -378,6 +386,7 @@ def train(
 
     Raises:
         FileExistsError: `output_dir` holds a run already, and `resume` is not set.
+        OSError: `output_dir` is a file, or cannot be written to.
         ValueError: a chat is too long; the last checkpoint lacks a part; the run in `output_dir` is finished, or was begun
             with other settings, chats, or another model.
         TrainingDiverged: the loss is no number any more, or float16 cannot hold the gradients.
@@ -386,9 +395,10 @@ def train(
     """
     settings, hardware, output_dir = settings or Settings(), hardware or detect(), Path(output_dir)
     if not chats:
-        raise ValueError("chats is empty: there is nothing to learn")
+        raise ValueError(f"chats={chats!r}: there is nothing to learn. Pass a list of chats, as read_chats gives")
     record = record_of(model, chats, settings, hardware.compute_dtype)
     checkpoint = where_to_start(output_dir, record, resume, float16=hardware.compute_dtype == torch.float16)
+    make(output_dir, "output_dir")
     trainer = build_trainer(model, tokenizer, chats, output_dir, settings, hardware)
     write_record(output_dir, record)
     trainer.remove_callback(PrinterCallback)

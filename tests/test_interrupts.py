@@ -135,10 +135,26 @@ def test_the_printed_command_goes_on_to_the_same_end(quick, tmp_path, monkeypatc
     assert differing(adapter(tmp_path / "a run" / "adapter"), adapter(tmp_path / "whole" / "adapter")) == []
 
 
-def test_an_interrupt_at_another_moment_is_one_line(quick, monkeypatch, capsys):
-    def stop(*args, **options):
-        raise KeyboardInterrupt
+def stop(*args, **options):
+    raise KeyboardInterrupt
 
+
+def test_an_interrupt_before_the_training_is_a_sentence_and_the_command(quick, monkeypatch, capsys):
     monkeypatch.setattr(models, "load_tokenizer", stop)
     assert main(["run", "--output", "new"]) == 130
-    assert capsys.readouterr().err == "\nStopped by Ctrl-C during `run`.\n"
+    said, command = capsys.readouterr().err.strip().splitlines()
+    assert said == "Stopped before the first step of training. To go on:"
+    assert command.endswith("-m qlora_helpers run --resume --output new")
+
+
+def test_an_interrupt_behind_the_training_says_where_the_adapter_is(quick, tmp_path, monkeypatch, capsys):
+    answers = iter([["nothing"] * 3])
+    monkeypatch.setattr(evaluation, "answer", lambda *args: next(answers, None) or stop())
+    assert main(["run", "--output", "new", "--steps", "1"]) == 130
+    assert capsys.readouterr().err.endswith("\nStopped after the training; what was trained is in new.\n")
+
+
+def test_an_interrupt_of_another_command_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("qlora_helpers.doctor.examine", stop)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "\nStopped by Ctrl-C.\n"
