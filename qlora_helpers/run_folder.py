@@ -74,12 +74,16 @@ def check_output(folder: Path, name: str = "--output") -> dict | None:
     said = f"{name}={str(folder)!r}"
     if folder.is_symlink() and not folder.exists():
         raise FileExistsError(f"{said} is a link to {os.readlink(folder)}, which is not there: {_CURE}")
-    record = read_record(folder)
-    if record is None and folder.is_dir():
-        held = sorted(path.name for path in folder.iterdir() if path.name != f"{RECORD}.part")
-        if held:
-            more = f" and {len(held) - 1} more" if len(held) > 1 else ""
-            raise FileExistsError(f"{said} holds {held[0]!r}{more} and no run of this course: {_CURE}")
+    try:
+        record = read_record(folder)
+        held = (
+            sorted(path.name for path in folder.iterdir() if path.name != f"{RECORD}.part") if folder.is_dir() else []
+        )
+    except OSError as error:
+        raise type(error)(f"{said} cannot be read ({error.strerror}): {_CURE}") from error
+    if record is None and held:
+        more = f" and {len(held) - 1} more" if len(held) > 1 else ""
+        raise FileExistsError(f"{said} holds {held[0]!r}{more} and no run of this course: {_CURE}")
     make(folder, name)
     free = shutil.disk_usage(folder).free
     if free < RUN_BYTES:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 
@@ -113,6 +114,17 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
         OSError, match=r"--output='.*new' cannot be written to \(Read-only file system\): name a folder"
     ):
         check_output(tmp_path / "new")
+
+
+def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    def forbidden(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", forbidden)
+    with pytest.raises(
+        OSError, match=r"--output='.*' cannot be read \(Permission denied\): name a new or an empty folder"
+    ):
+        check_output(tmp_path)
 
 
 def test_a_full_disk_is_said_before_the_run(tmp_path, monkeypatch):
