@@ -15,9 +15,7 @@ from qlora_helpers.files import probe_writing
 
 RECORD = "run.json"  # what a run was begun with
 RESULT = {"lora": "adapter", "full": "model"}  # by the method: the folder of what a finished run has trained
-RUN_BYTES = (
-    50 * 10**6
-)  # more than a run of the shipped model writes: two checkpoints of 4 MB each and an adapter of 1 MB
+RUN_BYTES = 50 * 10**6  # a run of the shipped model writes 8 MB
 _IN_EVERY_RECORD = {"steps", "chats", "model", "compute_dtype"}
 _CURE = "name a new or an empty folder"
 

@@ -1,7 +1,9 @@
 """That the package tells OpenMP how to wait, that torch's runtime hears it, and that it is said where it comes too late."""
 
+import ast
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +37,26 @@ def test_torch_s_runtime_hears_the_setting():
     assert "GOMP_SPINCOUNT = '0'" in loads_openmp("import qlora_helpers")
     assert "GOMP_SPINCOUNT = '0'" not in loads_openmp("pass")
     assert "OMP_WAIT_POLICY = 'ACTIVE'" in loads_openmp("import qlora_helpers", OMP_WAIT_POLICY="active")
+
+
+def imports_of(path):
+    """The packages that a script imports at its top level, in their order."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (name.name.partition(".")[0] for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.partition(".")[0]
+
+
+def test_scripts_that_train_import_the_package_before_torch():
+    checked = []
+    for path in (Path(__file__).parents[1] / "data").glob("*.py"):
+        text, imported = path.read_text(), list(imports_of(path))
+        libraries = [imported.index(name) for name in ("torch", "transformers", "trl", "peft") if name in imported]
+        if re.search(r"\.backward\(|\btrain\(", text) and libraries and "OMP_NUM_THREADS" not in text:
+            assert "qlora_helpers" in imported[: min(libraries)], path.name
+            checked.append(path.stem)
+    assert "make_tiny_llama" in checked
 
 
 def test_importing_the_package_loads_no_library():
