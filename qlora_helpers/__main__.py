@@ -1,4 +1,4 @@
-"""python -m qlora_helpers run | memory | doctor"""
+"""python -m qlora_helpers run | memory | doctor | preflight"""
 
 import argparse
 import importlib.metadata
@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from qlora_helpers import doctor
+from qlora_helpers import doctor, preflight
 from qlora_helpers.memory import report
 from qlora_helpers.run_folder import check_output, is_finished, move_aside, steps_saved  # none of them needs torch
 
@@ -197,6 +197,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     doctor.add_arguments(examine)
     examine.set_defaults(function=doctor.command)
+    before_class = commands.add_parser(
+        "preflight", help="before class: is this machine ready, and do the lessons hold here"
+    )
+    preflight.add_arguments(before_class)
+    before_class.set_defaults(function=preflight.command)
     args = parser.parse_args(argv)
     try:
         code = args.function(args)
