@@ -115,6 +115,16 @@ def test_the_editions_differ_in_nothing_but_the_exercises(name):
             assert shown(one) == shown(other), one.source[:80]
 
 
+@every_lesson
+def test_the_package_comes_before_torch_so_that_its_threads_wait_asleep(name):
+    """Whoever starts JupyterLab without `make lab` has no OMP_WAIT_POLICY: the package sets it, if it comes first."""
+    code = "\n".join(cell.source for cell in code_cells(stored(name, "learner")))
+    imported = re.findall(
+        r"^(?:import|from) (qlora_helpers|torch|transformers|bitsandbytes|peft|trl|datasets)\b", code, re.M
+    )
+    assert imported[0] == "qlora_helpers"
+
+
 class _Images(html.parser.HTMLParser):
     def __init__(self):
         super().__init__()

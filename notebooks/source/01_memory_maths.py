@@ -13,14 +13,14 @@
 # %%
 import json
 
-import torch
-import transformers
-
 from qlora_helpers import plots
 from qlora_helpers.checks import check, exercise
 from qlora_helpers.files import data_path
 from qlora_helpers.models import bytes_by_part, load_model
 from qlora_helpers.shapes import KNOWN, LLAMA_3_1_8B, LLAMA_3_1_70B, MISTRAL_7B, meta_model
+
+import torch
+import transformers
 
 print("torch", torch.__version__.split("+")[0], "· transformers", transformers.__version__)
 

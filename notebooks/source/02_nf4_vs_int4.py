@@ -13,8 +13,6 @@
 import json
 import statistics
 
-import torch
-
 from qlora_helpers import plots
 from qlora_helpers.checks import check, exercise
 from qlora_helpers.evaluation import read_facts, recall, standard_error
@@ -23,6 +21,8 @@ from qlora_helpers.hardware import detect
 from qlora_helpers.models import linear_layers, load_model, load_tokenizer, quantize_dequantize
 from qlora_helpers.normality import excess_kurtosis, qq_correlation
 from qlora_helpers.quantize import FP4, INT3, INT4, INT4_SYMMETRIC, NF4, dequantize, quantize
+
+import torch
 
 # after the helpers, which keep one harmless message off the page
 import bitsandbytes.functional as bnb

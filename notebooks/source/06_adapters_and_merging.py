@@ -14,8 +14,6 @@
 # %%
 import json
 
-import torch
-
 from qlora_helpers import evaluation, plots
 from qlora_helpers.adapters import WrongBase, describe, load_adapter
 from qlora_helpers.chats import read_chats, split_question
@@ -27,6 +25,8 @@ from qlora_helpers.merging import drift, load_base, logits, merge, merge_files, 
 from qlora_helpers.models import bytes_by_part, linear_layers, load_model, load_tokenizer, save_model
 from qlora_helpers.quantize import NF4, dequantize, quantize
 from qlora_helpers.training import Settings, train
+
+import torch
 
 import bitsandbytes as bnb
 import peft

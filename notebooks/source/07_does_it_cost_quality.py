@@ -15,8 +15,6 @@
 import json
 from collections import defaultdict
 
-import torch
-
 from qlora_helpers import evaluation, plots
 from qlora_helpers.chats import read_chats
 from qlora_helpers.checks import check, exercise
@@ -25,6 +23,8 @@ from qlora_helpers.memory import FineTuning, find_shape, predict
 from qlora_helpers.models import load_model, load_tokenizer
 from qlora_helpers.seeds import difference, interval
 from qlora_helpers.training import Settings, train
+
+import torch
 
 GIB = 2**30
 print("torch", torch.__version__.split("+")[0])
