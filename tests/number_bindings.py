@@ -174,6 +174,7 @@ NOT_CLAIMS = {
     "the number of a paper": r"arXiv «[\d.]+»",
     "the number of an issue": r"#«\d+»",
     "the name of a GPU": r"RTX «\d{4}»",
+    "the articles behind the course": r"«three» articles\b",
     "the machine that the course is made for": r"«two» (?:processor |CPU )?cores",
 }
 
@@ -590,7 +591,8 @@ def _proposal(sentence: str, number: Number, lesson: str) -> str:
                     shared = len(words & set(re.findall(r"\w{3,}", line[start:end].lower())))
                     found.append((shared - (kind == "code") * 1.5, f"{kind} {piece}"))
                     break
-    return max(found, default=(0, "? nothing found"))[1]
+    best = max(found, default=(0, ""))
+    return best[1] if best[0] > 0 else "nothing found"  # a small number is printed everywhere: that alone proposes nothing
 
 
 def _pieces(line: str, tokens: list[re.Match], start: int, end: int) -> list:
