@@ -169,6 +169,7 @@ NOT_CLAIMS = {
     "the number of a lesson": r"^«\d» · |esson «\d+»",
     "the number of an exercise": r"^Exercise «\d+»$",
     "a model by its size": r"«[\d.]+[BM]»",
+    "a model by its version": r"Gemma «3»",
     "a format by its bits": r"«(?:2|3|4|8|16|32)»[- ]bits?\b",
     "the number of a table": r"Table «\d+»",
     "the number of a paper": r"arXiv «[\d.]+»",
@@ -328,7 +329,7 @@ def _json(argument: str) -> float:
         if key == "len":
             value = len(value)
         elif key.startswith("["):
-            wanted = dict(pair.split("=") for pair in key.strip("[]").split(", "))
+            wanted = dict(pair.split("=", 1) for pair in re.split(r", (?=\w+=)", key[1:-1]))
             rows = [row for row in value if all(str(row.get(name)) == said for name, said in wanted.items())]
             if len(rows) != 1:
                 raise NoEvidence(f"{len(rows)} rows of {path} are {key}")
@@ -589,7 +590,8 @@ def _proposal(sentence: str, number: Number, lesson: str) -> str:
                     except NoEvidence:
                         continue
                     shared = len(words & set(re.findall(r"\w{3,}", line[start:end].lower())))
-                    found.append((shared - (kind == "code") * 1.5, f"{kind} {piece}"))
+                    long = len(re.sub(r"\D", "", number.text)) >= 3
+                    found.append((shared + 2 * long - (kind == "code") * 1.5, f"{kind} {piece}"))
                     break
     best = max(found, default=(0, ""))
     return best[1] if best[0] > 0 else "nothing found"  # a small number is printed everywhere: that alone proposes nothing
