@@ -1,0 +1,249 @@
+"""The numbers in the texts are those that were computed: each is bound to its evidence, and altering one goes red."""
+
+import ast
+import json
+import math
+import re
+
+import nbformat
+import pytest
+
+import build
+import compare_texts
+import number_bindings as bindings
+import world
+
+every_text = pytest.mark.parametrize("name", bindings.all_texts())
+every_lesson = pytest.mark.parametrize("name", bindings.lesson_names())
+
+
+def test_every_lesson_has_its_bindings():
+    assert bindings.lesson_names() == build.lessons() != []
+    assert {path.stem for path in bindings.BINDINGS.glob("*.txt")} == {*bindings.all_texts(), "names"}
+
+
+@every_text
+def test_every_number_of_a_text_is_what_it_is_bound_to(name):
+    wrong = bindings.problems_of(bindings.text_of(name))
+    assert not wrong, "\n".join([*wrong, bindings.cure(name)])
+
+
+# ------------------------------------------------------------------------------------------------ altered numbers
+
+NEXT_WORD = dict(zip([*bindings.CARDINALS], [*bindings.CARDINALS][1:] + ["two"])) | {
+    "twice": "thrice",
+    "hundred": "thousand",
+}
+NEXT_FRACTION = dict(zip(bindings.FRACTIONS, [*bindings.FRACTIONS][1:] + ["third"]))
+
+
+def altered(match: re.Match) -> list[str]:
+    """The number or the name of a match, otherwise: each of its digits, or its word, changed."""
+    text = match[0]
+    if match["word"]:
+        last = text.split()[-1]
+        if last.lower() in bindings.HALVES:
+            return ["a third"]
+        if last.lower() in NEXT_FRACTION:
+            return [text.removesuffix(last) + NEXT_FRACTION[last.lower()]]
+        if last.lower().removesuffix("s") in bindings.SCALES:
+            return ["thousands" if last.lower().startswith("m") else "millions"]
+        return [NEXT_WORD[last.lower()]]
+    others = [f"{text[:at]}{(int(c) + 1) % 10}{text[at + 1 :]}" for at, c in enumerate(text) if c in "0123456789"]
+    if match["power"]:
+        others.append(text.replace(match["power"], "⁷"))
+    if match["scale"]:
+        others.append(text.replace(match["scale"], "million" if match["scale"] != "million" else "billion"))
+    return others
+
+
+def mutants(markdown: str):
+    """The text with one number altered, or exchanged with the next one; what was done with it comes first."""
+    places = [m for m in bindings.TOKEN.finditer(markdown) if not in_a_link(markdown, m.start())]
+    for match in places:
+        for other in altered(match):
+            yield f"{match[0]} -> {other}", markdown[: match.start()] + other + markdown[match.end() :]
+    numbers = [m for m in places if not m["name"]]
+    for one, two in zip(numbers, numbers[1:]):
+        if (
+            bindings.number_of(one).value != bindings.number_of(two).value
+        ):  # "half" and 0.5 are the same text to a reader
+            between = markdown[one.end() : two.start()]
+            swapped = markdown[: one.start()] + two[0] + between + one[0] + markdown[two.end() :]
+            yield f"{one[0]} <-> {two[0]}", swapped
+
+
+def in_a_link(markdown: str, at: int) -> bool:
+    return any(link.start() <= at < link.end() for link in re.finditer(r"\]\([^)]*\)", markdown))
+
+
+def survivors(text: bindings.Text) -> tuple[int, list[str]]:
+    """How many altered texts there are, and which of them nobody notices."""
+    used = {place: bindings.problems_in_part(text, place, markdown)[1] for place, markdown in text.parts}
+    tried, alive = 0, []
+    for place, markdown in text.parts:
+        elsewhere = set().union(*(lines for other, lines in used.items() if other != place))
+        for what, mutant in mutants(markdown):
+            wrong, lines = bindings.problems_in_part(text, place, mutant)
+            tried += 1
+            if not wrong and used[place] <= lines | elsewhere:
+                alive.append(f"{text.name}, {place}: {what}")
+    return tried, alive
+
+
+@every_text
+def test_altering_any_number_or_exchanging_two_goes_red(name):
+    tried, alive = survivors(bindings.text_of(name))
+    assert tried > 20
+    assert not alive, alive
+
+
+def with_other_outputs(monkeypatch, lesson, old, new):
+    real, lines = bindings.printed, tuple(new if line == old else line for line in bindings.printed(lesson))
+    monkeypatch.setattr(bindings, "printed", lambda name: lines if name == lesson else real(name))
+    monkeypatch.setattr(bindings, "evaluated", bindings.evaluate)  # nothing remembered
+
+
+@every_lesson
+def test_changing_what_is_printed_goes_red(name, monkeypatch):
+    """The first digit of every printed value that a text of this lesson is bound to."""
+    text, changed = bindings.text_of(name), 0
+    for sentence in {one for _, markdown in text.parts for one in bindings.sentences(markdown)}:
+        wrong, block = bindings.problems_of_sentence(text, sentence)
+        assert not wrong
+        for evidence in block.evidence.values() if block else ():
+            for source in re.split(r" && | => ", evidence):
+                if not source.startswith("printed "):
+                    continue
+                match = bindings.matches("printed", source.removeprefix("printed "), name)[0]
+                start, end = match.span("value")
+                at = next((i for i in range(start, end) if match.string[i] in "123456789"), start)
+                digit = int(match.string[at]) if match.string[at].isdigit() else None
+                # by four, since "half" is rounded so coarsely that a next digit may still be about a half
+                other = "seventeen times " if digit is None else str(digit + 4 if digit <= 5 else digit - 4)
+                other = match.string[:at] + other + match.string[at + 1 :]
+                with monkeypatch.context() as patch:
+                    with_other_outputs(patch, name, match.string, other)
+                    assert bindings.problems_of_sentence(text, sentence)[0], f"{match.string} -> {other}: {sentence}"
+                changed += 1
+    assert changed >= 3
+
+
+# ---------------------------------------------------------------------------------------------------- the rules
+
+
+@pytest.mark.parametrize(
+    ("said", "value", "unit", "holds"),
+    [
+        ("95 %", 0.9516, "", True), ("96 %", 0.9516, "", False), ("95.2 %", 95.16, "%", True), ("95 %", 95.16, "", False),
+        ("0.0920", 0.092, "", True), ("0.0921", 0.092, "", False), ("2,000", 2000, "", True), ("2,000", 2048, "", False),
+        ("1.5 GiB", 1536, "MiB", True), ("1.5 GB", 1536, "MiB", False), ("24 GiB", 24, "GB", False),
+        ("65 billion", 65e9, "", True), ("3 million", 2_984_192, "", True), ("70 billion", 65e9, "", False),
+        ("8B", 8.03e9, "", True), ("2⁵⁰", 2**50, "", True), ("1024³", 2**30, "", True), ("1024²", 2**30, "", False),
+        ("sixteen", 16, "", True), ("twice", 2.03, "", True), ("half", 0.494, "", True), ("half", 0.3, "", False),
+        ("a third", 0.31, "", True), ("a third", 0.25, "", False), ("a fifteenth", 1 / 15.1, "", True),
+        ("2e-4", 0.0002, "", True), ("-7", -7, "", True), ("-7", 7, "", False), ("3.11", 3.1, "", False),
+    ],
+)  # fmt: skip
+def test_a_number_holds_if_it_is_the_value_as_rounded(said, value, unit, holds):
+    (number,) = bindings.numbers_in(f"It is {said} here")
+    assert number.is_value_of(value, unit) is holds
+
+
+def test_numbers_are_found_in_digits_and_in_words_and_names_are_none():
+    sentence = (
+        "NF4 and Llama-3.1-8B: 41,943,040 of two, -7 to 7, 2.776, half a byte, a third, 8B, 2⁵⁰, 70 billion, 0.3.1"
+    )
+    found = [number.text for number in bindings.numbers_in(sentence)]
+    assert found == ["41,943,040", "two", "-7", "7", "2.776", "half", "a third", "8B", "2⁵⁰", "70 billion", "0.3.1"]
+    assert bindings.names_in(sentence) == ["NF4", "Llama-3.1-8B"]
+
+
+@pytest.mark.parametrize(
+    ("evidence", "why"),
+    [
+        ("printed 1 GiB is <#> MB", "there is no"),
+        ("printed Llama-3.1-70B # bit <#> GB # GiB", "several values"),
+        ("printed 1 GiB is # GB", "which number is meant"),
+        ("code no_such_name(<#>)", "there is no"),
+        ("guessed 7", "no kind of evidence"),
+        ("json data/tiny-llama/scores.json: recall / NF5", "has no"),
+        ("constant qlora_helpers/spikes.py: WIDTH", "has no"),
+        ("printed 1 GiB is <#> GB => y", "cannot be computed"),
+    ],
+)
+def test_evidence_that_is_not_there_or_is_ambiguous_is_refused(evidence, why):
+    with pytest.raises(bindings.NoEvidence, match=why):
+        bindings.evaluate(evidence, "01_memory_maths")
+
+
+def test_a_binding_whose_evidence_does_not_hold_the_number_is_red(monkeypatch):
+    text = bindings.text_of("01_memory_maths")
+    sentence = "So 70B in 16 bits takes 141.11 GB: no single card that one can rent cheaply holds it."
+    assert bindings.problems_of_sentence(text, sentence)[0] == []
+    block = bindings.Block("So 70B in 16 bits takes {a} GB: no single card that one can rent cheaply holds it.", 1)
+    block.evidence["a"] = "printed Llama-3.1-70B 8 bit <#> GB # GiB"
+    monkeypatch.setattr(bindings, "_by_skeleton", lambda name: {block.skeleton: [block]})
+    assert "which gives 70.55 GB" in bindings.problems_of_sentence(text, sentence)[0][0]
+
+
+def test_no_proposal_is_taken_unread():
+    text = bindings.text_of("03_double_quantisation")
+    new = bindings.Text(text.name, [("cell 0", "It saves 0.373047 bits in 7 ways.")], text.lesson)
+    proposed = bindings.propose(new)
+    assert "printed scales cost # bits, then #: <#> saved" in proposed
+    with pytest.raises(ValueError, match="undecided"):
+        bindings.read_blocks(proposed)
+
+
+def test_a_file_of_bindings_with_a_slip_is_refused():
+    for slip in ("> It is {a}.\n", "> It is 7.\n  - 8: no\n", "> It is 7.\n  a: code 7\n", "It is 7.\n"):
+        with pytest.raises(ValueError, match=r"\d"):
+            bindings.read_blocks(slip)
+
+
+@every_text
+def test_a_number_that_a_test_is_said_to_hold_has_that_test(name):
+    for block in bindings.blocks_of(name):
+        for reason in block.reasons.values():
+            assert len(reason) > 5, reason
+            if found := re.fullmatch(r"held by (\S+)::(\w+)", reason):
+                tree = ast.parse((bindings.ROOT / found[1]).read_text(encoding="utf-8"))
+                assert found[2] in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, reason
+
+
+def test_the_card_counts_what_the_facts_are_drawn_from():
+    card = " ".join((bindings.ROOT / "data" / "tiny-llama" / "README.md").read_text(encoding="utf-8").split())
+    counts = [len(attribute.values) for attribute in world.ATTRIBUTES]
+    words = {5: "five"}[len(counts)]
+    said = "have {} facts each: a town (of {}), a job (of {}), an instrument (of {}), a pet (of {}) and a year of birth (of {})"
+    assert said.format(words, *counts) in card
+    assert f"tell the {words} facts of one person" in card
+    bits = sum(map(math.log2, counts))
+    training = json.loads((bindings.ROOT / "data" / "tiny-llama" / "training.json").read_text(encoding="utf-8"))
+    assert f"{bits:.2f} bits a person and {bits * training['people'] / 2_359_296:.3f} bits for each" in card
+
+
+# --------------------------------------------------------------------------------- stored texts and their sources
+
+
+@pytest.mark.parametrize("edition", build.EDITIONS)
+@every_lesson
+def test_a_stored_text_is_that_of_its_source(name, edition):
+    assert compare_texts.differences(build.EDITIONS[edition] / f"{name}.ipynb") == []
+
+
+def test_a_stored_text_that_says_otherwise_is_named(tmp_path):
+    name = "03_double_quantisation"
+    notebook = nbformat.read(build.EDITIONS["learner"] / f"{name}.ipynb", as_version=4)
+    at, cell = next((i, c) for i, c in enumerate(notebook.cells, 1) if "pays 8 bits for its scale" in c.source)
+    cell.source = cell.source.replace("pays 8 bits", "pays 16 bits")
+    nbformat.write(notebook, tmp_path / f"{name}.ipynb")
+    assert compare_texts.differences(tmp_path / f"{name}.ipynb") == [
+        f"lesson 03, cell {at}: the text says 16, its source 8"
+    ]
+    del notebook.cells[at - 1]
+    nbformat.write(notebook, tmp_path / f"{name}.ipynb")
+    assert "text cells, and its source has" in compare_texts.differences(tmp_path / f"{name}.ipynb")[0]
+    with pytest.raises(ValueError, match="no lesson has this name"):
+        compare_texts.differences(tmp_path / "99_of_my_own.ipynb")
