@@ -362,9 +362,11 @@ def _constant(argument: str) -> float:
             raise NoEvidence(f"{path} has no {outer}")
         if isinstance(found[0], ast.FunctionDef):
             taken = found[0].args
-            defaults = zip(taken.args[::-1], taken.defaults[::-1])
+            defaults = zip(taken.args[::-1], taken.defaults[::-1], strict=False)  # the last ones have defaults
             body = [
-                ast.Assign([ast.Name(a.arg)], d) for a, d in (*defaults, *zip(taken.kwonlyargs, taken.kw_defaults)) if d
+                ast.Assign([ast.Name(a.arg)], d)
+                for a, d in (*defaults, *zip(taken.kwonlyargs, taken.kw_defaults, strict=True))
+                if d
             ]
         else:
             body = found[0].body
@@ -417,7 +419,7 @@ def evaluate(evidence: str, lesson: str, others: dict[str, float] | None = None)
             raise NoEvidence(f"{kind!r} is no kind of evidence")
     if expression:
         scaled = [value * (0.01 if unit == "%" else 1) for value, unit in values]
-        return float(_arithmetic(expression, dict(zip("xyzw", scaled)))), "", int(digits or 0)
+        return float(_arithmetic(expression, dict(zip("xyzw", scaled, strict=False)))), "", int(digits or 0)
     if len(values) > 1:
         raise NoEvidence("several pieces of evidence need an expression behind ` => `")
     return *values[0], int(digits or 0)
@@ -533,8 +535,8 @@ def problems_of_sentence(text: Text, sentence: str) -> tuple[list[str], Block | 
 
 def _problems_in_block(text: Text, sentence: str, numbers: list[Number], stood: list[str], block: Block) -> list[str]:
     wrong = []
-    values = {gap[1]: number.value for gap, number in zip(block.gaps, numbers) if gap.startswith("{")}
-    for gap, said, number in zip(block.gaps, stood, numbers):
+    values = {gap[1]: number.value for gap, number in zip(block.gaps, numbers, strict=True) if gap.startswith("{")}
+    for gap, said, number in zip(block.gaps, stood, numbers, strict=True):
         if not gap.startswith("{"):
             if gap != said:
                 wrong.append(f"{said} stands where line {block.line} of its block has {gap}")
@@ -556,15 +558,18 @@ def _problems_in_block(text: Text, sentence: str, numbers: list[Number], stood: 
     return wrong
 
 
-def problems_in_part(text: Text, place: str, markdown: str) -> tuple[list[str], set[int]]:
-    """What is wrong with the numbers of one part of a text, and the lines of the blocks that know its sentences."""
+def problems_in_part(text: Text, place: str, markdown: str, hints: bool = True) -> tuple[list[str], set[int]]:
+    """What is wrong with the numbers of one part of a text, and the lines of the blocks that know its sentences.
+
+    `hints`: with the nearest block to a sentence that none knows, which takes a while to find.
+    """
     used, wrong = set(), []
     for sentence in sentences(markdown):
         found, block = problems_of_sentence(text, sentence)
         if block:
             used.add(block.line)
         near = ""
-        if found and not block:
+        if hints and found and not block:
             close = difflib.get_close_matches(sentence, [b.sentence for b in blocks_of(text.name)], 1, 0.7)
             near = f"\n    nearest block: {close[0]}" if close else ""
         wrong += [f"{text.name}, {place}: “{sentence}”\n    {problem}{near}" for problem in found]
@@ -614,7 +619,7 @@ def _proposal(sentence: str, number: Number, lesson: str) -> str:
                         for m in _pieces(line, tokens, start, end)
                     )
                     try:
-                        value, unit, _ = evaluate(f"{kind} {piece}", lesson)
+                        evaluate(f"{kind} {piece}", lesson)
                     except NoEvidence:
                         continue
                     shared = len(words & set(re.findall(r"\w{3,}", line[start:end].lower())))
