@@ -641,24 +641,43 @@ def _pieces(line: str, tokens: list[re.Match], start: int, end: int) -> list:
     return [*pieces, line[at:end]]
 
 
+def _from_block(number: Number, block: Block, lesson: str) -> str:
+    """What a block says of a number; empty if it does not know it."""
+    if number.text in block.reasons:
+        return f"- {number.text}: ? {block.reasons[number.text]}"
+    for evidence in block.evidence.values():
+        try:
+            if number.is_value_of(*evaluate(evidence, lesson)):
+                return evidence
+        except NoEvidence:
+            continue
+    return ""
+
+
 def propose(text: Text) -> str:
-    """Blocks for the sentences that no block knows. Each line has a ? that only a decision removes."""
-    blocks = []
+    """Blocks for the sentences that no block knows. Each line has a ? that only a decision removes.
+
+    What the nearest block says of the same number comes first, so a reworded sentence keeps its bindings; then a line that
+    the lesson prints, or its code. Those that stay in the sentence as they are claim nothing, by a rule.
+    """
+    blocks, known = [], {block.sentence: block for block in blocks_of(text.name)}
     for _, markdown in text.parts:
         for sentence in sentences(markdown):
             numbers = numbers_in(sentence)
             if not numbers or problems_of_sentence(text, sentence)[1]:
                 continue
+            near = [known[close] for close in difflib.get_close_matches(sentence, known, 1, 0.5)]
             template, lines, at, letters = "", [], 0, iter("abcdefghijklmnopqrstuvwxyz")
             for number in numbers:
-                if why_no_claim(sentence, number):
-                    continue
-                letter = next(letters)
-                template += sentence[at : number.start] + "{" + letter + "}"
-                at = number.end
-                lines.append(
-                    f"  {letter}: ? {_proposal(sentence, number, text.lesson)}    (the text says {number.text})"
-                )
+                kept = next(filter(None, (_from_block(number, block, text.lesson) for block in near)), "")
+                if kept.startswith("- "):
+                    lines.append(f"  {kept}")
+                elif kept or not why_no_claim(sentence, number):
+                    letter = next(letters)
+                    template += sentence[at : number.start] + "{" + letter + "}"
+                    at = number.end
+                    evidence = kept or _proposal(sentence, number, text.lesson)
+                    lines.append(f"  {letter}: ? {evidence}    (the text says {number.text})")
             blocks.append("\n".join([f"> {template}{sentence[at:]}", *lines]))
     return "\n\n".join(dict.fromkeys(blocks))
 

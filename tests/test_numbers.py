@@ -193,6 +193,16 @@ def test_no_proposal_is_taken_unread():
         bindings.read_blocks(proposed)
 
 
+def test_a_reworded_sentence_keeps_its_bindings_and_a_wrong_number_does_not():
+    text = bindings.text_of("03_double_quantisation")
+    said = "built that level, and computed what it saves: {} bits, which is 3.19 GB for Llama-2-70B;"
+    right, wrong = (
+        bindings.Text(text.name, [("cell 0", said.format(n))], text.lesson) for n in ("0.373047", "0.373048")
+    )
+    assert "a: ? printed scales cost # bits, then #: <#> saved    (the text says 0.373047)" in bindings.propose(right)
+    assert "a: ? nothing found    (the text says 0.373048)" in bindings.propose(wrong)
+
+
 def test_a_file_of_bindings_with_a_slip_is_refused():
     for slip in ("> It is {a}.\n", "> It is 7.\n  - 8: no\n", "> It is 7.\n  a: code 7\n", "It is 7.\n"):
         with pytest.raises(ValueError, match=r"\d"):
