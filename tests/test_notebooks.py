@@ -11,6 +11,7 @@ import pytest
 from nbval.plugin import IPyNbFile, coalesce_streams
 
 import build
+from running import code_cells, has_tag, in_one_kernel
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = [(name, edition) for name in build.lessons() for edition in build.EDITIONS]
@@ -21,10 +22,6 @@ every_lesson = pytest.mark.parametrize("name", build.lessons())
 
 def stored(name: str, edition: str) -> nbformat.NotebookNode:
     return nbformat.read(build.EDITIONS[edition] / f"{name}.ipynb", as_version=4)
-
-
-def code_cells(notebook):
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def output_text(notebook) -> str:
@@ -94,6 +91,27 @@ def test_changing_one_digit_of_a_compared_output_goes_red(name, edition, request
             assert not item.compare_outputs(ran, reference), f"a wrong digit passed: {item.cell.source[:60]}"
             mutated += 1
     assert mutated >= 3
+
+
+def shown(cell) -> list:
+    """What nbval compares of a cell: its streams, each in one piece, and the data that is not a picture."""
+    made = coalesce_streams(copy.deepcopy(cell.outputs))
+    return [output.get("text") or {k: v for k, v in output.data.items() if "image" not in k} for output in made]
+
+
+@every_lesson
+def test_the_editions_differ_in_nothing_but_the_exercises(name):
+    """`make test` runs a lesson once: this is why it need not run the three editions one by one."""
+    learner, solved, colab = (code_cells(stored(name, edition)) for edition in ("learner", "solutions", "colab"))
+    runs = in_one_kernel(learner, solved)
+    alone = {id(cell) for who, cell in runs if who == ("learner",)}
+    of_learner = [cell for cell in learner if id(cell) not in alone]
+    of_both = [cell for who, cell in runs if len(who) == 2]
+    assert sum(has_tag(cell, "exercise") for cell in learner) >= 2 and len(of_both) >= 10
+    for one, other in (*zip(of_learner, of_both, strict=True), *zip(learner, colab[1:], strict=True)):
+        assert one.source == other.source
+        if has_tag(one, "nbval-check-output"):
+            assert shown(one) == shown(other), one.source[:80]
 
 
 class _Images(html.parser.HTMLParser):
