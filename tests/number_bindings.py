@@ -688,6 +688,8 @@ def main() -> None:
     parser.add_argument("--propose", action="store_true", help="print blocks for sentences that none knows")
     args = parser.parse_args()
     names = [name for name in all_texts() if not args.only or any(name.startswith(only) for only in args.only)]
+    if not names:
+        parser.error(f"no text is called {' '.join(args.only)}: there are {', '.join(all_texts())}")
     wrong = 0
     for name in names:
         if args.propose:
