@@ -7,11 +7,11 @@
 The texts are the lessons' Markdown, their summaries, README.md and the shipped model's card. Each has a file of bindings,
 `tests/numbers/NAME.txt`. A block there is a sentence, and a line for each of its numbers:
 
-    > So 70B in 16 bits takes {a} GB: no single card that one can rent cheaply holds it.
+    > So 70B in 16 bits takes {a.2} GB: no single card that one can rent cheaply holds it.
       a: printed Llama-3.1-70B 16 bit <#> GB # GiB
 
-`{a}` stands where the text has a number; its value is in the text alone, and must be the value of its evidence: equal, or
-that value rounded to as many digits as the text shows. A per cent sign and units of bytes (GB, MiB) count on both sides.
+`{a.2}` stands where the text has a number with two decimals, `{a}` for a whole one, `{a/}` for a fraction in words such as
+half. Its value is in the text alone, and must be the value of its evidence: equal, or rounded to what the text shows. A per cent sign and units of bytes (GB, MiB) count on both sides.
 A fraction in words, such as a third, holds if one divided by the value rounds to three and is within a tenth of it. The
 evidence is one of
 
@@ -101,6 +101,12 @@ class Number:
     step: float
     unit: str = ""
     fraction: int = 0  # n of one n-th in words
+
+    @property
+    def form(self) -> str:
+        """How it is written: with `.2` decimals, as a fraction in words (`/`), or otherwise (nothing)."""
+        decimals = re.search(r"\.(\d+)(?!.*\.)", self.text)
+        return "/" if self.fraction else f".{len(decimals[1])}" if decimals else ""
 
     @property
     def factor(self) -> float:
@@ -429,8 +435,9 @@ evaluated = functools.cache(evaluate)
 
 # ------------------------------------------------------------------------------------------------------ bindings
 
-SLOT = re.compile(r"\{([a-z])\}")
+SLOT = re.compile(r"\{([a-z])(\.\d+|/)?\}")
 GAP = "□"
+MARKED_OR_NUMBER = re.compile(rf"{GAP}(?P<slot>[a-z][./\d]*){GAP}|{TOKEN.pattern}", re.I)
 
 
 @dataclass
@@ -445,18 +452,21 @@ class Block:
     @functools.cached_property
     def gaps(self) -> list[str]:
         """What stands in each gap, in order: the name of a slot in braces, or a number."""
-        filled = _without_numbers(SLOT.sub(lambda slot: f"{GAP}{slot[1]}{GAP}", self.sentence))[1]
-        return filled
+        return _without_numbers(SLOT.sub(_marked, self.sentence))[1]
 
     @functools.cached_property
     def skeleton(self) -> str:
-        return _without_numbers(SLOT.sub(lambda slot: f"{GAP}{slot[1]}{GAP}", self.sentence))[0]
+        """The sentence with a gap for each number: by it a sentence of the text finds its block."""
+        return _without_numbers(SLOT.sub(_marked, self.sentence))[0]
+
+
+def _marked(slot: re.Match) -> str:
+    return f"{GAP}{slot[1]}{slot[2] or ''}{GAP}"
 
 
 def _without_numbers(sentence: str) -> tuple[str, list[str]]:
     """A sentence with gaps for its numbers and marked slots, and what stood there."""
     stood = []
-    mixed = re.compile(rf"{GAP}(?P<slot>[a-z]){GAP}|{TOKEN.pattern}", re.I)
 
     def gap(match):
         if match["slot"]:
@@ -467,7 +477,7 @@ def _without_numbers(sentence: str) -> tuple[str, list[str]]:
             stood.append(match[0])
         return GAP
 
-    return mixed.sub(gap, sentence), stood
+    return MARKED_OR_NUMBER.sub(gap, sentence), stood
 
 
 def read_blocks(text: str, path: str = "") -> list[Block]:
@@ -489,7 +499,7 @@ def read_blocks(text: str, path: str = "") -> list[Block]:
         else:
             raise ValueError(f"{path}:{at}: undecided, or no line of a block: {line.strip()!r}")
     for block in blocks:
-        slots = SLOT.findall(block.sentence)
+        slots = [letter for letter, _ in SLOT.findall(block.sentence)]
         if sorted(slots) != sorted(block.evidence):
             raise ValueError(
                 f"{path}:{block.line}: slots {slots}, and lines for {list(block.evidence)}: one line for each"
@@ -543,6 +553,12 @@ def _problems_in_block(text: Text, sentence: str, numbers: list[Number], stood: 
             elif gap not in block.reasons and not why_no_claim(sentence, number):
                 wrong.append(f"{said} is neither bound nor said to be no claim")
             continue
+        if number.form != gap[2:-1]:
+            forms = {"": "a whole number", "/": "a fraction in words"}
+            wrong.append(
+                f"{said} is written otherwise than its block says: {forms.get(gap[2:-1], f'{gap[3:-1]} decimals')}"
+            )
+            continue
         evidence = block.evidence[gap[1]]
         try:
             if evidence.startswith("computed "):
@@ -558,6 +574,13 @@ def _problems_in_block(text: Text, sentence: str, numbers: list[Number], stood: 
     return wrong
 
 
+def _nearest(name: str, sentence: str) -> Block | None:
+    """The block whose sentence is most like this one, numbers aside."""
+    known = {block.skeleton: block for block in blocks_of(name)}
+    close = difflib.get_close_matches(_without_numbers(sentence)[0], known, 1, 0.6)
+    return known[close[0]] if close else None
+
+
 def problems_in_part(text: Text, place: str, markdown: str, hints: bool = True) -> tuple[list[str], set[int]]:
     """What is wrong with the numbers of one part of a text, and the lines of the blocks that know its sentences.
 
@@ -570,8 +593,8 @@ def problems_in_part(text: Text, place: str, markdown: str, hints: bool = True) 
             used.add(block.line)
         near = ""
         if hints and found and not block:
-            close = difflib.get_close_matches(sentence, [b.sentence for b in blocks_of(text.name)], 1, 0.7)
-            near = f"\n    nearest block: {close[0]}" if close else ""
+            close = _nearest(text.name, sentence)
+            near = f"\n    nearest block: {close.sentence}" if close else ""
         wrong += [f"{text.name}, {place}: “{sentence}”\n    {problem}{near}" for problem in found]
     return wrong, used
 
@@ -660,21 +683,21 @@ def propose(text: Text) -> str:
     What the nearest block says of the same number comes first, so a reworded sentence keeps its bindings; then a line that
     the lesson prints, or its code. Those that stay in the sentence as they are claim nothing, by a rule.
     """
-    blocks, known = [], {block.sentence: block for block in blocks_of(text.name)}
+    blocks = []
     for _, markdown in text.parts:
         for sentence in sentences(markdown):
             numbers = numbers_in(sentence)
             if not numbers or problems_of_sentence(text, sentence)[1]:
                 continue
-            near = [known[close] for close in difflib.get_close_matches(sentence, known, 1, 0.5)]
+            near = _nearest(text.name, sentence)
             template, lines, at, letters = "", [], 0, iter("abcdefghijklmnopqrstuvwxyz")
             for number in numbers:
-                kept = next(filter(None, (_from_block(number, block, text.lesson) for block in near)), "")
+                kept = _from_block(number, near, text.lesson) if near else ""
                 if kept.startswith("- "):
                     lines.append(f"  {kept}")
                 elif kept or not why_no_claim(sentence, number):
                     letter = next(letters)
-                    template += sentence[at : number.start] + "{" + letter + "}"
+                    template += sentence[at : number.start] + "{" + letter + number.form + "}"
                     at = number.end
                     evidence = kept or _proposal(sentence, number, text.lesson)
                     lines.append(f"  {letter}: ? {evidence}    (the text says {number.text})")

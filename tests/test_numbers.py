@@ -3,6 +3,7 @@
 import ast
 import json
 import math
+import random
 import re
 from itertools import pairwise
 
@@ -93,6 +94,37 @@ def test_altering_any_number_or_exchanging_two_goes_red(name):
     assert not alive, alive
 
 
+@every_text
+def test_another_number_that_the_text_or_its_lesson_has_goes_red(name):
+    """A sample: in the place of a number stands one that is true elsewhere, or one that is printed."""
+    text, draw = bindings.text_of(name), random.Random(name)
+    used = {place: bindings.problems_in_part(text, place, markdown)[1] for place, markdown in text.parts}
+    lines = [
+        line
+        for lesson in ([text.lesson] if text.lesson else bindings.lesson_names())
+        for line in bindings.printed(lesson)
+    ]
+    printed = [m for line in lines for m in bindings.TOKEN.finditer(line) if m["digits"]]
+    written = [
+        (place, markdown, m)
+        for place, markdown in text.parts
+        for m in bindings.TOKEN.finditer(markdown)
+        if not m["name"] and not in_a_link(markdown, m.start())
+    ]
+    alive, tried = [], 0
+    for place, markdown, match in draw.choices(written, k=120):
+        other = draw.choice((draw.choice(printed), draw.choice(written)[2]))
+        if bindings.number_of(other).value == bindings.number_of(match).value:
+            continue
+        mutant = markdown[: match.start()] + other[0] + markdown[match.end() :]
+        wrong, found = bindings.problems_in_part(text, place, mutant, hints=False)
+        elsewhere = set().union(*(blocks for where, blocks in used.items() if where != place))
+        if not wrong and used[place] <= found | elsewhere:
+            alive.append(f"{place}: {match[0]} -> {other[0]}")
+        tried += 1
+    assert tried > 80 and not alive, alive
+
+
 def with_other_outputs(monkeypatch, lesson, old, new):
     real, lines = bindings.printed, tuple(new if line == old else line for line in bindings.printed(lesson))
     monkeypatch.setattr(bindings, "printed", lambda name: lines if name == lesson else real(name))
@@ -172,33 +204,67 @@ def test_evidence_that_is_not_there_or_is_ambiguous_is_refused(evidence, why):
         bindings.evaluate(evidence, "01_memory_maths")
 
 
-def test_a_binding_whose_evidence_does_not_hold_the_number_is_red(monkeypatch):
-    text = bindings.text_of("01_memory_maths")
-    sentence = "So 70B in 16 bits takes 141.11 GB: no single card that one can rent cheaply holds it."
-    assert bindings.problems_of_sentence(text, sentence)[0] == []
-    block = bindings.Block("So 70B in 16 bits takes {a} GB: no single card that one can rent cheaply holds it.", 1)
-    block.evidence["a"] = "printed Llama-3.1-70B 8 bit <#> GB # GiB"
-    monkeypatch.setattr(bindings, "_by_skeleton", lambda name: {block.skeleton: [block]})
-    assert "which gives 70.55 GB" in bindings.problems_of_sentence(text, sentence)[0][0]
+# ------------------------------------------------------------------------------------------- a text of our own
 
 
-def test_no_proposal_is_taken_unread():
-    text = bindings.text_of("03_double_quantisation")
-    new = bindings.Text(text.name, [("cell 0", "It saves 0.373047 bits in 7 ways.")], text.lesson)
-    proposed = bindings.propose(new)
-    assert "printed scales cost # bits, then #: <#> saved" in proposed
+@pytest.fixture
+def of_lesson_3(monkeypatch):
+    """Makes a text of one sentence that belongs to lesson 3, and blocks in the place of that lesson's."""
+
+    def make(sentence: str, blocks: str = "") -> bindings.Text:
+        read = tuple(bindings.read_blocks(blocks))
+        monkeypatch.setattr(bindings, "blocks_of", lambda _: read)
+        monkeypatch.setattr(bindings, "_by_skeleton", lambda _: {block.skeleton: [block] for block in read})
+        return bindings.Text("03_double_quantisation", [("cell 5", sentence)], "03_double_quantisation")
+
+    return make
+
+
+SAVES = "> It saves {a.6} bits.\n  a: printed scales cost # bits, then #: <#> saved"
+
+
+def test_a_binding_whose_evidence_does_not_hold_the_number_is_red(of_lesson_3):
+    assert bindings.problems_of(of_lesson_3("It saves 0.373047 bits.", SAVES)) == []
+    other = SAVES.replace("then #: <#> saved", "then <#>: # saved")
+    (wrong,) = bindings.problems_of(of_lesson_3("It saves 0.373047 bits.", other))
+    assert "0.373047 is bound to `printed scales cost # bits, then <#>: # saved`, which gives 0.126953" in wrong
+
+
+@pytest.mark.parametrize("coarser", ["0.4", "0.37", "0.3730470", "0", "a third"])
+def test_a_number_rounded_otherwise_must_be_confirmed(coarser, of_lesson_3):
+    (wrong,) = bindings.problems_of(of_lesson_3(f"It saves {coarser} bits.", SAVES))
+    assert f"{coarser} is written otherwise than its block says: 6 decimals" in wrong
+
+
+def test_a_number_without_a_block_a_block_without_a_sentence_and_a_strange_name_are_named(of_lesson_3):
+    wrong = bindings.problems_of(of_lesson_3("It saves 0.373047 bits in NF5.", SAVES))
+    assert "NF5 is no name" in wrong[0]
+    assert "no block knows this sentence and its numbers 0.373047\n    nearest block: It saves {a.6} bits." in wrong[1]
+    assert ":1: no sentence of the text any more" in wrong[2] and len(wrong) == 3
+
+
+def test_a_number_that_stands_in_the_block_needs_a_reason(of_lesson_3):
+    (wrong,) = bindings.problems_of(of_lesson_3("It saves 7 bits.", "> It saves 7 bits."))
+    assert "7 is neither bound nor said to be no claim" in wrong
+    (wrong,) = bindings.problems_of(of_lesson_3("It saves 8 things.", "> It saves 7 things.\n  - 7: counted"))
+    assert "8 stands where line 1 of its block has 7" in wrong
+    assert bindings.problems_of(of_lesson_3("4 bits, lesson 2.", "> 4 bits, lesson 2.")) == []
+
+
+def test_no_proposal_is_taken_unread(of_lesson_3):
+    proposed = bindings.propose(of_lesson_3("It saves 0.373047 bits in 7 ways."))
+    assert "> It saves {a.6} bits in {b} ways." in proposed
+    assert "  a: ? printed scales cost # bits, then #: <#> saved    (the text says 0.373047)" in proposed
     with pytest.raises(ValueError, match="undecided"):
         bindings.read_blocks(proposed)
 
 
-def test_a_reworded_sentence_keeps_its_bindings_and_a_wrong_number_does_not():
-    text = bindings.text_of("03_double_quantisation")
-    said = "built that level, and computed what it saves: {} bits, which is 3.19 GB for Llama-2-70B;"
-    right, wrong = (
-        bindings.Text(text.name, [("cell 0", said.format(n))], text.lesson) for n in ("0.373047", "0.373048")
+def test_a_reworded_sentence_keeps_its_bindings_and_a_wrong_number_does_not(of_lesson_3):
+    said = "So in all it saves {} bits."
+    assert "a: ? printed scales cost # bits, then #: <#> saved" in bindings.propose(
+        of_lesson_3(said.format("0.373047"), SAVES)
     )
-    assert "a: ? printed scales cost # bits, then #: <#> saved    (the text says 0.373047)" in bindings.propose(right)
-    assert "a: ? nothing found    (the text says 0.373048)" in bindings.propose(wrong)
+    assert "a: ? nothing found" in bindings.propose(of_lesson_3(said.format("0.373048"), SAVES))
 
 
 def test_a_file_of_bindings_with_a_slip_is_refused():
@@ -236,19 +302,14 @@ def command(monkeypatch, *arguments) -> int:
     return ended.value.code
 
 
-def test_the_command_says_what_is_wrong_and_its_status_too(monkeypatch, capsys):
+def test_the_command_says_what_is_wrong_and_its_status_too(of_lesson_3, monkeypatch, capsys):
     assert command(monkeypatch, "03") == 0
     assert re.search(r"^03_double_quantisation: \d+ sentences, 0 wrong$", capsys.readouterr().out, re.M)
     assert command(monkeypatch, "no such text") == 2
     assert "no text is called no such text: there are 01_memory_maths" in capsys.readouterr().err
-    name = "03_double_quantisation"
-    block = bindings.Block("It saves {a} bits.", 7, {"a": "printed scales cost # bits, then <#>: # saved"})
-    monkeypatch.setattr(
-        bindings, "text_of", lambda _: bindings.Text(name, [("cell 5", "It saves 0.373047 bits.")], name)
-    )
-    monkeypatch.setattr(bindings, "blocks_of", lambda _: (block,))
-    monkeypatch.setattr(bindings, "_by_skeleton", lambda _: {block.skeleton: [block]})
+    text = of_lesson_3("It saves 0.126953 bits.", SAVES)
+    monkeypatch.setattr(bindings, "text_of", lambda _: text)
     assert command(monkeypatch, "03") == 1
     said = capsys.readouterr().out
-    assert f"{name}, cell 5: “It saves 0.373047 bits.”\n    0.373047 is bound to `printed" in said
-    assert "which gives 0.126953\nCure: correct the number in the text" in said
+    assert f"{text.name}, cell 5: “It saves 0.126953 bits.”\n    0.126953 is bound to `printed" in said
+    assert "which gives 0.373047\nCure: correct the number in the text" in said
