@@ -15,7 +15,7 @@ half. Its value is in the text alone, and must be the value of its evidence: equ
 A fraction in words, such as a third, holds if one divided by the value rounds to three and is within a tenth of it. The
 evidence is one of
 
-    printed LINE          a line that the lesson prints; the value stands at <#>, # is any other number, … any other text
+    printed LINE          a line that the lesson prints; the value stands at <#>, # is any other number, … any text
     code TEXT             text in the lesson's code cells
     text PATH: TEXT       text in a file of the project
     json PATH: KEY / KEY  a value in a JSON file; [name=value] picks a row of a list, len its length
@@ -298,14 +298,15 @@ def _file(path: str) -> str:
     return (ROOT / path).read_text(encoding="utf-8")
 
 
-VALUE = rf"(?:[-+](?=\d))?(?:{DIGITS})(?!\d)|\b(?:{WORDS})"
+IN_DIGITS = rf"(?:[-+](?=\d))?(?:{DIGITS})(?!\d)"
+VALUE = rf"{IN_DIGITS}|\b(?:{WORDS})"
 
 
 @functools.cache
 def pattern(text: str) -> re.Pattern:
-    """A piece of evidence as a regular expression: <#> is the value, # another number, … any text."""
+    """A piece of evidence as a regular expression: <#> is the value, # another number in digits, … any text."""
     parts = re.split(r"(<#>|#|…)", _squeezed(text))
-    kinds = {"<#>": f"(?P<value>{VALUE})", "#": f"(?:{VALUE})", "…": ".*?"}
+    kinds = {"<#>": f"(?P<value>{VALUE})", "#": IN_DIGITS, "…": ".*?"}
     return re.compile("".join(kinds.get(part, re.escape(part)) for part in parts), re.I)
 
 
