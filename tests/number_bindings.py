@@ -4,8 +4,8 @@
     python tests/number_bindings.py 03 README    # some of them
     python tests/number_bindings.py --propose 03 # blocks for new and changed sentences, to be decided and pasted
 
-The texts are the lessons' Markdown, their summaries, README.md and the shipped model's card. Each has a file of bindings,
-`tests/numbers/NAME.txt`. A block there is a sentence, and a line for each of its numbers:
+The texts are the lessons' Markdown with the words of their figures, the lessons' summaries, README.md and the shipped
+model's card. Each has a file of bindings, `tests/numbers/NAME.txt`. A block there is a sentence, and a line for each of its numbers:
 
     > So 70B in 16 bits takes {a.2} GB: no single card that one can rent cheaply holds it.
       a: printed Llama-3.1-70B 16 bit <#> GB # GiB
@@ -16,7 +16,7 @@ A fraction in words, such as a third, holds if one divided by the value rounds t
 evidence is one of
 
     printed LINE          a line that the lesson prints; the value stands at <#>, # is any other number, … any text
-    code TEXT             text in the lesson's code cells
+    code TEXT             text in the lesson's code cells, the words of figures left out
     text PATH: TEXT       text in a file of the project
     json PATH: KEY / KEY  a value in a JSON file; [name=value] picks a row of a list, len its length
     constant PATH: NAME   a constant of a Python file, or a default as Class.field
@@ -219,6 +219,9 @@ def sentences(markdown: str) -> list[str]:
     return [part for block in text for part in END.split(" ".join(block.split())) if part]
 
 
+WORDS_OF_FIGURES = ("show", "set_title", "suptitle", "set_xlabel", "set_ylabel")
+
+
 @dataclass
 class Text:
     """A text whose numbers are bound: its parts by the name of their place, and where its evidence is looked for."""
@@ -237,6 +240,14 @@ class Text:
         return known | {path.name for path in (*ROOT.glob("data/*"), *ROOT.glob("data/measured/*"))}
 
 
+def figure_texts(source: str) -> list[str]:
+    """The titles, labels and alt texts in a cell's code that are written out; what is put together by code is none."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    named = [node for node in calls if isinstance(node.func, ast.Attribute) and node.func.attr in WORDS_OF_FIGURES]
+    arguments = [argument for node in named for argument in node.args]
+    return [a.value for a in arguments if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+
+
 def lesson_names() -> list[str]:
     return sorted(path.stem for path in LESSONS.glob("[0-9][0-9]_*.py"))
 
@@ -246,6 +257,8 @@ def text_of(name: str) -> Text:
     if name in lesson_names():
         cells = jupytext.read(LESSONS / f"{name}.py").cells
         parts = [(f"cell {i}", cell.source) for i, cell in enumerate(cells) if cell.cell_type == "markdown"]
+        code_cells = [(i, cell.source) for i, cell in enumerate(cells) if cell.cell_type == "code"]
+        parts += [(f"figure of cell {i}", text) for i, source in code_cells for text in figure_texts(source)]
         return Text(name, parts, name)
     if name == "lessons":
         summaries = json.loads((ROOT / "notebooks" / "lessons.json").read_text(encoding="utf-8"))
@@ -289,8 +302,17 @@ def printed(lesson: str) -> tuple[str, ...]:
 
 @functools.cache
 def code(lesson: str) -> tuple[str, ...]:
-    """The sources of a lesson's code cells, in both editions, each once and with single spaces."""
-    return tuple(dict.fromkeys(_squeezed(cell.source) for cell in _cells(lesson)))
+    """A lesson's code cells, in both editions, each once and with single spaces; without the words of figures.
+
+    Those are texts themselves: what is bound to its own words would always hold.
+    """
+    sources = []
+    for cell in _cells(lesson):
+        source = cell.source
+        for words in figure_texts(source):
+            source = source.replace(words, "")
+        sources.append(_squeezed(source))
+    return tuple(dict.fromkeys(sources))
 
 
 @functools.cache
@@ -385,7 +407,15 @@ def _constant(argument: str) -> float:
 
 
 def _arithmetic(expression: str, names: dict[str, float]) -> float:
-    allowed = {"GB": 10**9, "MB": 10**6, "GIB": 2**30, "MIB": 2**20, "log2": math.log2, "ceil": math.ceil, "len": len}
+    allowed = {
+        "GB": 10**9,
+        "MB": 10**6,
+        "GIB": 2**30,
+        "MIB": 2**20,
+        "log2": math.log2,
+        "ceil": math.ceil,
+        "round": round,
+    }
     try:
         return eval(expression, {"__builtins__": {}}, allowed | names)
     except Exception as error:
