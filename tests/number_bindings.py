@@ -125,6 +125,8 @@ class Number:
             return value > 0 and math.floor(1 / value + 0.5) == self.fraction and abs(value * self.fraction - 1) <= 0.1
         if digits:
             return math.isclose(float(f"{value:.{digits - 1}e}"), mine, rel_tol=1e-9)
+        if mine == 0 and value != 0:  # nothing is left of what was rounded
+            return False
         return abs(value - mine) <= step / 2 * (1 + 1e-9) + 1e-12 * abs(value)
 
 

@@ -169,7 +169,8 @@ def test_changing_what_is_printed_goes_red(name, monkeypatch):
         ("8B", 8.03e9, "", True), ("2⁵⁰", 2**50, "", True), ("1024³", 2**30, "", True), ("1024²", 2**30, "", False),
         ("sixteen", 16, "", True), ("twice", 2.03, "", True), ("half", 0.494, "", True), ("half", 0.3, "", False),
         ("a third", 0.31, "", True), ("a third", 0.25, "", False), ("a fifteenth", 1 / 15.1, "", True),
-        ("2e-4", 0.0002, "", True), ("-7", -7, "", True), ("-7", 7, "", False), ("3.11", 3.1, "", False),
+        ("2e-4", 0.0002, "", True), ("-7", -7, "", True), ("-7", 7, "", False), ("3.11", 3.1, "", False), ("0", 2e-4, "", False),
+        ("0 %", 0.0, "", True),
     ],
 )  # fmt: skip
 def test_a_number_holds_if_it_is_the_value_as_rounded(said, value, unit, holds):
