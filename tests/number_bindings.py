@@ -4,16 +4,17 @@
     python tests/number_bindings.py 03 README    # some of them
     python tests/number_bindings.py --propose 03 # blocks for new and changed sentences, to be decided and pasted
 
-The texts are the lessons' Markdown with the words of their figures, the lessons' summaries, README.md and the shipped
-model's card. Each has a file of bindings, `tests/numbers/NAME.txt`. A block there is a sentence, and a line for each of its numbers:
+The texts are the lessons' Markdown with the words of their figures, the lessons' summaries, README.md, and the cards of
+the shipped model and adapter. Each has a file of bindings, `tests/numbers/NAME.txt`. A block there is a sentence, and a
+line for each of its numbers:
 
     > So 70B in 16 bits takes {a.2} GB: no single card that one can rent cheaply holds it.
       a: printed Llama-3.1-70B 16 bit <#> GB # GiB
 
 `{a.2}` stands where the text has a number with two decimals, `{a}` for a whole one, `{a/}` for a fraction in words such as
-half. Its value is in the text alone, and must be the value of its evidence: equal, or rounded to what the text shows. A per cent sign and units of bytes (GB, MiB) count on both sides.
-A fraction in words, such as a third, holds if one divided by the value rounds to three and is within a tenth of it. The
-evidence is one of
+half. Its value is in the text alone, and must be the value of its evidence: equal, or rounded to what the text shows. A
+per cent sign and units of bytes (GB, MiB) count on both sides. A fraction in words, such as a third, holds if one divided
+by the value rounds to three and is within a tenth of it. The evidence is one of
 
     printed LINE          a line that the lesson prints; the value stands at <#>, # is any other number, … any text
     code TEXT             text in the lesson's code cells, the words of figures left out
@@ -25,7 +26,7 @@ evidence is one of
     computed EXPRESSION   arithmetic on numbers that stand in the sentence itself, as a: computed b * 8
 
 with `lesson 03` before it if it is not this lesson. Several, joined by ` && `, are x, y and z of an expression behind
-` => `: `printed a <#> && printed b <#> => x / y`. `to 2 digits` at the end: the text rounds to two significant digits.
+` => `: `printed a <#> && printed b <#> => x / y`.
 
 A number that stands in the block's sentence itself, as 70B and 16 do above, is no claim of the lesson (a name, a format,
 a quotation, a count of what the sentence lists). A rule knows why (NOT_CLAIMS), or a line says so:
@@ -112,8 +113,8 @@ class Number:
     def factor(self) -> float:
         return 0.01 if self.unit == "%" else BYTES.get(self.unit, 1)
 
-    def is_value_of(self, value: float, unit: str = "", digits: int = 0) -> bool:
-        """Whether this is `value`, as the text rounds it; `digits`: to that many significant ones."""
+    def is_value_of(self, value: float, unit: str = "") -> bool:
+        """Whether this is `value`, as the text rounds it."""
         if unit and self.unit and unit != self.unit and "%" in (unit, self.unit):
             return False
         mine, step = self.value, self.step
@@ -123,8 +124,6 @@ class Number:
             mine, step, value = mine * self.factor, step * self.factor, value * BYTES[unit]
         if self.fraction:
             return value > 0 and math.floor(1 / value + 0.5) == self.fraction and abs(value * self.fraction - 1) <= 0.1
-        if digits:
-            return math.isclose(float(f"{value:.{digits - 1}e}"), mine, rel_tol=1e-9)
         if mine == 0 and value != 0:  # nothing is left of what was rounded
             return False
         return abs(value - mine) <= step / 2 * (1 + 1e-9) + 1e-12 * abs(value)
@@ -255,7 +254,7 @@ def lesson_names() -> list[str]:
 
 
 def text_of(name: str) -> Text:
-    """A lesson, `lessons` (their summaries), `README`, or `tiny-llama` (the card of the shipped model)."""
+    """A lesson, `lessons` (their summaries), `README`, `tiny-llama` or `adapters` (the cards of what is shipped)."""
     if name in lesson_names():
         cells = jupytext.read(LESSONS / f"{name}.py").cells
         parts = [(f"cell {i}", cell.source) for i, cell in enumerate(cells) if cell.cell_type == "markdown"]
@@ -265,14 +264,14 @@ def text_of(name: str) -> Text:
     if name == "lessons":
         summaries = json.loads((ROOT / "notebooks" / "lessons.json").read_text(encoding="utf-8"))
         return Text(name, [(f"summary of {lesson}", text) for lesson, text in summaries.items()])
-    path = ROOT / {"README": "README.md", "tiny-llama": "data/tiny-llama/README.md"}[name]
+    path = ROOT / ("README.md" if name == "README" else f"data/{name}/README.md")
     written = re.sub(r"<!-- (\S+) -->.*?<!-- end of \1 -->", "", path.read_text(encoding="utf-8"), flags=re.S)
     place = path.relative_to(ROOT)
     return Text(name, [(f"{place}, {part.splitlines()[0]}", part) for part in re.split(r"\n(?=## )", written)])
 
 
 def all_texts() -> list[str]:
-    return [*lesson_names(), "lessons", "README", "tiny-llama"]
+    return [*lesson_names(), "lessons", "README", "tiny-llama", "adapters"]
 
 
 # ------------------------------------------------------------------------------------------------------ evidence
@@ -424,13 +423,12 @@ def _arithmetic(expression: str, names: dict[str, float]) -> float:
         raise NoEvidence(f"{expression!r} cannot be computed: {error}") from None
 
 
-def evaluate(evidence: str, lesson: str, others: dict[str, float] | None = None) -> tuple[float, str, int]:
-    """The value of a piece of evidence, its unit, and to how many digits the text may round it (0: by what it shows).
+def evaluate(evidence: str, lesson: str, others: dict[str, float] | None = None) -> tuple[float, str]:
+    """The value of a piece of evidence, and its unit.
 
     Raises:
         NoEvidence: it is not there, or it is ambiguous.
     """
-    evidence, _, digits = re.fullmatch(r"(.*?)( to (\d) digits?)?", evidence).groups()
     sources, _, expression = evidence.partition(" => ")
     values = []
     for source in sources.split(" && "):
@@ -458,10 +456,10 @@ def evaluate(evidence: str, lesson: str, others: dict[str, float] | None = None)
             raise NoEvidence(f"{kind!r} is no kind of evidence")
     if expression:
         scaled = [value * (0.01 if unit == "%" else 1) for value, unit in values]
-        return float(_arithmetic(expression, dict(zip("xyzw", scaled, strict=False)))), "", int(digits or 0)
+        return float(_arithmetic(expression, dict(zip("xyzw", scaled, strict=False)))), ""
     if len(values) > 1:
         raise NoEvidence("several pieces of evidence need an expression behind ` => `")
-    return *values[0], int(digits or 0)
+    return values[0]
 
 
 evaluated = functools.cache(evaluate)
@@ -595,13 +593,13 @@ def _problems_in_block(text: Text, sentence: str, numbers: list[Number], stood: 
         evidence = block.evidence[gap[1]]
         try:
             if evidence.startswith("computed "):
-                value, unit, digits = evaluate(evidence, text.lesson, {k: v for k, v in values.items() if k != gap[1]})
+                value, unit = evaluate(evidence, text.lesson, {k: v for k, v in values.items() if k != gap[1]})
             else:
-                value, unit, digits = evaluated(evidence, text.lesson)
+                value, unit = evaluated(evidence, text.lesson)
         except NoEvidence as error:
             wrong.append(f"{said} is bound to `{evidence}`, but {error}")
             continue
-        if not number.is_value_of(value, unit, digits):
+        if not number.is_value_of(value, unit):
             shown = f"{value:.15g}{' ' + unit if unit else ''}"
             wrong.append(f"{said} is bound to `{evidence}`, which gives {shown}")
     return wrong
