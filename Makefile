@@ -53,11 +53,11 @@ test: $(READY)
 test-all: $(READY)
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .
 	@$(PYTEST) --everything
-	@PYTHONPATH=. $(BIN)/python tests/kills.py
+	@PYTHONPATH=.:notebooks $(BIN)/python tests/kills.py
 
 # 20 runs killed for real; the output that is kept is in data/measured/kills.txt
 test-kills: $(READY)
-	@set -o pipefail; PYTHONPATH=. $(BIN)/python tests/kills.py | tee data/measured/kills.txt
+	@set -o pipefail; PYTHONPATH=.:notebooks $(BIN)/python tests/kills.py | tee data/measured/kills.txt
 
 lab: $(READY)
 	@cd notebooks && ../$(BIN)/jupyter lab

@@ -22,7 +22,7 @@ from nbval.plugin import IPyNbCell, IPyNbFile, NbCellError, find_comment_markers
 ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT / folder) for folder in ("data", "notebooks")]  # their scripts are tested too
 
-import forked_kernels
+import forking
 from running import code_cells, in_one_kernel, peak_bytes  # in notebooks/
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers with more threads than cores are slower by a factor
@@ -153,8 +153,8 @@ class LessonOnce(Notebook):
         return [("" if "solutions" in who else ", unsolved", cell) for who, cell in runs]
 
     def start_kernel(self, patch):
-        if forked_kernels.AVAILABLE:
-            patch.setattr(local_provisioner, "launch_kernel", forked_kernels.launch_kernel)
+        if forking.AVAILABLE:
+            patch.setattr(local_provisioner, "launch_kernel", forking.launch_kernel)
         super().start_kernel(patch)
 
 

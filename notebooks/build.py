@@ -204,9 +204,34 @@ def readme_tables() -> dict[str, str]:
     return {
         "lessons": "\n".join(table),
         "results": "\n".join(results),
+        "commands": commands_table(),
         "t4": t4_table(),
         "memory": memory_errors.markdown_table(),
     }
+
+
+COMMANDS = {
+    "run": "the full QLoRA run, with a report",
+    "preflight": "the machine; every lesson as learners get it: its text against its source, each cell run, outputs compared",
+    "test": "every test of the helpers; each lesson once, with its exercises unsolved and solved",
+    "test-all": "everything: all three editions of each lesson as they are, the 16-bit and the shuffled control, 20 killed runs",
+    "test-colab": "the Colab editions under Colab's versions, beside what else Colab has",
+    "notebooks LESSON=03": "one lesson built and executed anew, all editions; without LESSON all of them",
+}
+
+
+def commands_table() -> str:
+    """What each command of make covers, and how long it took where `data/measure_commands.py` ran it."""
+    measured = json.loads((ROOT / "data" / "measured" / "commands.json").read_text())
+    table = ["| command | what it covers | time |", "|---|---|---|"]
+    for command, covers in COMMANDS.items():
+        seconds = sorted(row["seconds"] for row in measured["rows"] if row["command"] == command)
+        if not seconds:
+            raise ValueError(f"not measured: run  python data/measure_commands.py '{command}'")
+        ends = [f"{s // 60} min {s % 60:02} s" if s >= 60 else f"{s} s" for s in (seconds[0], seconds[-1])]
+        table.append(f"| `make {command}` | {covers} | {' to '.join(dict.fromkeys(ends))} |")
+    where = f"{measured['cores']} cores of an {measured['processor']}"
+    return "\n".join([*table, "", f"Times are of {where} with nothing else to do, once the packages are installed."])
 
 
 def t4_table() -> str:

@@ -1,14 +1,10 @@
-"""Imported once by the server of `forked_kernels.py`: the libraries of the lessons, as a notebook would import them."""
+"""Imported once by the server of `forking.py`: the libraries of the lessons, as a notebook would import them."""
 
 import gc
 
-from IPython.core.interactiveshell import InteractiveShell
-from traitlets.config import Config
+import ipykernel.zmqshell  # noqa: F401  tqdm takes it for the sign of a notebook, so it comes first
 
-# tqdm looks at its import whether it is in a notebook; the kernel makes a shell of its own.
-InteractiveShell.instance(config=Config({"IPKernelApp": {"name": "warm"}, "HistoryManager": {"enabled": False}}))
+import qlora_helpers.training  # noqa: F401  torch, transformers, peft, trl, bitsandbytes, datasets
 
-
-InteractiveShell.clear_instance()
 gc.collect()
 gc.freeze()

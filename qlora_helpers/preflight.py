@@ -7,6 +7,7 @@ Each lesson is held against its source, then run by nbval as learners get it: ev
 tagged cell must be what the notebook stores. One row a lesson says what came of it.
 """
 
+import argparse
 import contextlib
 import importlib.util
 import json
@@ -17,7 +18,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from qlora_helpers import doctor
+
 COURSE = Path(__file__).resolve().parents[1]
+SHOWN = ("Python", "torch", "memory", "GPU", "gear")  # of what the doctor knows
 NOTEBOOKS = COURSE / "notebooks"
 NEEDED = {"pytest": "pytest", "nbval": "nbval", "xdist": "pytest-xdist", "jupytext": "jupytext", "nbformat": "nbformat"}
 NOT_CHECKED = (
@@ -197,12 +201,24 @@ def preflight(lessons: list[str]) -> int:
     except CannotStart as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    good = run_lessons(names)
+    report = doctor.examine()
+    print("This machine: " + ", ".join(f"{name} {value}" for name, value in report.facts if name in SHOWN))
+    for finding in report.findings:
+        print(finding)
+    good = run_lessons(names) and not report.problems
     minutes, seconds = divmod(round(time.perf_counter() - started), 60)
     verdict = "✓ ready" if good else "✗ not ready"
     print(f"\n{verdict}: {len(names)} lesson{'s' * (len(names) > 1)} in {minutes} min {seconds} s. {NOT_CHECKED}")
     return 0 if good else 1
 
 
-if __name__ == "__main__":
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("lessons", nargs="*", metavar="LESSON", help="numbers of lessons, such as 03; all by default")
+
+
+def command(args: argparse.Namespace) -> int:
+    return preflight(args.lessons)
+
+
+if __name__ == "__main__":  # so that it runs where another command's module is broken
     sys.exit(preflight(sys.argv[1:]))

@@ -7,7 +7,6 @@ checkpoint (in the middle of the files, with the newest one half written).
 """
 
 import argparse
-import multiprocessing
 import os
 import random
 import signal
@@ -19,6 +18,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
+
+import forking  # in notebooks/
 
 STEPS = 24
 SAVES = (5, 10, 15, 20, 24)
@@ -64,17 +65,11 @@ def work(folder: Path, kill_in_save: int, told: Connection) -> None:
 
 
 class Working:
-    """A process that trains, and what it tells: a number for each step that it logs, a text for an error.
-
-    It is forked from a server that has imported the libraries and done nothing else, which saves ten seconds each time.
-    """
+    """A process that trains, and what it tells: a number for each step that it logs, a text for an error."""
 
     def __init__(self, folder: Path, kill_in_save: int = 0):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["qlora_helpers.training"])
-        self.tells, told = context.Pipe(duplex=False)
-        self.process = context.Process(target=work, args=(folder, kill_in_save, told))
-        self.process.start()
+        self.tells, told = forking.context().Pipe(duplex=False)
+        self.process = forking.start(work, folder, kill_in_save, told)
         told.close()  # the worker has it now: when it dies, reading ends
 
     def told(self) -> Iterator[int]:

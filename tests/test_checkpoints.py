@@ -252,6 +252,13 @@ def test_checkpoints_of_an_unknown_run_are_refused(interrupted):
         run(interrupted, resume=True)
 
 
+@pytest.mark.parametrize(("folder", "said"), [("file", "is a file"), ("file/below", r"cannot be written to \(.+\)")])
+def test_a_folder_for_a_run_that_is_none_names_the_argument_and_the_cure(folder, said, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=rf"output_dir='.*{folder}' {said}: name a "):
+        run(tmp_path / folder)
+
+
 def test_a_run_that_could_not_begin_leaves_its_folder_free(tmp_path):
     with pytest.raises(ValueError, match="over max_length=5"):
         run(tmp_path / "new", Settings(steps=1, max_length=5))

@@ -14,7 +14,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-import forked_kernels
+import forking
 
 ROOT = Path(__file__).resolve().parents[1]
 LONG, SHORT = (
@@ -86,7 +86,7 @@ class Ran:
 
 def small_course(folder: Path) -> Path:
     (folder / "notebooks").mkdir()
-    for name in ("conftest.py", "pyproject.toml", "notebooks/running.py", "notebooks/forked_kernels.py"):
+    for name in ("conftest.py", "pyproject.toml", "notebooks/running.py", "notebooks/forking.py"):
         shutil.copy(ROOT / name, folder / name)
     (folder / "notebooks" / "warm_libraries.py").write_text("import fractions\n")  # no kernel has it by itself
     (folder / "tests").mkdir()
@@ -177,7 +177,7 @@ def test_the_colab_editions_run_without_avx_512_and_the_others_with_all_that_is_
 
 
 def test_a_kernel_that_runs_a_lesson_once_has_the_libraries_and_others_are_fresh(once, everything):
-    assert [kernel["warm"] for kernel in once.kernels.values()] == [forked_kernels.AVAILABLE] * 2
+    assert [kernel["warm"] for kernel in once.kernels.values()] == [forking.AVAILABLE] * 2
     assert [kernel["warm"] for kernel in everything.kernels.values()] == [False] * 6
     assert all(kernel["JPY_PARENT_PID"] for kernel in once.kernels.values())
 

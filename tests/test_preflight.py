@@ -12,7 +12,7 @@ import jupytext
 import nbformat
 import pytest
 
-from qlora_helpers import preflight
+from qlora_helpers import doctor, preflight
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = """# %% [markdown]
@@ -73,7 +73,7 @@ def course(tmp_path_factory):
         "pyproject.toml",
         "notebooks/build.py",
         "notebooks/running.py",
-        "notebooks/forked_kernels.py",
+        "notebooks/forking.py",
     ):
         shutil.copy(ROOT / name, folder / name)
     shutil.copytree(ROOT / "qlora_helpers", folder / "qlora_helpers", ignore=shutil.ignore_patterns("__pycache__"))
@@ -129,6 +129,16 @@ def test_the_whole_output_is_kept_when_something_fails(red):
     log = Path(re.search(r"The whole output: (\S+)", red.stdout)[1])
     assert "ZeroDivisionError" not in log.read_text() and "RuntimeError: no" in log.read_text()
     log.unlink()
+
+
+def test_a_problem_of_the_machine_is_red(monkeypatch, capsys):
+    report = doctor.Report()
+    report.problem("the disk is full", "make room")
+    monkeypatch.setattr(preflight.doctor, "examine", lambda: report)
+    monkeypatch.setattr(preflight, "run_lessons", lambda names: True)
+    assert preflight.preflight(["03"]) == 1
+    said = capsys.readouterr().out
+    assert "✗ the disk is full: make room" in said and "✗ not ready: 1 lesson" in said
 
 
 def test_what_is_not_compared_is_named(course, monkeypatch):

@@ -1,6 +1,6 @@
-"""Kernels that are forked from a server which has imported the libraries: that saves each of them eight seconds.
+"""Processes and kernels that are forked from a server which has imported the libraries: that saves each of them eight seconds.
 
-The modules are those of `warm_libraries.py`. A forked kernel has all that a fresh one has, but for what the environment
+The modules are those of `warm_libraries.py`. A forked process has all that a fresh one has, but for what its environment
 would have changed during these imports.
 """
 
@@ -9,10 +9,40 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 AVAILABLE = "forkserver" in multiprocessing.get_all_start_methods()  # not on Windows
+
+
+def context() -> BaseContext:
+    """The one server of this process, started by the first call. Windows has none: there each process imports for itself."""
+    if not AVAILABLE:
+        return multiprocessing.get_context("spawn")
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["warm_libraries"])
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(HERE), path])
+    )  # a module that is not found is no error
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if path is not None:
+            os.environ["PYTHONPATH"] = path
+    return found
+
+
+def start(target: Callable, *arguments) -> BaseProcess:
+    """Start `target(*arguments)`, a function of a module, in a process of its own. Its `exitcode` is negative after a signal."""
+    process = context().Process(target=target, args=arguments)
+    process.start()
+    return process
 
 
 def _kernel(arguments: list[str], folder: str, environment: dict[str, str]) -> None:
@@ -61,18 +91,5 @@ class _Popen:
 
 def launch_kernel(command: list[str], *, env: dict | None = None, cwd: str | None = None, **streams) -> _Popen:
     """Takes the place of `jupyter_client.launcher.launch_kernel`; the kernel's own streams go nowhere."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["warm_libraries"])
-    path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), path]))  # for the server, when it starts
-    try:
-        process = context.Process(
-            target=_kernel,
-            args=(command[command.index("-f") :], cwd or os.getcwd(), dict(os.environ if env is None else env)),
-        )
-        process.start()
-    finally:
-        os.environ.pop("PYTHONPATH")
-        if path is not None:
-            os.environ["PYTHONPATH"] = path
-    return _Popen(process)
+    arguments = command[command.index("-f") :]
+    return _Popen(start(_kernel, arguments, cwd or os.getcwd(), dict(os.environ if env is None else env)))
