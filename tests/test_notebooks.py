@@ -15,7 +15,6 @@ from running import code_cells, has_tag, in_one_kernel
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = [(name, edition) for name in build.lessons() for edition in build.EDITIONS]
-SOURCED = json.loads((ROOT / "tests" / "sourced_numbers.json").read_text())
 
 every_notebook = pytest.mark.parametrize(("name", "edition"), NOTEBOOKS)
 every_lesson = pytest.mark.parametrize("name", build.lessons())
@@ -162,27 +161,6 @@ def test_links_to_other_files_resolve(name, edition):
             for target in re.findall(r"\]\(([^)#]+)\)", cell.source):
                 if not target.startswith("http"):
                     assert (folder / target).resolve().exists(), target
-
-
-NUMBER = re.compile(r"(?<![\w.,])\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\w,]*\d)|(?<![\w.,])\d+\.\d+(?![.\w]*\d)")
-
-
-@every_lesson
-def test_every_number_in_the_text_was_computed_or_has_a_source(name):
-    """Decimal and grouped numbers (0.3730, 41,943,040) of a lesson's text occur in its outputs, digit for digit."""
-    printed = set(NUMBER.findall(output_text(stored(name, "learner")) + output_text(stored(name, "solutions"))))
-    source = build.build_edition(name, "learner", {name: {"seconds": "", "gigabytes": ""}})
-    text = "\n".join(cell.source for cell in source.cells if cell.cell_type == "markdown")
-    loose = {n for n in NUMBER.findall(text) if n not in printed and n not in SOURCED.get(name, {})}
-    assert not loose, f"in the text of {name}, but neither printed by it nor in sourced_numbers.json: {sorted(loose)}"
-
-
-def test_the_list_of_sourced_numbers_has_no_dead_entries():
-    for name, entries in SOURCED.items():
-        text = (build.SOURCES / f"{name}.py").read_text()
-        for number, source in entries.items():
-            assert number in text, f"{number} is no longer in {name}"
-            assert len(source) > 10, f"{number} needs a source"
 
 
 @every_lesson

@@ -301,7 +301,7 @@ check("INT3 is far below", full - scores["INT3", 64], at_least=0.2)
 check("double quantisation costs nothing here", scores["NF4", 64] - scores["NF4 + double quant", 64], at_most=0.005)
 
 # %% [markdown]
-# At blocks of 64 the order of the errors is the order of the recall. (At 256 symmetric INT4 and FP4 forget the same.) That
+# At blocks of 64 the order of the errors is the order of the recall. (At 256 symmetric INT4 and FP4 are level.) That
 # is clear in this model because it is full of facts. In a model with room to spare, 4-bit formats hardly differ in what
 # they know.
 #

@@ -9,7 +9,7 @@
 # - set all this beside the QLoRA paper, and beside later work that disagrees.
 #
 # Takes about {{seconds}} seconds and {{gigabytes}} GB of memory on two processor cores. The runs of the tables were made by
-# `data/measure_quality.py`, most of them in six minutes on 16 cores.
+# `data/measure_quality.py`, most of them on a machine of 16 cores.
 
 # %%
 import json
