@@ -30,8 +30,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network fails 
 
 # The longest first, so that both workers end together. (`--no-loadscope-reorder` keeps pytest-xdist from sorting anew.)
 FIRST = (
-    "04_qlora_run", "test_quality", "08_stability", "06_adapters", "07_does_it", "02_nf4_vs_int4", "test_shipped_model",
-    "01_memory_maths", "test_cli", "test_claims", "test_troubleshooting",
+    "04_qlora_run", "08_stability", "06_adapters", "07_does_it", "02_nf4_vs_int4", "test_quality", "test_shipped_model",
+    "test_checkpoints", "test_cli", "09_out_of_memory", "05_will_it_fit", "01_memory_maths", "test_data",
+    "test_memory_activations", "test_hooks", "test_preflight", "test_troubleshooting", "test_measure_oom",
 )  # fmt: skip
 
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")

@@ -144,6 +144,8 @@ def execute_all_editions(name: str) -> tuple[dict[str, nbformat.NotebookNode], d
     editions = {edition: build_edition(name, edition, {}) for edition in EDITIONS}
     runs = in_one_kernel(code_cells(editions["learner"]), code_cells(editions["solutions"]))
     lesson = nbformat.v4.new_notebook(cells=[copy.deepcopy(cell) for _, cell in runs])
+    for number, cell in enumerate(lesson.cells):
+        cell.id = f"run-{number:02d}"  # an exercise's check runs twice
     set_up = nbformat.v4.new_notebook(cells=[copy.deepcopy(code_cells(editions["colab"])[0])])
     with tempfile.TemporaryDirectory() as folder:  # of its own: a lesson goes on with a run that it finds unfinished
         os.environ["QLORA_RUNS"] = folder
