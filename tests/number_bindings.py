@@ -176,7 +176,7 @@ def names_in(sentence: str) -> list[str]:
 
 # Why a number that stands in a block's own sentence claims nothing; looked for around the number, marked by «».
 NOT_CLAIMS = {
-    "the number of a lesson": r"^«\d» · |esson «\d+»",
+    "the number of a lesson": r"^«\d» · |esson «\d+»|LESSON=«\d+»",
     "the number of an exercise": r"^Exercise «\d+»$",
     "a model by its size": r"«[\d.]+[BM]»",
     "a model by its version": r"Gemma «3»",
