@@ -29,7 +29,6 @@ def quieten() -> None:
     for logger, beginning in (
         ("bitsandbytes.backends.cpu.ops", _BITSANDBYTES),
         ("transformers.trainer_utils", _ALIGNED),
-        ("transformers.trainer", _ALIGNED),
         ("transformers.trainer_utils", _NO_SECOND_APART),
         ("transformers.integrations.bitsandbytes", _DEQUANTISED),
     ):

@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -170,7 +169,6 @@ def _as_on_a_gpu(kernel: str):
         patch.setattr(torch, "pow", lambda x, exponent: power(x.float() if on("cpu") else x, exponent))
         # PEFT asks whether CUDA's autocast is on
         patch.setattr(torch, "is_autocast_enabled", lambda device="cpu": on("cpu"))
-        patch.setattr(BaseTunerLayer, "_move_adapter_to_device_of_base_layer", lambda *args, **kwargs: None)
         patch.setattr(chunked_logprob, "_forward_tile", lambda *args, **kwargs: None)
         patch.setattr(chunked_logprob, "_backward_tile", lambda *args, **kwargs: None)
         patch.setattr(chunked_logprob, "_addmm_fp32", lambda *args: None)

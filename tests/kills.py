@@ -99,15 +99,14 @@ class Working:
             raise RuntimeError(f"the run ended with {code}")
 
     def kill_at(self, step: int, delay: float) -> bool:
-        """Kill it `delay` seconds after it has logged `step`; whether it was still alive."""
+        """Kill it `delay` seconds after it has logged `step`; whether that ended it."""
         for logged in self.told():
             if logged >= step:
                 time.sleep(delay)
                 break
-        alive = self.process.is_alive()
         self.process.kill()
         self.process.join()
-        return alive
+        return self.process.exitcode == -signal.SIGKILL
 
 
 def uninterrupted(folder: Path) -> Path:
@@ -125,17 +124,18 @@ def trial(folder: Path, where: str, chance: random.Random, times: int = 1, refer
     for _ in range(times):
         if where == "between steps":
             step, delay = chance.randrange(1, STEPS), chance.random() * 0.3
-            killed += Working(folder / "killed").kill_at(step, delay)
+            hit = Working(folder / "killed").kill_at(step, delay)
         else:
             last = last_whole_checkpoint(folder / "killed")
             saves = [step for step in SAVES if step > (steps_done(last) if last else 0)]
             code = Working(folder / "killed", chance.choice(saves) if where == "inside a save" else STEPS).end()
-            killed += code == -signal.SIGKILL
+            hit = code == -signal.SIGKILL
             if code not in (0, -signal.SIGKILL):
                 raise RuntimeError(f"the run ended with {code}")
         at.append(max((int(p.name[11:]) for p in (folder / "killed").glob("checkpoint-*")), default=0))
         if (folder / "killed" / "adapter").exists():
-            break  # the kill came too late
+            break  # the kill came too late, and is none
+        killed += hit
     else:
         Working(folder / "killed").finish()
     differ = differing(adapter(folder / "killed" / "adapter"), adapter(reference))

@@ -24,7 +24,7 @@ from short_runs import CPU
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("qlora_helpers", "notebooks/source", "data", "tests/gpu")
-FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
+FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets")
 
 # What a call on a variable calls, by its last name: the code does not tell the type of the variable.
@@ -60,6 +60,7 @@ OTHERS = {
     r"context\.(Pipe|Process)": "multiprocessing",
     r"self\.measurement\.begin": "qlora_helpers.measure",
     r"function": "the operation that torch dispatches",
+    r"cls": "a class of the course",
     r"backward|method": "what is wrapped (qlora_helpers.timeline)",
     r"pick": "min or max (qlora_helpers.timeline)",
 }
@@ -273,6 +274,8 @@ def test_every_keyword_exists(path):
 
 
 def test_the_calls_that_matter_are_among_those_held():
+    for folder in FOLDERS:
+        assert any(found_in(path).held for path in FILES if path.is_relative_to(ROOT / folder)), folder
     held = {name for path in FILES for name in found_in(path).held}
     assert held >= {
         ("transformers.BitsAndBytesConfig", "bnb_4bit_use_double_quant"),

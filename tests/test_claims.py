@@ -103,9 +103,9 @@ def test_every_id_is_there_once_and_in_order():
 
 
 def test_quotations_are_short():
-    for row in ROWS:
-        for quoted in re.findall(r'"([^"]*)"', row.claim):
-            assert len(quoted.split()) <= 12, row.id
+    quotations = [(row.id, quoted) for row in ROWS for quoted in re.findall(r'"([^"]*)"', row.claim)]
+    assert len(quotations) > 20
+    assert [(key, quoted) for key, quoted in quotations if len(quoted.split()) > 12] == []
 
 
 @pytest.mark.parametrize("article", LINES)
@@ -129,13 +129,6 @@ def test_the_page_is_up_to_date_and_the_readme_links_to_it():
     assert claims.PAGE.read_text(encoding="utf-8") == claims.page(ROWS), "run: python data/claims.py"
     readme = " ".join((claims.ROOT / "README.md").read_text(encoding="utf-8").split())
     assert f"make {len(ROWS)} claims that can be checked; [CLAIMS.md](CLAIMS.md)" in readme
-
-
-def test_links_of_the_page_lead_somewhere():
-    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", claims.PAGE.read_text(encoding="utf-8"))
-    assert len(targets) > len(ROWS) / 2
-    for target in targets:
-        assert (claims.ROOT / target).exists(), target
 
 
 def test_a_table_with_other_columns_is_refused(tmp_path):

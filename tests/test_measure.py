@@ -1,6 +1,5 @@
 """What a run takes is recorded by phase, its settings are read from the live run, and a wrong prediction is marked."""
 
-import gc
 import re
 import threading
 import time
@@ -21,14 +20,6 @@ from short_runs import CHATS, CPU, TOKENIZER, trainer_of
 
 TWO_STEPS = Settings(steps=2, batch_size=3, rank=4, dropout=0.1, max_length=48)
 MIB = 2**20
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collection():
-    """Every phase collects garbage, which takes half a second with all libraries loaded: leave them out of it."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 # What is recorded

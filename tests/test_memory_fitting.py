@@ -149,7 +149,7 @@ CASES = [
 @pytest.mark.parametrize(("shape", "run", "gpu"), CASES)
 def test_the_largest_batch_fits_and_one_more_does_not(shape, run, gpu, asked):
     batch = largest_batch(shape, run, gpu)
-    assert len(asked) < 40
+    assert 0 < len(asked) < 40
     assert batch > 0
     assert predict(shape, replace(run, batch_size=batch), gpu).fits
     assert not predict(shape, replace(run, batch_size=batch + 1), gpu).fits
@@ -158,7 +158,7 @@ def test_the_largest_batch_fits_and_one_more_does_not(shape, run, gpu, asked):
 @pytest.mark.parametrize(("shape", "run", "gpu"), CASES)
 def test_the_longest_sequence_fits_and_128_tokens_more_do_not(shape, run, gpu, asked):
     tokens = longest_sequence(shape, run, gpu)
-    assert len(asked) < 20
+    assert 0 < len(asked) < 20
     assert tokens > 0
     assert tokens % 128 == 0
     assert predict(shape, replace(run, seq_len=tokens), gpu).fits
@@ -383,7 +383,7 @@ def test_fewer_adapters_are_named_as_the_family_names_its_layers(name, adapted):
 def test_a_huge_batch_is_cured_quickly(asked):
     found = cures(QWEN_7B, replace(RUN, batch_size=2**40), "l4")
     assert changed(RUN, found[0].run) == {"batch_size"}
-    assert len(asked) < 500
+    assert 0 < len(asked) < 500
 
 
 def test_16_bits_are_those_that_the_card_is_fast_in():

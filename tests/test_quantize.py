@@ -31,7 +31,9 @@ SHAPES = ((1,), (5,), (4096,), (4097,), (3, 5, 7), (2, 64, 96), (7, 9), (130, 62
 def no_compilation():
     """bitsandbytes compiles its dequantisation anew for each odd shape, for seconds; uncompiled it is the same code."""
     with torch._dynamo.config.patch(disable=True):
+        before = dict(torch._dynamo.utils.counters["frames"])
         yield
+    assert torch._dynamo.utils.counters["frames"] == before, "it was compiled all the same"
 
 
 def gaussian(*shape, dtype=torch.float32, seed=0):

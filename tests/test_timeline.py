@@ -127,9 +127,9 @@ def test_a_tracker_sees_the_phases_of_each_pass_in_order(tmp_path):
     assert phases.seen[: 2 * len(once) + 1] == [*once, *once, "optimizer step"]
     assert phases.seen.count("optimizer step") == 2
     phases.seen.clear()
-    with pytest.raises(ValueError), phases.hold("evaluation"):
+    with pytest.raises(ValueError, match="in the middle"), phases.hold("evaluation"):
         phases.enter("forward")
-        raise ValueError
+        raise ValueError("in the middle")
     assert phases.phase == "evaluation" and phases.seen == ["evaluation"]
 
 
