@@ -599,7 +599,7 @@ def test_on_colab_the_requirements_fit_beside_what_is_there(tmp_path, record_pro
 
     A dry run with `--python-version` looks at the installed packages as a real run does, and their metadata has what
     they need: pip keeps what it would keep on Colab, and moves what it would move there. Only markers on the Python
-    version are read by the Python at hand. The same call under Python 3.13, with all 700 packages, gave the same.
+    version are read by the Python at hand. The same call under Python 3.13 gave the same.
 
     Measured in November 2026: bitsandbytes 0.50.2 and trl 1.16.0 come new; datasets 4.0.0 -> 5.2.0, pyarrow 18.1.0 ->
     26.0.1 and huggingface_hub 1.27.0 -> 1.33.0 move; 101 MB in all. torch 2.11.0, numpy 2.1.3, pandas 2.2.3,
