@@ -77,12 +77,11 @@ $(COLAB_READY): colab/requirements.txt colab/runtime-packages.txt colab/looked-f
 		-r colab/requirements.txt $$(grep -E '^(torch|nbval|pytest|pytest-xdist)==' requirements.txt) \
 		transformers tokenizers peft accelerate safetensors numpy pandas matplotlib psutil tqdm jinja2 \
 		ipywidgets ipykernel ipython tornado jupyter_client nbformat traitlets
-	@$(COLAB_HAS) install
 	@touch $(COLAB_READY)
 
-# As on Colab, the first cell removes what is in the way. Here it is put back first.
+# As on Colab, a lesson's first cell removes what is in the way: each run begins with all of it.
 test-colab: $(COLAB_READY)
-	@$(COLAB_HAS) restore
+	@$(COLAB_HAS) install
 	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && \
 		OMP_NUM_THREADS=1 QLORA_RUNS=$$runs COLAB_RELEASE_TAG=test PYDEVD_DISABLE_FILE_VALIDATION=1 \
 		$(COLAB)/bin/python -m pytest -q -rs -p no:anyio tests/test_colab_environment.py colab

@@ -2,13 +2,13 @@
 another way, or stop.
 
 `colab/looked-for.txt` lists what the course's libraries look for and Colab has. A package is installed at Colab's version
-if it is small with all that it needs; else it has a stand-in, which can be found, imported and asked for its version. A
-stand-in cannot show what the real one does when it is used: it stops with an error that names it.
+if it is small with all that it needs; else it has a stand-in (tests/stand_in_package.py), which can be found, imported and
+asked for its version. What it cannot show is what the real one does when it is used: this is an error that names it.
 
     .venv-colab/bin/python tests/colab_environment.py constraints   print Colab's versions, for pip
     .venv-colab/bin/python tests/colab_environment.py list      make colab/looked-for.txt; only new rows ask the index
-    .venv-colab/bin/python tests/colab_environment.py install   install these packages and stand-ins beside this Python
-    .venv-colab/bin/python tests/colab_environment.py restore   put back the stand-ins that a lesson's set-up removed
+    .venv-colab/bin/python tests/colab_environment.py install   install these packages and stand-ins for this Python; what a
+                                                                lesson's set-up removed comes back
 """
 
 import importlib.metadata
@@ -226,23 +226,20 @@ def remove_stand_ins(site: Path) -> None:
                 shutil.rmtree(site / module, ignore_errors=True)  # a __pycache__ that pip does not know
 
 
-def restore(site: Path) -> int:
-    """Put the stand-ins anew; how many."""
-    remove_stand_ins(site)
-    rows = [row for row in listed() if row.stands_in]
-    for row in rows:
-        stand_in(site, row.package, COLAB[row.package], imports=row.imports)
-    return len(rows)
-
-
 def install(site: Path) -> None:
-    """Install what is small, and put stand-ins for the rest."""
+    """Install what is small, and put stand-ins for the rest; quick where all is there."""
     remove_stand_ins(site)  # else pip takes them for the real ones
-    real = [f"{row.package}=={COLAB[row.package]}" for row in listed() if not row.stands_in]
+    rows = listed()
+    missing = [row.package for row in rows if not row.stands_in and not same(row.package, installed(row.package))]
     with tempfile.TemporaryDirectory() as folder:
-        command = [*PIP, "install", "--only-binary=:all:", "--constraint", str(constraints(Path(folder)))]
-        subprocess.run([*command, *real], check=True)
-    print(f"What else Colab has and the libraries look for: {len(real)} packages, and {restore(site)} stand-ins.")
+        if missing:
+            command = [*PIP, "install", "--only-binary=:all:", "--constraint", str(constraints(Path(folder)))]
+            subprocess.run([*command, *(f"{package}=={COLAB[package]}" for package in missing)], check=True)
+    for row in rows:
+        if row.stands_in:
+            stand_in(site, row.package, COLAB[row.package], imports=row.imports)
+    stand_ins = sum(row.stands_in for row in rows)
+    print(f"What else Colab has and the libraries look for: {len(rows) - stand_ins} packages, {stand_ins} stand-ins.")
 
 
 def same(package: str, version: str | None) -> bool:
@@ -256,6 +253,5 @@ if __name__ == "__main__":
         "constraints": lambda: print(lines_of_versions()),
         "list": make_list,
         "install": lambda: install(site),
-        "restore": lambda: restore(site),
     }
     commands[sys.argv[1]]()

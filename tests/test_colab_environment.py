@@ -99,23 +99,44 @@ def test_a_stand_in_is_found_and_has_its_version(tmp_path):
 
 @pytest.mark.parametrize(
     "use",
-    ["import big; big.Tensor", "import big; hasattr(big, 'Tensor')", "from big import Tensor", "import big.python.x"],
+    [
+        "import big; big.zeros(1)",
+        "from big.nn import Layer\n    class Mine(Layer): pass",
+        "import big.python.x as x; x.a.b.c()",
+        "from big import sizes\n    for size in sizes: pass",
+        "import big\n    if big.is_on: pass",
+        "import big; big.one + 1",
+    ],
 )
 def test_the_use_of_a_stand_in_is_an_error_that_no_library_takes_for_not_installed(tmp_path, use):
     stand_in(tmp_path, "big", "3.1", imports=["big"])
     told = in_python(
         tmp_path,
         f"""
-        try:
-            try:
-                {use}
-            except (ImportError, AttributeError):
-                print("taken for not installed")
-        except RuntimeError as error:
-            print(error)
+try:
+    {use}
+except (ImportError, AttributeError, TypeError):
+    print("taken for not installed, or not understood")
+except RuntimeError as error:
+    print(error)
         """,
     )
     assert told.startswith("big.") and "was used, but big 3.1 is a stand-in here" in told
+
+
+def test_the_names_of_a_stand_in_can_be_passed_around(tmp_path):
+    stand_in(tmp_path, "big", "3.1", imports=["big"])
+    told = in_python(
+        tmp_path,
+        """
+        import typing
+        from big.transforms.v2 import functional as F, InterpolationMode
+        modes = {0: InterpolationMode.NEAREST, F: 1}
+        def resize(image: "Image", mode: InterpolationMode | None = None, other: typing.Optional[F] = None): ...
+        print(isinstance(1, InterpolationMode), modes[0])
+        """,
+    )
+    assert told == "False <big.transforms.v2.InterpolationMode.NEAREST, of a stand-in>\n"
 
 
 # The list and the environment
