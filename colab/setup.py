@@ -141,7 +141,8 @@ def refused() -> dict[str, str]:
 
 
 def remove(packages: dict[str, str]) -> None:
-    """Remove what a library refuses to work beside; a newer version would have to fit the runtime's torch.
+    """Remove what a library refuses to work beside: at once, offline too, and with no other version to fit the runtime's
+    torch. Of what Colab has, torchtune needs its torchao; the next session has it again.
 
     Args:
         packages: the packages, and the library that refuses each.

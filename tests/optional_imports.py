@@ -105,7 +105,7 @@ def looked_for(libraries: Iterable[str], packages: Iterable[str]) -> dict[str, s
     def owners(name: str) -> set[str]:
         if name.partition(".")[0] in sys.stdlib_module_names:
             return set()
-        return provided.get(name) or {canonicalize_name(name)} & wanted
+        return provided.get(name, set()) | ({canonicalize_name(name)} & wanted)  # both: google is also a namespace
 
     found: dict[str, set[str]] = {}
     known: set[str] = set()  # names that need not be found again

@@ -83,18 +83,18 @@ def in_python(site: Path, script: str) -> str:
 
 
 def test_a_stand_in_is_found_and_has_its_version(tmp_path):
-    stand_in(tmp_path, "tensor-flow", "2.20.0+x", imports=["tensorflow"])
+    stand_in(tmp_path, "a-large-one", "2.20.0+x", imports=["a_large_one"])
     told = in_python(
         tmp_path,
         """
         import importlib.metadata, importlib.util
-        print(importlib.util.find_spec("tensorflow") is not None, importlib.metadata.version("tensor-flow"))
-        print(importlib.metadata.packages_distributions()["tensorflow"])
-        import tensorflow
-        print(tensorflow.__version__, hasattr(tensorflow, "__wrapped__"), tensorflow.__file__.endswith("__init__.py"))
+        print(importlib.util.find_spec("a_large_one") is not None, importlib.metadata.version("a-large-one"))
+        print(importlib.metadata.packages_distributions()["a_large_one"])
+        import a_large_one
+        print(a_large_one.__version__, hasattr(a_large_one, "__wrapped__"), a_large_one.__file__.endswith("__init__.py"))
         """,
     )
-    assert told == "True 2.20.0+x\n['tensor-flow']\n2.20.0+x False True\n"
+    assert told == "True 2.20.0+x\n['a-large-one']\n2.20.0+x False True\n"
 
 
 @pytest.mark.parametrize(
