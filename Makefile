@@ -1,5 +1,5 @@
-# make run | test | lab | notebooks: each sets up .venv first, and installs nothing when it is up to date.
-# make zip needs git alone; make test-colab has an environment of its own.
+# Each command sets up .venv first, and installs nothing when it is up to date; test-colab has an environment of its own,
+# and zip needs git alone. README.md has a table of what each covers and how long it takes.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
@@ -12,16 +12,18 @@ export HF_HUB_OFFLINE := 1
 # Threads that wait by spinning make training several times slower as soon as another program needs a core.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help run test lab notebooks lint zip test-colab
+.PHONY: help run lab preflight test test-all test-kills test-colab notebooks lint zip
 
 help:
 	@echo "make run        the full QLoRA run on this machine, about a minute after the first set-up"
-	@echo "make test       every test and every notebook"
 	@echo "make lab        JupyterLab in notebooks/"
-	@echo "make notebooks  rebuild and execute every edition of the lessons"
+	@echo "make preflight  before class: the machine, and every lesson as learners get it; LESSON=03 for one"
+	@echo "make test       every test of the helpers, and each lesson once"
+	@echo "make test-all   everything: all editions of the lessons, the long tests, 20 killed runs"
+	@echo "make test-colab the Colab editions under the versions that Colab has, in an environment of their own"
+	@echo "make notebooks  rebuild and execute every edition of the lessons; LESSON=03 for one"
 	@echo "make lint       ruff"
 	@echo "make zip        qlora-course.zip of the last commit, to upload to Colab or Kaggle"
-	@echo "make test-colab the Colab editions under the versions that Colab has, in an environment of their own"
 
 # The stamp keeps what it was made from: a changed requirements.txt or pyproject.toml installs again, a second run does not.
 $(READY): requirements.txt pyproject.toml
@@ -38,20 +40,30 @@ $(READY): requirements.txt pyproject.toml
 run: $(READY)
 	@$(BIN)/python -m qlora_helpers run
 
+LESSON ?=
+preflight: $(READY)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m qlora_helpers.preflight $(LESSON)
+
 # Two workers with one thread each: more threads than cores make every kernel slower by a factor.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 test: $(READY)
 	@$(BIN)/ruff check --quiet .
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+	@$(PYTEST)
 
-# 20 runs killed for real; the last output is in data/measured/kills.txt
+test-all: $(READY)
+	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .
+	@$(PYTEST) --everything
+	@PYTHONPATH=.:notebooks $(BIN)/python tests/kills.py
+
+# 20 runs killed for real; the output that is kept is in data/measured/kills.txt
 test-kills: $(READY)
-	@set -o pipefail; PYTHONPATH=. $(BIN)/python tests/kills.py | tee data/measured/kills.txt
+	@set -o pipefail; PYTHONPATH=.:notebooks $(BIN)/python tests/kills.py | tee data/measured/kills.txt
 
 lab: $(READY)
 	@cd notebooks && ../$(BIN)/jupyter lab
 
 notebooks: $(READY)
-	@OMP_NUM_THREADS=1 $(BIN)/python notebooks/build.py
+	@OMP_NUM_THREADS=1 $(BIN)/python notebooks/build.py $(LESSON)
 
 lint: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

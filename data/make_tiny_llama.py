@@ -13,6 +13,9 @@ import random
 import time
 from pathlib import Path
 
+import qlora_helpers  # noqa: F401  # before torch, whose threads wait as the package says
+
+# isort: split
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -467,7 +467,9 @@ def show(row: dict) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fresh", action="store_true", help="the rows of FRESH, one at a time, and their table")
-    parser.add_argument("--row", metavar="LABEL", default="", help="only rows whose label contains this")
+    parser.add_argument(
+        "--row", metavar="LABEL", nargs="+", default=[""], help="only rows with one of these in their label"
+    )
     parser.add_argument("--missing", action="store_true", help="only rows that have not run yet in the table")
     parser.add_argument("--list", action="store_true", help="show the rows and measure nothing")
     parser.add_argument("--table", type=Path, help="default: one of data/measured, and none with --dry")
@@ -475,9 +477,13 @@ def main() -> int:
     parser.add_argument("--dry", action="store_true", help="tiny models on a CPU, to test this script")
     args = parser.parse_args()
     planned = all_rows(args.fresh)
-    rows = [row | {"alone": row["alone"] or args.workers == 1} for row in planned if args.row in row["label"]]
+    rows = [
+        row | {"alone": row["alone"] or args.workers == 1}
+        for row in planned
+        if any(words in row["label"] for words in args.row)
+    ]
     if not rows:
-        parser.error(f"no row matches --row {args.row!r}; see --list")
+        parser.error(f"no row matches --row {' '.join(args.row)}; see --list")
     if args.list:
         for row in rows:
             print("held out" if row["held_out"] else " " * 8, f"{row['gib']:4} GiB  {row['label']}")

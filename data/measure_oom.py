@@ -447,16 +447,18 @@ def unexpected(row: dict) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--row", metavar="LABEL", default="", help="only rows whose label contains this")
+    parser.add_argument(
+        "--row", metavar="LABEL", nargs="+", default=[""], help="only rows with one of these in their label"
+    )
     parser.add_argument("--missing", action="store_true", help="only rows that have not been measured yet in the table")
     parser.add_argument("--list", action="store_true", help="show the rows and measure nothing")
     parser.add_argument("--table", type=Path, help="default: data/measured/oom.json, and none with --dry")
     parser.add_argument("--dry", action="store_true", help="tiny models on a CPU, to test this script")
     args = parser.parse_args()
     planned = all_rows()
-    rows = [row for row in planned if args.row in row["label"]]
+    rows = [row for row in planned if any(words in row["label"] for words in args.row)]
     if not rows:
-        parser.error(f"no row matches --row {args.row!r}; see --list")
+        parser.error(f"no row matches --row {' '.join(args.row)}; see --list")
     if args.list:
         print(*(row["label"] for row in rows), f"{len(rows)} rows", sep="\n")
         return 0

@@ -15,6 +15,7 @@ figures are kept in `notebooks/timings.json`.
 """
 
 import argparse
+import copy
 import hashlib
 import importlib.metadata
 import json
@@ -35,6 +36,7 @@ sys.path.insert(0, str(ROOT / "data"))
 
 import memory_errors  # in data/
 from measured_tables import fill  # in data/
+from running import code_cells, in_one_kernel, peak_bytes
 
 SOURCES = ROOT / "notebooks" / "source"
 TIMINGS = ROOT / "notebooks" / "timings.json"
@@ -94,16 +96,8 @@ def build_edition(name: str, edition: str, timings: dict) -> nbformat.NotebookNo
 
 def code_hash(notebook: nbformat.NotebookNode) -> str:
     """A hash of all code; it is stored right after execution, so outputs of other code are noticed."""
-    code = "\0".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    code = "\0".join(cell.source for cell in code_cells(notebook))
     return hashlib.sha256(code.encode()).hexdigest()
-
-
-def _peak_bytes(pid: int) -> int:
-    """Peak resident set of a process, in bytes (Linux)."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no VmHWM for process {pid}: the notebooks are built on Linux")
 
 
 class _Client(NotebookClient):
@@ -128,7 +122,7 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> dict:
     with client.setup_kernel():
         for index, cell in enumerate(notebook.cells):
             client.execute_cell(cell, index)
-        peak = _peak_bytes(client.km.provisioner.pid)
+        peak = peak_bytes(client.km.provisioner.pid)
     seconds = time.perf_counter() - started
     for cell in notebook.cells:
         # a stored widget has no state to show: what is left is its figure
@@ -142,16 +136,40 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> dict:
     return {"seconds": max(5, 5 * round(seconds / 5)), "gigabytes": round(peak / 1e9, 1)}
 
 
-def _executed(job: tuple[str, str]) -> tuple[str, str, str, dict]:
-    name, edition = job
-    notebook = build_edition(name, edition, {})
-    folder = EDITIONS[edition]
-    folder.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as runs:  # of its own: a lesson goes on with a run that it finds unfinished
-        os.environ["QLORA_RUNS"] = runs
-        measured = execute(notebook, folder)
-    print(f"{edition:10}{name:26}{measured['seconds']:4} s {measured['gigabytes']:5} GB", flush=True)
-    return name, edition, nbformat.writes(notebook), measured
+def execute_all_editions(name: str) -> tuple[dict[str, nbformat.NotebookNode], dict]:
+    """Run a lesson once, in one kernel, for all three editions; the Colab edition's set-up cell runs in a kernel of its own.
+
+    Returns the editions by name, and the seconds and the peak memory that it took.
+    """
+    editions = {edition: build_edition(name, edition, {}) for edition in EDITIONS}
+    runs = in_one_kernel(code_cells(editions["learner"]), code_cells(editions["solutions"]))
+    lesson = nbformat.v4.new_notebook(cells=[copy.deepcopy(cell) for _, cell in runs])
+    for number, cell in enumerate(lesson.cells):
+        cell.id = f"run-{number:02d}"  # an exercise's check runs twice
+    set_up = nbformat.v4.new_notebook(cells=[copy.deepcopy(code_cells(editions["colab"])[0])])
+    with tempfile.TemporaryDirectory() as folder:  # of its own: a lesson goes on with a run that it finds unfinished
+        os.environ["QLORA_RUNS"] = folder
+        measured = execute(lesson, EDITIONS["learner"])
+        execute(set_up, EDITIONS["colab"])
+    outputs = {
+        edition: [cell.outputs for (who, _), cell in zip(runs, lesson.cells, strict=True) if edition in who]
+        for edition in ("learner", "solutions")
+    }
+    outputs["colab"] = [set_up.cells[0].outputs, *outputs["learner"]]
+    for edition, notebook in editions.items():
+        for count, (cell, made) in enumerate(zip(code_cells(notebook), outputs[edition], strict=True), start=1):
+            cell.outputs, cell.execution_count = copy.deepcopy(made), count
+            for output in cell.outputs:
+                if "execution_count" in output:
+                    output.execution_count = count
+        notebook.metadata["course"] = lesson.metadata.course | {"executed_code": code_hash(notebook)}
+    return editions, measured
+
+
+def _executed(name: str) -> tuple[str, dict[str, str], dict]:
+    editions, measured = execute_all_editions(name)
+    print(f"{name:26}{measured['seconds']:4} s {measured['gigabytes']:5} GB", flush=True)
+    return name, {edition: nbformat.writes(notebook) for edition, notebook in editions.items()}, measured
 
 
 def outputs_into(fresh: nbformat.NotebookNode, executed: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -162,11 +180,8 @@ def outputs_into(fresh: nbformat.NotebookNode, executed: nbformat.NotebookNode) 
     """
     if executed.metadata.get("course", {}).get("executed_code") != code_hash(fresh):
         raise ValueError("the code has changed since the outputs were made: build without --no-execute")
-    outputs = iter([cell for cell in executed.cells if cell.cell_type == "code"])
-    for cell in fresh.cells:
-        if cell.cell_type == "code":
-            old = next(outputs)
-            cell.outputs, cell.execution_count = old.outputs, old.execution_count
+    for cell, old in zip(code_cells(fresh), code_cells(executed), strict=True):
+        cell.outputs, cell.execution_count = old.outputs, old.execution_count
     fresh.metadata["course"] = executed.metadata["course"]
     return fresh
 
@@ -191,9 +206,34 @@ def readme_tables() -> dict[str, str]:
     return {
         "lessons": "\n".join(table),
         "results": "\n".join(results),
+        "commands": commands_table(),
         "t4": t4_table(),
         "memory": memory_errors.markdown_table(),
     }
+
+
+COMMANDS = {
+    "run": "the full QLoRA run, with a report",
+    "preflight": "the machine; every lesson as learners get it: its text against its source, each cell run, outputs compared",
+    "test": "every test of the helpers; each lesson once, with its exercises unsolved and solved",
+    "test-all": "everything: all three editions of each lesson as they are, the 16-bit and the shuffled control, 20 killed runs",
+    "test-colab": "the Colab editions under Colab's versions, beside what else Colab has",
+    "notebooks LESSON=03": "one lesson built and executed anew, all editions; without LESSON all of them",
+}
+
+
+def commands_table() -> str:
+    """What each command of make covers, and how long it took where `data/measure_commands.py` ran it."""
+    measured = json.loads((ROOT / "data" / "measured" / "commands.json").read_text())
+    table = ["| command | what it covers | time |", "|---|---|---|"]
+    for command, covers in COMMANDS.items():
+        seconds = sorted(row["seconds"] for row in measured["rows"] if row["command"] == command)
+        if not seconds:
+            raise ValueError(f"not measured: run  python data/measure_commands.py '{command}'")
+        ends = [f"{s // 60} min {s % 60:02} s" if s >= 60 else f"{s} s" for s in (seconds[0], seconds[-1])]
+        table.append(f"| `make {command}` | {covers} | {' to '.join(dict.fromkeys(ends))} |")
+    where = f"{measured['cores']} cores of an {measured['processor']}"
+    return "\n".join([*table, "", f"Times are of {where} with nothing else to do, once the packages are installed."])
 
 
 def t4_table() -> str:
@@ -223,19 +263,20 @@ def main() -> None:
     if not names:
         sys.exit(f"no lesson {' '.join(args.only)}: there are {', '.join(lessons())}")
     timings = json.loads(TIMINGS.read_text()) if TIMINGS.exists() else {}
-    jobs = [(name, edition) for name in reversed(names) for edition in EDITIONS]
+    done = {}
     if args.no_execute:
-        done = {job: nbformat.read(EDITIONS[job[1]] / f"{job[0]}.ipynb", as_version=4) for job in jobs}
+        for name in names:
+            for edition, folder in EDITIONS.items():
+                done[name, edition] = nbformat.read(folder / f"{name}.ipynb", as_version=4)
     else:
-        done = {}
+        longest_first = sorted(names, key=lambda name: -timings.get(name, {"seconds": 0})["seconds"])
         with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-            for name, edition, text, measured in pool.map(_executed, jobs):
-                done[name, edition] = nbformat.reads(text, as_version=4)
-                if edition == "learner":
-                    timings[name] = measured
+            for name, editions, timings[name] in pool.map(_executed, longest_first):
+                done |= {(name, edition): nbformat.reads(text, as_version=4) for edition, text in editions.items()}
     TIMINGS.write_text(json.dumps(dict(sorted(timings.items())), indent=1) + "\n")
     for (name, edition), executed in done.items():
         notebook = outputs_into(build_edition(name, edition, timings), executed)
+        EDITIONS[edition].mkdir(exist_ok=True)
         nbformat.write(notebook, EDITIONS[edition] / f"{name}.ipynb")
     if set(timings) == set(lessons()):
         readme = ROOT / "README.md"

@@ -1,44 +1,112 @@
-"""python -m qlora_helpers run | memory | doctor"""
+"""python -m qlora_helpers run | memory | doctor | preflight"""
 
 import argparse
 import importlib.metadata
 import json
 import os
-import platform
+import shlex
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
-from qlora_helpers import troubleshooting
-from qlora_helpers.memory import report  # neither needs torch
+from qlora_helpers import doctor, preflight
+from qlora_helpers.memory import report
+from qlora_helpers.run_folder import check_output, is_finished, move_aside, steps_saved  # none of them needs torch
 
 GIB = 1024**3
-PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "jupyterlab", "nbval")
+STEPS = 300  # of `run`
+
+
+def _steps(text: str) -> int:
+    """The value of --steps."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of steps: name a whole number, 1 or more")
+    return int(text)
+
+
+def _how_to_resume(args: argparse.Namespace) -> str:
+    """The command line that goes on with a run, for the shell that began it."""
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    words = [str(python), "-m", "qlora_helpers", "run", "--resume", "--output", str(args.output)]
+    words += ["--steps", str(args.steps)] if args.steps else []
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def _where_to_begin(args: argparse.Namespace) -> int:
+    """Look at the output folder, say what will happen there, and give the steps of the run. Needs no library.
+
+    Raises:
+        ValueError, OSError: the run cannot be there; the message names the argument.
+    """
+    folder = args.output
+    record = check_output(folder)
+    if record is None:
+        if args.resume:  # no error: a script may repeat `run --resume` until it is done
+            print(f"There is nothing to resume in {folder}: this is a new run.")
+        return args.steps or STEPS
+    if not args.resume:
+        kept = move_aside(folder)
+        check_output(folder)
+        print(f"The run that was in {folder} is now in {kept}.")
+        return args.steps or STEPS
+    if is_finished(folder):
+        raise ValueError(
+            f"--resume: the run in --output={str(folder)!r} is finished. Leave out --resume to begin another; the finished one "
+            "is moved aside"
+        )
+    if args.steps not in (None, record["steps"]):
+        raise ValueError(
+            f"--steps={args.steps}: the run in --output={str(folder)!r} was begun with {record['steps']}. Leave out --steps to go "
+            "on with it, or leave out --resume to begin another"
+        )
+    if saved := steps_saved(folder):
+        print(f"Going on with the run in {folder} after step {saved} of {record['steps']}.")
+    else:
+        print(f"The run in {folder} was stopped before its first checkpoint: it begins again at step 1.")
+    return record["steps"]
 
 
 def _run(args: argparse.Namespace) -> int:
+    steps = _where_to_begin(args)
+    try:
+        return _load_and_run(args, steps)
+    except KeyboardInterrupt as stop:  # while it trains an Interrupted, which says where
+        trained = is_finished(args.output)
+        where = (
+            f"after the training; what was trained is in {args.output}"
+            if trained
+            else "before the first step of training"
+        )
+        how = "" if trained else f" To go on:\n  {_how_to_resume(args)}"
+        print(f"\nStopped {getattr(stop, 'where', where)}.{how}", file=sys.stderr)
+        return 128 + getattr(stop, "signal", signal.SIGINT)
+
+
+def _load_and_run(args: argparse.Namespace, steps: int) -> int:
     started = time.perf_counter()
-    # Threads that wait by spinning make a run several times slower as soon as another program needs a core.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     print("Loading the libraries …", flush=True)
     from qlora_helpers import evaluation
     from qlora_helpers.chats import read_chats, split_question
+    from qlora_helpers.checkpoints import record_of, where_to_start
     from qlora_helpers.files import data_path
     from qlora_helpers.hardware import detect, peak_memory_bytes
     from qlora_helpers.models import SHIPPED_MODEL, bytes_by_part, load_model, load_tokenizer
     from qlora_helpers.training import Settings, train
 
     hardware = detect()
-    settings = Settings(steps=args.steps, save_steps=100)
+    settings = Settings(steps=steps, save_steps=100)
     folder = args.output
-    if folder.exists() and not args.resume:
-        kept = _move_aside(folder)
-        print(f"The run that was in {folder} is now in {kept}.")
 
     tokenizer = load_tokenizer()
     model = load_model(quantization="nf4", hardware=hardware)
     training_chats = read_chats(data_path("chats", "train.jsonl"), tokenizer, settings.max_length)
     test_chats = read_chats(data_path("chats", "test.jsonl"), tokenizer, settings.max_length)
+    record = record_of(model, training_chats, settings, hardware.compute_dtype)
+    where_to_start(folder, record, args.resume, float16=hardware.gear == "t4")  # refuses before anything is asked
     parts = bytes_by_part(model)
     print(f"\nLoaded {SHIPPED_MODEL} in the {hardware.gear} gear: {sum(parts.values()):,} bytes")
     for part, count in parts.items():
@@ -94,17 +162,6 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _move_aside(folder: Path) -> Path:
-    """Rename a finished run's folder after the time of its last change, so that a new run overwrites nothing."""
-    stamp = time.strftime("%Y-%m-%d-%H%M%S", time.localtime(folder.stat().st_mtime))
-    target = folder.with_name(f"{folder.name}-until-{stamp}")
-    number = 2
-    while target.exists():
-        target = folder.with_name(f"{folder.name}-until-{stamp}-{number}")
-        number += 1
-    return folder.rename(target)
-
-
 def _print_report(report: dict, path: Path) -> None:
     share = report["trainable_parameters"] / report["all_parameters"]
     print(f"""
@@ -124,83 +181,27 @@ adapter               {report["adapter_path"]}
 report                {path.as_posix()}""")
 
 
-def _doctor(args: argparse.Namespace) -> int:
-    """Print what this machine has, or the entry for a pasted error.
-
-    Returns 1 if something stands in the way of the lessons, or if there is no entry.
-    """
-    if args.error is not None:
-        answer = troubleshooting.search(sys.stdin.read() if args.error == "-" else args.error)
-        print(troubleshooting.report(answer))
-        return 0 if answer.entry else 1
-    problems = []
-    print(f"Python         {platform.python_version()} on {platform.system()} {platform.machine()}")
-    for name in PACKAGES:
-        try:
-            print(f"{name:15}{importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            print(f"{name:15}missing")
-            if name in ("jupyterlab", "nbval"):
-                continue  # Colab has its own notebook and needs no nbval
-            problems.append(f"{name} is not installed: run  pip install -r requirements.txt")
-    if problems:
-        return _verdict(problems)
-
-    import torch
-
-    from qlora_helpers.files import data_path
-    from qlora_helpers.hardware import detect
-
-    try:
-        hardware = detect()
-    except ValueError as error:
-        return _verdict([str(error)])
-    print(f"{'memory':15}{hardware.host_bytes / GIB:.1f} GiB, {hardware.cores} cores")
-    if hardware.gpu_name:
-        major, minor = hardware.capability
-        print(f"{'GPU':15}{hardware.gpu_name}, {hardware.gpu_bytes / GIB:.1f} GiB, compute capability {major}.{minor}")
-        print(
-            f"{'bfloat16':15}{'native' if hardware.native_bfloat16 else 'emulated only, so slow: the course uses float16'}"
-        )
-    else:
-        print(f"{'GPU':15}none that torch {torch.__version__} can see")
-    print(f"{'gear':15}{hardware.gear} (by {hardware.chosen_by}), matrix products in {hardware.compute_dtype}")
-    if hardware.host_bytes < 2 * GIB:
-        problems.append("less than 2 GiB of main memory: the run in lesson 4 needs about 1 GiB")
-    try:
-        data_path("tiny-llama", "model.safetensors")
-    except FileNotFoundError as error:
-        problems.append(str(error))
-    if hardware.gpu_name and hardware.capability < (7, 5):
-        problems.append(f"{hardware.gpu_name} is older than compute capability 7.5: set QLORA_GEAR=cpu")
-    return _verdict(problems)
-
-
-def _verdict(problems: list[str]) -> int:
-    print("\n" + ("\n".join(f"✗ {problem}" for problem in problems) or "✓ nothing stands in the way of the lessons"))
-    return 1 if problems else 0
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m qlora_helpers")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="the full QLoRA run, with a report")
     run.add_argument("--output", type=Path, default=Path("runs/latest"), help="folder for the adapter and report.json")
-    run.add_argument("--steps", type=int, default=300)
+    run.add_argument("--steps", type=_steps, help=f"optimizer steps: {STEPS}, or those of the run that is resumed")
     run.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint in the output folder")
     run.set_defaults(function=_run)
     memory = commands.add_parser("memory", help="will a run fit on a GPU, what takes the memory, and what helps")
     report.add_arguments(memory)
     memory.set_defaults(function=report.command)
-    doctor = commands.add_parser(
+    examine = commands.add_parser(
         "doctor", help="what this machine has, and what is wrong with it; or what an error means"
     )
-    doctor.add_argument(
-        "--error",
-        metavar="TEXT",
-        help=f"look an error up in {troubleshooting.PAGE}: its message or a whole traceback; - reads it from standard input",
+    doctor.add_arguments(examine)
+    examine.set_defaults(function=doctor.command)
+    before_class = commands.add_parser(
+        "preflight", help="before class: is this machine ready, and do the lessons hold here"
     )
-    doctor.set_defaults(function=_doctor)
+    preflight.add_arguments(before_class)
+    before_class.set_defaults(function=preflight.command)
     args = parser.parse_args(argv)
     try:
         code = args.function(args)
@@ -209,6 +210,10 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        print("\nStopped by Ctrl-C.", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -12,6 +12,7 @@ import jinja2
 
 ROLES = ("system", "user", "assistant")
 Chat = list[dict[str, str]]
+FORM = '{"messages": [...]}'
 
 
 class ChatError(ValueError):
@@ -21,7 +22,7 @@ class ChatError(ValueError):
 def fault_in(chat: object) -> str | None:
     """What is wrong with one line of a chat file, already decoded; None if nothing is."""
     if not isinstance(chat, dict) or not isinstance(chat.get("messages"), list) or not chat["messages"]:
-        return 'no messages: expected {"messages": [...]} with at least one message'
+        return f"no messages: expected {FORM} with at least one message"
     previous = None
     for number, message in enumerate(chat["messages"], start=1):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
@@ -56,14 +57,24 @@ def read_chats(path: str | Path, tokenizer=None, max_length: int | None = None) 
 
     Raises:
         ChatError: bad lines, each named with file, line number and reason (the first 20 of them), or no chat at all.
-        ValueError: `max_length` without a tokenizer.
+        ValueError: `max_length` without a tokenizer, or no number of tokens.
+        OSError: the file cannot be read.
     """
     if max_length is not None and tokenizer is None:
         raise ValueError(f"max_length={max_length} is counted in tokens: pass the tokenizer too")
+    if max_length is not None and not (isinstance(max_length, int) and max_length > 0):
+        raise ValueError(
+            f"max_length={max_length!r}: must be a whole number of tokens, 1 or more, or None for any length"
+        )
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        cure = "name a JSONL file, one chat a line"
+        raise type(error)(f"path={str(path)!r} cannot be read ({error.strerror}): {cure}") from error
     chats: dict[int, Chat] = {}
     faults: dict[int, str] = {}
     # by bytes: str.splitlines would also split at characters such as U+2028, which JSON allows within a text
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -84,7 +95,7 @@ def read_chats(path: str | Path, tokenizer=None, max_length: int | None = None) 
         more = f"\n… and {len(lines) - 20} more" if len(lines) > 20 else ""
         raise ChatError("\n".join(lines[:20]) + more)
     if not chats:
-        raise ChatError(f"{path}: there is no chat in this file")
+        raise ChatError(f"path={str(path)!r}: there is no chat in this file. Each line must be one: {FORM}")
     return list(chats.values())
 
 
@@ -101,7 +112,9 @@ def _too_long(chats: dict[int, Chat], tokenizer, max_length: int) -> dict[int, s
                 faults[number] = f"the chat template refuses it: {error}"
     for number, length in lengths.items():
         if length > max_length:
-            faults[number] = f"{length} tokens, over the limit of {max_length}: the answer would be cut"
+            faults[number] = (
+                f"{length} tokens, over max_length={max_length}: the answer would be cut. Raise max_length or shorten the chat"
+            )
     return faults
 
 

@@ -15,16 +15,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from qlora_helpers.quiet import quieten
+from qlora_helpers.run_folder import RECORD, RESULT, numbered_checkpoints, trainer_state
 
 quieten()
 
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 
-RECORD = "run.json"  # what a run was begun with
 PARTS = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 WEIGHTS = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}  # by the method of a run
-RESULT = {"lora": "adapter", "full": "model"}  # the folder of what a finished run has trained
 # these say when to save and to log, not what to compute
 FREE_TO_CHANGE = ("save_steps", "save_minutes", "keep_checkpoints", "log_steps")
 # what runs did before they could choose: a record from that time lacks the setting
@@ -46,20 +45,6 @@ class SaveByTheClock(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         self.last = time.monotonic()
-
-
-def _numbered(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, the newest first."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
-
-
-def _state(checkpoint: Path) -> dict | None:
-    """The trainer's state in a checkpoint; None if it was cut off, since this file is written last."""
-    try:
-        return json.loads((checkpoint / "trainer_state.json").read_text())
-    except (FileNotFoundError, ValueError):
-        return None
 
 
 def _damaged(part: Path) -> bool:
@@ -86,8 +71,8 @@ def last_whole_checkpoint(folder: str | Path, float16: bool = False, method: str
     Raises:
         ValueError: the newest whole checkpoint lacks one of its parts.
     """
-    for path in _numbered(Path(folder)):
-        if _state(path) is None:
+    for path in numbered_checkpoints(Path(folder)):
+        if trainer_state(path) is None:
             continue  # cut off while it was written
         parts = (WEIGHTS[method], *PARTS, *["scaler.pt"] * float16)
         damaged = [part for part in parts if _damaged(path / part)]
@@ -102,7 +87,7 @@ def last_whole_checkpoint(folder: str | Path, float16: bool = False, method: str
 
 def steps_done(checkpoint: Path) -> int:
     """Optimizer steps that lie behind a whole checkpoint."""
-    return _state(checkpoint)["global_step"]
+    return trainer_state(checkpoint)["global_step"]
 
 
 def logged(log_history: list[dict], name: str = "loss") -> list[tuple[int, float]]:
@@ -112,7 +97,7 @@ def logged(log_history: list[dict], name: str = "loss") -> list[tuple[int, float
 
 def log_history(checkpoint: Path) -> list[dict]:
     """The trainer's log up to a whole checkpoint."""
-    return _state(checkpoint)["log_history"]
+    return trainer_state(checkpoint)["log_history"]
 
 
 def record_of(model, chats: list, settings, compute_dtype) -> dict:
@@ -146,12 +131,12 @@ def where_to_start(folder: Path, record: dict, resume: bool, float16: bool) -> P
     begun, finished = folder / RECORD, folder / RESULT[record["method"]]
     if finished.is_dir() and not any(finished.iterdir()):
         finished.rmdir()  # a Drive that lost its runtime may know the folder, and not what was in it
-    if not resume and (finished.exists() or begun.exists() or _numbered(folder)):
+    if not resume and (finished.exists() or begun.exists() or numbered_checkpoints(folder)):
         raise FileExistsError(f"output_dir={str(folder)!r} holds a run already: name a new folder, or pass resume=True")
     if finished.exists():
         raise ValueError(f"the run in {folder} is finished: load what it trained, or name a new folder for another run")
     if not begun.exists():
-        if _numbered(folder):
+        if numbered_checkpoints(folder):
             raise ValueError(
                 f"{folder} has checkpoints and no {RECORD}: what they belong to is unknown. Name a new folder"
             )
@@ -172,15 +157,14 @@ def where_to_start(folder: Path, record: dict, resume: bool, float16: bool) -> P
             "new folder"
         )
     checkpoint = last_whole_checkpoint(folder, float16, record["method"])
-    for path in _numbered(folder):
-        if _state(path) is None:
+    for path in numbered_checkpoints(folder):
+        if trainer_state(path) is None:
             shutil.rmtree(path)
     return checkpoint
 
 
 def write_record(folder: Path, record: dict) -> None:
     """Begin a run: write down what it is, so that after a kill the file is there in whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{RECORD}.part"
     part.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(part, folder / RECORD)

@@ -21,11 +21,17 @@ def _text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.10g}"
 
 
-def _exactly_equal(got: Any, want: Any) -> bool:
-    if isinstance(got, torch.Tensor) or isinstance(want, torch.Tensor):
-        both = isinstance(got, torch.Tensor) and isinstance(want, torch.Tensor)
-        return both and got.dtype == want.dtype and torch.equal(got, want)
-    return bool(got == want)
+def _exactly_equal(name: str, got: Any, want: Any) -> bool:
+    if not isinstance(got, torch.Tensor) or not isinstance(want, torch.Tensor):
+        either = isinstance(got, torch.Tensor) or isinstance(want, torch.Tensor)
+        return not either and bool(got == want)
+    if got.device != want.device:
+        raise ValueError(
+            f"check({name!r}): got is on {got.device}, want on {want.device}. Two devices add up in different orders, so "
+            "floats computed on both differ in their last bits: compute both on one device, or pass rel= or abs=. What was "
+            "only stored or gathered there can be brought back by .cpu()"
+        )
+    return got.dtype == want.dtype and torch.equal(got, want)
 
 
 def check(
@@ -42,11 +48,13 @@ def check(
     """Hold a number against what it should be; say exactly how it is held.
 
     Use one of: `want` with `rel` (a relative tolerance), `want` with `abs` (an absolute one), `want` with
-    `exact=True`, or a bound: `at_least`, `at_most` or both.
+    `exact=True`, or a bound: `at_least`, `at_most` or both. `exact=True` is for counts and texts, for codes and values
+    gathered from a table, and for floats that the same operations have made on the same device.
 
     Raises:
         CheckFailed: it does not hold; the message has both values and the tolerance.
-        ValueError: none or several of the ways are asked for, or a tolerance is not a positive number.
+        ValueError: none or several of the ways are asked for, or a tolerance is not a positive number; or two tensors on
+            different devices should be exactly equal.
     """
     bounded = at_least is not None or at_most is not None
     ways = [rel is not None, abs is not None, exact, bounded]
@@ -61,7 +69,7 @@ def check(
             )
 
     if exact:
-        holds, held = _exactly_equal(got, want), "exactly"
+        holds, held = _exactly_equal(name, got, want), "exactly"
         said = "equal, bit for bit" if isinstance(want, torch.Tensor) else _text(want)
     elif bounded:
         holds = (at_least is None or got >= at_least) and (at_most is None or got <= at_most)

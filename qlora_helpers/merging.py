@@ -80,7 +80,8 @@ def merge_files(base: str | Path, adapter: str | Path, folder: str | Path, overw
     """Merge into the original 16-bit weights from file to file, with one weight at a time in memory.
 
     The base's folder is copied, and each weight that the adapter changes is overwritten in the copy. W + B A alpha / r is
-    computed in float32 and rounded once to the base's own dtype, as `merge(adapter, "16bit")` does.
+    computed in float32 and rounded once to the base's own dtype. `merge(adapter, "16bit")` in the cpu gear, rounded to that
+    dtype, gives the same bit for bit; a GPU adds up in another order.
 
     Args:
         base: the folder of the 16-bit model, with its safetensors files.

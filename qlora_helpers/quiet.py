@@ -1,4 +1,4 @@
-"""Keep four harmless messages of the libraries out of the lessons, each by its own words; all others are shown."""
+"""Keep five harmless messages of the libraries out of the lessons, each by its own words; all others are shown."""
 
 import logging
 import warnings
@@ -11,6 +11,8 @@ _RENAMED = r"`(is_)?gradient_checkpointing` is deprecated"
 _ALIGNED = "The tokenizer has new PAD/BOS/EOS tokens"
 # transformers, when a model is dequantised as it was asked to be.
 _DEQUANTISED = "The modules are dequantized in"
+# transformers, when two checkpoints are less than a second apart, as on a fast GPU: it goes by their numbers then.
+_NO_SECOND_APART = "mtime may not be reliable on this filesystem"
 
 
 class _Drop(logging.Filter):
@@ -28,6 +30,7 @@ def quieten() -> None:
         ("bitsandbytes.backends.cpu.ops", _BITSANDBYTES),
         ("transformers.trainer_utils", _ALIGNED),
         ("transformers.trainer", _ALIGNED),
+        ("transformers.trainer_utils", _NO_SECOND_APART),
         ("transformers.integrations.bitsandbytes", _DEQUANTISED),
     ):
         filters = logging.getLogger(logger).filters

@@ -6,9 +6,11 @@ of a 4-bit base bfloat16, which would confound the comparison, break float16 tra
 """
 
 import math
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -16,7 +18,6 @@ import torch
 from qlora_helpers.adapters import save_adapter
 from qlora_helpers.chats import Chat, lengths_of
 from qlora_helpers.checkpoints import (
-    RESULT,
     WEIGHTS,
     SaveByTheClock,
     log_history,
@@ -27,9 +28,12 @@ from qlora_helpers.checkpoints import (
     write_record,
 )
 from qlora_helpers.hardware import Hardware, detect
+from qlora_helpers.interrupts import Interrupted, StopWhenAsked
 from qlora_helpers.models import save_model
 from qlora_helpers.quiet import quieten
+from qlora_helpers.run_folder import RESULT, make, steps_saved
 from qlora_helpers.spikes import Spike, SpikeWatch
+from qlora_helpers.threads import say_if_slowed
 
 quieten()
 
@@ -94,8 +98,15 @@ class Settings:
             raise ValueError(f"method={self.method!r}: choose one of {', '.join(RESULT)}")
         positive = ("steps", "batch_size", "accumulation", "learning_rate", "rank", "alpha", "max_length")
         for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be more than 0")
+            value = getattr(self, name)
+            if not (isinstance(value, Real) and value > 0):
+                raise ValueError(f"{name}={value!r}: must be more than 0")
+            if name in ("steps", "batch_size", "accumulation", "rank", "max_length") and not isinstance(
+                value, Integral
+            ):
+                raise ValueError(f"{name}={value!r}: must be a whole number")
+        if not (isinstance(self.warmup_steps, Real) and self.warmup_steps >= 0):
+            raise ValueError(f"warmup_steps={self.warmup_steps!r}: must be 0 or more")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule={self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
@@ -173,6 +184,8 @@ class _Recorder(TrainerCallback):
 class _Bar(TrainerCallback):
     """A progress bar with the loss behind it, in place of the trainer's, which prints a dictionary beside it."""
 
+    bar = None
+
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step")
 
@@ -184,7 +197,11 @@ class _Bar(TrainerCallback):
             self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}")
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
+        self.close()
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
 
 
 class _Trainer(SFTTrainer):
@@ -369,52 +386,54 @@ def train(
 
     Raises:
         FileExistsError: `output_dir` holds a run already, and `resume` is not set.
+        OSError: `output_dir` is a file, or cannot be written to.
         ValueError: a chat is too long; the last checkpoint lacks a part; the run in `output_dir` is finished, or was begun
             with other settings, chats, or another model.
         TrainingDiverged: the loss is no number any more, or float16 cannot hold the gradients.
+        Interrupted: Ctrl-C, a notebook's interrupt or SIGTERM. The step is finished and saved first; a second one stops at
+            once. It is a KeyboardInterrupt.
     """
     settings, hardware, output_dir = settings or Settings(), hardware or detect(), Path(output_dir)
     if not chats:
-        raise ValueError("chats is empty: there is nothing to learn")
+        raise ValueError(f"chats={chats!r}: there is nothing to learn. Pass a list of chats, as read_chats gives")
     record = record_of(model, chats, settings, hardware.compute_dtype)
     checkpoint = where_to_start(output_dir, record, resume, float16=hardware.compute_dtype == torch.float16)
+    make(output_dir, "output_dir")
     trainer = build_trainer(model, tokenizer, chats, output_dir, settings, hardware)
     write_record(output_dir, record)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if progress_bar:
         trainer.add_callback(_Bar)
-    recorder, watch = _Recorder(on_loss), _Watch(trainer)
+    recorder, watch, stop = _Recorder(on_loss), _Watch(trainer), StopWhenAsked()
     trainer.add_callback(recorder)
     trainer.add_callback(_SaveAsAsked)
+    trainer.add_callback(stop)
     if settings.save_minutes is not None:
         trainer.add_callback(SaveByTheClock(settings.save_minutes))
     trainer.add_callback(watch)  # after all that ask for a checkpoint
-    started = time.perf_counter()
-    if checkpoint and steps_done(checkpoint) >= settings.steps:
-        # killed between its last checkpoint and the end; the trainer would train one step more
+    if hardware.device == "cpu":
+        say_if_slowed(torch.get_num_threads())
+    with stop:
+        started = time.perf_counter()
+        _let_it_train(trainer, checkpoint, settings, output_dir, recorder, stop)
+        seconds = time.perf_counter() - started
+        model = trainer.model.eval()
         if settings.method == "full":
-            weights = load_file(checkpoint / WEIGHTS["full"])
-            trainer.model.load_state_dict(weights, strict=False)  # tied weights lie there once
+            trainable = total = model.num_parameters()
+            saved_path = save_model(model, tokenizer, output_dir / RESULT["full"])
         else:
-            set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint)))
-        recorder.take(log_history(checkpoint))
-    else:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.perf_counter() - started
+            trainable, total = model.get_nb_trainable_parameters()
+            saved_path = save_adapter(model, output_dir / RESULT["lora"])
     if watch.skipped:
         print(
             f"float16: gradients overflowed at {len(watch.skipped)} of {settings.steps} steps (the last is step "
             f"{watch.skipped[-1]}). These steps were skipped and the loss scale halved. A few at the start are normal; if it "
             "goes on, lower the learning rate."
         )
-    model = trainer.model.eval()
-    if settings.method == "full":
-        trainable = total = model.num_parameters()
-        saved_path = save_model(model, tokenizer, output_dir / RESULT["full"])
-    else:
-        trainable, total = model.get_nb_trainable_parameters()
-        saved_path = save_adapter(model, output_dir / RESULT["lora"])
+    if stop.signal is not None:  # it came in the last step, or while what was trained was saved
+        where = f"after the last of {settings.steps} steps; what was trained is in {saved_path}"
+        raise Interrupted(where, output_dir, finished=True, signal=stop.signal)
     return Run(
         model=model,
         history=recorder.history,
@@ -427,3 +446,36 @@ def train(
         skipped_steps=watch.skipped,
         spikes=watch.spike_watch.spikes,
     )
+
+
+def _let_it_train(
+    trainer, checkpoint: Path | None, settings, output_dir: Path, recorder: _Recorder, stop: StopWhenAsked
+):
+    """Train from a checkpoint, or from the start, to the last step.
+
+    Raises:
+        Interrupted: it did not come to the last step.
+    """
+    if checkpoint and steps_done(checkpoint) >= settings.steps:
+        # killed between its last checkpoint and the end; the trainer would train one step more
+        if settings.method == "full":
+            weights = load_file(checkpoint / WEIGHTS["full"])
+            trainer.model.load_state_dict(weights, strict=False)  # tied weights lie there once
+        else:
+            set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint)))
+        recorder.take(log_history(checkpoint))
+        return
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except KeyboardInterrupt:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, _Bar):
+                callback.close()
+        saved = steps_saved(output_dir)
+        where = f"in step {trainer.state.global_step + 1} of {settings.steps}; " + (
+            f"the last checkpoint is that of step {saved}" if saved else "nothing was saved"
+        )
+        raise Interrupted(where, output_dir, signal=stop.signal or signal.SIGINT) from None
+    if stop.stopped_at is not None:
+        where = f"after step {stop.stopped_at} of {settings.steps}, which is saved"
+        raise Interrupted(where, output_dir, signal=stop.signal)

@@ -7,9 +7,10 @@ and the first that answers counts:
    that a message is found in a long traceback, and wherever the terminal broke its lines. Of several messages the one
    that ends last counts, for that is where a traceback has its error; of those that end there, the longest.
 2. *Much of the message is in the text, or the text is a piece of one message.* A run of 24 characters counts if only one
-   entry has it.
-3. *Most of the text's words are in the entry*, counted by how rare they are among the entries. This is for one's own
-   words ("the model never stops") and for a traceback's last line alone.
+   entry has it; there must be eight of them.
+3. *Most of the text's words are in the entry*, counted by how rare they are among the entries. Two of them must be in its
+   heading or message, which tell what it is about, or it must have one name_like_this. This is for one's own words ("the
+   model never stops") and for a traceback's last line alone.
 
 If none answers, there is no entry, and that is said.
 """
@@ -25,6 +26,7 @@ PAGE = "TROUBLESHOOTING.md"
 PARTS = ("What it means", "Cure", "Where")
 ANYTHING = "…"
 RUN = 24  # characters in a row that two texts do not share by chance
+RUNS = 8  # so many of them, 31 characters if they are one piece: fewer are a phrase such as "Config.__init__() got an unexpected"
 SHORTEST = 8  # a text of fewer characters says too little to be a piece of a message
 ENOUGH = 0.65  # of a text's words, by their weight, to be taken for a description of an entry …
 AHEAD = 0.1  # … if the next best entry has so much less of them
@@ -229,7 +231,8 @@ def _shared_runs(plain: str, entries: tuple[Entry, ...]) -> Counter:
                 for start in range(len(literal) - RUN + 1):
                     owners.setdefault(literal[start : start + RUN], set()).add(entry)
     text_runs = {plain[start : start + RUN] for start in range(len(plain) - RUN + 1)}
-    return Counter(next(iter(owners[run])) for run in text_runs if len(owners.get(run, ())) == 1)
+    shared = Counter(next(iter(owners[run])) for run in text_runs if len(owners.get(run, ())) == 1)
+    return Counter({entry: count for entry, count in shared.items() if count >= RUNS})
 
 
 def _pieces(text: str, plain: str, entries: tuple[Entry, ...]) -> Counter:
@@ -250,7 +253,8 @@ _COMMON = set(
     "has have help her his how into its just like more most not now only other our out over please shall should some "
     "such than that the their them then there these they this those too under until was were what when where which "
     "while who why will with would you your pip install is it in on of to as at by be do if an or no so up we my me he us am very again always during error errors exception fails failed line file last "
-    "call recent traceback run runs running try trying using use used happens problem wrong says said see".split()
+    "call recent traceback run runs running try trying using use used happens problem wrong says said see "
+    "command found module named qlora_helpers".split()  # the last is in many cures, and in every traceback of the course
 )
 
 
@@ -267,10 +271,16 @@ def _stem(word: str) -> str:
 
 
 @cache
+def _seen_words(entry: Entry) -> set[str]:
+    """The words of an entry's heading and of what one sees."""
+    return _words(" ".join((entry.heading, *_sights(entry))))
+
+
+@cache
 def _vocabulary(entry: Entry) -> dict[str, float]:
     """What each word of an entry counts: one for names_like_this, in its heading and in what one sees; else a half."""
     explanation = {word: 1.0 if "_" in word else 0.5 for word in _words(f"{entry.meaning} {entry.cure}")}
-    return explanation | dict.fromkeys(_words(" ".join((entry.heading, *_sights(entry)))), 1.0)
+    return explanation | dict.fromkeys(_seen_words(entry), 1.0)
 
 
 def _shares_of_words(text: str, entries: tuple[Entry, ...]) -> Counter:
@@ -288,7 +298,7 @@ def _shares_of_words(text: str, entries: tuple[Entry, ...]) -> Counter:
     scores = Counter()
     for entry in entries:
         shared = {word: _vocabulary(entry)[word] for word in words if word in _vocabulary(entry)}
-        if total and (len(shared) > 1 or any("_" in word for word in shared)):
+        if total and (len(words & _seen_words(entry)) > 1 or any("_" in word for word in shared)):
             scores[entry] = sum(weights[word] * share for word, share in shared.items()) / total
     return scores
 

@@ -10,19 +10,23 @@ import argparse
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+import forking  # in notebooks/
+
 STEPS = 24
 SAVES = (5, 10, 15, 20, 24)
 PLACES = ("between steps", "inside a save", "inside the last save")
 
 
-def work(folder: Path, kill_in_save: int) -> None:
+def work(folder: Path, kill_in_save: int, told: Connection) -> None:
     """One process: begin the run in `folder` or go on with it; die while the checkpoint of a step is written."""
     import torch
     from transformers import Trainer
@@ -45,43 +49,69 @@ def work(folder: Path, kill_in_save: int) -> None:
         steps=STEPS, batch_size=4, accumulation=2, warmup_steps=2, rank=4, dropout=0.1, save_steps=5,
         optimizer="adamw_8bit",
     )  # fmt: skip
-
-    def tell(history):
-        print("step", history[-1][0], flush=True)
-
-    train(load_model(), TOKENIZER, CHATS, folder, settings, resume=True, on_loss=tell)
-
-
-def start(folder: Path, kill_in_save: int = 0) -> subprocess.Popen:
-    command = [sys.executable, __file__, "--work", str(folder), "--kill-in-save", str(kill_in_save)]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        train(
+            load_model(),
+            TOKENIZER,
+            CHATS,
+            folder,
+            settings,
+            resume=True,
+            on_loss=lambda history: told.send(history[-1][0]),
+        )
+    except BaseException:
+        told.send(traceback.format_exc())
+        raise
 
 
-def finish(process: subprocess.Popen) -> None:
-    output = process.communicate()[0]
-    if process.returncode:
-        raise RuntimeError(f"the run ended with {process.returncode}:\n{output}")
+class Working:
+    """A process that trains, and what it tells: a number for each step that it logs, a text for an error."""
 
+    def __init__(self, folder: Path, kill_in_save: int = 0):
+        self.tells, told = forking.context().Pipe(duplex=False)
+        self.process = forking.start(work, folder, kill_in_save, told)
+        told.close()  # the worker has it now: when it dies, reading ends
 
-def kill_at(process: subprocess.Popen, step: int, delay: float) -> bool:
-    """Kill a process `delay` seconds after it has logged `step`; whether it was still alive."""
-    for line in process.stdout:
-        if line.startswith("step ") and int(line.split()[1]) >= step:
-            time.sleep(delay)
-            break
-    alive = process.poll() is None
-    process.kill()
-    process.communicate()
-    return alive
+    def told(self) -> Iterator[int]:
+        """The steps as they are logged, until the process ends.
+
+        Raises:
+            RuntimeError: the run has failed; with its traceback.
+        """
+        while True:
+            try:
+                said = self.tells.recv()
+            except EOFError:
+                return
+            if isinstance(said, str):
+                raise RuntimeError(said)
+            yield said
+
+    def end(self) -> int:
+        """Wait for the end. Returns the exit code, which is negative after a signal."""
+        for _ in self.told():
+            pass
+        self.process.join()
+        return self.process.exitcode
+
+    def finish(self) -> None:
+        if code := self.end():
+            raise RuntimeError(f"the run ended with {code}")
+
+    def kill_at(self, step: int, delay: float) -> bool:
+        """Kill it `delay` seconds after it has logged `step`; whether it was still alive."""
+        for logged in self.told():
+            if logged >= step:
+                time.sleep(delay)
+                break
+        alive = self.process.is_alive()
+        self.process.kill()
+        self.process.join()
+        return alive
 
 
 def uninterrupted(folder: Path) -> Path:
-    finish(start(folder))
+    Working(folder).finish()
     return folder / "adapter"
 
 
@@ -95,20 +125,19 @@ def trial(folder: Path, where: str, chance: random.Random, times: int = 1, refer
     for _ in range(times):
         if where == "between steps":
             step, delay = chance.randrange(1, STEPS), chance.random() * 0.3
-            killed += kill_at(start(folder / "killed"), step, delay)
+            killed += Working(folder / "killed").kill_at(step, delay)
         else:
             last = last_whole_checkpoint(folder / "killed")
             saves = [step for step in SAVES if step > (steps_done(last) if last else 0)]
-            process = start(folder / "killed", kill_in_save=chance.choice(saves) if where == "inside a save" else STEPS)
-            output = process.communicate()[0]
-            killed += process.returncode == -signal.SIGKILL
-            if process.returncode not in (0, -signal.SIGKILL):
-                raise RuntimeError(output)
+            code = Working(folder / "killed", chance.choice(saves) if where == "inside a save" else STEPS).end()
+            killed += code == -signal.SIGKILL
+            if code not in (0, -signal.SIGKILL):
+                raise RuntimeError(f"the run ended with {code}")
         at.append(max((int(p.name[11:]) for p in (folder / "killed").glob("checkpoint-*")), default=0))
         if (folder / "killed" / "adapter").exists():
             break  # the kill came too late
     else:
-        finish(start(folder / "killed"))
+        Working(folder / "killed").finish()
     differ = differing(adapter(folder / "killed" / "adapter"), adapter(reference))
     return {"where": where, "kills": killed, "newest folder then": at, "differing tensors": len(differ)}
 
@@ -116,23 +145,24 @@ def trial(folder: Path, where: str, chance: random.Random, times: int = 1, refer
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--kill-in-save", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--workers", type=int, default=2, help="so many runs at a time, each on one thread")
     args = parser.parse_args()
-    if args.work:
-        work(args.work, args.kill_in_save)
-        return
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     failed = 0
     with tempfile.TemporaryDirectory() as scratch:
         reference = uninterrupted(Path(scratch) / "reference")
         print(f"{STEPS} steps each, a checkpoint every 5, dropout, accumulation, 8-bit AdamW\n")
         print(f"{'run':4} {'killed':22} {'kills':>5}  {'newest checkpoint then':24} differing tensors")
-        for number in range(args.trials):
-            where, chance = PLACES[number % 3], random.Random(number)
-            row = trial(Path(scratch) / str(number), where, chance, times=1 + number % 3, reference=reference)
-            failed += row["differing tensors"] > 0 or row["kills"] == 0
-            at = ", ".join(map(str, row["newest folder then"]))
-            print(f"{number + 1:<4} {where:22} {row['kills']:5}  {at:24} {row['differing tensors']}", flush=True)
+
+        def numbered(number: int) -> dict:
+            folder, chance = Path(scratch) / str(number), random.Random(number)
+            return trial(folder, PLACES[number % 3], chance, times=1 + number % 3, reference=reference)
+
+        with ThreadPoolExecutor(args.workers) as pool:  # the threads only wait for the processes that train
+            for number, row in enumerate(pool.map(numbered, range(args.trials)), start=1):
+                failed += row["differing tensors"] > 0 or row["kills"] == 0
+                at = ", ".join(map(str, row["newest folder then"]))
+                print(f"{number:<4} {row['where']:22} {row['kills']:5}  {at:24} {row['differing tensors']}", flush=True)
     print(f"\n{args.trials - failed} of {args.trials} runs ended bit-identical to the uninterrupted one")
     sys.exit(1 if failed else 0)
 

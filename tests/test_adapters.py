@@ -1,15 +1,17 @@
 """Adapters as files: what is read from them, saved and loaded to the last bit, refused where they do not belong."""
 
 import json
+import os
 import shutil
 import signal
-import subprocess
 import sys
 
+import peft.peft_model
 import pytest
 import torch
 from peft import PeftModel
 
+import forking  # in notebooks/
 from qlora_helpers import evaluation
 from qlora_helpers.adapters import WrongBase, _base_name, describe, load_adapter, same_name, save_adapter
 from qlora_helpers.chats import read_chats, split_question
@@ -125,27 +127,26 @@ def test_an_adapter_is_not_overwritten_without_a_word(model, tmp_path):
     assert differing(adapter(folder), adapter(SHIPPED)) != []
 
 
-CRASH = """
-import os, signal, sys
-from qlora_helpers.adapters import load_adapter, save_adapter
-from qlora_helpers.models import load_model
-import peft.peft_model
-model = load_adapter(load_model(), sys.argv[1])
-whole = peft.peft_model.safe_save_file
-def half(tensors, path, **options):
-    whole(tensors, path, **options)
-    os.truncate(path, os.path.getsize(path) // 2)
-    os.kill(os.getpid(), signal.SIGKILL)
-peft.peft_model.safe_save_file = half
-save_adapter(model, sys.argv[2], overwrite=True)
-"""
+def crash_while_saving(folder):
+    """In a process of its own: die in the middle of the adapter's file."""
+    model = load_adapter(load_model(), SHIPPED)
+    whole = peft.peft_model.safe_save_file
+
+    def half(tensors, path, **options):
+        whole(tensors, path, **options)
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    peft.peft_model.safe_save_file = half
+    save_adapter(model, folder, overwrite=True)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 def test_a_crash_while_an_adapter_is_saved_leaves_the_old_one_whole(tmp_path):
     folder = shutil.copytree(SHIPPED, tmp_path / "adapter")
-    crashed = subprocess.run([sys.executable, "-c", CRASH, str(SHIPPED), str(folder)], stderr=subprocess.DEVNULL)
-    assert crashed.returncode == -signal.SIGKILL
+    crashed = forking.start(crash_while_saving, folder)
+    crashed.join()
+    assert crashed.exitcode == -signal.SIGKILL
     assert (tmp_path / "adapter.part" / "adapter_model.safetensors").exists()  # it came in the middle of the file
     assert differing(adapter(folder), adapter(SHIPPED)) == []
     assert describe(folder).parameters == 262_144

@@ -136,7 +136,14 @@ def test_a_layer_that_meets_fault_b_is_refused_by_name(in_features):
 
 
 def test_layers_of_whole_blocks_pass_and_other_linears_are_left_alone():
-    make_safe_on_cpu(torch.nn.ModuleDict({"a": linear4bit(64), "b": linear4bit(512), "c": torch.nn.Linear(33, 5)}))
+    other = torch.nn.Linear(33, 5)
+    model = torch.nn.ModuleDict({"a": linear4bit(64), "b": linear4bit(512), "c": other})
+    for layer in (model["a"], model["b"]):
+        layer.support_avx512bf16_for_cpu = True  # what bitsandbytes sets on such a CPU
+    before, weight = dict(vars(other)), other.weight.clone()
+    make_safe_on_cpu(model)
+    assert not model["a"].support_avx512bf16_for_cpu and not model["b"].support_avx512bf16_for_cpu
+    assert vars(other).keys() == before.keys() and torch.equal(other.weight, weight)
 
 
 # A value that is not finite

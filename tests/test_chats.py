@@ -144,7 +144,13 @@ def test_a_file_without_a_chat_is_refused(write, lines):
     path = write(*lines)
     with pytest.raises(ChatError) as caught:
         read_chats(path)
-    assert str(caught.value) == f"{path}: there is no chat in this file"
+    assert str(caught.value).startswith(f"path={str(path)!r}: there is no chat in this file. Each line must be one: {{")
+
+
+@pytest.mark.parametrize("name", ["nowhere.jsonl", "."])
+def test_a_file_that_cannot_be_read_names_the_argument_and_the_cure(name, tmp_path):
+    with pytest.raises(OSError, match=r"path='.*' cannot be read \(.+\): name a JSONL file, one chat a line"):
+        read_chats(tmp_path / name)
 
 
 def test_a_chat_of_more_tokens_than_allowed_is_named(write, tokenizer):
@@ -153,7 +159,7 @@ def test_a_chat_of_more_tokens_than_allowed_is_named(write, tokenizer):
     path = write(GOOD, long)
     with pytest.raises(ChatError) as caught:
         read_chats(path, tokenizer, max_length=length)
-    fault = f"{count_tokens(long, tokenizer)} tokens, over the limit of {length}: the answer would be cut"
+    fault = f"{count_tokens(long, tokenizer)} tokens, over max_length={length}: the answer would be cut. Raise max_length or shorten the chat"
     assert str(caught.value) == f"{path}, line 2: {fault}"
 
 
@@ -173,6 +179,12 @@ def test_tokens_are_those_that_the_model_is_given(tokenizer):
 def test_a_limit_without_a_tokenizer_is_refused(write):
     with pytest.raises(ValueError, match="max_length=64 is counted in tokens: pass the tokenizer too"):
         read_chats(write(GOOD), max_length=64)
+
+
+@pytest.mark.parametrize("length", [0, -1, 1.5, "64"])
+def test_a_limit_that_is_no_number_of_tokens_is_refused(write, tokenizer, length):
+    with pytest.raises(ValueError, match=f"max_length={length!r}: must be a whole number of tokens"):
+        read_chats(write(GOOD), tokenizer, max_length=length)
 
 
 def test_the_question_is_all_before_the_last_answer():

@@ -1,16 +1,20 @@
 """A run that is killed at any moment goes on as if nothing had happened, or is refused with a sentence."""
 
 import json
+import logging
 import random
 import re
 import shutil
 import time
+from logging.handlers import BufferingHandler
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers.trainer_utils import sort_checkpoints
 from trl import SFTTrainer
 
+import kills
 from qlora_helpers import training
 from qlora_helpers.checkpoints import PARTS, WEIGHTS, last_whole_checkpoint
 from qlora_helpers.models import load_model
@@ -108,6 +112,21 @@ def test_a_checkpoint_is_written_when_its_minutes_are_over_and_the_newest_two_ar
     run(tmp_path, Settings(steps=9, batch_size=1, rank=4, save_minutes=2.5), CHATS[:4])
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-9"}  # 3 is gone
     assert last_whole_checkpoint(tmp_path).name == "checkpoint-9"
+
+
+def test_checkpoints_of_one_second_leave_no_warning_on_the_page(tmp_path):
+    """A fast GPU writes them so. transformers then sorts them by their numbers, and says so."""
+    for step in (8, 16):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    seen, logger = BufferingHandler(100), logging.getLogger("transformers")
+    logger.addHandler(seen)
+    logging.Logger.warning_once.cache_clear()  # a test before this one may have used up the one time
+    try:
+        found = sort_checkpoints(str(tmp_path), use_mtime=True)
+    finally:
+        logger.removeHandler(seen)
+    assert [path.rpartition("-")[2] for path in found] == ["8", "16"]
+    assert not seen.buffer
 
 
 # Which checkpoint is whole
@@ -233,6 +252,13 @@ def test_checkpoints_of_an_unknown_run_are_refused(interrupted):
         run(interrupted, resume=True)
 
 
+@pytest.mark.parametrize(("folder", "said"), [("file", "is a file"), ("file/below", r"cannot be written to \(.+\)")])
+def test_a_folder_for_a_run_that_is_none_names_the_argument_and_the_cure(folder, said, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=rf"output_dir='.*{folder}' {said}: name a "):
+        run(tmp_path / folder)
+
+
 def test_a_run_that_could_not_begin_leaves_its_folder_free(tmp_path):
     with pytest.raises(ValueError, match="over max_length=5"):
         run(tmp_path / "new", Settings(steps=1, max_length=5))
@@ -242,10 +268,13 @@ def test_a_run_that_could_not_begin_leaves_its_folder_free(tmp_path):
 # Real kills, each in a process of its own
 
 
-@pytest.mark.parametrize("where", ["between steps", "inside a save", "inside the last save"])
-def test_a_killed_process_leaves_a_run_that_ends_bit_identical(where, tmp_path):
-    import kills
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return kills.uninterrupted(tmp_path_factory.mktemp("reference"))
 
-    result = kills.trial(tmp_path, where, random.Random(where))
+
+@pytest.mark.parametrize("where", kills.PLACES)
+def test_a_killed_process_leaves_a_run_that_ends_bit_identical(where, uninterrupted, tmp_path):
+    result = kills.trial(tmp_path, where, random.Random(where), reference=uninterrupted)
     assert result["kills"] >= 1
     assert result["differing tensors"] == 0, json.dumps(result)

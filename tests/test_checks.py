@@ -87,6 +87,11 @@ def test_tensors_that_differ_in_anything_are_not_exactly_equal(other):
         check("weights", other, torch.tensor([1.0, 2.0]), exact=True)
 
 
+def test_tensors_on_two_devices_are_not_held_bit_for_bit():
+    with pytest.raises(ValueError, match=r"check\('weights'\): got is on meta, want on cpu.*both on one device"):
+        check("weights", torch.ones(2, device="meta"), torch.ones(2), exact=True)
+
+
 @pytest.mark.parametrize(
     "way",
     [

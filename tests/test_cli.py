@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from qlora_helpers import evaluation
 from qlora_helpers.__main__ import main
 from qlora_helpers.files import data_path
 from qlora_helpers.memory import FineTuning, cures, find_gpu, find_shape, largest_batch, longest_sequence, predict
@@ -19,7 +20,7 @@ def call(*arguments, cwd, **environment):
     return subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False)
 
 
-def test_run_reports_its_figures_and_overwrites_nothing(tmp_path):
+def test_run_reports_its_figures_and_overwrites_nothing(tmp_path, monkeypatch, capsys):
     first = call("run", "--steps", 2, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     report = json.loads((tmp_path / "runs" / "latest" / "report.json").read_text())
@@ -39,29 +40,25 @@ def test_run_reports_its_figures_and_overwrites_nothing(tmp_path):
     # the only thing on stderr is the progress bar
     assert all("step" in line for line in first.stderr.replace("\r", "\n").splitlines() if line.strip())
 
-    finished = call("run", "--steps", 2, "--resume", cwd=tmp_path)
-    assert finished.returncode == 2
-    assert "finished" in finished.stderr
+    # the next two in this process, which has the libraries loaded, and without asking
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "--resume"]) == 2
+    assert "finished. Leave out --resume" in capsys.readouterr().err
 
-    second = call("run", "--steps", 1, cwd=tmp_path)
-    assert second.returncode == 0, second.stderr
+    monkeypatch.setattr(evaluation, "exact_match", lambda *args: 0.5)
+    monkeypatch.setattr(evaluation, "loss", lambda *args: 1.0)
+    assert main(["run", "--steps", "1"]) == 0
     kept = [path for path in (tmp_path / "runs").iterdir() if path.name != "latest"]
     assert len(kept) == 1
     assert json.loads((kept[0] / "report.json").read_text()) == report
 
 
-def test_doctor_finds_nothing_wrong_here(tmp_path):
-    done = call("doctor", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "gear" in done.stdout
-    assert "nothing stands in the way" in done.stdout
-
-
-def test_doctor_names_what_is_wrong_and_the_cure(tmp_path):
-    done = call("doctor", cwd=tmp_path, QLORA_GEAR="warp")
-    assert done.returncode == 1
-    assert "QLORA_GEAR='warp'" in done.stdout
-    assert "cpu, t4, ampere" in done.stdout
+@pytest.mark.parametrize("steps", ["0", "-1", "abc", "1.5"])
+def test_a_number_of_steps_that_is_none_is_refused(steps, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", "--steps", steps])
+    assert stopped.value.code == 2
+    assert f"--steps: '{steps}' is no number of steps: name a whole number, 1 or more" in capsys.readouterr().err
 
 
 # ---- memory: in this process, which is quicker; main() is what the command runs

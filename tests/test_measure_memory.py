@@ -6,8 +6,6 @@ import importlib.metadata
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,19 +18,16 @@ import memory_plan
 from qlora_helpers.files import data_path
 from qlora_helpers.memory import FineTuning, ModelShape, predict
 from qlora_helpers.memory.prediction import METHODS, OPTIMIZERS
+from scripts import call
 
 PLAN, FRESH = memory_plan.all_rows(), memory_plan.all_rows(fresh=True)
 TABLES = {"memory.json": PLAN, "memory_fresh.json": FRESH}
 SETTINGS = [field.name for field in dataclasses.fields(FineTuning) if field.name != "accumulation"]  # always 1
-SCRIPT = Path(memory_plan.__file__).with_name("measure_memory.py")
 
 
 def measured(name):
     """The rows of a committed table."""
-    try:
-        return json.loads(data_path("measured", name).read_text())["rows"]
-    except FileNotFoundError:
-        pytest.skip(f"data/measured/{name} has not been measured")
+    return json.loads(data_path("measured", name).read_text())["rows"]
 
 
 def values(rows, name):
@@ -178,11 +173,6 @@ def test_the_card_s_memory_is_known_unless_the_driver_left_managed_memory_out(na
 # The script
 
 
-def script(*arguments):
-    done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout + done.stderr
-
-
 def test_missing_rows_are_measured_with_tiny_models_on_a_cpu_and_put_in_their_places(tmp_path):
     words, table = "smollm2-360m", tmp_path / "table.json"
     planned = [row for row in FRESH if words in row["label"]]
@@ -195,7 +185,7 @@ def test_missing_rows_are_measured_with_tiny_models_on_a_cpu_and_put_in_their_pl
     versions = {name: importlib.metadata.version(name) for name in measure_memory.PACKAGES}
     command = "python data/measure_memory.py --fresh"
     table.write_text(json.dumps({"versions": versions, "command": command, "rows": there}))
-    code, said = script("--dry", "--fresh", "--missing", "--row", words, "--table", str(table))
+    code, said = call(measure_memory.main, "--dry", "--fresh", "--missing", "--row", words, "--table", str(table))
     assert (code, "2 of 2 rows ran" in said) == (0, True), said
     rows = json.loads(table.read_text())["rows"]
     assert [row["label"] for row in rows] == [row["label"] for row in planned]
@@ -265,7 +255,7 @@ def test_rows_run_together_only_while_their_memory_is_there(monkeypatch):
 
 
 def test_the_rows_are_listed_and_an_unknown_one_is_refused():
-    code, said = script("--list", "--row", "llama-3.1-70b")
+    code, said = call(measure_memory.main, "--list", "--row", "llama-3.1-70b")
     assert code == 0 and "1 rows, 0 of them held out" in said and "67 GiB" in said
-    code, said = script("--row", "gpt-5")
-    assert code == 2 and "no row matches --row 'gpt-5'" in said
+    code, said = call(measure_memory.main, "--row", "gpt-5")
+    assert code == 2 and "no row matches --row gpt-5" in said

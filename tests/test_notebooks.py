@@ -11,10 +11,10 @@ import pytest
 from nbval.plugin import IPyNbFile, coalesce_streams
 
 import build
+from running import code_cells, has_tag, in_one_kernel
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = [(name, edition) for name in build.lessons() for edition in build.EDITIONS]
-SOURCED = json.loads((ROOT / "tests" / "sourced_numbers.json").read_text())
 
 every_notebook = pytest.mark.parametrize(("name", "edition"), NOTEBOOKS)
 every_lesson = pytest.mark.parametrize("name", build.lessons())
@@ -22,10 +22,6 @@ every_lesson = pytest.mark.parametrize("name", build.lessons())
 
 def stored(name: str, edition: str) -> nbformat.NotebookNode:
     return nbformat.read(build.EDITIONS[edition] / f"{name}.ipynb", as_version=4)
-
-
-def code_cells(notebook):
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def output_text(notebook) -> str:
@@ -97,6 +93,37 @@ def test_changing_one_digit_of_a_compared_output_goes_red(name, edition, request
     assert mutated >= 3
 
 
+def shown(cell) -> list:
+    """What nbval compares of a cell: its streams, each in one piece, and the data that is not a picture."""
+    made = coalesce_streams(copy.deepcopy(cell.outputs))
+    return [output.get("text") or {k: v for k, v in output.data.items() if "image" not in k} for output in made]
+
+
+@every_lesson
+def test_the_editions_differ_in_nothing_but_the_exercises(name):
+    """`make test` runs a lesson once: this is why it need not run the three editions one by one."""
+    learner, solved, colab = (code_cells(stored(name, edition)) for edition in ("learner", "solutions", "colab"))
+    runs = in_one_kernel(learner, solved)
+    alone = {id(cell) for who, cell in runs if who == ("learner",)}
+    of_learner = [cell for cell in learner if id(cell) not in alone]
+    of_both = [cell for who, cell in runs if len(who) == 2]
+    assert sum(has_tag(cell, "exercise") for cell in learner) >= 2 and len(of_both) >= 10
+    for one, other in (*zip(of_learner, of_both, strict=True), *zip(learner, colab[1:], strict=True)):
+        assert one.source == other.source
+        if has_tag(one, "nbval-check-output"):
+            assert shown(one) == shown(other), one.source[:80]
+
+
+@every_lesson
+def test_the_package_comes_before_torch_so_that_its_threads_wait_asleep(name):
+    """Whoever starts JupyterLab without `make lab` has no OMP_WAIT_POLICY: the package sets it, if it comes first."""
+    code = "\n".join(cell.source for cell in code_cells(stored(name, "learner")))
+    imported = re.findall(
+        r"^(?:import|from) (qlora_helpers|torch|transformers|bitsandbytes|peft|trl|datasets)\b", code, re.M
+    )
+    assert imported[0] == "qlora_helpers"
+
+
 class _Images(html.parser.HTMLParser):
     def __init__(self):
         super().__init__()
@@ -134,27 +161,6 @@ def test_links_to_other_files_resolve(name, edition):
             for target in re.findall(r"\]\(([^)#]+)\)", cell.source):
                 if not target.startswith("http"):
                     assert (folder / target).resolve().exists(), target
-
-
-NUMBER = re.compile(r"(?<![\w.,])\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\w,]*\d)|(?<![\w.,])\d+\.\d+(?![.\w]*\d)")
-
-
-@every_lesson
-def test_every_number_in_the_text_was_computed_or_has_a_source(name):
-    """Decimal and grouped numbers (0.3730, 41,943,040) of a lesson's text occur in its outputs, digit for digit."""
-    printed = set(NUMBER.findall(output_text(stored(name, "learner")) + output_text(stored(name, "solutions"))))
-    source = build.build_edition(name, "learner", {name: {"seconds": "", "gigabytes": ""}})
-    text = "\n".join(cell.source for cell in source.cells if cell.cell_type == "markdown")
-    loose = {n for n in NUMBER.findall(text) if n not in printed and n not in SOURCED.get(name, {})}
-    assert not loose, f"in the text of {name}, but neither printed by it nor in sourced_numbers.json: {sorted(loose)}"
-
-
-def test_the_list_of_sourced_numbers_has_no_dead_entries():
-    for name, entries in SOURCED.items():
-        text = (build.SOURCES / f"{name}.py").read_text()
-        for number, source in entries.items():
-            assert number in text, f"{number} is no longer in {name}"
-            assert len(source) > 10, f"{number} needs a source"
 
 
 @every_lesson

@@ -18,6 +18,10 @@ PUBLISHED = {  # parameters in all; in the linear layers of the decoder
 }
 
 
+def test_every_shape_is_counted():
+    assert ALL.keys() == PUBLISHED.keys()
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_parameter_counts(name):
     model = meta_model(ALL[name])

@@ -18,6 +18,9 @@ def recall():
 
 
 def test_recall_is_what_the_card_says(recall):
+    assert {name: [*rows] for name, rows in recall.items()} == {
+        name: [*rows] for name, rows in SCORES["recall"].items()
+    }
     for name, by_block in recall.items():
         for block_size, score in by_block.items():
             # another processor may decide a few near ties otherwise
@@ -39,7 +42,9 @@ def test_the_formats_differ_in_the_order_of_their_errors(recall):
 
 
 def test_weights_are_as_normal_as_the_card_says():
-    for name, row in measure.normality().items():
+    normality = measure.normality()
+    assert normality.keys() == SCORES["normality"].keys() and len(normality) == 28
+    for name, row in normality.items():
         assert row["qq"] == pytest.approx(SCORES["normality"][name]["qq"], abs=1e-3), name
         assert row["kurtosis"] == pytest.approx(SCORES["normality"][name]["kurtosis"], abs=0.01), name
         assert row["qq"] > 0.99

@@ -141,17 +141,29 @@ def test_a_chat_of_just_the_length_is_trained_on_in_whole(tmp_path):
 
 
 def test_no_chats_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="chats is empty"):
+    with pytest.raises(ValueError, match=r"chats=\[\]: there is nothing to learn"):
         run(tmp_path, chats=[])
 
 
 @pytest.mark.parametrize(
     "name", ["steps", "batch_size", "accumulation", "learning_rate", "rank", "alpha", "max_length"]
 )
-@pytest.mark.parametrize("value", [0, -1, math.nan])
+@pytest.mark.parametrize("value", [0, -1, math.nan, "8", None])
 def test_a_setting_that_must_be_positive(name, value):
     with pytest.raises(ValueError, match=f"{name}={value!r}: must be more than 0"):
         Settings(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size", "accumulation", "rank", "max_length"])
+def test_a_setting_that_must_be_whole(name):
+    with pytest.raises(ValueError, match=rf"{name}=1\.5: must be a whole number"):
+        Settings(**{name: 1.5})
+
+
+@pytest.mark.parametrize("value", [-1, math.nan, "many"])
+def test_a_warm_up_is_not_negative(value):
+    with pytest.raises(ValueError, match=f"warmup_steps={value!r}: must be 0 or more"):
+        Settings(warmup_steps=value)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1, 1.5, math.nan])

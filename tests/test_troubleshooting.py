@@ -68,6 +68,15 @@ def imported_things_stay():
 # ---- Installing and importing
 
 
+@pytest.mark.parametrize(
+    "how", [["-m", "qlora_helpers"], ["-c", "import qlora_helpers.training"], ["-c", "import torch"]]
+)
+def test_the_course_s_package_is_not_found(how):
+    """-I and -S leave this Python as bare as a kernel of another environment."""
+    done = subprocess.run([sys.executable, "-I", "-S", *how], capture_output=True, text=True, check=False)
+    is_entry("No module named 'qlora_helpers', 'torch' or another package of the course", done.stderr)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_is_asked_for_and_there_is_none():
     heading = "Torch not compiled with CUDA enabled"
@@ -868,6 +877,10 @@ PASTES = [
     ("gradient checkpointing slow", "far slower"),
     ("misspelt option BitsAndBytesConfig", "misspelt"),
     ("training after generate() on AVX512 gradients are wrong", "gemv_4bit"),
+    ("No module named 'qlora_helpers'", "No module named"),
+    ("ModuleNotFoundError: No module named 'qlora_helpers.training'", "No module named"),
+    ("/usr/bin/python3: No module named qlora_helpers", "No module named"),
+    ("ModuleNotFoundError: No module named 'bitsandbytes'", "No module named"),
 ]
 
 
@@ -885,6 +898,12 @@ UNRELATED = [
     "ZeroDivisionError: division by zero",
     "KeyError: 'name'",
     "ModuleNotFoundError: No module named 'pandas'",
+    "ModuleNotFoundError: No module named 'my_module'",
+    "ModuleNotFoundError: No module named 'triton.ops'",
+    "python: command not found",
+    "TypeError: LoraConfig.__init__() got an unexpected keyword argument 'foo'",
+    "ImportError: cannot import name 'train' from 'qlora_helpers.training'",
+    "the loss goes up",
     "FileNotFoundError: [Errno 2] No such file or directory: 'data.csv'",
     "IndentationError: expected an indented block after 'for' statement on line 3",
     "ValueError: could not convert string to float: 'abc'",

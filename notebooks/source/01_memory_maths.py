@@ -5,7 +5,7 @@
 # - compute the bytes of weights, gradients and optimizer states for real models, and see why 8B and 70B do not fit;
 # - tell GB from GiB, and a model's 4-bit size from the "half a byte per parameter" of the slogans;
 # - count LoRA's trainable parameters by formula, and get the same number from PEFT;
-# - find three numbers in popular articles that are wrong, and see why.
+# - find numbers in popular articles that are wrong, and see why.
 #
 # Takes about {{seconds}} seconds and {{gigabytes}} GB of memory on two processor cores. No GPU is needed. The large
 # models are counted, not loaded.
@@ -13,14 +13,14 @@
 # %%
 import json
 
-import torch
-import transformers
-
 from qlora_helpers import plots
 from qlora_helpers.checks import check, exercise
 from qlora_helpers.files import data_path
 from qlora_helpers.models import bytes_by_part, load_model
 from qlora_helpers.shapes import KNOWN, LLAMA_3_1_8B, LLAMA_3_1_70B, MISTRAL_7B, meta_model
+
+import torch
+import transformers
 
 print("torch", torch.__version__.split("+")[0], "· transformers", transformers.__version__)
 
@@ -367,6 +367,6 @@ exercise("room on the card", ... if ... in answers else answers, [True, False, F
 #   before activations;
 # - told GB from GiB, and found 39.52 GB where the slogan says 35;
 # - counted LoRA's parameters by formula and by PEFT, 41,943,040 both times;
-# - corrected three published numbers, and seen that activations grow linearly with the sequence.
+# - corrected published numbers, and seen that activations grow linearly with the sequence.
 #
 # Next: [lesson 2](02_nf4_vs_int4.ipynb) looks at which 16 values those 4 bits should stand for.

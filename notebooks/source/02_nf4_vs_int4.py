@@ -13,8 +13,6 @@
 import json
 import statistics
 
-import torch
-
 from qlora_helpers import plots
 from qlora_helpers.checks import check, exercise
 from qlora_helpers.evaluation import read_facts, recall, standard_error
@@ -23,6 +21,8 @@ from qlora_helpers.hardware import detect
 from qlora_helpers.models import linear_layers, load_model, load_tokenizer, quantize_dequantize
 from qlora_helpers.normality import excess_kurtosis, qq_correlation
 from qlora_helpers.quantize import FP4, INT3, INT4, INT4_SYMMETRIC, NF4, dequantize, quantize
+
+import torch
 
 # after the helpers, which keep one harmless message off the page
 import bitsandbytes.functional as bnb
@@ -301,7 +301,7 @@ check("INT3 is far below", full - scores["INT3", 64], at_least=0.2)
 check("double quantisation costs nothing here", scores["NF4", 64] - scores["NF4 + double quant", 64], at_most=0.005)
 
 # %% [markdown]
-# At blocks of 64 the order of the errors is the order of the recall. (At 256 symmetric INT4 and FP4 forget the same.) That
+# At blocks of 64 the order of the errors is the order of the recall. (At 256 symmetric INT4 and FP4 are level.) That
 # is clear in this model because it is full of facts. In a model with room to spare, 4-bit formats hardly differ in what
 # they know.
 #

@@ -10,14 +10,14 @@
 # Takes about {{seconds}} seconds and {{gigabytes}} GB of memory on two processor cores. No GPU is needed.
 
 # %%
-import torch
-
 from qlora_helpers import plots
 from qlora_helpers.checks import check, exercise
 from qlora_helpers.hardware import detect
 from qlora_helpers.models import linear_layers, load_model
 from qlora_helpers.quantize import NF4, dequantize, dynamic_map_values, quantize
 from qlora_helpers.shapes import KNOWN, meta_model
+
+import torch
 
 GB, GIB = 10**9, 2**30
 # after the helpers, which keep one harmless message off the page

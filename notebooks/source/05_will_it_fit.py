@@ -17,14 +17,14 @@ import json
 from collections import Counter
 from dataclasses import fields, replace
 
-import torch
-
 from qlora_helpers import plots
 from qlora_helpers.checks import check, exercise
 from qlora_helpers.files import data_path
 from qlora_helpers.hardware import detect
 from qlora_helpers.memory import FineTuning, find_gpu, find_shape, longest_sequence, predict, suggest, what_fits
 from qlora_helpers.models import load_model
+
+import torch
 
 GB, GIB = 10**9, 2**30
 print("torch", torch.__version__.split("+")[0])

@@ -9,13 +9,11 @@
 # - set all this beside the QLoRA paper, and beside later work that disagrees.
 #
 # Takes about {{seconds}} seconds and {{gigabytes}} GB of memory on two processor cores. The runs of the tables were made by
-# `data/measure_quality.py`, most of them in six minutes on 16 cores.
+# `data/measure_quality.py`, most of them on a machine of 16 cores.
 
 # %%
 import json
 from collections import defaultdict
-
-import torch
 
 from qlora_helpers import evaluation, plots
 from qlora_helpers.chats import read_chats
@@ -25,6 +23,8 @@ from qlora_helpers.memory import FineTuning, find_shape, predict
 from qlora_helpers.models import load_model, load_tokenizer
 from qlora_helpers.seeds import difference, interval
 from qlora_helpers.training import Settings, train
+
+import torch
 
 GIB = 2**30
 print("torch", torch.__version__.split("+")[0])

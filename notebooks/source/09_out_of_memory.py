@@ -16,8 +16,6 @@ import json
 import textwrap
 from dataclasses import fields, replace
 
-import torch
-
 from qlora_helpers import plots
 from qlora_helpers.chats import read_chats
 from qlora_helpers.checks import check, exercise
@@ -28,6 +26,8 @@ from qlora_helpers.models import load_model, load_tokenizer
 from qlora_helpers.out_of_memory import place_of, read_message
 from qlora_helpers.timeline import PHASES, Timeline, record_step
 from qlora_helpers.training import Settings, build_trainer
+
+import torch
 from transformers import PrinterCallback
 
 GIB, MIB = 2**30, 2**20

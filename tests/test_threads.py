@@ -1,0 +1,101 @@
+"""That the package tells OpenMP how to wait, that torch's runtime hears it, and that it is said where it comes too late."""
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from qlora_helpers import threads
+
+TORCH = Path(importlib.util.find_spec("torch").origin).parent
+RUNTIMES = [*TORCH.glob("lib/libgomp*.so*"), *TORCH.parent.glob("torch.libs/libgomp*.so*")]
+
+
+def loads_openmp(before, **environment):
+    """What torch's OpenMP says of itself when it is loaded behind some code; torch itself would take seconds more."""
+    clean = {name: value for name, value in os.environ.items() if name not in (threads.VARIABLE, "GOMP_SPINCOUNT")}
+    code = f"{before}; import ctypes; ctypes.CDLL({str(RUNTIMES[0])!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=clean | {"OMP_DISPLAY_ENV": "verbose"} | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stderr
+
+
+@pytest.mark.skipif(not RUNTIMES, reason="this torch has another OpenMP than GNU's, which does not tell how it waits")
+def test_torch_s_runtime_hears_the_setting():
+    """OMP_WAIT_POLICY is printed as PASSIVE even if nobody has set it: how often a thread spins is what is in force."""
+    assert "GOMP_SPINCOUNT = '0'" in loads_openmp("import qlora_helpers")
+    assert "GOMP_SPINCOUNT = '0'" not in loads_openmp("pass")
+    assert "OMP_WAIT_POLICY = 'ACTIVE'" in loads_openmp("import qlora_helpers", OMP_WAIT_POLICY="active")
+
+
+def imports_of(path):
+    """The packages that a script imports at its top level, in their order."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (name.name.partition(".")[0] for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.partition(".")[0]
+
+
+def test_scripts_that_train_import_the_package_before_torch():
+    checked = []
+    for path in (Path(__file__).parents[1] / "data").glob("*.py"):
+        text, imported = path.read_text(), list(imports_of(path))
+        libraries = [imported.index(name) for name in ("torch", "transformers", "trl", "peft") if name in imported]
+        if re.search(r"\.backward\(|\btrain\(", text) and libraries and "OMP_NUM_THREADS" not in text:
+            assert "qlora_helpers" in imported[: min(libraries)], path.name
+            checked.append(path.stem)
+    assert "make_tiny_llama" in checked
+
+
+def test_importing_the_package_loads_no_library():
+    code = "import sys; before = set(sys.modules); import qlora_helpers; print(*sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["qlora_helpers", "qlora_helpers.threads"]
+
+
+@pytest.fixture
+def unset(monkeypatch):
+    for name in (threads.VARIABLE, "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(threads, "too_late", False)
+    monkeypatch.setattr(psutil, "cpu_count", lambda: 2)
+
+
+@pytest.mark.parametrize(
+    ("torch_first", "percent", "computing", "said"),
+    [(True, 50.0, 2, True), (True, 10.0, 2, False), (True, 100.0, 1, False), (False, 100.0, 2, False)],
+)
+def test_it_is_said_if_torch_came_first_and_another_program_needs_a_core(
+    torch_first, percent, computing, said, unset, monkeypatch, capsys
+):
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    if torch_first:
+        monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: percent)
+    threads.wait_passively()
+    threads.say_if_slowed(computing)
+    assert os.environ[threads.VARIABLE] == "passive"
+    text = capsys.readouterr().out
+    assert ("1.0 of 2 cores busy" in text and "import qlora_helpers first" in text) if said else text == ""
+
+
+def test_the_user_s_own_setting_is_kept(unset, monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    threads.wait_passively()
+    assert os.environ["OMP_WAIT_POLICY"] == "active" and not threads.too_late
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
+    threads.wait_passively()
+    assert "OMP_WAIT_POLICY" not in os.environ and not threads.too_late
