@@ -97,4 +97,4 @@ test-colab: $(COLAB_READY)
 	@$(COLAB)/bin/python -m pytest -q -p no:anyio tests/test_colab_environment.py
 	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && \
 		OMP_NUM_THREADS=1 QLORA_RUNS=$$runs COLAB_RELEASE_TAG=test PYDEVD_DISABLE_FILE_VALIDATION=1 \
-		$(COLAB)/bin/python -m pytest -q -rs -p no:anyio colab
+		$(COLAB)/bin/python -m pytest -q -rs -p no:anyio --everything colab
