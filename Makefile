@@ -74,23 +74,27 @@ zip:
 	@echo "$(ZIP): $$(du -h $(ZIP) | cut -f1)B, made of the last commit"
 	@git diff --quiet HEAD || echo "What is not committed is not in it."
 
-# Colab's versions, on the Python and the torch at hand. What MOVES names is not held to Colab's version: torch, which
-# is built for CUDA there, and what colab/requirements.txt replaces there (tests/test_colab.py shows it). On Linux
-# without a GPU, first install PyTorch's CPU build into .venv-colab, as README.md says for .venv.
+# Colab's versions, on the Python and the torch at hand, and what else Colab has that the libraries look for:
+# tests/colab_environment.py says what is not held to Colab's version, and what only stands in. On Linux without a GPU,
+# first install PyTorch's CPU build into .venv-colab, as README.md says for .venv.
 COLAB := .venv-colab
 COLAB_READY := $(COLAB)/ready
-MOVES := torch|triton|pip|setuptools|datasets|pyarrow|huggingface_hub
-$(COLAB_READY): colab/requirements.txt colab/runtime-packages.txt requirements.txt
+COLAB_PIP := $(COLAB)/bin/python -m pip install --quiet --disable-pip-version-check
+COLAB_HAS := $(COLAB)/bin/python tests/colab_environment.py
+$(COLAB_READY): colab/requirements.txt colab/runtime-packages.txt colab/looked-for.txt requirements.txt
 	@[ -x $(COLAB)/bin/python ] || $(PYTHON) -m venv $(COLAB)
-	@sed -n 's/ .*//; /==/p' colab/runtime-packages.txt | grep -vE '^($(MOVES))==' > $(COLAB)/constraints.txt
 	@echo "Installing Colab's versions into $(COLAB) (once; a few minutes)."
-	@$(COLAB)/bin/python -m pip install --quiet --disable-pip-version-check -c $(COLAB)/constraints.txt \
+	@$(COLAB_PIP) packaging && $(COLAB_HAS) constraints > $(COLAB)/constraints.txt
+	@$(COLAB_PIP) -c $(COLAB)/constraints.txt \
 		-r colab/requirements.txt $$(grep -E '^(torch|nbval|pytest|pytest-xdist)==' requirements.txt) \
 		transformers tokenizers peft accelerate safetensors numpy pandas matplotlib psutil tqdm jinja2 \
 		ipywidgets ipykernel ipython tornado jupyter_client nbformat traitlets
 	@touch $(COLAB_READY)
 
+# As on Colab, a lesson's first cell removes what is in the way: each run begins with all of it.
 test-colab: $(COLAB_READY)
+	@$(COLAB_HAS) install
+	@$(COLAB)/bin/python -m pytest -q -p no:anyio tests/test_colab_environment.py
 	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && \
-		OMP_NUM_THREADS=1 QLORA_RUNS=$$runs PYDEVD_DISABLE_FILE_VALIDATION=1 \
-		$(COLAB)/bin/python -m pytest -q -rs -p no:anyio colab
+		OMP_NUM_THREADS=1 QLORA_RUNS=$$runs COLAB_RELEASE_TAG=test PYDEVD_DISABLE_FILE_VALIDATION=1 \
+		$(COLAB)/bin/python -m pytest -q -rs -p no:anyio --everything colab

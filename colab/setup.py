@@ -1,6 +1,7 @@
-"""Install what Colab or Kaggle lacks for the course, use one GPU, and say in which gear the lessons run.
+"""Install what Colab or Kaggle lacks for the course, remove what its libraries refuse to work beside, use one GPU, and say
+in which gear the lessons run.
 
-The first cell of each Colab edition runs this file. A second run installs nothing, and no run needs a restart as long
+The first cell of each Colab edition runs this file. A second run changes nothing, and no run needs a restart as long
 as it is the first thing that a session does.
 """
 
@@ -8,6 +9,8 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import re
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -22,6 +25,10 @@ KAGGLE = "KAGGLE_KERNEL_RUN_TYPE" in os.environ
 COLAB = any(name.startswith("COLAB_") for name in os.environ)
 # pip may not replace these. torch fits the runtime's CUDA; the others, a session may have imported before.
 KEPT = ("torch", "numpy", "pandas", "transformers", "ipykernel", "ipython", "tornado", "ipywidgets")
+# Libraries that stop beside an optional package of another version, and their own checks for it: where a check that is
+# called is_x_available raises ImportError for a package x that is installed, x is in the way.
+CHECKS = {"peft": "peft/import_utils.py"}
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
 
 
 class SetUpStopped(RuntimeError):
@@ -64,40 +71,101 @@ def missing() -> list[Requirement]:
     return [pin for pin in pins.values() if not fulfilled(pin)] + others
 
 
+def imported() -> dict[str, str]:
+    """The packages that this session has imported, and their versions."""
+    modules = {name.partition(".")[0] for name in sys.modules}
+    return {name: version for name in modules if name and (version := installed(name))}
+
+
+def told(output: str) -> str:
+    """What pip gives as the reason: its first error, or its last line."""
+    lines = [line for line in output.splitlines() if line.strip()] or ["nothing"]
+    return next((line for line in lines if line.startswith("ERROR:")), lines[-1]).removeprefix("ERROR: ")
+
+
+def restart_if_changed(before: dict[str, str]) -> None:
+    """Python may go on with what was imported, or mix it with what is there now.
+
+    Raises:
+        SetUpStopped: a package that was imported before is now another, or gone.
+    """
+    importlib.invalidate_caches()  # else Python may look for packages in a listing from before
+    changed = sorted(name for name, version in before.items() if installed(name) != version)
+    if changed:
+        raise SetUpStopped(
+            f"this session had imported {', '.join(changed)} before it was removed or replaced. Restart the session "
+            f"({'Run' if KAGGLE else 'Runtime'} → Restart session), and run the cells from the top."
+        )
+
+
 def install(requirements: list[Requirement]) -> None:
     """Install them beside what the runtime has.
 
     Raises:
-        SetUpStopped: pip failed, or the session had imported a package before pip replaced it.
+        SetUpStopped: pip failed.
     """
     names = ", ".join(str(requirement).replace("==", " ") for requirement in requirements)
-    modules = {name.partition(".")[0] for name in sys.modules}
-    imported = {name: installed(name) for name in modules if name and installed(name)}
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(folder, "kept.txt")
         kept.write_text("".join(f"{name}=={installed(name)}\n" for name in KEPT if installed(name)))
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
-        done = subprocess.run(
-            [*pip, "--constraint", str(kept), *map(str, requirements)], capture_output=True, text=True
-        )
+        command = [*PIP, "install", "--quiet", "--constraint", str(kept), *map(str, requirements)]
+        done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing"]
-        reason = next((line for line in lines if line.startswith("ERROR:")), lines[-1])  # the first error says most
         if "ResolutionImpossible" in done.stderr:
             cure = "they do not fit this runtime's packages; take the newest runtime"
         elif KAGGLE:
             cure = "switch the Internet on (Settings → Turn on internet), and run this cell again"
         else:
             cure = "make sure that this machine reaches the Internet, and run this cell again"
-        raise SetUpStopped(f"pip could not install {names}: {cure}. pip says: {reason.removeprefix('ERROR: ')}")
-    importlib.invalidate_caches()  # else Python may look for the new packages in a listing from before
+        raise SetUpStopped(f"pip could not install {names}: {cure}. pip says: {told(done.stderr)}")
     print(f"Installed {names}.")
-    replaced = sorted(name for name, version in imported.items() if installed(name) != version)
-    if replaced:
-        raise SetUpStopped(
-            f"this session had imported {', '.join(replaced)} before it was replaced. Restart the session "
-            f"({'Run' if KAGGLE else 'Runtime'} → Restart session), and run the cells from the top."
-        )
+
+
+def refused() -> dict[str, str]:
+    """The installed packages that a library refuses to work beside, and the library that does.
+
+    The libraries are asked, so that the answer is that of their versions. Their checks alone are run: to import all of
+    PEFT takes longer than the rest of the set-up.
+    """
+    found = {}
+    for library, file in CHECKS.items():
+        path = Path(importlib.metadata.distribution(library).locate_file(file))
+        for name, check in runpy.run_path(str(path)).items() if path.is_file() else ():
+            package = re.fullmatch(r"is_(\w+)_available", name)
+            if package and installed(package[1]):
+                try:
+                    check()
+                except ImportError:
+                    found[package[1]] = library
+    return found
+
+
+def remove(packages: dict[str, str]) -> None:
+    """Remove what a library refuses to work beside: at once, offline too, and with no other version to fit the runtime's
+    torch. Of what Colab has, torchtune needs its torchao; the next session has it again.
+
+    Args:
+        packages: the packages, and the library that refuses each.
+
+    Raises:
+        SetUpStopped: this is not Colab or Kaggle, whose packages come back with the next session, or pip failed.
+    """
+    for name, library in packages.items():
+        what = f"{name} {installed(name)}, which {library} {installed(library)} refuses to work beside"
+        if not (COLAB or KAGGLE):
+            raise SetUpStopped(
+                f"there is {what}. Upgrade it (pip install --upgrade {name}), or remove it (pip uninstall {name}), "
+                "then restart the kernel, and run this cell again."
+            )
+        done = subprocess.run([*PIP, "uninstall", "--yes", name], capture_output=True, text=True)
+        importlib.invalidate_caches()
+        if done.returncode or installed(name):
+            reason = told(done.stderr) if done.returncode else f"it is still there. {told(done.stdout)}"
+            raise SetUpStopped(
+                f"pip could not remove {what}. In a new cell run  %pip install --upgrade {name}  "
+                f"then restart the session, and run the cells from the top. pip says: {reason}"
+            )
+        print(f"Removed {what}; no lesson uses it.")
 
 
 def warn_of_other_versions() -> None:
@@ -139,11 +207,17 @@ def report() -> None:
 def main() -> None:
     if KAGGLE:  # the course may lie among the inputs, which are read-only
         os.environ.setdefault("QLORA_RUNS", str(Path.cwd() / "runs"))
+    before = imported()
     requirements = missing()
     if requirements:
         install(requirements)
+        restart_if_changed(before)
     warn_of_other_versions()
     use_one_gpu()
+    in_the_way = refused()  # imports torch: after the choice of the GPU
+    if in_the_way:
+        remove(in_the_way)
+        restart_if_changed(before)
     if importlib.util.find_spec("qlora_helpers") is None:
         sys.path.insert(0, str(COURSE))
     report()

@@ -8,12 +8,10 @@ import json
 import os
 import re
 import shutil
-import ssl
 import subprocess
 import sys
 import textwrap
 import tomllib
-import urllib.request
 import venv
 import warnings
 import zipfile
@@ -25,6 +23,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import build
+from colab_environment import COLAB, colab_rows, size_of, stand_in
 
 ROOT = Path(__file__).resolve().parents[1]
 CELL = (ROOT / "colab" / "setup_cell.py").read_text()
@@ -35,32 +34,22 @@ def requirements(path: Path) -> dict[str, str]:
     return dict(re.findall(r"^([\w.-]+)==(\S+)$", path.read_text(), re.M))
 
 
-def colab_rows() -> list[tuple[str, str, list[Requirement]]]:
-    """What Colab has: name, version and what that version needs."""
-    rows = [line.split(" | ") for line in (ROOT / "colab" / "runtime-packages.txt").read_text().splitlines()]
-    rows = [row for row in rows if not row[0].startswith("#")]
-    return [(*row[0].split("=="), [Requirement(need) for need in row[1:]]) for row in rows]
-
-
 PINS = requirements(ROOT / "colab" / "requirements.txt")
-COLAB = {canonicalize_name(name): version for name, version, _ in colab_rows()}
 INSTALLED = "Installed bitsandbytes {bitsandbytes}, datasets {datasets}, trl {trl}.\n".format(**PINS)
 NO_GPU = "Set-up is complete. There is no GPU: the lesson runs in the cpu gear.\n"
-
-
-def stand_in(site: Path, name: str, version: str, needs: list[Requirement] = ()) -> None:
-    """Make a package that is nothing but metadata, as far as Python and pip can tell an installed one."""
-    folder = site / f"{name.replace('-', '_')}-{version}.dist-info"
-    folder.mkdir(parents=True)
-    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {n}" for n in needs)]
-    (folder / "METADATA").write_text("\n".join(lines) + "\n")
-    (folder / "INSTALLER").write_text("pip\n")
-    (folder / "RECORD").write_text("")
 
 
 PIP = """
     import os, pathlib, re, shutil, sys
     site = pathlib.Path(__file__).parents[1]
+    if "uninstall" in sys.argv:
+        with (site / "pip.log").open("a") as log:
+            log.write("uninstall " + sys.argv[-1] + "\\n")
+        if "PIP_SAYS" in os.environ:
+            sys.exit(os.environ["PIP_SAYS"])
+        for old in [*site.glob(sys.argv[-1] + "-*.dist-info"), site / sys.argv[-1]]:
+            shutil.rmtree(old)
+        sys.exit()
     asked = [argument for argument in sys.argv[2:] if re.match(r"[a-z]+[=>]=", argument)]
     kept = pathlib.Path(sys.argv[sys.argv.index("--constraint") + 1]).read_text().split()
     with (site / "pip.log").open("a") as log:
@@ -346,7 +335,10 @@ def test_a_failing_pip_gives_a_sentence_that_says_what_to_do(colab, kaggle, says
 def test_a_package_that_was_imported_before_it_was_replaced_needs_a_restart(colab):
     (colab.site / "datasets.py").write_text("")
     sentence = last_line(colab.run("import datasets\n" + CELL))
-    assert "had imported datasets before it was replaced. Restart the session (Runtime → Restart session)" in sentence
+    assert (
+        "had imported datasets before it was removed or replaced. Restart the session (Runtime → Restart session)"
+        in sentence
+    )
     assert completed(colab.run("import datasets\n" + CELL), NO_GPU)  # the restarted session
 
 
@@ -370,6 +362,128 @@ def test_a_notebook_shows_the_sentence_without_a_traceback(tmp_path):
     environment = {**os.environ, "IPYTHONDIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "The set-up stopped: do this"
+
+
+# What is in the way
+
+
+REFUSES = """
+    import importlib.metadata, importlib.util
+    def refuse(name, oldest):
+        if importlib.util.find_spec(name) is None:
+            return False
+        version = importlib.metadata.version(name)
+        if version < oldest:
+            raise ImportError(f"Found an incompatible version of {name}")
+        return True
+    def is_torchao_available(): return refuse("torchao", "0.16")
+    def is_other_available(): return refuse("other", "2.0")
+    def is_third_available(): raise ImportError("not asked for, as it is not installed")
+"""
+GONE = "Removed {}, which peft {} refuses to work beside; no lesson uses it.\n"
+GONE = GONE.format("torchao 0.10.0", COLAB["peft"])
+
+
+@pytest.fixture
+def crowded(colab) -> Runtime:
+    """A runtime with a PEFT that refuses to work beside two packages if they are old, one of which is there."""
+    (colab.site / "peft").mkdir()
+    (colab.site / "peft" / "import_utils.py").write_text(textwrap.dedent(REFUSES))
+    stand_in(colab.site, "torchao", COLAB["torchao"], imports=["torchao"])
+    return colab
+
+
+def test_what_a_library_refuses_to_work_beside_is_removed_once(crowded):
+    done = crowded.run(COLAB_RELEASE_TAG="x")
+    assert done.returncode == 0 and done.stdout.startswith(INSTALLED + GONE + NO_GPU), done
+    assert not list(crowded.site.glob("torchao*"))
+    done = crowded.run(COLAB_RELEASE_TAG="x")
+    assert done.returncode == 0 and done.stdout.startswith(NO_GPU), done
+    assert [call for call in crowded.pip_calls if "uninstall" in call] == ["uninstall torchao"]
+
+
+def test_any_package_that_is_refused_is_removed_and_one_that_is_new_enough_stays(crowded):
+    stand_in(crowded.site, "other", "1.0", imports=["other"])
+    shutil.rmtree(next(crowded.site.glob("torchao-*")))
+    stand_in(crowded.site, "torchao", "0.17.0")
+    done = crowded.run(KAGGLE_KERNEL_RUN_TYPE="x")
+    assert "Removed other 1.0, which peft" in done.stdout and "torchao" not in done.stdout, done
+    assert list(crowded.site.glob("torchao-0.17.0*")) and not list(crowded.site.glob("other*"))
+
+
+def test_a_package_that_was_imported_before_it_was_removed_needs_a_restart(crowded):
+    sentence = last_line(crowded.run("import torchao\n" + CELL, COLAB_RELEASE_TAG="x"))
+    assert "had imported torchao before it was removed or replaced. Restart the session (Runtime →" in sentence
+    done = crowded.run(CELL, COLAB_RELEASE_TAG="x")
+    assert done.returncode == 0 and done.stdout.startswith(NO_GPU), done
+
+
+def test_what_cannot_be_removed_is_said_with_the_reason_and_the_way_out(crowded):
+    crowded.run()  # installs, and stops at torchao
+    says = "ERROR: Could not install packages due to an OSError: [Errno 30] Read-only file system"
+    sentence = last_line(crowded.run(COLAB_RELEASE_TAG="x", PIP_SAYS=says))
+    assert f"pip could not remove torchao 0.10.0, which peft {COLAB['peft']} refuses to work beside" in sentence
+    assert "%pip install --upgrade torchao" in sentence
+    assert sentence.endswith(f"pip says: {says.removeprefix('ERROR: ')}")
+
+
+def test_on_a_machine_of_one_s_own_nothing_is_removed(crowded):
+    sentence = last_line(crowded.run())
+    assert f"there is torchao 0.10.0, which peft {COLAB['peft']} refuses to work beside" in sentence
+    assert "pip install --upgrade torchao" in sentence and "pip uninstall torchao" in sentence
+    assert list(crowded.site.glob("torchao-*")) and not [call for call in crowded.pip_calls if "uninstall" in call]
+
+
+FIRST_LORA_OF = {
+    1: """
+        from qlora_helpers.shapes import LLAMA_3_1_8B, meta_model
+        lora = peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        peft.get_peft_model(meta_model(LLAMA_3_1_8B), lora)
+    """,
+    4: """
+        peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), peft.LoraConfig(target_modules=["0"]))
+    """,
+    7: """
+        from qlora_helpers.models import load_model
+        model = load_model(quantization=None)
+        peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    """,
+}
+LESSONS = """
+    import runpy, sys, peft, torch
+    def lessons():
+        for number, cell in {cells!r}.items():
+            try:
+                exec(cell, {{"peft": peft, "torch": torch}})
+                print("lesson", number, "goes on")
+            except ImportError as error:
+                print("lesson", number, error)
+    lessons()
+    runpy.run_path({set_up!r}, run_name="__main__")
+    lessons()
+"""
+
+
+def test_with_colab_s_torchao_the_set_up_makes_lessons_1_4_and_7_work(tmp_path):
+    """The true PEFT, pip and set-up in one session, beside a stand-in of the torchao that Colab has.
+
+    Pip removes nothing outside its environment: the Python here is one with the stand-in, which sees the tests' packages.
+    """
+    python, site = bare_python(tmp_path)
+    (site / "the_tests_own.pth").write_text(str(Path(packaging.__file__).parents[1]))
+    stand_in(site, "torchao", COLAB["torchao"], imports=["torchao"])
+    cells = {number: textwrap.dedent(cell) for number, cell in FIRST_LORA_OF.items()}
+    script = textwrap.dedent(LESSONS).format(cells=cells, set_up=str(ROOT / "colab" / "setup.py"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLAB_RELEASE_TAG": "x"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run([python, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for line, number in zip(lines[:3], FIRST_LORA_OF, strict=True):
+        assert line.startswith(f"lesson {number} Found an incompatible version of torchao. Found version 0.10.0"), lines
+    assert lines[3].startswith("Removed torchao 0.10.0, which peft")
+    assert lines[-3:] == [f"lesson {number} goes on" for number in FIRST_LORA_OF], lines
+    assert not list(site.glob("torchao-*"))
 
 
 # The GPU
@@ -480,22 +594,12 @@ def test_make_zip_makes_a_small_zip_that_the_cell_can_use(tmp_path):
 # What pip would do on Colab
 
 
-def size_of(address: str) -> int:
-    """The bytes of a file on a package index, without fetching it."""
-    if address.startswith("file://"):
-        return Path(urllib.request.url2pathname(address.removeprefix("file://"))).stat().st_size
-    context = ssl.create_default_context(cafile=os.environ.get("PIP_CERT"))
-    head = urllib.request.Request(address, method="HEAD")
-    with urllib.request.urlopen(head, context=context, timeout=30) as reply:
-        return int(reply.headers["Content-Length"])
-
-
 def test_on_colab_the_requirements_fit_beside_what_is_there(tmp_path, record_property):
     """Ask Colab's own pip, in an environment that has Colab's packages as stand-ins, for Colab's Python.
 
     A dry run with `--python-version` looks at the installed packages as a real run does, and their metadata has what
     they need: pip keeps what it would keep on Colab, and moves what it would move there. Only markers on the Python
-    version are read by the Python at hand. The same call under Python 3.13, with all 700 packages, gave the same.
+    version are read by the Python at hand. The same call under Python 3.13 gave the same.
 
     Measured in November 2026: bitsandbytes 0.50.2 and trl 1.16.0 come new; datasets 4.0.0 -> 5.2.0, pyarrow 18.1.0 ->
     26.0.1 and huggingface_hub 1.27.0 -> 1.33.0 move; 101 MB in all. torch 2.11.0, numpy 2.1.3, pandas 2.2.3,

@@ -19,6 +19,7 @@ from functools import cache
 import pytest
 import torch
 
+from colab_environment import stand_in
 from provoke import (
     CHAT,
     CHATS,
@@ -42,6 +43,7 @@ from qlora_helpers.troubleshooting import PAGE, _literals, find, read_entries, s
 import bitsandbytes as bnb  # isort: skip
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.import_utils import is_torchao_available
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -126,6 +128,15 @@ def test_the_normal_map_needs_scipy(monkeypatch):
 def test_bitsandbytes_is_used_without_its_library():
     library = bnb.cextension.ErrorHandlerMockBNBNativeLibrary("No compatible CUDA binary found at /some/where")
     is_entry("CUDA Setup failed despite GPU being available", seen(lambda: library.cquantize()))
+
+
+def test_torchao_is_too_old(monkeypatch, tmp_path):
+    stand_in(tmp_path, "torchao", "0.10.0", imports=["torchao"])
+    monkeypatch.syspath_prepend(tmp_path)
+    is_torchao_available.cache_clear()  # else PEFT remembers that it found none
+    get_peft_model(four_bit(), LoraConfig(**LORA))  # layers in 4 bits are matched before it is looked for
+    in_32_bit = lambda: get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))  # noqa: E731
+    is_entry("Found an incompatible version of torchao", seen(in_32_bit))
 
 
 # ---- Loading a model
