@@ -58,6 +58,7 @@ OTHERS = {
     r".*\.(mkdir|read_text|write_text)": "pathlib",
     r".*\.format": "str",
     r"context\.(Pipe|Process)": "multiprocessing",
+    r"specifier\.contains": "packaging, a range of versions (qlora_helpers.doctor)",
     r"self\.measurement\.begin": "qlora_helpers.measure",
     r"function": "the operation that torch dispatches",
     r"cls": "a class of the course",
