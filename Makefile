@@ -30,7 +30,7 @@ $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: name one with  make PYTHON=python3.12")'
 	@if ! cat requirements.txt pyproject.toml | cmp -s - $(READY); then \
 		set -e; \
-		[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || { echo "No virtual environment: on Debian or Ubuntu install python3-venv first."; exit 1; }; \
+		[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV) || { echo "No virtual environment: on Debian or Ubuntu install python3-venv first."; exit 1; }; \
 		echo "Installing the course's packages into $(VENV) (once; a few minutes)."; \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt; \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .; \
@@ -81,7 +81,7 @@ COLAB := .venv-colab
 COLAB_READY := $(COLAB)/ready
 MOVES := torch|triton|pip|setuptools|datasets|pyarrow|huggingface_hub
 $(COLAB_READY): colab/requirements.txt colab/runtime-packages.txt requirements.txt
-	@[ -x $(COLAB)/bin/python ] || $(PYTHON) -m venv $(COLAB)
+	@[ -x $(COLAB)/bin/pip ] || $(PYTHON) -m venv $(COLAB)
 	@sed -n 's/ .*//; /==/p' colab/runtime-packages.txt | grep -vE '^($(MOVES))==' > $(COLAB)/constraints.txt
 	@echo "Installing Colab's versions into $(COLAB) (once; a few minutes)."
 	@$(COLAB)/bin/python -m pip install --quiet --disable-pip-version-check -c $(COLAB)/constraints.txt \
