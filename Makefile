@@ -30,7 +30,7 @@ $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: name one with  make PYTHON=python3.12")'
 	@if ! cat requirements.txt pyproject.toml | cmp -s - $(READY); then \
 		set -e; \
-		[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || { echo "No virtual environment: on Debian or Ubuntu install python3-venv first."; exit 1; }; \
+		[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV) || { echo "No virtual environment: on Debian or Ubuntu install python3-venv first."; exit 1; }; \
 		echo "Installing the course's packages into $(VENV) (once; a few minutes)."; \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt; \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .; \
@@ -82,7 +82,7 @@ COLAB_READY := $(COLAB)/ready
 COLAB_PIP := $(COLAB)/bin/python -m pip install --quiet --disable-pip-version-check
 COLAB_HAS := $(COLAB)/bin/python tests/colab_environment.py
 $(COLAB_READY): colab/requirements.txt colab/runtime-packages.txt colab/looked-for.txt requirements.txt
-	@[ -x $(COLAB)/bin/python ] || $(PYTHON) -m venv $(COLAB)
+	@[ -x $(COLAB)/bin/pip ] || $(PYTHON) -m venv $(COLAB)
 	@echo "Installing Colab's versions into $(COLAB) (once; a few minutes)."
 	@$(COLAB_PIP) packaging && $(COLAB_HAS) constraints > $(COLAB)/constraints.txt
 	@$(COLAB_PIP) -c $(COLAB)/constraints.txt \

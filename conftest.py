@@ -188,7 +188,7 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=left)
 
     def place(item):
-        return next((i for i, name in enumerate(FIRST) if name in item.nodeid), len(FIRST))
+        return next((i for i, name in enumerate(FIRST) if item.path.name.startswith(name)), len(FIRST))
 
     items.sort(key=place)
 

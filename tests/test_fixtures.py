@@ -1,6 +1,7 @@
 """What the tests' own fixtures and hooks do beyond their module."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,9 @@ def test_tests_of_a_gpu_and_no_others_are_skipped_without_one(there, monkeypatch
     reasons = [mark.kwargs for mark in needs_one.marks]
     assert reasons == ([] if there else [{"reason": "needs a GPU that torch can see"}])
     assert not any(item.marks for item in others)
+
+
+def test_nothing_takes_back_what_conftest_has_frozen():
+    """`gc.unfreeze` in one module makes each collection slow in all modules behind it."""
+    unfreezing = [path.name for path in TESTS.rglob("*.py") if re.search(r"^\s+gc\.unfreeze", path.read_text(), re.M)]
+    assert unfreezing == []

@@ -75,8 +75,9 @@ class Ran:
         environment = {
             key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "QLORA", "ATEN"))
         }
-        environment |= {"TELLS": str(tells), "OMP_NUM_THREADS": "1"}
-        environment.pop("HF_HUB_OFFLINE", None)
+        environment |= {"TELLS": str(tells), "JUPYTER_PATH": str(course / "jupyter")}
+        for name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS"):  # which conftest.py sets
+            environment.pop(name, None)
         command = [sys.executable, "-c", QUICK_PYTEST, "-p", "no:cacheprovider", "--color=no", *arguments]
         done = subprocess.run(command, cwd=course, env=environment, capture_output=True, text=True)
         self.code, self.output = done.returncode, done.stdout + done.stderr
@@ -94,8 +95,13 @@ def small_course(folder: Path) -> Path:
         "import gc, os\nimport pytest\n\n\n"
         "@pytest.mark.everything\ndef test_that_takes_long():\n    assert gc.get_freeze_count() > 0\n\n\n"
         "def test_that_is_short():\n    assert gc.get_freeze_count() > 0\n    assert 'ATEN_CPU_CAPABILITY' not in os.environ\n"
-        "    assert os.environ['HF_HUB_OFFLINE'] == '1'\n"
+        "    assert os.environ['HF_HUB_OFFLINE'] == '1'\n\n\n"
+        "@pytest.mark.skip(reason='no such machine')\ndef test_elsewhere():\n    pass\n"
     )
+    # a kernel that somebody has installed under the usual name, and that is none
+    kernel = folder / "jupyter" / "kernels" / "python3" / "kernel.json"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text(json.dumps({"argv": ["false"], "display_name": "Python 3", "language": "python"}))
     return folder
 
 
@@ -141,6 +147,10 @@ def test_without_everything_each_lesson_runs_once_solved_and_unsolved(once):
     assert re.search(rf"\b{2 * 6 + 6 + 1 + 1} passed", once.output)
     assert f"{SHORT}.ipynb::Cell 4, unsolved" in once.output
     assert "--everything also runs" in once.output
+
+
+def test_why_a_test_was_skipped_is_said(once):
+    assert re.search(r"^SKIPPED \[1\] tests/test_marked\.py:\d+: no such machine", once.output, re.M), once.output
 
 
 def test_an_unsolved_exercise_is_compared_too(faulty):

@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(not shutil.which("make"), reason="there is no make here")
 
-# Stands for python3, for .venv/bin/python and for .venv/bin/ruff. What FAILS names fails; VERSION is Python's.
+# Stands for python3, for .venv/bin/python and for .venv/bin/ruff. What FAILS names fails; VERSION is Python's. A venv that
+# fails has a Python already and no pip, as on Debian without python3-venv.
 TOOL = """#!/bin/sh
 echo "$(basename $0) $*" >> "$LOG"
 env | grep -E '^(HF_HUB_OFFLINE|OMP_NUM_THREADS|OMP_WAIT_POLICY|QLORA_RUNS)=' > "$LOG.env"
@@ -19,9 +20,13 @@ case "$*" in
     "-c import sys;"*) exec "$REAL" -ISc "import sys; sys.version_info = tuple(map(int, '$VERSION'.split('.'))); \\
 sys.version = '$VERSION (main)'; exec(sys.argv[1])" "$2" ;;
 esac
+if [ "$1 $2" = "-m venv" ]; then
+    mkdir -p "$3/bin" && cp "$0" "$3/bin/python"
+fi
+if [ "$1 $2" = "-m pip" ] && ! [ -e "$(dirname $0)/pip" ]; then exit 1; fi
 case "$(basename $0) $*" in *"$FAILS"*) exit 1 ;; esac
 if [ "$1 $2" = "-m venv" ]; then
-    mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && cp "$0" "$3/bin/ruff"
+    cp "$0" "$3/bin/pip" && cp "$0" "$3/bin/ruff"
 fi
 """
 
@@ -90,7 +95,7 @@ def test_an_old_python_is_refused_before_anything_is_made(course, version):
     assert course.asked == [] and not course.venv.exists()
 
 
-def test_without_the_venv_module_the_package_to_install_is_named(course):
+def test_without_the_venv_module_the_package_to_install_is_named_and_helps(course):
     done = course.make("run", fails="-m venv")
     assert done.returncode and "on Debian or Ubuntu install python3-venv first" in done.stdout
     assert "Installing" not in done.stdout  # it did not go on

@@ -8,6 +8,7 @@ import sys
 import tomllib
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,10 +74,32 @@ def test_each_filter_of_warnings_meets_one_of_the_installed_libraries(line):
     assert given(filtered=False) and not given(filtered=True)
 
 
-def test_each_name_of_what_comes_first_begins_a_test_file_or_a_lesson(request):
-    first = request.config.pluginmanager.get_plugin(str(ROOT / "conftest.py")).FIRST
+@pytest.fixture
+def conftest(request):
+    """The module of the hooks, as pytest has loaded it."""
+    return request.config.pluginmanager.get_plugin(str(ROOT / "conftest.py"))
+
+
+def test_each_name_of_what_comes_first_begins_a_test_file_or_a_lesson(conftest):
     files = {path.name for folder in ("tests", "notebooks") for path in (ROOT / folder).glob("*.*")}
-    assert first and [name for name in first if not any(file.startswith(name) for file in files)] == []
+    names = conftest.FIRST
+    assert names and [name for name in names if not any(file.startswith(name) for file in files)] == []
+
+
+def test_the_file_and_not_the_test_says_what_comes_first(conftest, request):
+    def item(path: str, test: str):
+        return SimpleNamespace(path=ROOT / path, nodeid=f"{path}::{test}", get_closest_marker=lambda name: None)
+
+    longest, later = conftest.FIRST[0], conftest.FIRST[1]
+    items = [
+        item("tests/test_exactness.py", f"test_a_lesson[{longest}]"),
+        item("tests/test_stability.py", f"{conftest.FIRST[-3]}pping"),
+        item(f"tests/{later}.py", "test_a"),
+        item(f"notebooks/solutions/{longest}.ipynb", "Cell 1"),
+    ]
+    wanted = [items[3], items[2], items[0], items[1]]
+    conftest.pytest_collection_modifyitems(request.config, items)
+    assert items == wanted
 
 
 # ruff

@@ -56,15 +56,6 @@ TEXT = (ROOT / PAGE).read_text()
 PINS = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(), re.M))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def imported_things_stay():
-    """Each training collects garbage at its end; what the libraries' modules hold need not be looked through each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 # ---- Installing and importing
 
 
