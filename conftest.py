@@ -50,6 +50,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "everything: takes long; runs with --everything alone")
     if not hasattr(config, "workerinput"):  # once, not in every worker; the workers inherit the environment
+        for choice in ("QLORA_GEAR", "QLORA_MODEL", "QLORA_DATA"):  # a teacher's own would reach every kernel
+            os.environ.pop(choice, None)
         os.environ["QLORA_RUNS"] = tempfile.mkdtemp(prefix="qlora-runs-")
     config.course_runs = os.environ["QLORA_RUNS"]
 

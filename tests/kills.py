@@ -156,7 +156,7 @@ def main() -> None:
 
         def numbered(number: int) -> dict:
             folder, chance = Path(scratch) / str(number), random.Random(number)
-            return trial(folder, PLACES[number % 3], chance, times=1 + number % 3, reference=reference)
+            return trial(folder, PLACES[number % 3], chance, times=1 + number // 3 % 3, reference=reference)
 
         with ThreadPoolExecutor(args.workers) as pool:  # the threads only wait for the processes that train
             for number, row in enumerate(pool.map(numbered, range(args.trials)), start=1):

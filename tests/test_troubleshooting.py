@@ -389,8 +389,9 @@ def test_a_frozen_adapter_is_trained_in_silence(adapter, tmp_path):
     heading = "The adapter is frozen: training runs, and nothing is learnt"
     model = PeftModel.from_pretrained(random_llama(), adapter)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    text = seen(lambda: plain_trainer(tmp_path, model, gradient_checkpointing=True, learning_rate=0.1).train())
-    assert "Error" not in text
+    trainer = plain_trainer(tmp_path, model, gradient_checkpointing=True, learning_rate=0.1)
+    text = seen(trainer.train)
+    assert "Error" not in text and trainer.state.global_step == 1
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
     is_entry(heading, seen(model.print_trainable_parameters))
     is_entry(
@@ -739,11 +740,14 @@ def test_every_entry_is_found_wherever_the_terminal_breaks_its_lines():
 
 
 def test_every_entry_is_found_by_half_of_its_message():
+    tried = 0
     for entry in ENTRIES:
         for message in entry.messages:
             longest = max(re.sub(r"^\w+Error: ", "", message).split("…"), key=len).strip()
             if len(longest) >= 60 and "unexpected keyword" not in longest:  # of these half a message says nothing
                 assert found(f"ValueError: {longest[: len(longest) * 2 // 3]}") == entry.heading
+                tried += 1
+    assert tried >= len(ENTRIES) / 3
 
 
 def test_the_last_message_of_a_text_counts_and_the_others_are_named():
