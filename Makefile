@@ -95,6 +95,5 @@ $(COLAB_READY): colab/requirements.txt colab/runtime-packages.txt colab/looked-f
 test-colab: $(COLAB_READY)
 	@$(COLAB_HAS) install
 	@$(COLAB)/bin/python -m pytest -q -p no:anyio tests/test_colab_environment.py
-	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && \
-		OMP_NUM_THREADS=1 QLORA_RUNS=$$runs COLAB_RELEASE_TAG=test PYDEVD_DISABLE_FILE_VALIDATION=1 \
+	@OMP_NUM_THREADS=1 COLAB_RELEASE_TAG=test PYDEVD_DISABLE_FILE_VALIDATION=1 \
 		$(COLAB)/bin/python -m pytest -q -rs -p no:anyio --everything colab

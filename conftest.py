@@ -112,8 +112,8 @@ class Cell(IPyNbCell):
 class Notebook(IPyNbFile):
     """A notebook as it is, each cell run and the tagged ones compared; its runs go to a folder of its own.
 
-    (A lesson goes on with a run that it finds unfinished.) The Colab editions' kernels run without AVX-512: the checked
-    numbers must hold on such a processor, too.
+    (A lesson goes on with a run that it finds unfinished.) Kernels see no GPU, since what is stored was made in the cpu
+    gear. Those of the Colab editions run without AVX-512: the checked numbers must hold on such a processor, too.
     """
 
     def to_run(self) -> list[tuple[str, nbformat.NotebookNode]]:
@@ -138,6 +138,7 @@ class Notebook(IPyNbFile):
         with pytest.MonkeyPatch.context() as patch:  # a kernel takes the environment over when it starts
             runs = Path(self.config.course_runs) / self.path.parent.name / self.path.stem
             patch.setenv("QLORA_RUNS", str(runs))
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # what is stored was made in the cpu gear
             if self.path.parent.name == "colab":
                 patch.setenv("ATEN_CPU_CAPABILITY", "avx2")
             self.start_kernel(patch)

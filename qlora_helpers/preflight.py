@@ -26,7 +26,7 @@ NOTEBOOKS = COURSE / "notebooks"
 NEEDED = {"pytest": "pytest", "nbval": "nbval", "xdist": "pytest-xdist", "jupytext": "jupytext", "nbformat": "nbformat"}
 NOT_CHECKED = (
     "Not checked: figures (only that they are drawn), outputs without the tag nbval-check-output, the solved and the Colab "
-    "editions, the helpers' own tests, what runs on a GPU alone. make test and make test-all check more."
+    "editions, the helpers' own tests, what runs on a GPU (the lessons run in the cpu gear here). make test and make test-all check more."
 )
 
 

@@ -167,7 +167,7 @@ def test_a_chat_of_exactly_as_many_tokens_as_allowed_is_read(write, tokenizer):
     path = write(GOOD)
     length = count_tokens(GOOD, tokenizer)
     assert read_chats(path, tokenizer, max_length=length) == [GOOD]
-    with pytest.raises(ChatError, match=f"{length} tokens, over the limit of {length - 1}"):
+    with pytest.raises(ChatError, match=f"{length} tokens, over max_length={length - 1}"):
         read_chats(path, tokenizer, max_length=length - 1)
 
 

@@ -175,6 +175,7 @@ def test_each_kernel_has_its_runs_in_a_folder_of_its_own_and_no_network(everythi
     assert len(set(folders)) == 6
     assert {Path(folder).name for folder in folders} == {LONG, SHORT}
     assert not any(Path(folder).exists() for folder in folders), "they are removed at the end"
+    assert {kernel["CUDA_VISIBLE_DEVICES"] for kernel in everything.kernels.values()} == {""}
     assert {kernel["HF_HUB_OFFLINE"] for kernel in everything.kernels.values()} == {"1"}
     assert {kernel["OMP_NUM_THREADS"] for kernel in everything.kernels.values()} == {"1"}
 

@@ -38,7 +38,7 @@ class Course:
         self.folder, self.log = folder, folder / "log"
         self.venv, self.ready = folder / ".venv", folder / ".venv" / "ready"
         for name in ("Makefile", "requirements.txt", "pyproject.toml", "colab/requirements.txt",
-                     "colab/runtime-packages.txt", ".ci/run"):  # fmt: skip
+                     "colab/runtime-packages.txt", "colab/looked-for.txt", ".ci/run"):  # fmt: skip
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
         (folder / "data" / "measured").mkdir(parents=True)
@@ -138,7 +138,7 @@ def test_tests_run_offline_in_two_workers_of_one_thread_that_do_not_spin(course)
         ("test-all", "-m pytest", "python -m pytest -n 2 -q --everything"),
         ("test-all", "kills.py", "python tests/kills.py"),
         ("test-kills", "kills.py", "python tests/kills.py"),  # behind a pipe
-        ("test-colab", "-m pytest", "python -m pytest -q -rs -p no:anyio colab"),
+        ("test-colab", "--everything colab", "python -m pytest -q -rs -p no:anyio --everything colab"),
         ("lint", "ruff format", "ruff format --check ."),
     ],
 )
@@ -146,13 +146,6 @@ def test_a_fault_ends_the_target_and_is_its_status(course, target, fault, last):
     assert course.make(target).returncode == 0
     assert course.make(target, fails=fault).returncode
     assert course.asked[-1] == last
-
-
-def test_the_runs_of_the_colab_editions_are_removed(course):
-    for fails in ("nothing", "-m pytest"):
-        course.make("test-colab", fails=fails)
-        runs = Path(course.seen()["QLORA_RUNS"])
-        assert runs.is_absolute() and not runs.exists()
 
 
 def test_ci_runs_every_suite_and_stops_at_the_first_that_fails(course):

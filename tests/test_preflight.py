@@ -12,6 +12,7 @@ import jupytext
 import nbformat
 import pytest
 
+import build
 from qlora_helpers import doctor, preflight
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,6 +144,8 @@ def test_a_problem_of_the_machine_is_red(monkeypatch, capsys):
 
 def test_what_is_not_compared_is_named(course, monkeypatch):
     monkeypatch.setattr(preflight, "NOTEBOOKS", course / "notebooks")
+    monkeypatch.setattr(build, "SOURCES", course / "notebooks" / "source")
+    monkeypatch.setattr(build, "TIMINGS", course / "notebooks" / "timings.json")
     path = course / "notebooks" / "01_good.ipynb"
     assert preflight.differences("01_good") == []
     before = path.read_text()
