@@ -68,6 +68,7 @@ class Cell(IPyNbCell):
     """A cell whose failure is told in words: which lesson, which cell, what is stored and what came."""
 
     def runtest(self):
+        self.user_properties.append(("compared", bool(self.options["check"])))
         try:
             super().runtest()
         finally:

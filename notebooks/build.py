@@ -10,8 +10,9 @@ A source is `notebooks/source/NN_title.py` in jupytext's percent format. Three e
 - `notebooks/solutions/NN_title.ipynb`: without the cells tagged `exercise`, so with their solutions in their place;
 - `colab/NN_title.ipynb`: the learners' edition behind a badge and a set-up cell.
 
-The lesson table and the results in README.md are written by this script, too. `{{seconds}}` and `{{gigabytes}}` in a source stand for what the learners' edition took when it was last executed; the
-figures are kept in `notebooks/timings.json`.
+A lesson is executed once for all three, in one kernel (see `running.py`); the Colab edition's set-up cell has a kernel of
+its own. The tables of README.md are written by this script, too. `{{seconds}}` and `{{gigabytes}}` in a source stand for
+what the lesson took when it was last executed, its solutions included; the figures are kept in `notebooks/timings.json`.
 """
 
 import argparse

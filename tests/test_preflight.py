@@ -1,4 +1,4 @@
-"""What an instructor sees before class: a course of four small lessons, of which three have a fault each."""
+"""What an instructor sees before class: a course of small lessons, all but the first with a fault each."""
 
 import json
 import os
@@ -79,7 +79,7 @@ def course(tmp_path_factory):
         shutil.copy(ROOT / name, folder / name)
     shutil.copytree(ROOT / "qlora_helpers", folder / "qlora_helpers", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "data").symlink_to(ROOT / "data")
-    for name in ("01_good", "02_wrong_digit", "03_wrong_text", "04_broken_helper"):
+    for name in ("01_good", "02_wrong_digit", "03_wrong_text", "04_broken_helper", "05_cut_off", "06_no_source"):
         write_lesson(folder, name)
     change(folder / "notebooks" / "02_wrong_digit.ipynb", "256 bits in", "255 bits in")
     change(folder / "notebooks" / "03_wrong_text.ipynb", "has 64 values", "has 128 values")
@@ -88,9 +88,12 @@ def course(tmp_path_factory):
         "def quieten() -> None:",
         "def quieten() -> None:\n    raise RuntimeError('no')\n",
     )
-    for name in ("01_good", "02_wrong_digit", "03_wrong_text"):  # these three do without the broken helper
+    for name in ("01_good", "02_wrong_digit", "03_wrong_text", "06_no_source"):  # these do without the broken helper
         for path in (folder / "notebooks" / f"{name}.ipynb", folder / "notebooks" / "source" / f"{name}.py"):
             change(path, "from qlora_helpers.quiet import quieten", "quieten = print")
+    cut = folder / "notebooks" / "05_cut_off.ipynb"
+    cut.write_text(cut.read_text()[:300])
+    (folder / "notebooks" / "source" / "06_no_source.py").unlink()
     return folder
 
 
@@ -102,7 +105,7 @@ def red(course):
 def test_a_good_lesson_is_green_alone(course):
     done = call(course, "1")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^✓ 01_good +3 +\d+ +0\.\d\d$", done.stdout, re.M), done.stdout
+    assert re.search(r"^✓ 01_good +3 +1 +\d+ +0\.\d\d$", done.stdout, re.M), done.stdout
     assert "✓ ready: 1 lesson in 0 min" in done.stdout
     assert "Not checked: figures" in done.stdout
 
@@ -120,10 +123,15 @@ def test_each_fault_is_red_and_named_with_lesson_and_cell(red):
             "lesson 03, cell 1 (text) says 'A block has 128 values, and each of the…', its source 'A block has 64 values",
         ),
         ("04_broken_helper", "lesson 04, cell [1], line 3: RuntimeError: no"),
+        (
+            "05_cut_off",
+            "lesson 05, 05_cut_off.ipynb is no notebook that can be read: Notebook does not appear to be JSON",
+        ),
+        ("06_no_source", "lesson 06, its source source/06_no_source.py is not here"),
     ):
         row = re.search(rf"^✗ {lesson} .*\n    (.*)", red.stdout, re.M)
         assert row and fault in row[1], red.stdout
-    assert "✗ not ready: 4 lessons" in red.stdout
+    assert "✗ not ready: 6 lessons" in red.stdout
 
 
 def test_the_whole_output_is_kept_when_something_fails(red):
