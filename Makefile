@@ -96,4 +96,4 @@ test-colab: $(COLAB_READY)
 	@$(COLAB_HAS) install
 	@$(COLAB)/bin/python -m pytest -q -p no:anyio tests/test_colab_environment.py
 	@OMP_NUM_THREADS=1 COLAB_RELEASE_TAG=test PYDEVD_DISABLE_FILE_VALIDATION=1 \
-		$(COLAB)/bin/python -m pytest -q -rs -p no:anyio --everything colab
+		$(COLAB)/bin/python -m pytest -q -p no:anyio --everything colab

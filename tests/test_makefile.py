@@ -138,7 +138,7 @@ def test_tests_run_offline_in_two_workers_of_one_thread_that_do_not_spin(course)
         ("test-all", "-m pytest", "python -m pytest -n 2 -q --everything"),
         ("test-all", "kills.py", "python tests/kills.py"),
         ("test-kills", "kills.py", "python tests/kills.py"),  # behind a pipe
-        ("test-colab", "--everything colab", "python -m pytest -q -rs -p no:anyio --everything colab"),
+        ("test-colab", "--everything colab", "python -m pytest -q -p no:anyio --everything colab"),
         ("lint", "ruff format", "ruff format --check ."),
     ],
 )
