@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY := passive
 .PHONY: help run lab preflight test test-all test-kills test-colab notebooks lint zip
 
 help:
-	@echo "make run        the full QLoRA run on this machine, about a minute after the first set-up"
+	@echo "make run        the full QLoRA run on this machine, about two minutes after the first set-up"
 	@echo "make lab        JupyterLab in notebooks/"
 	@echo "make preflight  before class: the machine, and every lesson as learners get it; LESSON=03 for one"
 	@echo "make test       every test of the helpers, and each lesson once"
