@@ -1,7 +1,7 @@
 """How pytest runs this course: one thread each, no network, notebooks through nbval, the longest first.
 
 Hooks that concern notebooks must stand here: pytest asks `tests/conftest.py` only for what lies in `tests/`.
-`tests/test_hooks.py` runs a course of three small notebooks under this file and looks at what came of each hook.
+`tests/test_hooks.py` runs a course of two small lessons under this file and looks at what came of each hook.
 """
 
 import difflib
