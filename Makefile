@@ -42,7 +42,7 @@ run: $(READY)
 
 LESSON ?=
 preflight: $(READY)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m qlora_helpers.preflight $(LESSON)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m qlora_helpers.commands.preflight $(LESSON)
 
 # Two workers with one thread each: more threads than cores make every kernel slower by a factor.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
@@ -53,17 +53,17 @@ test: $(READY)
 test-all: $(READY)
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .
 	@$(PYTEST) --everything
-	@PYTHONPATH=.:notebooks $(BIN)/python tests/kills.py
+	@$(BIN)/python -m tests.support.kills
 
 # 20 runs killed for real; the output that is kept is in data/measured/kills.txt
 test-kills: $(READY)
-	@set -o pipefail; PYTHONPATH=.:notebooks $(BIN)/python tests/kills.py | tee data/measured/kills.txt
+	@set -o pipefail; $(BIN)/python -m tests.support.kills | tee data/measured/kills.txt
 
 lab: $(READY)
 	@cd notebooks && ../$(BIN)/jupyter lab
 
 notebooks: $(READY)
-	@OMP_NUM_THREADS=1 $(BIN)/python notebooks/build.py $(LESSON)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m notebooks.scripts.build $(LESSON)
 
 lint: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -75,12 +75,12 @@ zip:
 	@git diff --quiet HEAD || echo "What is not committed is not in it."
 
 # Colab's versions, on the Python and the torch at hand, and what else Colab has that the libraries look for:
-# tests/colab_environment.py says what is not held to Colab's version, and what only stands in. On Linux without a GPU,
+# tests/colab/environment.py says what is not held to Colab's version, and what only stands in. On Linux without a GPU,
 # first install PyTorch's CPU build into .venv-colab, as README.md says for .venv.
 COLAB := .venv-colab
 COLAB_READY := $(COLAB)/ready
 COLAB_PIP := $(COLAB)/bin/python -m pip install --quiet --disable-pip-version-check
-COLAB_HAS := $(COLAB)/bin/python tests/colab_environment.py
+COLAB_HAS := $(COLAB)/bin/python -m tests.colab.environment
 $(COLAB_READY): colab/requirements.txt colab/runtime-packages.txt colab/looked-for.txt requirements.txt
 	@[ -x $(COLAB)/bin/pip ] || $(PYTHON) -m venv $(COLAB)
 	@echo "Installing Colab's versions into $(COLAB) (once; a few minutes)."
@@ -94,6 +94,6 @@ $(COLAB_READY): colab/requirements.txt colab/runtime-packages.txt colab/looked-f
 # As on Colab, a lesson's first cell removes what is in the way: each run begins with all of it.
 test-colab: $(COLAB_READY)
 	@$(COLAB_HAS) install
-	@$(COLAB)/bin/python -m pytest -q -p no:anyio tests/test_colab_environment.py
+	@$(COLAB)/bin/python -m pytest -q -p no:anyio tests/colab/test_environment.py
 	@OMP_NUM_THREADS=1 COLAB_RELEASE_TAG=test PYDEVD_DISABLE_FILE_VALIDATION=1 \
 		$(COLAB)/bin/python -m pytest -q -p no:anyio --everything colab

@@ -1,7 +1,7 @@
 """How pytest runs this course: one thread each, no network, notebooks through nbval, the longest first.
 
-Hooks that concern notebooks must stand here: pytest asks `tests/conftest.py` only for what lies in `tests/`.
-`tests/test_hooks.py` runs a course of two small lessons under this file and looks at what came of each hook.
+Hooks that concern notebooks must stand here: pytest asks a `tests/conftest.py` only for what lies in `tests/`.
+`tests/project/test_hooks.py` runs a course of two small lessons under this file and looks at what came of each hook.
 """
 
 import difflib
@@ -9,7 +9,6 @@ import gc
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -19,11 +18,10 @@ import pytest
 from jupyter_client.provisioning import local_provisioner
 from nbval.plugin import IPyNbCell, IPyNbFile, NbCellError, find_comment_markers, find_metadata_tags
 
-ROOT = Path(__file__).resolve().parent
-sys.path[:0] = [str(ROOT / folder) for folder in ("data", "notebooks")]  # their scripts are tested too
+from notebooks.scripts import forking
+from notebooks.scripts.running import code_cells, in_one_kernel, peak_bytes
 
-import forking
-from running import code_cells, in_one_kernel, peak_bytes  # in notebooks/
+ROOT = Path(__file__).resolve().parent
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers with more threads than cores are slower by a factor
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network fails at once
@@ -31,8 +29,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network fails 
 # The longest first, so that both workers end together. (`--no-loadscope-reorder` keeps pytest-xdist from sorting anew.)
 FIRST = (
     "04_qlora_run", "08_stability", "06_adapters", "07_does_it", "02_nf4_vs_int4", "test_quality", "test_shipped_model",
-    "test_checkpoints", "test_cli", "09_out_of_memory", "05_will_it_fit", "01_memory_maths", "test_data",
-    "test_memory_activations", "test_hooks", "test_preflight", "test_troubleshooting", "test_measure_oom",
+    "test_checkpoints", "test_command_line", "09_out_of_memory", "05_will_it_fit", "01_memory_maths", "test_shipped_data",
+    "test_layers", "test_hooks", "test_preflight", "test_troubleshooting", "test_measure_out_of_memory",
 )  # fmt: skip
 
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")

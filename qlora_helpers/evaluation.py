@@ -5,6 +5,7 @@ Every score here is greedy: the most likely next token, one after another, nothi
 
 import json
 import math
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -180,3 +181,30 @@ def loss(model, tokenizer, chats: list[Chat], batch_size: int | None = None) -> 
         ).item()
         count += int(spoken.sum())
     return total / count
+
+
+def seconds_per_token(model, tokenizer, question: Chat, tokens: int = 32) -> float:
+    """Seconds for each new token of one greedy answer of exactly so many tokens, after a first answer to warm up."""
+    encoded = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    ).to(model.device)
+
+    def generate(count: int) -> float:
+        started = time.perf_counter()
+        with evaluating(model):
+            model.generate(
+                **encoded,
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    generate(2)
+    return generate(tokens) / tokens

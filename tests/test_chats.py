@@ -5,9 +5,9 @@ import json
 import pytest
 
 from qlora_helpers.chats import ChatError, count_tokens, fault_in, read_chats, split_question
-from qlora_helpers.files import data_path
-from qlora_helpers.models import load_tokenizer
-from qlora_helpers.training import Settings
+from qlora_helpers.models.loading import load_tokenizer
+from qlora_helpers.paths import data_path
+from qlora_helpers.settings import Settings
 
 GOOD = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]
 

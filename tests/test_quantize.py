@@ -6,19 +6,15 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
-
-import pytest
-import torch
-
-from qlora_helpers.quantize import FP4, INT3, INT4, INT4_SYMMETRIC, NF4, dequantize, dynamic_map_values, quantize
-from qlora_helpers.quiet import quieten
-
-quieten()
 
 import bitsandbytes.functional as bnb
+import pytest
+import torch
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from bitsandbytes.cextension import lib
+
+from qlora_helpers.quantize import FP4, INT3, INT4, INT4_SYMMETRIC, NF4, dequantize, dynamic_map_values, quantize
+from tests import ROOT
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # all that bitsandbytes takes
@@ -49,7 +45,7 @@ def random_shape(draw):
 def bitsandbytes_values(packed, state):
     """What bitsandbytes decodes: by its own torch code where its compiled code is wrong or rounds otherwise.
 
-    That is so for the shapes of fault B of qlora_helpers.models, and for float16 in a CUDA build of the library: there
+    That is so for the shapes of fault B of qlora_helpers.models.loading, and for float16 in a CUDA build of the library: there
     the CPU code rounds ties away from zero instead of to even (seen in up to 73 of 262,144 values).
     """
     fault_b = state.shape[-1] % 16 == 0 and state.shape[-1] % state.blocksize
@@ -161,7 +157,7 @@ def test_the_same_holds_without_avx512():
     done = subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )

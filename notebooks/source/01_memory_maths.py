@@ -13,11 +13,13 @@
 # %%
 import json
 
-from qlora_helpers import plots
-from qlora_helpers.checks import check, exercise
-from qlora_helpers.files import data_path
-from qlora_helpers.models import bytes_by_part, load_model
-from qlora_helpers.shapes import KNOWN, LLAMA_3_1_8B, LLAMA_3_1_70B, MISTRAL_7B, meta_model
+from qlora_helpers.course import plots
+from qlora_helpers.course.checks import check, exercise
+from qlora_helpers.memory import known_config
+from qlora_helpers.models.loading import load_model
+from qlora_helpers.models.meta import meta_model
+from qlora_helpers.models.weights import bytes_by_part
+from qlora_helpers.paths import data_path
 
 import torch
 import transformers
@@ -41,6 +43,16 @@ print(f"a card with 24 GiB holds {24 * GIB / GB:.2f} GB")
 #
 # The name says "8B". The shape says it exactly. A Llama decoder layer has seven linear layers; around the layers stand
 # the token embeddings and, at the end, the output head (`lm_head`). Here is the whole count, by hand.
+
+# %%
+KNOWN = {
+    "Llama-3.2-1B": known_config("meta-llama/Llama-3.2-1B"),
+    "Mistral-7B": known_config("mistralai/Mistral-7B-v0.1"),
+    "Llama-3.1-8B": known_config("meta-llama/Llama-3.1-8B"),
+    "Llama-2-70B": known_config("meta-llama/Llama-2-70b-hf"),
+    "Llama-3.1-70B": known_config("meta-llama/Llama-3.1-70B"),
+}
+LLAMA_3_1_8B, LLAMA_3_1_70B, MISTRAL_7B = KNOWN["Llama-3.1-8B"], KNOWN["Llama-3.1-70B"], KNOWN["Mistral-7B"]
 
 # %% tags=["nbval-check-output"]
 def linear_parameters(s: dict) -> int:
@@ -309,9 +321,9 @@ print(f"peak of torch's tensors in a run of {whole.run.seq_len:,} tokens: {whole
 # Run the cell, then move the slider. It shows what the weights alone would take. 4.127 is QLoRA's true number of bits, for a model without embeddings.
 
 # %%
-from qlora_helpers.widgets import memory_slider
+from qlora_helpers.course.widgets import memory_slider
 
-memory_slider()
+memory_slider({name: meta_model(config).num_parameters() for name, config in KNOWN.items()})
 
 # %% [markdown]
 # ## Exercise 1

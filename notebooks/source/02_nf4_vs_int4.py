@@ -13,14 +13,15 @@
 import json
 import statistics
 
-from qlora_helpers import plots
-from qlora_helpers.checks import check, exercise
+from qlora_helpers.course import plots
+from qlora_helpers.course.checks import check, exercise
 from qlora_helpers.evaluation import read_facts, recall, standard_error
-from qlora_helpers.files import data_path
 from qlora_helpers.hardware import detect
-from qlora_helpers.models import linear_layers, load_model, load_tokenizer, quantize_dequantize
-from qlora_helpers.normality import excess_kurtosis, qq_correlation
+from qlora_helpers.models.loading import load_model, load_tokenizer
+from qlora_helpers.models.weights import linear_layers, quantize_dequantize
+from qlora_helpers.paths import data_path
 from qlora_helpers.quantize import FP4, INT3, INT4, INT4_SYMMETRIC, NF4, dequantize, quantize
+from qlora_helpers.statistics import excess_kurtosis, qq_correlation
 
 import torch
 
@@ -236,7 +237,7 @@ check("the 63 other blocks", after[others], before[others], exact=True)
 # next cell, then move the outlier and the block size:
 
 # %%
-from qlora_helpers.widgets import outlier_slider
+from qlora_helpers.course.widgets import outlier_slider
 
 outlier_slider()
 
@@ -267,7 +268,7 @@ scores = {(book.name, 64): recall_in(book, 64) for book in books}
 scores["NF4 + double quant", 64] = recall_in(NF4, 64, double_quant=True)
 
 # %% [markdown]
-# The same for blocks of 256 takes as long again. It was measured by `data/measure_tiny_llama.py`, which the tests repeat:
+# The same for blocks of 256 takes as long again. It was measured by `data/scripts/measure/tiny_llama.py`, which the tests repeat:
 
 # %%
 measured = json.loads(data_path("tiny-llama", "scores.json").read_text())["recall"]

@@ -10,12 +10,14 @@
 # Takes about {{seconds}} seconds and {{gigabytes}} GB of memory on two processor cores. No GPU is needed.
 
 # %%
-from qlora_helpers import plots
-from qlora_helpers.checks import check, exercise
+from qlora_helpers.course import plots
+from qlora_helpers.course.checks import check, exercise
 from qlora_helpers.hardware import detect
-from qlora_helpers.models import linear_layers, load_model
+from qlora_helpers.memory import known_config
+from qlora_helpers.models.loading import load_model
+from qlora_helpers.models.meta import meta_model
+from qlora_helpers.models.weights import linear_layers
 from qlora_helpers.quantize import NF4, dequantize, dynamic_map_values, quantize
-from qlora_helpers.shapes import KNOWN, meta_model
 
 import torch
 
@@ -124,8 +126,8 @@ print(f"the true saving = {(without - with_second_level) * 70e9 / 8 / GB:.2f} GB
 
 # %% tags=["nbval-check-output"]
 saved = {}
-for name in ("Llama-3.1-8B", "Llama-2-70B"):
-    linear = sum(layer.weight.numel() for _, layer in linear_layers(meta_model(KNOWN[name])))
+for name, model in {"Llama-3.1-8B": "meta-llama/Llama-3.1-8B", "Llama-2-70B": "meta-llama/Llama-2-70b-hf"}.items():
+    linear = sum(layer.weight.numel() for _, layer in linear_layers(meta_model(known_config(model))))
     saved[name] = linear * (without - with_second_level) / 8
     print(f"{name:13} {linear:,} parameters: {saved[name] / GB:.2f} GB = {saved[name] / GIB:.2f} GiB saved")
 

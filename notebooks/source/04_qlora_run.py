@@ -15,13 +15,17 @@
 # %%
 import json
 
-from qlora_helpers import evaluation, plots
+from qlora_helpers import evaluation
 from qlora_helpers.chats import read_chats, split_question
-from qlora_helpers.checks import check, exercise
-from qlora_helpers.files import data_path, new_run_folder, unfinished_run_folder
+from qlora_helpers.course import plots
+from qlora_helpers.course.checks import check, exercise
 from qlora_helpers.hardware import detect
-from qlora_helpers.models import SHIPPED_MODEL, bytes_by_part, default_model, load_model, load_or_shipped, load_tokenizer
-from qlora_helpers.training import Settings, train
+from qlora_helpers.models.loading import SHIPPED_MODEL, default_model, load_model, load_or_shipped, load_tokenizer
+from qlora_helpers.models.weights import bytes_by_part
+from qlora_helpers.paths import data_path
+from qlora_helpers.settings import Settings
+from qlora_helpers.training.run import train
+from qlora_helpers.training.run_folder import new_run_folder, unfinished_run_folder
 
 # after the helpers, which keep one harmless message off the page
 import bitsandbytes as bnb
@@ -188,7 +192,7 @@ check("facts recalled by the 4-bit base", known, at_least=0.95)
 #
 # ## The run
 #
-# `train` is a thin layer over TRL's `SFTTrainer` (see `qlora_helpers/training.py`). It sets what today's libraries get
+# `train` is a thin layer over TRL's `SFTTrainer` (see `qlora_helpers/training/trainer.py`). It sets what today's libraries get
 # wrong or refuse by themselves: `use_cpu` without a GPU, float16 on a T4, and adapters in float32. TRL makes the adapters of
 # a 4-bit model bfloat16, which breaks float16 training and is not restored exactly after an interruption.
 
@@ -239,7 +243,7 @@ with run.model.disable_adapter():
 # %% [markdown]
 # A harder proof: shuffle the base's linear weights, which keeps their distribution and destroys their knowledge, and make
 # the same run. It cannot answer. And how much does 4 bit cost here? The same run on the unquantised base tells. Both take
-# another minute each, so they are made by `data/measure_tiny_llama.py`; the tests repeat them.
+# another minute each, so they are made by `data/scripts/measure/tiny_llama.py`; the tests repeat them.
 
 # %% tags=["nbval-check-output"]
 scores = json.loads(data_path("tiny-llama", "scores.json").read_text())
@@ -354,7 +358,7 @@ for tokens in (2_048, 4_096, 8_192):
     print(f"{tokens:6,} tokens: {32 * tokens**2 * 2 / GIB:5.2f} GiB for one copy of one layer's scores")
 
 # %% [markdown]
-# The `t4` gear repeats keys and values for the heads that share them (`qlora_helpers/attention.py`). Then the
+# The `t4` gear repeats keys and values for the heads that share them (`qlora_helpers/models/attention.py`). Then the
 # memory-efficient kernel serves, whose memory grows with the tokens, not with their square. The attention is the same:
 
 # %% tags=["nbval-check-output"]

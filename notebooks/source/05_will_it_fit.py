@@ -17,12 +17,12 @@ import json
 from collections import Counter
 from dataclasses import fields, replace
 
-from qlora_helpers import plots
-from qlora_helpers.checks import check, exercise
-from qlora_helpers.files import data_path
+from qlora_helpers.course import plots
+from qlora_helpers.course.checks import check, exercise
 from qlora_helpers.hardware import detect
 from qlora_helpers.memory import FineTuning, find_gpu, find_shape, longest_sequence, predict, suggest, what_fits
-from qlora_helpers.models import load_model
+from qlora_helpers.models.loading import load_model
+from qlora_helpers.paths import data_path
 
 import torch
 
@@ -368,7 +368,7 @@ plots.show(fig, "Bars of what one change to a run of Llama-3.1-8B at 4 x 2,048 t
 # "VRAM consumption scales quadratically with sequence length", says one article. That depends on the attention kernel.
 # FlashAttention and the memory-efficient kernel never store the matrix of scores; torch's math kernel does, for every
 # head. A T4 has no FlashAttention, and with grouped-query attention it falls back to math, unless keys and values are
-# repeated as this course does (`qlora_helpers/attention.py`). Both were measured on Llama-3.2-1B:
+# repeated as this course does (`qlora_helpers/models/attention.py`). Both were measured on Llama-3.2-1B:
 
 # %% tags=["nbval-check-output"]
 lengths = (512, 1024, 2048, 4096)
@@ -533,7 +533,7 @@ print(f"measured, 8B: {loading['host_own_bytes'] / GB:.2f} GB with Python and it
 # Run the cell, then move the sliders. Settings that a model does not allow are refused with the reason.
 
 # %%
-from qlora_helpers.widgets import fit_explorer
+from qlora_helpers.course.widgets import fit_explorer
 
 fit_explorer()
 
@@ -558,10 +558,13 @@ code = main("memory Qwen/Qwen2.5-7B --gpu t4 --seq-len 2048".split())
 from transformers import PrinterCallback
 
 from qlora_helpers.chats import read_chats
-from qlora_helpers.files import new_run_folder
-from qlora_helpers.measure import Measurement, MemoryCallback, compare, run_of, shape_of
-from qlora_helpers.models import load_tokenizer
-from qlora_helpers.training import Settings, build_trainer
+from qlora_helpers.memory.comparison import compare
+from qlora_helpers.memory.live_run import run_of, shape_of
+from qlora_helpers.memory.measurement import Measurement, MemoryCallback
+from qlora_helpers.models.loading import load_tokenizer
+from qlora_helpers.settings import Settings
+from qlora_helpers.training.run_folder import new_run_folder
+from qlora_helpers.training.trainer import build_trainer
 
 measurement = Measurement()
 with measurement.phase("load"):

@@ -9,22 +9,29 @@
 # - plan the memory of a merge for 8B and 70B, merge from file to file, and save without losing anything.
 #
 # Takes about {{seconds}} seconds and {{gigabytes}} GB of memory on two processor cores. No GPU is needed: what only a GPU
-# can tell was measured on one, an H200, by `data/measure_merging.py`.
+# can tell was measured on one, an H200, by `data/scripts/measure/merging.py`.
 
 # %%
 import json
 
-from qlora_helpers import evaluation, plots
-from qlora_helpers.adapters import WrongBase, describe, load_adapter
+from qlora_helpers import evaluation
+from qlora_helpers.adapters.drift import drift, logits
+from qlora_helpers.adapters.file_merge import merge_files
+from qlora_helpers.adapters.files import WrongBase, describe, load_adapter
+from qlora_helpers.adapters.merge import load_base, merge
 from qlora_helpers.chats import read_chats, split_question
-from qlora_helpers.checks import check, exercise
-from qlora_helpers.files import data_path, new_run_folder
+from qlora_helpers.course import plots
+from qlora_helpers.course.checks import check, exercise
 from qlora_helpers.hardware import detect
-from qlora_helpers.memory import find_gpu, find_shape, merging
-from qlora_helpers.merging import drift, load_base, logits, merge, merge_files, seconds_per_token
-from qlora_helpers.models import bytes_by_part, linear_layers, load_model, load_tokenizer, save_model
+from qlora_helpers.memory import find_gpu, find_shape, predict_merge
+from qlora_helpers.models.loading import load_model, load_tokenizer
+from qlora_helpers.models.saving import save_model
+from qlora_helpers.models.weights import bytes_by_part, linear_layers
+from qlora_helpers.paths import data_path
 from qlora_helpers.quantize import NF4, dequantize, quantize
-from qlora_helpers.training import Settings, train
+from qlora_helpers.settings import Settings
+from qlora_helpers.training.run import train
+from qlora_helpers.training.run_folder import new_run_folder
 
 import torch
 
@@ -55,7 +62,7 @@ check("bytes per number, header included", files.bytes / files.parameters, 4, re
 
 # %% tags=["nbval-check-output"]
 shape = find_shape("meta-llama/Llama-3.1-8B")
-print(f"adapter {2 * shape.lora_parameters(16) / 1e6:.0f} MB, 4-bit base {merging(shape, '4bit').base_bytes / GB:.2f} GB")
+print(f"adapter {2 * shape.lora_parameters(16) / 1e6:.0f} MB, 4-bit base {predict_merge(shape, '4bit').base_bytes / GB:.2f} GB")
 
 # %% [markdown]
 # ## Onto the 4-bit base
@@ -116,8 +123,8 @@ check("words per answer", [len(text.split()) == 1 for text in together], [False,
 # What this saves: two fine-tuned models of 8B as two 16-bit copies, against one 4-bit base with two adapters.
 
 # %% tags=["nbval-check-output"]
-copies = 2 * merging(shape, "16bit").merged_bytes
-one_base = merging(shape, "4bit").base_bytes + 2 * 2 * shape.lora_parameters(16)
+copies = 2 * predict_merge(shape, "16bit").merged_bytes
+one_base = predict_merge(shape, "4bit").base_bytes + 2 * 2 * shape.lora_parameters(16)
 print(f"two merged copies {copies / GB:.1f} GB, one base with two adapters {one_base / GB:.1f} GB")
 
 # %% [markdown]
@@ -165,7 +172,7 @@ check("one layer merged into 4 bits", theirs, rounded(decoded[name] + deltas[nam
 # %%
 def row(model):
     scores = evaluation.exact_match(model, tokenizer, test_chats), evaluation.loss(model, tokenizer, test_chats[:100])
-    speed = seconds_per_token(model, tokenizer, questions[0], tokens=8) * 1000
+    speed = evaluation.seconds_per_token(model, tokenizer, questions[0], tokens=8) * 1000
     return *scores, drift(logits(model, tokenizer, test_chats[:100]), wanted), sum(bytes_by_part(model).values()), speed
 
 
@@ -272,7 +279,7 @@ check("16 bit, then 4 bit: the same", rows["16bit, then 4bit"]["mean"] / rows["n
 # %% tags=["nbval-check-output"]
 for into in ("4bit", "dequantised", "16bit"):
     peak = max(rows[into]["base_peak_bytes"], rows[into]["merge_peak_bytes"])
-    check(f"8B, {into}: predicted peak in GB against measured", merging(shape, into).peak_bytes / GB, peak / GB, rel=0.01)
+    check(f"8B, {into}: predicted peak in GB against measured", predict_merge(shape, into).peak_bytes / GB, peak / GB, rel=0.01)
 
 # %% [markdown]
 # Dequantising needs the most: transformers keeps the 4-bit weights until the last layer is decoded. For 70B:
@@ -280,7 +287,7 @@ for into in ("4bit", "dequantised", "16bit"):
 # %% tags=["nbval-check-output"]
 for model in ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-2-70b-hf"):
     for into in ("4bit", "dequantised", "16bit"):
-        plan = merging(find_shape(model), into)
+        plan = predict_merge(find_shape(model), into)
         print(f"{model:27}{into:13}peak {plan.peak_bytes / GB:7.2f} GB, result {plan.merged_bytes / GB:7.2f} GB")
 
 # %% [markdown]
@@ -347,10 +354,10 @@ exercise("an adapter of rank 64", adapter_bytes, 2 * 167_772_160, hint="Two byte
 ways = ...
 
 # %% tags=["solution"]
-ways = [into for into in ("4bit", "dequantised", "16bit") if merging(shape, into).peak_bytes < find_gpu("t4").usable_bytes]
+ways = [into for into in ("4bit", "dequantised", "16bit") if predict_merge(shape, into).peak_bytes < find_gpu("t4").usable_bytes]
 
 # %% tags=["nbval-check-output"]
-exercise("merges that fit a T4", ways, ["4bit"], hint="Compare merging(shape, into).peak_bytes for each.")
+exercise("merges that fit a T4", ways, ["4bit"], hint="Compare predict_merge(shape, into).peak_bytes for each.")
 
 # %% [markdown]
 # ## You have

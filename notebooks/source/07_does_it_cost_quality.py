@@ -9,20 +9,23 @@
 # - set all this beside the QLoRA paper, and beside later work that disagrees.
 #
 # Takes about {{seconds}} seconds and {{gigabytes}} GB of memory on two processor cores. The runs of the tables were made by
-# `data/measure_quality.py`, most of them on a machine of 16 cores.
+# `data/scripts/measure/quality.py`, most of them on a machine of 16 cores.
 
 # %%
 import json
 from collections import defaultdict
 
-from qlora_helpers import evaluation, plots
+from qlora_helpers import evaluation
 from qlora_helpers.chats import read_chats
-from qlora_helpers.checks import check, exercise
-from qlora_helpers.files import data_path, new_run_folder
+from qlora_helpers.course import plots
+from qlora_helpers.course.checks import check, exercise
 from qlora_helpers.memory import FineTuning, find_shape, predict
-from qlora_helpers.models import load_model, load_tokenizer
-from qlora_helpers.seeds import difference, interval
-from qlora_helpers.training import Settings, train
+from qlora_helpers.models.loading import load_model, load_tokenizer
+from qlora_helpers.paths import data_path
+from qlora_helpers.settings import Settings
+from qlora_helpers.statistics import difference, interval
+from qlora_helpers.training.run import train
+from qlora_helpers.training.run_folder import new_run_folder
 
 import torch
 

@@ -16,14 +16,19 @@ import math
 import statistics
 from dataclasses import replace
 
-from qlora_helpers import evaluation, plots
+from qlora_helpers import evaluation
 from qlora_helpers.chats import ChatError, read_chats, split_question
-from qlora_helpers.checks import check, exercise
-from qlora_helpers.files import data_path, new_run_folder
+from qlora_helpers.course import plots
+from qlora_helpers.course.checks import check, exercise
 from qlora_helpers.hardware import detect
-from qlora_helpers.models import load_model, load_tokenizer
-from qlora_helpers.training import Settings, TrainingDiverged, build_trainer, train
-from qlora_helpers.tutorials import collator_run, sft_trainer
+from qlora_helpers.models.loading import load_model, load_tokenizer
+from qlora_helpers.paths import data_path
+from qlora_helpers.settings import Settings
+from qlora_helpers.training.callbacks import TrainingDiverged
+from qlora_helpers.training.faulty_runs import collator_run, sft_trainer
+from qlora_helpers.training.run import train
+from qlora_helpers.training.run_folder import new_run_folder
+from qlora_helpers.training.trainer import build_trainer
 
 # after the helpers, which keep harmless messages off the page
 import torch
@@ -34,7 +39,7 @@ print("gear:", detect().gear)
 # %% [markdown]
 # ## A healthy run
 #
-# First a run with nothing wrong. It is also a row of a table that `data/measure_stability.py` made, over several seeds.
+# First a run with nothing wrong. It is also a row of a table that `data/scripts/measure/stability.py` made, over several seeds.
 # Each other row is the same run with one fault.
 
 # %% tags=["nbval-check-output"]
@@ -117,7 +122,7 @@ check("loss at the end", too_high[-1][1], at_least=4)
 # **Cure: start again in a new folder, with a third of the learning rate, until the loss falls.** What has been
 # trained since the spike is worthless.
 #
-# What is a spike? The rule here (`qlora_helpers/spikes.py`) takes the median of the 20 losses before as usual, and their
+# What is a spike? The rule here (`qlora_helpers/training/spikes.py`) takes the median of the 20 losses before as usual, and their
 # median distance from it, times 1.4826, as the spread. A spike lies above the usual loss by 8 spreads, by half of it, and
 # by 0.5 nats. It costs nothing: the losses are read when they are logged.
 #

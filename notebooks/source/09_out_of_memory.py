@@ -16,16 +16,18 @@ import json
 import textwrap
 from dataclasses import fields, replace
 
-from qlora_helpers import plots
 from qlora_helpers.chats import read_chats
-from qlora_helpers.checks import check, exercise
-from qlora_helpers.files import data_path, new_run_folder
+from qlora_helpers.course import plots
+from qlora_helpers.course.checks import check, exercise
 from qlora_helpers.hardware import detect
-from qlora_helpers.memory import FineTuning, cures, find_gpu, find_shape, merging, predict
-from qlora_helpers.models import load_model, load_tokenizer
-from qlora_helpers.out_of_memory import place_of, read_message
-from qlora_helpers.timeline import PHASES, Timeline, record_step
-from qlora_helpers.training import Settings, build_trainer
+from qlora_helpers.memory import FineTuning, cures, find_gpu, find_shape, predict, predict_merge
+from qlora_helpers.memory.out_of_memory import place_of, read_message
+from qlora_helpers.memory.timeline import PHASES, Timeline, record_step
+from qlora_helpers.models.loading import load_model, load_tokenizer
+from qlora_helpers.paths import data_path
+from qlora_helpers.settings import Settings
+from qlora_helpers.training.run_folder import new_run_folder
+from qlora_helpers.training.trainer import build_trainer
 
 import torch
 from transformers import PrinterCallback
@@ -470,11 +472,11 @@ for name, size in sorted(saving["files"].items(), key=lambda file: -file[1])[:2]
 # %% tags=["nbval-check-output"]
 for name in ("8B", "70B"):
     model = find_shape(f"meta-llama/Llama-3.1-{name}")
-    print(f"{name}: decoded as a whole {merging(model, 'dequantised').peak_bytes / GIB:7.2f} GiB, "
-          f"into 4 bits {merging(model, '4bit').peak_bytes / GIB:6.2f} GiB")
+    print(f"{name}: decoded as a whole {predict_merge(model, 'dequantised').peak_bytes / GIB:7.2f} GiB, "
+          f"into 4 bits {predict_merge(model, '4bit').peak_bytes / GIB:6.2f} GiB")
 decoded, merged = rows["merging: price"], rows["merging: cure, into 4 bits"]
-check("GiB to decode the whole of 8B", merging(shape, "dequantised").peak_bytes / GIB, decoded["peak_allocated_bytes"] / GIB, rel=0.02)
-check("GiB to merge it into 4 bits", merging(shape, "4bit").peak_bytes / GIB, merged["peak_allocated_bytes"] / GIB, rel=0.02)
+check("GiB to decode the whole of 8B", predict_merge(shape, "dequantised").peak_bytes / GIB, decoded["peak_allocated_bytes"] / GIB, rel=0.02)
+check("GiB to merge it into 4 bits", predict_merge(shape, "4bit").peak_bytes / GIB, merged["peak_allocated_bytes"] / GIB, rel=0.02)
 print(f"decoded in {decoded['work_seconds']:.1f} s, merged into 4 bits in {merged['work_seconds']:.1f} s")
 
 # %% [markdown]

@@ -1,38 +1,31 @@
 """Will it fit? The memory of a fine-tuning run, predicted part by part."""
 
-from .architectures import ModelShape
-from .fitting import (
-    Change,
-    Suggestion,
-    cures,
-    find_shape,
-    known_models,
-    largest_batch,
-    longest_sequence,
-    suggest,
-    what_fits,
-)
-from .gpus import GPU, find_gpu, known_gpus
-from .merging import Merging, merging
-from .prediction import FineTuning, Prediction, predict
+from qlora_helpers.memory.catalogue import find_shape, known_config, known_models
+from qlora_helpers.memory.gpus import GPU, find_gpu, known_gpus
+from qlora_helpers.memory.ladder import Change, cures
+from qlora_helpers.memory.merge_memory import MergeMemory, predict_merge
+from qlora_helpers.memory.prediction import FineTuning, Prediction, predict
+from qlora_helpers.memory.search import Suggestion, largest_batch, longest_sequence, suggest, what_fits
+from qlora_helpers.memory.shape import ModelShape
 
 __all__ = [
     "GPU",
     "Change",
     "FineTuning",
-    "Merging",
+    "MergeMemory",
     "ModelShape",
     "Prediction",
     "Suggestion",
     "cures",
     "find_gpu",
     "find_shape",
+    "known_config",
     "known_gpus",
     "known_models",
     "largest_batch",
     "longest_sequence",
-    "merging",
     "predict",
+    "predict_merge",
     "suggest",
     "what_fits",
 ]

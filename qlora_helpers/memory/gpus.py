@@ -5,8 +5,7 @@ import json
 import re
 from dataclasses import dataclass
 from functools import cache
-
-from ..files import data_path
+from pathlib import Path
 
 GIB, MIB = 2**30, 2**20
 
@@ -16,6 +15,8 @@ WORKSPACE_HOPPER, WORKSPACE = 32 * MIB, 8_519_680
 # The CUDA context with the kernels and libraries that a run loads, measured on an H200 (data/measured/h200_peaks.json):
 # what the card shows as used, less what torch reserved, for runs without paged states. Not measured on other cards.
 CONTEXT_BYTES = 804_061_184
+
+TABLE = Path(__file__).with_name("gpus.json")
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,14 @@ class GPU:
 
 
 @cache
+def _entries() -> dict[str, dict]:
+    return json.loads(TABLE.read_text(encoding="utf-8"))
+
+
+@cache
 def _table() -> dict[str, GPU]:
     table = {}
-    for key, entry in json.loads(data_path("gpus.json").read_text()).items():
+    for key, entry in _entries().items():
         capability = tuple(entry["compute_capability"])
         workspace = 2 * (WORKSPACE_HOPPER if capability[0] == 9 else WORKSPACE)
         gpu = GPU(entry["name"], int(entry["usable_gib"] * GIB), capability, workspace)
@@ -51,8 +57,8 @@ def _table() -> dict[str, GPU]:
 
 
 def known_gpus() -> dict[str, GPU]:
-    """The GPUs of `data/gpus.json` by their short names."""
-    return {key: find_gpu(key) for key in json.loads(data_path("gpus.json").read_text())}
+    """The GPUs of `gpus.json` by their short names."""
+    return {key: find_gpu(key) for key in _entries()}
 
 
 def _plain(name: str) -> str:

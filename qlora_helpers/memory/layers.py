@@ -1,13 +1,13 @@
 """A decoder layer of each known family, written with the tape's sized tensors, as transformers, PEFT and bitsandbytes run it.
 
 Read beside `modeling_llama.py` and its siblings in transformers, `tuners/lora/` in PEFT and `autograd/_functions.py` in
-bitsandbytes. `tests/test_memory_activations.py` runs the libraries' own layers on fake tensors and compares the two.
+bitsandbytes. `tests/memory/test_layers.py` runs the libraries' own layers on fake tensors and compares the two.
 """
 
 from dataclasses import dataclass
 
-from .architectures import Linear, ModelShape
-from .tape import Tape, Tensor
+from qlora_helpers.memory.shape import Linear, ModelShape
+from qlora_helpers.memory.tape import Tape, Tensor
 
 FLOAT32 = 4
 DEQUANTISED, TILE = "dequantised weight", "logits tile"  # kinds of memory that a tape counts by themselves

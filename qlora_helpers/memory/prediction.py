@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from numbers import Real
 
-from .architectures import ModelShape
-from .gpus import GPU, find_gpu
-from .layers import DEQUANTISED, FLOAT32, TILE, DecoderLayer, LayerSettings
-from .tape import BLOCK, Tape, Tensor
+from qlora_helpers.memory.gpus import GPU, find_gpu
+from qlora_helpers.memory.layers import DEQUANTISED, FLOAT32, TILE, DecoderLayer, LayerSettings
+from qlora_helpers.memory.shape import ModelShape
+from qlora_helpers.memory.tape import BLOCK, Tape, Tensor
 
 GIB, MIB = 2**30, 2**20
 

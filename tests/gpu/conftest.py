@@ -2,7 +2,6 @@
 
 import gc
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parent))  # short_runs.py, kills.py
 
 
 def pytest_collection_modifyitems(items):
@@ -23,7 +21,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def stand_ins():
     """A function from the name of a shape to a folder with random weights of it, written once."""
-    import stand_in  # in data/
+    from data.scripts.make import stand_in_models as stand_in
 
     folder = Path(os.environ.get("QLORA_STAND_INS") or Path(tempfile.gettempdir(), "stand-ins"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +42,7 @@ def stand_ins():
 @pytest.fixture
 def t4(monkeypatch):
     """A T4's memory and attention kernels, without the math kernel; the GPU's own come back afterwards."""
-    from measure_t4 import as_on_a_t4  # in data/
+    from data.scripts.measure.t4_gear import as_on_a_t4
 
     monkeypatch.setenv("QLORA_GEAR", "t4")
     as_on_a_t4(math_kernel=False)

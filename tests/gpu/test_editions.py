@@ -6,7 +6,7 @@ import nbformat
 import pytest
 import torch
 
-import build  # in notebooks/
+from notebooks.scripts import build
 
 CASES = [(name, "colab", "t4") for name in build.lessons()] + [
     (name, "solutions", "ampere") for name in build.lessons()

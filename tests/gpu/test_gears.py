@@ -5,14 +5,13 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from qlora_helpers import evaluation
-from qlora_helpers.files import data_path
+from qlora_helpers.paths import data_path
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SCORES = json.loads(data_path("tiny-llama", "scores.json").read_text())
 
 
@@ -35,7 +34,7 @@ def test_the_run_reaches_the_score_of_the_cpu_gear(gear, tmp_path):
 @pytest.mark.parametrize("gear", ["t4", "ampere"])
 @pytest.mark.parametrize("where", ["between steps", "inside a save"])
 def test_a_run_killed_on_a_gpu_ends_bit_identical(where, gear, tmp_path, monkeypatch):
-    import kills
+    from tests.support import kills
 
     monkeypatch.setenv("QLORA_GEAR", gear)
     result = kills.trial(tmp_path, where, random.Random(where))

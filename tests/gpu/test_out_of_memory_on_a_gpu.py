@@ -7,12 +7,13 @@ import torch
 from transformers import PrinterCallback
 
 from qlora_helpers.chats import read_chats
-from qlora_helpers.files import data_path
 from qlora_helpers.hardware import detect
-from qlora_helpers.models import load_model, load_tokenizer
-from qlora_helpers.out_of_memory import GIB, MIB, read_message
-from qlora_helpers.timeline import PHASES, record_step
-from qlora_helpers.training import Settings, build_trainer
+from qlora_helpers.memory.out_of_memory import GIB, MIB, read_message
+from qlora_helpers.memory.timeline import PHASES, record_step
+from qlora_helpers.models.loading import load_model, load_tokenizer
+from qlora_helpers.paths import data_path
+from qlora_helpers.settings import Settings
+from qlora_helpers.training.trainer import build_trainer
 
 
 def test_every_number_of_a_real_message_is_read():

@@ -6,16 +6,19 @@ import pytest
 import torch
 
 from qlora_helpers.hardware import detect
-from qlora_helpers.measure import Measurement, MemoryCallback, compare, run_of, shape_of
 from qlora_helpers.memory import predict
-from qlora_helpers.models import load_model, load_tokenizer
-from qlora_helpers.training import Settings, build_trainer
+from qlora_helpers.memory.comparison import compare
+from qlora_helpers.memory.live_run import run_of, shape_of
+from qlora_helpers.memory.measurement import Measurement, MemoryCallback
+from qlora_helpers.models.loading import load_model, load_tokenizer
+from qlora_helpers.settings import Settings
+from qlora_helpers.training.trainer import build_trainer
 
 BATCH, TOKENS, STEPS = 4, 1_024, 2
 
 
 def test_the_predicted_peak_of_1_5b_is_within_8_per_cent(stand_ins, tmp_path, monkeypatch):
-    import stand_in  # in data/
+    from data.scripts.make import stand_in_models as stand_in
 
     monkeypatch.setenv("QLORA_GEAR", "ampere")
     gc.collect()

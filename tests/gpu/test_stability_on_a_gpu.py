@@ -3,9 +3,12 @@
 import torch
 
 from qlora_helpers.chats import read_chats
-from qlora_helpers.files import data_path
-from qlora_helpers.models import load_model, load_tokenizer
-from qlora_helpers.training import Settings, TrainingDiverged, build_trainer, train
+from qlora_helpers.models.loading import load_model, load_tokenizer
+from qlora_helpers.paths import data_path
+from qlora_helpers.settings import Settings
+from qlora_helpers.training.callbacks import TrainingDiverged
+from qlora_helpers.training.run import train
+from qlora_helpers.training.trainer import build_trainer
 
 CHATS = read_chats(data_path("chats", "train.jsonl"))[:128]
 

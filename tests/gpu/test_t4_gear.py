@@ -9,9 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from qlora_helpers.chats import read_chats
-from qlora_helpers.files import data_path
-from qlora_helpers.models import load_model, load_tokenizer
-from qlora_helpers.training import Settings, train
+from qlora_helpers.models.loading import load_model, load_tokenizer
+from qlora_helpers.paths import data_path
+from qlora_helpers.settings import Settings
+from qlora_helpers.training.run import train
 
 CHATS = read_chats(data_path("chats", "qlora", "train.jsonl"))
 # the lesson's, but for the number of steps
@@ -30,7 +31,7 @@ def empty_gpu():
 
 @pytest.mark.parametrize("shape", ["Qwen2.5-1.5B", "Qwen2.5-3B", "Qwen2.5-7B", "Llama-3.1-8B"])
 def test_a_real_size_trains_with_finite_losses_below_the_cap(shape, stand_ins, t4, tmp_path):
-    from measure_t4 import CAP
+    from data.scripts.measure.t4_gear import CAP
 
     folder = stand_ins(shape)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
@@ -63,7 +64,7 @@ def test_there_is_no_bfloat16_tensor_anywhere_in_the_steps(stand_ins, t4, tmp_pa
     folder = stand_ins("Qwen2.5-1.5B")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     from qlora_helpers.hardware import detect
-    from qlora_helpers.training import build_trainer
+    from qlora_helpers.training.trainer import build_trainer
 
     settings = Settings(steps=2, batch_size=2, max_length=512, gradient_checkpointing=True, dropout=0.05)
     trainer = build_trainer(model, tokenizer, CHATS, tmp_path, settings, detect())
@@ -85,7 +86,7 @@ def test_there_is_no_bfloat16_tensor_anywhere_in_the_steps(stand_ins, t4, tmp_pa
 
 
 def test_8192_tokens_of_8b_fit_and_the_default_attention_finds_no_kernel(stand_ins, t4, tmp_path):
-    import stand_in
+    from data.scripts.make import stand_in_models as stand_in
 
     folder = stand_ins("Llama-3.1-8B")
     model, tokenizer = load_model(folder), load_tokenizer(folder)

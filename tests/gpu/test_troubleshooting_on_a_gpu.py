@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from provoke import four_bit, is_entry, random_llama, seen, trainer_of
+from tests.course.provoke import four_bit, is_entry, random_llama, seen, trainer_of
 
 from datasets import Dataset  # isort: skip
 from peft import prepare_model_for_kbit_training

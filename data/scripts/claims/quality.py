@@ -1,0 +1,179 @@
+"""Claims about quality and stability: from runs of the shipped model with several seeds, and from the paper's tables."""
+
+import json
+import math
+import statistics
+from functools import cache
+
+from data.scripts.claims.rules import Finding, by_setting, claim
+from data.scripts.claims.size import measured
+from qlora_helpers.paths import data_path
+from qlora_helpers.statistics import difference, interval
+
+LORA_16, QLORA, FULL = "LoRA 16 bit", "QLoRA NF4 + double quant", "full fine-tuning"
+
+# The QLoRA paper (arXiv 2305.14314), in tenths of a point: 16 bits and NF4 with double quantisation.
+TABLE_3 = (
+    (401, 404),
+    (421, 427),
+    (480, 477),
+    (543, 553),
+    (620, 609),
+)  # T5 from 80M to 11B, full fine-tuning in 16 bits
+TABLE_4 = (
+    (384, 390),
+    (456, 445),
+    (472, 475),
+    (506, 507),
+    (577, 573),
+    (605, 592),
+    (618, 618),
+    (625, 639),
+)  # LLaMA, LoRA
+MEANS_OF_TABLE_4 = ("53.0", "53.1")
+RATE_OF_THE_AUTHORS = {"7B": 2e-4, "13B": 2e-4, "33B": 1e-4, "65B": 1e-4}  # artidoro/qlora, README
+AUTHORS_RANK, AUTHORS_ALPHA = 64, 16  # artidoro/qlora, scripts/finetune_guanaco_65b.sh
+
+
+@cache
+def exact_matches() -> dict[str, list[float]]:
+    """By the label of a run: the share of right answers of each seed."""
+    found = {}
+    for run in measured("quality")["runs"]:
+        found.setdefault(run["label"], []).append(run["exact_match"])
+    return found
+
+
+def mean(label: str) -> float:
+    return interval(exact_matches()[label]).mean
+
+
+def points(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def best_rate(start: str) -> str:
+    """Of the runs whose label is this, or this and a learning rate, the one with the best mean."""
+    return max((label for label in exact_matches() if label.partition(", learning")[0] == start), key=mean)
+
+
+@cache
+def stability() -> dict[str, dict]:
+    return {row["name"]: row for row in measured("stability")["rows"]}
+
+
+def loss(name: str) -> float:
+    """The mean test loss of a row over its seeds."""
+    return statistics.mean(stability()[name]["loss"])
+
+
+def standard_errors(one: str, other: str) -> float:
+    """How far the mean test loss of one row lies above another's, in standard errors of their difference."""
+    spreads = (
+        statistics.stdev(row["loss"]) / len(row["loss"]) ** 0.5 for row in (stability()[one], stability()[other])
+    )
+    return (loss(one) - loss(other)) / math.hypot(*spreads)
+
+
+# ---- what 4 bits cost
+
+
+@claim("A204.3", "B39.8")
+def nf4_is_nearly_16_bit() -> Finding:
+    recall = json.loads(data_path("tiny-llama", "scores.json").read_text())["recall"]
+    known = 100 * (recall["16 bit"]["-"] - recall["NF4 + double quant"]["64"])
+    cost = difference(exact_matches()[LORA_16], exact_matches()[QLORA])
+    nearly = 2  # points
+    return by_setting(
+        known <= nearly, cost.is_noise, value=f"{known:.1f} and {points(cost.mean)} points", shown=[points(cost.half)]
+    )
+
+
+@claim("A195.1", "C61.2")
+def qlora_is_nearly_full_fine_tuning() -> Finding:
+    by_paper = [statistics.mean(score / 10 for score in scores) for scores in zip(*TABLE_3, strict=True)]
+    ours = difference(exact_matches()[FULL], exact_matches()[QLORA])
+    return by_setting(
+        abs(by_paper[0] - by_paper[1]) < 1, ours.is_noise, value=f"{points(mean(FULL))} % and {points(mean(QLORA))} %",
+        shown=[*(f"{score:.1f}" for score in by_paper), points(ours.mean), points(ours.half)],
+    )  # fmt: skip
+
+
+@claim("A195.2")
+def difference_is_below_one_per_cent() -> Finding:
+    pairs = TABLE_3 + TABLE_4
+    in_points = sum(abs(a - b) < 10 for a, b in pairs)
+    in_per_cent = sum(abs(a - b) < a / 100 for a, b in pairs)
+    ours = mean(LORA_16) - mean(QLORA)
+    return by_setting(
+        in_points > len(pairs) / 2, in_per_cent > len(pairs) / 2, ours < 0.01,
+        value=f"{in_points} of {len(pairs)} pairs", claimed="1 %",
+        shown=[f"{in_per_cent}", *MEANS_OF_TABLE_4, points(ours)],
+    )  # fmt: skip
+
+
+# ---- rank, layers, alpha, learning rate
+
+
+@claim("B63.3")
+def more_rank_is_not_always_better() -> Finding:
+    one_rate = [mean(f"rank {rank}, all linear") for rank in (64, 16)]
+    own_rate = [mean(best_rate(f"rank {rank}, all linear")) for rank in (64, 16)]
+    return by_setting(
+        one_rate[0] <= one_rate[1], own_rate[0] <= own_rate[1] + 0.01,
+        value="{} % instead of {} %".format(*map(points, one_rate)), shown=map(points, own_rate),
+    )  # fmt: skip
+
+
+@claim("B67.1")
+def all_linear_layers_are_best() -> Finding:
+    outcomes, shown = [], []
+    for rank in (1, 4, 16, 64):
+        everywhere, attention = (mean(best_rate(f"rank {rank}, {layers}")) for layers in ("all linear", "attention"))
+        outcomes.append(everywhere > attention)
+        shown += [points(everywhere), points(attention)]
+    many = mean(best_rate("rank 64, attention"))  # more trained numbers than rank 16 on all layers has
+    few = mean(best_rate("rank 16, all linear"))
+    return by_setting(*outcomes, few > many, value=f"{points(few)} % instead of {points(many)} %", shown=shown)
+
+
+@claim("B65.2")
+def alpha_is_twice_the_rank() -> Finding:
+    ours = {alpha: mean(f"alpha {alpha}") for alpha in (4, 8, 16, 32, 64, 128)}  # at rank 16
+    return by_setting(
+        max(ours, key=ours.get) == 2 * 16, AUTHORS_ALPHA == 2 * AUTHORS_RANK,
+        value=f"r / {AUTHORS_RANK // AUTHORS_ALPHA}", claimed="2 r",
+        shown=[f"{AUTHORS_RANK}", f"{AUTHORS_ALPHA}", *(points(ours[alpha]) for alpha in (8, 32, 128)), *map(str, ours)],
+    )  # fmt: skip
+
+
+@claim("B253.1")
+def two_in_ten_thousand_is_a_good_start() -> Finding:
+    at_it, best = mean("lora, learning rate 0.0002"), mean(best_rate("lora"))
+    rate = best_rate("lora").rpartition(" ")[2]
+    return by_setting(
+        RATE_OF_THE_AUTHORS["7B"] == RATE_OF_THE_AUTHORS["13B"] == 2e-4, at_it > 0.9 * best,
+        value=f"{points(at_it)} % and {points(best)} %", shown=[f"{float(rate):.1e}".replace("e-0", "e-"), "2e-4"],
+    )  # fmt: skip
+
+
+# ---- stability
+
+
+@claim("B257.1")
+def clipping_at_a_third_is_safe() -> Finding:
+    name = "the paper's: constant, clipped at 0.3"
+    row, usual = stability()[name], "as it should be"
+    return by_setting(
+        not any(row["spikes"]) and standard_errors(name, usual) < 2,
+        value=f"{row['settings']['max_grad_norm']}", claimed="0.3",
+        shown=[f"{loss(key):.3f}" for key in (name, usual, "no clipping")],
+    )  # fmt: skip
+
+
+def losses_without_warm_up() -> tuple[list[bool], list[str]]:
+    """At three learning rates: whether no warm-up is worse by 2 standard errors; the losses without it and with it."""
+    rates = {"as it should be": "no warm-up"}
+    rates |= {f"{times} times the rate": f"{times} times the rate, no warm-up" for times in ("2.5", "5")}
+    worse = [standard_errors(without, with_it) > 2 for with_it, without in rates.items()]
+    return worse, [f"{loss(name):.3f}" for pair in rates.items() for name in reversed(pair)]

@@ -1,0 +1,511 @@
+"""GPU memory of many fine-tuning runs: the tables against which the predictor (`qlora_helpers.memory`) is held.
+
+    python -m data.scripts.measure.memory --workers 8          # needs a GPU; writes data/measured/memory.json
+    python -m data.scripts.measure.memory --fresh              # the rows of FRESH; writes data/measured/memory_fresh.json
+    python -m data.scripts.measure.memory --row "llama-3.2-1b qlora" --table FILE   # only the rows with these words
+    python -m data.scripts.measure.memory --dry                # the same code with tiny models on a CPU, writes nothing
+
+Every row is a process of its own. Models have real shapes and random weights, made on the GPU while transformers'
+`from_pretrained` asks for them: it quantises, ties and allocates as it does with files. Then TRL's SFTTrainer
+trains as it stands, on full sequences without padding, for four steps.
+
+What a row says about itself: `model`, `config` (as `AutoConfig.for_model` takes it), and the fields of `FineTuning`.
+What was measured, in bytes unless said otherwise:
+    loaded_bytes                allocated by torch after the model is loaded, before there are adapters
+    trainer_bytes               allocated after the trainer is built and the adapters have the dtype they train in
+    first_steps_peak_bytes      most that was allocated in steps 1 and 2
+    peak_allocated_bytes        most that was allocated in steps 3 and 4, when the optimizer has its state
+    peak_reserved_bytes         most that torch's allocator held during training
+    context_bytes               what the CUDA context takes, before there is a model
+    device_used_bytes           what the process takes on the card at the end of training, paged states included
+    device_used_by              how it was read: "mem_get_info" (the card's memory in use, less what was in use before
+                                the process came: only if no other row runs) or "nvml" (the driver's figure for this
+                                process, which leaves managed memory out: null with a paged optimizer)
+    nvml_process_bytes          the driver's figure at the end of training; null if it does not tell
+    mem_get_info_used_bytes, nvml_used_before_bytes     what "mem_get_info" was computed from
+    requires_grad_parameters    how many numbers are trained
+    skipped_steps               float16: steps whose gradients overflowed; they change no weight and do not count
+    losses, seconds, train_seconds      of every step; of the whole row without imports; of training
+Paged optimizers keep their state in managed memory: torch's figures do not contain it.
+
+Which runs these are, and which of them are `held_out`, stands in `memory_plan.py`.
+"""
+
+import argparse
+import faulthandler
+import gc
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from unittest import mock
+
+if __name__ == "__main__":  # before torch is imported: rows share the cores, and threads do not survive a fork
+    os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DEACTIVATE_ASYNC_LOAD": "1"}
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+import torch  # the other libraries touch CUDA when they are imported: see load_libraries
+
+from data.scripts import ROOT
+from data.scripts.measure.memory_plan import all_rows
+
+TABLE, FRESH_TABLE = (ROOT / "data" / "measured" / name for name in ("memory.json", "memory_fresh.json"))
+GIB = 2**30
+ROOM = 120  # GiB that the rows running at one time may need together
+TIMEOUT = 200  # seconds for one row
+STEPS = 4  # that change the weights
+FLOAT16_STEPS = 24  # loss scaling begins at 2^16 and halves at each overflow: at most so many until four went well
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
+
+
+# ---------------------------------------------------------------- one row, in its own process
+
+
+def tiny(config: dict) -> dict:
+    """A tiny model of the same architecture: as many query heads to a key head, the same flags."""
+    if config["model_type"] == "gptj":
+        small = {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 16, "n_positions": 128}
+        return config | small | {"vocab_size": 512}
+    shared_by = config["num_attention_heads"] // config.get("num_key_value_heads", config["num_attention_heads"])
+    heads = shared_by if shared_by > 1 else 4
+    small = {"vocab_size": 512, "hidden_size": 64 * shared_by, "intermediate_size": 128, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": heads, "num_key_value_heads": heads // shared_by, "head_dim": 64}
+    return config | {key: size for key, size in small.items() if key in config}
+
+
+class RandomWeight:
+    """A weight that is made when it is asked for, as a slice of a safetensors file is read when it is asked for.
+
+    Matrices are normal, biases 0, norms 1 but for Gemma's, which multiply by 1 + weight.
+    """
+
+    def __init__(self, name: str, like: torch.Tensor, config, dtype: torch.dtype, device: str):
+        self.shape, self.dtype, self.device = like.shape, dtype, device
+        zero = name.endswith("bias") or config.model_type.startswith("gemma")
+        self.constant = None if like.dim() > 1 else 0.0 if zero else 1.0
+
+    def __getitem__(self, _) -> torch.Tensor:
+        values = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        # in place: a second tensor of this size would leave a hole in the allocator's blocks
+        return values.normal_(std=0.02) if self.constant is None else values.fill_(self.constant)
+
+
+def attention_of(row: dict, dry: bool) -> str:
+    """Leave only the row's attention kernels switched on; what to give transformers as `attn_implementation`."""
+    from qlora_helpers.models.attention import REPEATED_KV
+
+    t4 = row.get("t4_kernels", False)
+    if t4 or row["attention"] == "math":
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(t4)
+        torch.backends.cuda.enable_math_sdp(not t4 or dry)  # a CPU has no other kernel
+    return "eager" if row["attention"] == "eager" else REPEATED_KV if t4 else "sdpa"
+
+
+def build_model(row: dict, dry: bool):
+    """The row's model on its device, through `from_pretrained` with weights that are made on demand."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+    from qlora_helpers.models.cpu_faults import make_safe_on_cpu
+
+    options = tiny(row["config"]) if dry else dict(row["config"])
+    config = AutoConfig.for_model(options.pop("model_type"), **options)
+    if dry:
+        config.pad_token_id = config.bos_token_id = config.eos_token_id = None  # they may lie outside the vocabulary
+    dtype, device = (torch.float32, "cpu") if dry else (getattr(torch, row["compute_dtype"]), "cuda")
+    with torch.device("meta"):
+        meta = AutoModelForCausalLM.from_config(config)
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=row["double_quant"],
+        bnb_4bit_compute_dtype=dtype,
+    )
+    model, loading = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        None,
+        config=config,
+        state_dict={
+            name: RandomWeight(name, weight, config, dtype, device)
+            for name, weight in meta.state_dict().items()
+            if name not in meta.all_tied_weights_keys
+        },
+        dtype=dtype,
+        device_map={"": "cpu" if dry else 0},
+        quantization_config=four_bit if row["method"] == "qlora" else None,
+        attn_implementation=attention_of(row, dry),
+        output_loading_info=True,
+    )
+    if any(loading.values()) or any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise RuntimeError(f"weights and model do not agree, or a part of the model was not made: {loading}")
+    if dry:
+        make_safe_on_cpu(model)
+    return model
+
+
+def build_trainer(model, row: dict, dry: bool, output: str, config_options: dict | None = None, **trainer_options):
+    """TRL's trainer on full random sequences, the adapters in the row's dtype.
+
+    Args:
+        config_options, trainer_options: further ones of SFTConfig and of SFTTrainer.
+    """
+    import datasets
+    from peft import LoraConfig, prepare_model_for_kbit_training
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    float16, tokens = row["compute_dtype"] == "float16", 64 if dry else row["seq_len"]
+    if row["upcast_fp32"]:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=row["gradient_checkpointing"])
+    config = SFTConfig(
+        output_dir=output,
+        max_steps=FLOAT16_STEPS if float16 else STEPS,
+        per_device_train_batch_size=row["batch_size"],
+        gradient_accumulation_steps=row.get("accumulation", 1),
+        max_length=tokens,
+        gradient_checkpointing=row["gradient_checkpointing"],
+        optim="adamw_torch" if dry else row["optimizer"],
+        learning_rate=1e-4,
+        bf16=not dry and not float16,
+        fp16=not dry and float16,
+        use_cpu=dry,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would show the mean of the losses before in place of a NaN
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=0,
+        **config_options or {},
+    )
+    config._n_gpu = min(config.n_gpu, 1)  # TRL refuses to split a batch over several GPUs
+    lora = LoraConfig(
+        r=row["lora_rank"],
+        lora_alpha=2 * row["lora_rank"],
+        lora_dropout=row["lora_dropout"],
+        target_modules=row["target_modules"],
+        task_type="CAUSAL_LM",
+    )
+    sequences = row["batch_size"] * row.get("accumulation", 1) * STEPS
+    ids = torch.randint(3, model.config.vocab_size, (sequences, tokens))
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=datasets.Dataset.from_dict({"input_ids": ids.tolist()}),
+        processing_class=tokenizer,
+        peft_config=None if row["method"] == "full" else lora,
+        **trainer_options,
+    )
+    # TRL makes the adapters of a 4-bit base bfloat16, PEFT those of a 16-bit base float32
+    for parameter in trainer.model.parameters() if row["method"] != "full" else ():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32 if dry else getattr(torch, row["adapter_dtype"]))
+    return trainer
+
+
+def watch(trainer, on_gpu: bool):
+    """A callback that reads the peaks, and stops after four steps that changed the weights."""
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
+        def __init__(self):
+            self.peaks, self.skipped, self.done = [], [], 0
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if trainer.accelerator.optimizer_step_was_skipped:
+                self.skipped.append(state.global_step)
+                return
+            self.done += 1
+            control.should_training_stop |= self.done == STEPS
+            if on_gpu and self.done in (2, STEPS):
+                self.peaks.append((torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()))
+                torch.cuda.reset_peak_memory_stats()
+
+    return Watch()
+
+
+def nvml() -> tuple[int | None, int | None]:
+    """Bytes in use on the first GPU, and those of this process; None where the driver does not tell."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        # version 2: without what the driver reserves, which `mem_get_info` does not count either
+        used = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2).used
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except Exception as error:
+        print(f"NVML: {error!r}", file=sys.stderr)
+        return None, None
+    return used, {process.pid: process.usedGpuMemory for process in processes}.get(os.getpid())
+
+
+def used_at_rest() -> int | None:
+    """Bytes in use on the first GPU once they no longer change: a row before may be giving back its own."""
+    used = nvml()[0]
+    for _ in range(30):
+        time.sleep(0.1)
+        before, used = used, nvml()[0]
+        if used == before:
+            break
+    return used
+
+
+def on_the_card(alone: bool, before: int | None) -> dict:
+    """What this process takes on the card, the CUDA context included; `before` was in use when it came."""
+    free, total = torch.cuda.mem_get_info()
+    own, by_card = nvml()[1], None if before is None else total - free - before
+    return {
+        "device_used_bytes": by_card if alone else own,
+        "device_used_by": "mem_get_info" if alone else "nvml",
+        "nvml_process_bytes": own,
+        "mem_get_info_used_bytes": total - free if alone else None,
+        "nvml_used_before_bytes": before,
+    }
+
+
+def allocated(on_gpu: bool) -> int | None:
+    """Bytes that torch has allocated, after everything unused was thrown away; the peaks begin anew."""
+    gc.collect()
+    if not on_gpu:
+        return None
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def measure(row: dict, dry: bool) -> dict:
+    """Load, build, train; the measured fields of a row."""
+    from transformers import set_seed
+
+    alone, measured = row["alone"], {}
+    before = used_at_rest() if alone and not dry else None
+    if not dry:
+        block = torch.zeros(1, device="cuda")  # makes the context
+        used, reserved = on_the_card(alone, before)["device_used_bytes"], torch.cuda.memory_reserved()
+        measured["context_bytes"] = None if used is None else used - reserved
+        del block
+    allocated(not dry)
+    started = time.perf_counter()
+    set_seed(0)
+    model = build_model(row, dry)
+    measured["loaded_bytes"] = allocated(not dry)
+    with tempfile.TemporaryDirectory() as output:
+        trainer = build_trainer(model, row, dry, output)
+        trained = [(p.numel(), str(p.dtype)) for p in trainer.model.parameters() if p.requires_grad]
+        measured["requires_grad_parameters"] = sum(count for count, _ in trained)
+        measured["trained_dtypes"] = sorted({dtype.removeprefix("torch.") for _, dtype in trained})
+        watcher = watch(trainer, not dry)
+        trainer.add_callback(watcher)
+        measured["trainer_bytes"] = allocated(not dry)
+        train_started = time.perf_counter()
+        trainer.train()
+        measured["train_seconds"] = round(time.perf_counter() - train_started, 1)
+    if watcher.done < STEPS:
+        raise RuntimeError(f"only {watcher.done} steps changed the weights; these overflowed: {watcher.skipped}")
+    if not dry:
+        (first, held_at_first), (peak, held) = watcher.peaks
+        measured |= {"first_steps_peak_bytes": first, "peak_allocated_bytes": peak}
+        measured |= {"peak_reserved_bytes": max(held_at_first, held)} | on_the_card(alone, before)
+        if not alone and row["optimizer"].startswith("paged"):
+            measured["device_used_bytes"] = None  # the driver's figure for a process leaves managed memory out
+    measured["skipped_steps"] = watcher.skipped
+    measured["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return measured | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def child(row: dict, dry: bool, log: Path, sender, measure=measure) -> None:
+    """Measure one row and send what came out; what is printed goes to a log."""
+    with open(log, "w") as written:
+        os.dup2(written.fileno(), 1)
+        os.dup2(written.fileno(), 2)
+    faulthandler.enable()
+    try:
+        outcome = {"outcome": "ran"} | measure(row, dry)
+    except Exception as error:
+        traceback.print_exc()
+        too_much = isinstance(error, torch.OutOfMemoryError)
+        outcome = {"outcome": "out of memory" if too_much else f"{type(error).__name__}: {error}"[:300]}
+    sender.send(outcome)
+
+
+# ---------------------------------------------------------------- all rows
+
+
+def load_libraries(capability: str | None) -> None:
+    """Import what a row needs, once for all: each row is then a fork of this process.
+
+    The driver of CUDA must not be called here, or no forked process could use the GPU. bitsandbytes asks for the GPU at
+    import, and its answer would initialise CUDA: it gets the answer from us.
+
+    Args:
+        capability: of the GPU, such as "9.0"; None without one.
+    """
+    from qlora_helpers.library_messages import quieten
+
+    quieten()
+    answers: dict = {"is_available": False}
+    if capability:
+        major, minor = capability.split(".")
+        answers = {"is_available": True, "device_count": 1, "get_device_capability": (int(major), int(minor))}
+    answering = {name: lambda *_, answer=answer, **__: answer for name, answer in answers.items()}
+    with mock.patch.multiple(torch.cuda, **answering):
+        import bitsandbytes  # noqa: F401
+        from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer  # noqa: F401
+        from trl import SFTTrainer  # noqa: F401
+
+        import qlora_helpers.models  # noqa: F401
+    if torch.cuda.is_initialized():
+        raise SystemExit("importing the libraries has initialised CUDA: no forked process can use the GPU now")
+
+
+class Running:
+    """A row that is being measured, in a process of its own."""
+
+    def __init__(self, row: dict, dry: bool, folder: str, measure=measure):
+        context = multiprocessing.get_context("fork")
+        self.row, self.log, self.since = row, Path(folder, row["label"].replace(" ", "_")), time.monotonic()
+        self.log.touch()
+        self.receiver, sender = context.Pipe(duplex=False)
+        self.process = context.Process(target=child, args=(row, dry, self.log, sender, measure))
+        self.process.start()
+        sender.close()  # the child's is the only one now: its end is seen here
+
+    def outcome(self) -> dict | None:
+        """What the process has left; None as long as it runs. One that takes too long is ended."""
+        if self.process.is_alive():
+            if time.monotonic() - self.since < TIMEOUT:
+                return None
+            self.process.kill()
+            return {"outcome": f"not finished after {TIMEOUT} seconds"}
+        try:
+            return self.receiver.recv()
+        except EOFError:
+            return {"outcome": f"the process ended with {self.process.exitcode} and left nothing"}
+
+
+def in_turn(rows: list[dict], workers: int, dry: bool, measure=measure):
+    """Measure rows, several at a time as long as their memory is there for all; yield each with its log as it ends.
+
+    Those marked `alone` come first, one at a time. `measure` is called in each row's process.
+    """
+    waiting, running = list(rows), []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            while waiting or running:
+                for row in list(waiting):
+                    alone = row["alone"] or any(run.row["alone"] for run in running)
+                    if len(running) >= workers or (alone and running):
+                        break
+                    if not running or sum(run.row["gib"] for run in running) + row["gib"] <= ROOM:  # else a smaller one
+                        waiting.remove(row)
+                        running.append(Running(row, dry, folder, measure))
+                time.sleep(0.05)
+                for run in list(running):
+                    if (outcome := run.outcome()) is not None:
+                        running.remove(run)
+                        yield run.row | outcome, run.log.read_text(errors="replace").splitlines()[-15:]
+        finally:
+            for run in running:
+                run.process.kill()
+
+
+class Table:
+    """A table in a file, or nowhere, if `path` is None; its rows keep the plan's order.
+
+    Raises:
+        SystemExit: the file is of another GPU or of other versions than `about`.
+    """
+
+    def __init__(self, path: Path | None, about: dict, planned: list[dict]):
+        self.path, self.content = path, about | {"rows": []}
+        self.places = {row["label"]: place for place, row in enumerate(planned)}
+        if path and path.exists():
+            self.content = json.loads(path.read_text())
+        if unlike := {key: (self.content.get(key), about[key]) for key in about if self.content.get(key) != about[key]}:
+            raise SystemExit(f"{path.name} was measured elsewhere; remove it or name another --table: {unlike}")
+
+    def put(self, row: dict) -> None:
+        """Put a row in its place, instead of the one with its label, and write the file: whole, never a part of it."""
+        rows = [row, *(old for old in self.content["rows"] if old["label"] != row["label"])]
+        self.content["rows"] = sorted(rows, key=lambda one: self.places.get(one["label"], len(rows)))
+        if self.path:
+            part = self.path.with_name(self.path.name + ".part")
+            part.write_text(json.dumps(self.content, indent=1) + "\n")
+            part.replace(self.path)
+
+
+def gpu_about() -> dict:
+    """Name, driver and compute capability of the first GPU, asked for outside this process."""
+    command = ["nvidia-smi", "--id=0", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return dict(zip(("gpu", "driver", "compute_capability"), answer.split(", "), strict=True))
+
+
+def show(row: dict) -> str:
+    name = f"{row['label']:92}"
+    if row["outcome"] != "ran":
+        return name + row["outcome"]
+    names = ("peak_allocated_bytes", "peak_reserved_bytes", "device_used_bytes")
+    peak, reserved, used = (f"{row[name] / GIB:6.2f}" if row.get(name) else "     ?" for name in names)
+    return (
+        f"{name} peak {peak} GiB, reserved {reserved}, on the card {used} (planned {row['gib']}); "
+        f"{row['seconds']:.0f} s, {row['train_seconds']:.0f} of it training; loss {row['losses'][-1]:.2f}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fresh", action="store_true", help="the rows of FRESH, one at a time, and their table")
+    parser.add_argument(
+        "--row", metavar="LABEL", nargs="+", default=[""], help="only rows with one of these in their label"
+    )
+    parser.add_argument("--missing", action="store_true", help="only rows that have not run yet in the table")
+    parser.add_argument("--list", action="store_true", help="show the rows and measure nothing")
+    parser.add_argument("--table", type=Path, help="default: one of data/measured, and none with --dry")
+    parser.add_argument("--workers", type=int, default=1, help="rows at one time")
+    parser.add_argument("--dry", action="store_true", help="tiny models on a CPU, to test this script")
+    args = parser.parse_args()
+    planned = all_rows(args.fresh)
+    rows = [
+        row | {"alone": row["alone"] or args.workers == 1}
+        for row in planned
+        if any(words in row["label"] for words in args.row)
+    ]
+    if not rows:
+        parser.error(f"no row matches --row {' '.join(args.row)}; see --list")
+    if args.list:
+        for row in rows:
+            print("held out" if row["held_out"] else " " * 8, f"{row['gib']:4} GiB  {row['label']}")
+        print(f"{len(rows)} rows, {sum(row['held_out'] for row in rows)} of them held out")
+        return 0
+    about: dict = {} if args.dry else gpu_about()
+    about["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
+    about["command"] = "python -m data.scripts.measure.memory" + (" --fresh" if args.fresh else "")
+    path = args.table or (None if args.dry else FRESH_TABLE if args.fresh else TABLE)
+    table = Table(path, about, planned)
+    if args.missing:
+        there = {row["label"] for row in table.content["rows"] if row["outcome"] == "ran"}
+        rows = [row for row in rows if row["label"] not in there]
+    load_libraries(about.get("compute_capability"))
+    started, failed = time.monotonic(), 0
+    for row, tail in in_turn(rows, args.workers, args.dry):
+        print(show(row), flush=True)
+        if row["outcome"] != "ran":
+            failed += 1
+            print(*(f"    {line}" for line in tail), sep="\n", flush=True)
+        table.put(row)
+    print(f"{len(rows) - failed} of {len(rows)} rows ran, in {time.monotonic() - started:.0f} s")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,286 @@
+"""Build every edition of every lesson from its one source, and execute it.
+
+    python -m notebooks.scripts.build                 # all lessons
+    python -m notebooks.scripts.build 02 04           # some of them
+    python -m notebooks.scripts.build --no-execute 02 # texts only: refused if the code changed since the outputs were made
+
+A source is `notebooks/source/NN_title.py` in jupytext's percent format. Three editions come from it:
+
+- `notebooks/NN_title.ipynb`, for learners: without the cells tagged `solution`;
+- `notebooks/solutions/NN_title.ipynb`: without the cells tagged `exercise`, so with their solutions in their place;
+- `colab/NN_title.ipynb`: the learners' edition behind a badge and a set-up cell.
+
+A lesson is executed once for all three, in one kernel (see `running.py`); the Colab edition's set-up cell has a kernel of
+its own. The tables of README.md are written by this script, too. `{{seconds}}` and `{{gigabytes}}` in a source stand for
+what the lesson took when it was last executed, its solutions included; the figures are kept in `notebooks/scripts/timings.json`.
+"""
+
+import argparse
+import copy
+import hashlib
+import importlib.metadata
+import json
+import os
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+
+from data.scripts.markdown_tables import fill
+from data.scripts.measure import memory_errors
+from notebooks.scripts import ROOT
+from notebooks.scripts.running import code_cells, in_one_kernel, peak_bytes
+
+SOURCES = ROOT / "notebooks" / "source"
+TIMINGS = ROOT / "notebooks" / "scripts" / "timings.json"
+EDITIONS = {"learner": ROOT / "notebooks", "solutions": ROOT / "notebooks" / "solutions", "colab": ROOT / "colab"}
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets")
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def lessons() -> list[str]:
+    """The names of all lessons, such as `01_memory_maths`, in order."""
+    return sorted(path.stem for path in SOURCES.glob("[0-9][0-9]_*.py"))
+
+
+def colab_cells(name: str) -> list:
+    """The badge and the set-up cell that stand before a lesson in its Colab edition."""
+    repository = json.loads((ROOT / "colab" / "repository.json").read_text())["github"]
+    link, how = f"github/{repository}/blob/main/colab/{name}.ipynb", ""
+    if not repository:  # nothing that a link could open: Colab's upload page
+        link = "#upload=true"
+        how = "\n\nUpload this notebook there, and the course's `qlora-course.zip` beside it (in Colab: the folder at the left)."
+    badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/{link})"
+    set_up = (ROOT / "colab" / "setup_cell.py").read_text().rstrip()
+    return [
+        nbformat.v4.new_markdown_cell(badge + how),
+        nbformat.v4.new_code_cell(set_up.replace("GITHUB_REPOSITORY", repository), metadata={"tags": ["setup"]}),
+    ]
+
+
+def build_edition(name: str, edition: str, timings: dict) -> nbformat.NotebookNode:
+    """One edition of a lesson without outputs."""
+    source = jupytext.read(SOURCES / f"{name}.py")
+    left_out = "exercise" if edition == "solutions" else "solution"
+    cells = [cell for cell in source.cells if left_out not in cell.metadata.get("tags", [])]
+    measured = timings.get(name, {"seconds": 0, "gigabytes": 0})
+    for cell in cells:
+        if cell.cell_type == "markdown":
+            if edition == "solutions":  # one folder further down
+                cell.source = cell.source.replace("](../", "](../../")
+            for key, value in measured.items():
+                cell.source = cell.source.replace("{{" + key + "}}", str(value))
+    if edition == "colab":
+        cells = colab_cells(name) + cells
+    for number, cell in enumerate(cells):
+        cell.id = f"cell-{number:02d}"
+        tags = cell.metadata.get("tags")
+        cell.metadata = nbformat.NotebookNode({"tags": list(tags)} if tags else {})
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    metadata = {
+        "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    if edition == "colab":
+        metadata |= {"accelerator": "GPU", "colab": {"gpuType": "T4", "provenance": []}}
+    return nbformat.v4.new_notebook(cells=cells, metadata=metadata)
+
+
+def code_hash(notebook: nbformat.NotebookNode) -> str:
+    """A hash of all code; it is stored right after execution, so outputs of other code are noticed."""
+    code = "\0".join(cell.source for cell in code_cells(notebook))
+    return hashlib.sha256(code.encode()).hexdigest()
+
+
+class _Client(NotebookClient):
+    """A client without widgets: the figure that a slider draws at first becomes an output of its cell.
+
+    nbclient's own handling of a slider's output waits for ever if the kernel's reply comes while it sends.
+    """
+
+    def handle_comm_msg(self, outs, msg, cell_index):
+        pass
+
+
+def execute(notebook: nbformat.NotebookNode, folder: Path) -> dict:
+    """Run all cells in `folder`; keep the outputs. Returns the seconds and the peak memory it took."""
+    client = _Client(
+        notebook,
+        timeout=900,
+        record_timing=False,
+        resources={"metadata": {"path": str(folder)}},
+    )
+    started = time.perf_counter()
+    with client.setup_kernel():
+        for index, cell in enumerate(notebook.cells):
+            client.execute_cell(cell, index)
+        peak = peak_bytes(client.km.provisioner.pid)
+    seconds = time.perf_counter() - started
+    for cell in notebook.cells:
+        # a stored widget has no state to show: what is left is its figure
+        cell.outputs = (
+            [o for o in cell.get("outputs", []) if WIDGET not in o.get("data", {})] if "outputs" in cell else []
+        )
+        if cell.cell_type != "code":
+            del cell["outputs"]
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    notebook.metadata["course"] = {"executed_code": code_hash(notebook), "versions": versions}
+    return {"seconds": max(5, 5 * round(seconds / 5)), "gigabytes": round(peak / 1e9, 1)}
+
+
+def execute_all_editions(name: str) -> tuple[dict[str, nbformat.NotebookNode], dict]:
+    """Run a lesson once, in one kernel, for all three editions; the Colab edition's set-up cell runs in a kernel of its own.
+
+    Returns the editions by name, and the seconds and the peak memory that it took.
+    """
+    editions = {edition: build_edition(name, edition, {}) for edition in EDITIONS}
+    runs = in_one_kernel(code_cells(editions["learner"]), code_cells(editions["solutions"]))
+    lesson = nbformat.v4.new_notebook(cells=[copy.deepcopy(cell) for _, cell in runs])
+    for number, cell in enumerate(lesson.cells):
+        cell.id = f"run-{number:02d}"  # an exercise's check runs twice
+    set_up = nbformat.v4.new_notebook(cells=[copy.deepcopy(code_cells(editions["colab"])[0])])
+    with tempfile.TemporaryDirectory() as folder:  # of its own: a lesson goes on with a run that it finds unfinished
+        os.environ["QLORA_RUNS"] = folder
+        measured = execute(lesson, EDITIONS["learner"])
+        execute(set_up, EDITIONS["colab"])
+    outputs = {
+        edition: [cell.outputs for (who, _), cell in zip(runs, lesson.cells, strict=True) if edition in who]
+        for edition in ("learner", "solutions")
+    }
+    outputs["colab"] = [set_up.cells[0].outputs, *outputs["learner"]]
+    for edition, notebook in editions.items():
+        for count, (cell, made) in enumerate(zip(code_cells(notebook), outputs[edition], strict=True), start=1):
+            cell.outputs, cell.execution_count = copy.deepcopy(made), count
+            for output in cell.outputs:
+                if "execution_count" in output:
+                    output.execution_count = count
+        notebook.metadata["course"] = lesson.metadata.course | {"executed_code": code_hash(notebook)}
+    return editions, measured
+
+
+def _executed(name: str) -> tuple[str, dict[str, str], dict]:
+    editions, measured = execute_all_editions(name)
+    print(f"{name:26}{measured['seconds']:4} s {measured['gigabytes']:5} GB", flush=True)
+    return name, {edition: nbformat.writes(notebook) for edition, notebook in editions.items()}, measured
+
+
+def outputs_into(fresh: nbformat.NotebookNode, executed: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Take the outputs of an executed notebook into a freshly built one of the same code.
+
+    Raises:
+        ValueError: the code differs, so the outputs would be stale.
+    """
+    if executed.metadata.get("course", {}).get("executed_code") != code_hash(fresh):
+        raise ValueError("the code has changed since the outputs were made: build without --no-execute")
+    for cell, old in zip(code_cells(fresh), code_cells(executed), strict=True):
+        cell.outputs, cell.execution_count = old.outputs, old.execution_count
+    fresh.metadata["course"] = executed.metadata["course"]
+    return fresh
+
+
+def readme_tables() -> dict[str, str]:
+    """The generated parts of README.md, by the name of the place where each belongs."""
+    timings = json.loads(TIMINGS.read_text())
+    table = ["| lesson | what you see | time | memory |", "|---|---|---|---|"]
+    for name, summary in json.loads((ROOT / "notebooks" / "scripts" / "lessons.json").read_text()).items():
+        title = jupytext.read(SOURCES / f"{name}.py").cells[0].source.splitlines()[0].removeprefix("# ")
+        time_, memory = timings[name]["seconds"], timings[name]["gigabytes"]
+        table.append(f"| [{title}](notebooks/{name}.ipynb) | {summary} | {time_} s | {memory} GB |")
+    scores = json.loads((ROOT / "data" / "tiny-llama" / "scores.json").read_text())
+    before, after = scores["exact_match_before"], scores["exact_match_after"]
+    results = [f"Exact match on {scores['test_chats']} test questions, greedy answers:\n"]
+    results += ["| base | before | after the run |", "|---|---|---|"]
+    for base, label in (
+        ("NF4", "4 bit (NF4, double quantisation)"), ("16 bit", "unquantised"), ("shuffled", "weights shuffled")
+    ):  # fmt: skip
+        results.append(f"| {label} | {before[base] * 100:.1f} % | {after[base] * 100:.1f} % |")
+    results.append(f"| none: always the commonest answer | | {scores['commonest_answer_rate'] * 100:.1f} % |")
+    return {
+        "lessons": "\n".join(table),
+        "results": "\n".join(results),
+        "commands": commands_table(),
+        "t4": t4_table(),
+        "memory": memory_errors.markdown_table(),
+    }
+
+
+COMMANDS = {
+    "run": "the full QLoRA run, with a report",
+    "preflight": "the machine; every lesson as learners get it: its text against its source, each cell run, outputs compared",
+    "test": "every test of the helpers; each lesson once, with its exercises unsolved and solved",
+    "test-all": "everything: all three editions of each lesson as they are, the 16-bit and the shuffled control, 20 killed runs",
+    "test-colab": "the Colab editions under Colab's versions, beside what else Colab has",
+    "notebooks LESSON=03": "one lesson built and executed anew, all editions; without LESSON all of them",
+}
+
+
+def commands_table() -> str:
+    """What each command of make covers, and how long it took where `data/scripts/measure/commands.py` ran it."""
+    measured = json.loads((ROOT / "data" / "measured" / "commands.json").read_text())
+    table = ["| command | what it covers | time |", "|---|---|---|"]
+    for command, covers in COMMANDS.items():
+        seconds = sorted(row["seconds"] for row in measured["rows"] if row["command"] == command)
+        if not seconds:
+            raise ValueError(f"not measured: run  python -m data.scripts.measure.commands '{command}'")
+        ends = [f"{s // 60} min {s % 60:02} s" if s >= 60 else f"{s} s" for s in (seconds[0], seconds[-1])]
+        table.append(f"| `make {command}` | {covers} | {' to '.join(dict.fromkeys(ends))} |")
+    where = f"{measured['cores']} cores of an {measured['processor']}"
+    return "\n".join([*table, "", f"Times are of {where} with nothing else to do, once the packages are installed."])
+
+
+def t4_table() -> str:
+    """The course's gears beside the articles' recipe, as `data/scripts/measure/t4_gear.py` measured them."""
+    measured = json.loads((ROOT / "data" / "measured" / "t4_gear.json").read_text())
+    rows = [row for row in measured["rows"] if row["what"] == "training"]
+    by_size: dict = {}
+    for row in rows:
+        size = row["model"], "float16, as a T4" if row["gear"] == "t4" else "bfloat16", row["batch_size"], row["tokens"]
+        result = row["outcome"]
+        if result == "ran":
+            result = f"{row['peak_allocated_bytes'] / 2**30:.2f} GiB, {row['tokens_per_second']:,} tokens/s"
+        by_size.setdefault(size, {})[row["who"]] = result
+    table = [f"| on one {measured['gpu']} | | batch x tokens | the recipe | this course |", "|---|---|---|---|---|"]
+    for (model, how, batch_size, tokens), results in by_size.items():
+        table.append(f"| {model} | {how} | {batch_size} x {tokens:,} | {results['recipe']} | {results['ours']} |")
+    return "\n".join(table)
+
+
+def main() -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two kernels with more threads than cores are slower by a factor
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("only", nargs="*", help="numbers of lessons, such as 02; all by default")
+    parser.add_argument("--no-execute", action="store_true", help="take new texts over, keep the outputs")
+    args = parser.parse_args()
+    names = [name for name in lessons() if not args.only or name[:2] in args.only]
+    if not names:
+        sys.exit(f"no lesson {' '.join(args.only)}: there are {', '.join(lessons())}")
+    timings = json.loads(TIMINGS.read_text()) if TIMINGS.exists() else {}
+    done = {}
+    if args.no_execute:
+        for name in names:
+            for edition, folder in EDITIONS.items():
+                done[name, edition] = nbformat.read(folder / f"{name}.ipynb", as_version=4)
+    else:
+        longest_first = sorted(names, key=lambda name: -timings.get(name, {"seconds": 0})["seconds"])
+        with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+            for name, editions, timings[name] in pool.map(_executed, longest_first):
+                done |= {(name, edition): nbformat.reads(text, as_version=4) for edition, text in editions.items()}
+    TIMINGS.write_text(json.dumps(dict(sorted(timings.items())), indent=1) + "\n")
+    for (name, edition), executed in done.items():
+        notebook = outputs_into(build_edition(name, edition, timings), executed)
+        EDITIONS[edition].mkdir(exist_ok=True)
+        nbformat.write(notebook, EDITIONS[edition] / f"{name}.ipynb")
+    if set(timings) == set(lessons()):
+        readme = ROOT / "README.md"
+        readme.write_text(fill(readme.read_text(), readme_tables()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Processes and kernels that are forked from a server which has imported the libraries: that saves each of them eight seconds.
+
+The modules are those of `warm_libraries.py`. A forked process has all that a fresh one has, but for what its environment
+would have changed during these imports.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+
+from notebooks.scripts import ROOT
+
+AVAILABLE = "forkserver" in multiprocessing.get_all_start_methods()  # not on Windows
+
+
+def context() -> BaseContext:
+    """The one server of this process, started by the first call. Windows has none: there each process imports for itself."""
+    if not AVAILABLE:
+        return multiprocessing.get_context("spawn")
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["notebooks.scripts.warm_libraries"])
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(ROOT), path])
+    )  # a module that is not found is no error
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if path is not None:
+            os.environ["PYTHONPATH"] = path
+    return found
+
+
+def start(target: Callable, *arguments) -> BaseProcess:
+    """Start `target(*arguments)`, a function of a module, in a process of its own. Its `exitcode` is negative after a signal."""
+    process = context().Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
+def _kernel(arguments: list[str], folder: str, environment: dict[str, str]) -> None:
+    """In the forked process: what `python -m ipykernel_launcher` does."""
+    os.setsid()  # signals to the kernel's group reach what it has started, and not the server
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment, JPY_PARENT_PID=str(os.getppid()))  # it ends when the server does
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(nowhere, stream)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = ["ipykernel_launcher", *arguments]
+
+    from ipykernel.kernelapp import launch_new_instance
+
+    launch_new_instance()
+
+
+class _Popen:
+    """A forked kernel as `jupyter_client` wants to see it: what it uses of `subprocess.Popen`."""
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, process):
+        self.process, self.pid = process, process.pid
+        while process.is_alive() and os.getpgid(self.pid) != self.pid:
+            time.sleep(0.01)  # until it leads a group of its own: a signal to its group before would reach us
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self.process.join(timeout)
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.process.terminate()
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+def launch_kernel(command: list[str], *, env: dict | None = None, cwd: str | None = None, **streams) -> _Popen:
+    """Takes the place of `jupyter_client.launcher.launch_kernel`; the kernel's own streams go nowhere."""
+    arguments = command[command.index("-f") :]
+    return _Popen(start(_kernel, arguments, cwd or os.getcwd(), dict(os.environ if env is None else env)))

@@ -1,0 +1,53 @@
+"""Merge an adapter into its base, in the ways people do it, and measure what each changes.
+
+A QLoRA adapter has learned a difference to the *dequantised* 4-bit weights. There are three bases that it can be added to:
+
+- "4bit": each weight is dequantised, the difference added, and the sum rounded to 4 bits again (PEFT's merge_and_unload);
+- "dequantised": the 4-bit weights are dequantised once, and the sum is kept in 16 bits: what the run has trained, exactly;
+- "16bit": the original weights, which the run never saw; the sum differs by what quantisation took away.
+"""
+
+import warnings
+from pathlib import Path
+
+from qlora_helpers.adapters.files import load_adapter
+from qlora_helpers.hardware import Hardware
+from qlora_helpers.models.loading import SHIPPED_MODEL, load_model
+
+BASES = ("4bit", "dequantised", "16bit")
+
+# PEFT warns at each layer that rounding may change generations: what this module is there to measure.
+_ROUNDING = "Merge lora module to 4-bit linear"
+
+
+def load_base(into: str, name: str = SHIPPED_MODEL, hardware: Hardware | None = None):
+    """Load one of the three bases; see the module's docstring.
+
+    Raises:
+        ValueError: `into` is none of them.
+    """
+    if into not in BASES:
+        raise ValueError(f"into={into!r}: choose one of {', '.join(BASES)}")
+    model = load_model(name, quantization=None if into == "16bit" else "nf4", hardware=hardware)
+    return model.dequantize() if into == "dequantised" else model
+
+
+def merge(adapter: str | Path, into: str, name: str = SHIPPED_MODEL, hardware: Hardware | None = None):
+    """Load a base, add an adapter to its weights, and return the plain model.
+
+    Args:
+        adapter: its folder.
+        into: "4bit", "dequantised" or "16bit".
+        name: of the base, as `load_model` takes it.
+
+    Raises:
+        ValueError: `into` is none of the three; or the adapter belongs to another base (`adapters.WrongBase`).
+    """
+    return merge_into(load_adapter(load_base(into, name, hardware), adapter))
+
+
+def merge_into(model):
+    """Add the active adapter of a PEFT model to the weights below it, and return the plain model."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=_ROUNDING)
+        return model.merge_and_unload().eval()

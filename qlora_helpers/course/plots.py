@@ -1,0 +1,197 @@
+"""The course's figures: one style, readable on a light and on a dark page, each shown with its alt text."""
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+
+matplotlib.use("agg", force=False)
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from IPython.display import HTML, DisplayHandle, display
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which people with colour blindness can tell apart (jfly.uni-koeln.de/color).
+BLUE, ORANGE, GREEN, RED, PURPLE, YELLOW, SKY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#F0E442",
+    "#56B4E9",
+)
+COLOURS = [BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW]
+FORMAT_COLOURS = {
+    "NF4": BLUE,
+    "INT4": ORANGE,
+    "INT4 symmetric": YELLOW,
+    "FP4": RED,
+    "INT3": PURPLE,
+    "16 bit": "#555555",
+}
+
+STYLE = {
+    "figure.facecolor": "white",  # a white card: the same on a light and on a dark page
+    "figure.dpi": 110,
+    "figure.figsize": (7.2, 3.6),
+    "figure.constrained_layout.use": True,
+    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "grid.color": "#DDDDDD",
+    "legend.frameon": False,
+    "font.size": 10,
+}
+
+
+plt.rcParams.update(STYLE)
+
+
+def figure(rows: int = 1, columns: int = 1, **options):
+    """A new figure and its axes, as `plt.subplots` gives them."""
+    return plt.subplots(rows, columns, **options)
+
+
+def _as_html(fig: Figure, alt: str) -> HTML:
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    width = int(fig.get_size_inches()[0] * 100)
+    return HTML(f'<img alt="{html.escape(alt)}" width="{width}" src="data:image/png;base64,{data}">')
+
+
+def show(fig: Figure, alt: str) -> None:
+    """Display a figure with alt text, and close it.
+
+    Raises:
+        ValueError: the alt text is empty.
+    """
+    if not alt.strip():
+        raise ValueError("alt='': say in words what the figure shows, for those who cannot see it")
+    display(_as_html(fig, alt))
+    plt.close(fig)
+
+
+def stacked_bars(ax, names: Sequence[str], parts: Mapping[str, Sequence[float]], unit: str) -> None:
+    """Horizontal bars, one per name, each the sum of its parts; the total stands behind each bar."""
+    left = np.zeros(len(names))
+    for (part, values), colour in zip(parts.items(), COLOURS, strict=False):
+        ax.barh(names, values, left=left, label=part, color=colour)
+        left += np.asarray(values, dtype=float)
+    for y, total in enumerate(left):
+        ax.text(total, y, f" {total:,.1f}", va="center")
+    ax.set_xlim(0, left.max() * 1.12)
+    ax.set_xlabel(unit)
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.legend(loc="lower right", fontsize=9)
+
+
+def code_histogram(ax, share: Sequence[float], values: Sequence[float], name: str) -> None:
+    """How often each code is used, drawn where its value lies between -1 and 1."""
+    ax.vlines(values, 0, np.asarray(share) * 100, color=FORMAT_COLOURS.get(name, BLUE), linewidth=5)
+    ax.set_xlim(-1.08, 1.08)
+    ax.set_ylim(0, 15)
+    ax.set_xlabel("value of the code / absmax")
+    ax.set_ylabel("codes used (%)")
+    ax.set_title(name)
+
+
+def weights_and_levels(ax, weights: torch.Tensor, levels: torch.Tensor, name: str) -> None:
+    """A histogram of scaled weights, with the levels of a format as lines below it."""
+    ax.hist(weights.flatten().numpy(), bins=120, range=(-1, 1), density=True, color="#BBBBBB")
+    ax.vlines(levels.numpy(), -0.28, -0.06, color=FORMAT_COLOURS.get(name, BLUE), linewidth=2)
+    ax.set_ylim(bottom=-0.32)
+    ax.set_xlabel("weight / absmax of its block")
+    ax.set_ylabel("density of weights")
+    ax.set_title(name)
+
+
+PHASE_COLOURS = {
+    "load": "#999999",
+    "forward": BLUE,
+    "loss": PURPLE,
+    "backward": ORANGE,
+    "optimizer step": GREEN,
+    "between steps": "#BBBBBB",
+}
+
+
+def memory_timeline(ax, timeline, unit: int = 2**30) -> None:
+    """Bytes in tensors against time, filled in the colour of each phase, with a mark at the peak.
+
+    Args:
+        timeline: a `qlora_helpers.memory.timeline.Timeline`.
+        unit: bytes per unit of the vertical axis, 2**30 for GiB or 2**20 for MiB.
+    """
+    seconds, levels = np.asarray(timeline.seconds), np.asarray(timeline.levels) / unit
+    seen = set()
+    for name, first, last in timeline.spans():
+        x, y = seconds[first : last + 1], levels[first : last + 1]
+        label = None if name in seen or name == "between steps" else name
+        seen.add(name)
+        ax.fill_between(x, y, step="post", color=PHASE_COLOURS.get(name, RED), label=label, linewidth=0.5)
+    top = int(np.argmax(levels))
+    ax.plot(seconds[top], levels[top], "v", color="black", markersize=6)
+    ax.annotate(
+        f"{levels[top]:.2f}",
+        (seconds[top], levels[top]),
+        xytext=(0, 7),
+        textcoords="offset points",
+        ha="center",
+        fontsize=9,
+    )
+    ax.set_xlim(0, seconds[-1])
+    ax.set_ylim(0, levels[top] * 1.15)
+    ax.set_xlabel("seconds within the step")
+
+
+def decision_tree(ax, root: str, branches: Sequence[tuple[str, str]]) -> None:
+    """A question at the left, its answers one below the other, and behind each what to do. The axes are only a canvas."""
+    ax.set_axis_off()
+    ax.set_xlim(0, 1)
+    ax.set_ylim(len(branches) - 0.4, -0.6)
+    middle = (len(branches) - 1) / 2
+    box = {"boxstyle": "round,pad=0.35", "facecolor": "#EEEEEE", "edgecolor": "#777777"}
+    for row, (answer, leaf) in enumerate(branches):
+        ax.plot([0.12, 0.22, 0.5], [middle, row, row], color="#777777", linewidth=1, zorder=1)
+        ax.text(0.37, row, answer, ha="center", va="center", fontsize=9, bbox=box | {"facecolor": "#FFE8C2"})
+        ax.text(0.51, row, leaf, ha="left", va="center", fontsize=9, linespacing=1.35)
+    ax.text(0.09, middle, root, ha="center", va="center", fontsize=10, fontweight="bold", bbox=box)
+
+
+class LivePlot:
+    """A loss curve that is redrawn in place while a run goes on. Pass `update` as `train(..., on_loss=...)`."""
+
+    def __init__(self, steps: int, title: str):
+        self.steps, self.title = steps, title
+        self.handle: DisplayHandle | None = None
+
+    def update(self, history: list[tuple[int, float]]) -> None:
+        """Redraw with the (step, loss) pairs so far; at every second one and at the end, since drawing takes time, too."""
+        if len(history) % 2 and history[-1][0] < self.steps:
+            return
+        fig, ax = figure()
+        x, y = zip(*history, strict=True)
+        ax.plot(x, y, marker="o", markersize=3)
+        ax.set_xlim(0, self.steps)
+        ax.set_yscale("log")
+        ax.set_xlabel("step")
+        ax.set_ylabel("loss (nats per answer token)")
+        ax.set_title(self.title)
+        alt = f"{self.title}: loss against step, from {y[0]:.2f} at step {x[0]} to {y[-1]:.2f} at step {x[-1]}."
+        image = _as_html(fig, alt)
+        plt.close(fig)
+        if self.handle is None:
+            self.handle = display(image, display_id=True)
+        else:
+            self.handle.update(image)

@@ -1,0 +1,129 @@
+"""The course's sliders. Each draws the same figure as the cell before it, for values that the learner picks."""
+
+from collections.abc import Mapping
+
+import ipywidgets
+import torch
+
+from qlora_helpers.course import plots
+from qlora_helpers.quantize import INT4, NF4, dequantize, quantize
+
+
+def memory_slider(parameters: Mapping[str, int]) -> ipywidgets.Widget:
+    """Move the bits per weight and the model; see the bytes of the weights beside three cards.
+
+    Args:
+        parameters: of each model, by its name.
+    """
+
+    def draw(model: str, bits: float):
+        gigabytes = parameters[model] * bits / 8 / 1e9
+        fig, ax = plots.figure(figsize=(7.2, 1.9))
+        ax.barh([model], [gigabytes], color=plots.BLUE)
+        for card, size in (("T4, 16 GB", 16), ("RTX 4090, 24 GB", 24), ("A100, 80 GB", 80)):
+            ax.axvline(size, color=plots.RED, linestyle="--")
+            ax.text(size, 0.45, f" {card}", color=plots.RED, fontsize=8)
+        ax.set_xlim(0, max(90, gigabytes * 1.05))
+        ax.set_xlabel("weights (GB)")
+        ax.set_title(f"{parameters[model]:,} parameters x {bits} bits = {gigabytes:.1f} GB")
+        plots.show(fig, f"{model} at {bits} bits per weight takes {gigabytes:.1f} GB for its weights alone.")
+
+    return ipywidgets.interactive(
+        draw,
+        model=ipywidgets.Dropdown(options=list(parameters), value="Llama-3.1-8B", description="model"),
+        bits=ipywidgets.SelectionSlider(options=[32, 16, 8, 4.5, 4.127, 4], value=16, description="bits"),
+    )
+
+
+def outlier_slider() -> ipywidgets.Widget:
+    """Move one outlier and the block size; see the error of the values that share its block."""
+    weights = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+
+    def draw(outlier: float, block_size: int):
+        changed = weights.clone()
+        changed[100] = outlier
+        fig, ax = plots.figure()
+        for codebook in (NF4, INT4):
+            error = (dequantize(quantize(changed, codebook, block_size, False)) - changed).abs()
+            ax.plot(error[:1024], color=plots.FORMAT_COLOURS[codebook.name], label=codebook.name, linewidth=0.8)
+        ax.set_ylim(0, 1.5)
+        ax.set_xlabel("position of the weight")
+        ax.set_ylabel("absolute error")
+        ax.set_title(f"An outlier of {outlier:g} spoils the {block_size} weights of its block")
+        ax.legend()
+        plots.show(fig, f"Error of 1,024 weights with an outlier of {outlier:g}, block size {block_size}.")
+
+    return ipywidgets.interactive(
+        draw,
+        outlier=ipywidgets.FloatSlider(value=12, min=1, max=30, step=1, description="outlier"),
+        block_size=ipywidgets.SelectionSlider(
+            options=[32, 64, 128, 256, 512, 1024], value=64, description="block size"
+        ),
+    )
+
+
+def _explained(prediction) -> dict[str, float]:
+    """What a run takes on its card, in GiB: seven parts whose sum is `device_bytes`."""
+    named = {
+        "4-bit weights": ("4-bit weights", "quantisation constants"),
+        "16-bit weights": ("16-bit weights",),
+        "adapters, gradients, optimizer": ("adapters", "gradients", "optimizer (GPU)", "optimizer (paged)"),
+        "activations": ("checkpointed activations", "activations"),
+        "layer at work": ("recomputed layer", "layer at work", "logits tile", "dequantised weight", "workspace"),
+        "CUDA context": ("CUDA context",),
+    }
+    parts = {name: sum(prediction.parts.get(part, 0) for part in of) for name, of in named.items()}
+    parts["allocator's reserve"] = prediction.device_bytes - sum(prediction.parts.values())
+    return {name: size / 2**30 for name, size in parts.items()}
+
+
+def fit_explorer() -> ipywidgets.Widget:
+    """Move a QLoRA run: model, GPU and settings; see its parts grow and shrink against the GPU's memory."""
+    from qlora_helpers.memory import FineTuning, find_gpu, find_shape, known_gpus, known_models, predict
+    from qlora_helpers.memory.prediction import OPTIMIZERS
+
+    def draw(model: str, gpu: str, rank: int, batch_size: int, seq_len: int, checkpointing: bool, optimizer: str):
+        card = find_gpu(gpu)
+        try:
+            run = FineTuning(
+                compute_dtype="bfloat16" if card.compute_capability >= (8, 0) else "float16",
+                lora_rank=rank,
+                batch_size=batch_size,
+                seq_len=seq_len,
+                gradient_checkpointing=checkpointing,
+                optimizer=optimizer,
+            )
+            prediction = predict(find_shape(model), run, card)
+        except ValueError as error:  # this model does not allow that setting
+            print(error)
+            return
+        spare, room = prediction.spare_bytes / 2**30, card.usable_bytes / 2**30
+        title = f"fits with {spare:.1f} GiB to spare" if spare >= 0 else f"does not fit: {-spare:.1f} GiB too much"
+        fig, ax = plots.figure(figsize=(7.2, 2.6))
+        plots.stacked_bars(ax, [""], {part: [size] for part, size in _explained(prediction).items()}, "GiB")
+        ax.axvline(room, color="black", linestyle="--")
+        ax.set_xlim(0, 1.12 * max(room, prediction.device_bytes / 2**30))
+        ax.set_yticks([])
+        ax.set_xlabel(f"GiB on the card; the dashed line is the {card.name} with {room:.2f} GiB")
+        ax.set_title(title)
+        ax.get_legend().remove()
+        fig.legend(loc="outside lower center", ncols=4, fontsize=8)
+        plots.show(
+            fig,
+            f"{model} on {card.name}, rank {rank}, {batch_size} x {seq_len:,} tokens: "
+            f"{prediction.device_bytes / 2**30:.1f} of {room:.1f} GiB; {title}.",
+        )
+
+    def choose(options, value, description: str):
+        return ipywidgets.SelectionSlider(options=options, value=value, description=description)
+
+    return ipywidgets.interactive(
+        draw,
+        model=ipywidgets.Dropdown(options=list(known_models()), value="meta-llama/Llama-3.1-8B", description="model"),
+        gpu=ipywidgets.Dropdown(options=list(known_gpus()), value="t4", description="GPU"),
+        rank=choose([4, 8, 16, 32, 64, 128, 256], 16, "rank"),
+        batch_size=choose([1, 2, 4, 8, 16, 32], 1, "batch"),
+        seq_len=choose([256, 512, 1024, 2048, 4096, 8192, 16384, 32768], 2048, "tokens"),
+        checkpointing=ipywidgets.Checkbox(value=True, description="checkpointing"),
+        optimizer=ipywidgets.Dropdown(options=list(OPTIMIZERS), value="paged_adamw_8bit", description="optimizer"),
+    )

@@ -1,0 +1,65 @@
+"""Measured beside predicted: what a run really takes, phase by phase, and what `qlora_helpers.memory` said before.
+
+measurement = Measurement()
+with measurement.phase("load"):
+    model = load_model(name)
+trainer = build_trainer(model, tokenizer, chats, folder, settings, hardware)
+trainer.add_callback(MemoryCallback(measurement))
+trainer.train()
+print(compare(predict(shape_of(trainer), run_of(trainer), "t4"), measurement))
+"""
+
+import torch
+
+from qlora_helpers.memory import Prediction
+from qlora_helpers.memory.measurement import LOAD, STEADY_STEPS, Measurement, _size
+
+TOLERANCE = 0.10  # a prediction that is farther off is marked
+OUTSIDE = ("optimizer (paged)", "CUDA context")  # parts of a prediction that are not in torch's allocator
+
+
+def compare(prediction: Prediction, measurement: Measurement) -> str:
+    """A table of what was predicted beside what was measured, its parts, and the phases.
+
+    Predicted and measured peaks are those of the steady steps, the card's memory is that at their end. The difference
+    is that of the prediction, in per cent of what was measured; one of more than 10 % is marked.
+
+    Raises:
+        ValueError: no steady step was measured.
+    """
+    phases = measurement.phases
+    if STEADY_STEPS not in phases:
+        raise ValueError(
+            f"measurement has no {STEADY_STEPS!r} but {list(phases)}: train two steps or more with a MemoryCallback"
+        )
+    run, steady, load = prediction.run, phases[STEADY_STEPS], phases.get(LOAD)
+    what = f"{run.method}, {run.batch_size} x {run.seq_len:,} tokens, predicted for a {prediction.gpu.name}"
+    if measurement.on_gpu:
+        lines = [f"{what}, measured on a {torch.cuda.get_device_name()}"]
+    else:
+        lines = [
+            f"{what}.",
+            "No GPU was measured here. The main memory below is the whole process's: no prediction stands beside it.",
+        ]
+    lines.append(f"{'':26}{'predicted':>15}{'measured':>15}{'difference':>15}")
+    rows = {
+        "after loading": (prediction.loaded_bytes, load.allocated_bytes if load else None),
+        "peak, allocated": (prediction.peak_allocated_bytes, steady.peak_allocated_bytes),
+        "peak, reserved": (prediction.peak_reserved_bytes, steady.peak_reserved_bytes),
+        "on the card": (prediction.device_bytes, steady.device_used_bytes),
+    }
+    for name, (predicted, measured) in rows.items():
+        line = f"{name:26}{_size(predicted):>15}{_size(measured):>15}"
+        if measured:
+            difference = predicted / measured - 1
+            line += f"{difference:>+13.1%}".replace("%", " %")
+            line += f"  over {TOLERANCE:.0%}".replace("%", " %") if abs(difference) > TOLERANCE else ""
+        lines.append(line)
+    lines += ["", f"The predicted peak ({prediction.peak_phase}):"]
+    lines += [
+        f"  {name:24}{_size(size):>15}" for name, size in prediction.parts.items() if size and name not in OUTSIDE
+    ]
+    outside = {name: prediction.parts[name] for name in OUTSIDE if prediction.parts.get(name)}
+    lines += ["Beside torch's allocator:"] if outside else []
+    lines += [f"  {name:24}{_size(size):>15}" for name, size in outside.items()]
+    return "\n".join([*lines, "", str(measurement)])

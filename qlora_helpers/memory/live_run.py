@@ -1,0 +1,164 @@
+"""The shape and the settings of a run that is ready to start, read from its model and its trainer."""
+
+import bitsandbytes as bnb
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+
+from qlora_helpers.memory import FineTuning, ModelShape
+from qlora_helpers.memory.prediction import EAGER_ONLY
+from qlora_helpers.models.attention import REPEATED_KV
+
+# settings of TrainingArguments and SFTConfig that change the step in ways the predictor does not know
+NOT_PREDICTED = ("use_liger_kernel", "activation_offloading", "packing", "padding_free", "deepspeed", "fsdp")
+
+
+# The settings of a live run
+
+
+def _model_of(trainer_or_model):
+    return getattr(trainer_or_model, "model", None) if hasattr(trainer_or_model, "args") else trainer_or_model
+
+
+def shape_of(trainer_or_model) -> ModelShape:
+    """The shape of a live model, with or without adapters, or of a trainer's.
+
+    Raises:
+        ValueError: its architecture is none that the predictor knows.
+    """
+    model = _model_of(trainer_or_model)
+    return ModelShape.from_config((model.get_base_model() if isinstance(model, PeftModel) else model).config)
+
+
+def run_of(trainer_or_model, args=None, seq_len: int | None = None) -> FineTuning:
+    """The settings that the predictor needs, read from a run that is ready to start.
+
+    Args:
+        trainer_or_model: a trainer, which has its arguments; or a model, adapters attached.
+        args: the `TrainingArguments` or `SFTConfig`; needed with a model, by default those of the trainer.
+        seq_len: tokens of a full sequence; by default the arguments' `max_length`.
+
+    Raises:
+        ValueError: the run cannot be told from what is given, or is of a kind that the predictor does not know: the
+            message says which.
+    """
+    model = _model_of(trainer_or_model)
+    args = args or getattr(trainer_or_model, "args", None)
+    if args is None:
+        raise ValueError("args is missing: a model does not know its batch size; pass the TrainingArguments")
+    seq_len = seq_len or getattr(args, "max_length", None)
+    if not seq_len:
+        raise ValueError(f"seq_len is missing, and {type(args).__name__} has no max_length: pass seq_len")
+    for name in NOT_PREDICTED:
+        if value := getattr(args, name, None):
+            raise ValueError(f"{name} is {value!r}: such a run is not predicted")
+    shape, base = shape_of(model), model.get_base_model() if isinstance(model, PeftModel) else model
+    four_bit = _four_bit_of(base, shape)
+    lora = _lora_of(model, shape) if isinstance(model, PeftModel) else {}
+    if four_bit and not lora:
+        raise ValueError("model has 4-bit layers and no adapters: there is nothing to train; attach them first")
+    method = "qlora" if four_bit else "lora" if lora else "full"
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad] if method == "full" else []
+    if frozen:
+        raise ValueError(f"model has frozen parameters such as {frozen[0]} and no adapters: this is not predicted")
+
+    loaded_in = _name(base.get_input_embeddings().weight.dtype)
+    without_autocast = four_bit.pop("compute_dtype", loaded_in)
+    compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else without_autocast
+    upcast = loaded_in == "float32" and compute != "float32"
+    if upcast and method == "full":
+        raise ValueError(
+            f"model was loaded in float32 and computes in {compute}, all of it trained: this is not predicted"
+        )
+    return FineTuning(
+        method=method,
+        compute_dtype=compute,
+        batch_size=args.per_device_train_batch_size,
+        seq_len=seq_len,
+        # prepare_model_for_kbit_training switches it on in the model alone
+        gradient_checkpointing=bool(args.gradient_checkpointing or base.is_gradient_checkpointing),
+        optimizer=str(getattr(args.optim, "value", args.optim)),
+        upcast_fp32=upcast,
+        attention=_attention_of(base.config, shape),
+        accumulation=args.gradient_accumulation_steps,
+        **four_bit,
+        **lora,
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _the_only(values, what: str):
+    """The one value that all layers agree on."""
+    values = set(values)
+    if len(values) != 1:
+        raise ValueError(f"{what} differs between layers: {sorted(values)}. Only the same in all of them is predicted")
+    return values.pop()
+
+
+def _four_bit_of(base, shape: ModelShape) -> dict:
+    """`double_quant`, `block_size` and `compute_dtype` of the 4-bit layers; empty where there are none."""
+    if any(isinstance(module, bnb.nn.Linear8bitLt) for module in base.modules()):
+        raise ValueError("model has 8-bit layers: this is not predicted; 4 or 16 bits are")
+    layers = [module for module in base.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    if not layers:
+        return {}
+    expected = shape.num_hidden_layers * len(shape.linears)
+    if len(layers) != expected:
+        raise ValueError(
+            f"model has {len(layers)} layers in 4 bits, not the {expected} of its decoder: this is not predicted"
+        )
+    return {
+        "double_quant": _the_only((layer.weight.quant_state.nested for layer in layers), "double_quant"),
+        "block_size": _the_only((layer.weight.quant_state.blocksize for layer in layers), "block_size"),
+        "compute_dtype": _the_only((_name(layer.compute_dtype) for layer in layers), "compute_dtype"),
+    }
+
+
+def _lora_of(model, shape: ModelShape) -> dict:
+    """`lora_rank`, `lora_dropout`, `target_modules` and `adapter_dtype` of the adapters."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    others = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not (".lora_A." in name or ".lora_B." in name)
+    ]
+    if not layers or others:
+        found = others[0] if others else type(model).__name__
+        raise ValueError(f"model trains something else than plain LoRA: {found}. This is not predicted")
+    adapter = _the_only((name for _, layer in layers for name in layer.r), "the adapter's name")
+    targets = [linear for linear in shape.linears if any(name.endswith(f".{linear.name}") for name, _ in layers)]
+    if len(layers) != shape.num_hidden_layers * len(targets):
+        raise ValueError("model has adapters in some decoder layers only, or beside the decoder: this is not predicted")
+    return {
+        "lora_rank": _the_only((layer.r[adapter] for _, layer in layers), "lora_rank"),
+        "lora_dropout": _the_only(
+            (getattr(layer.lora_dropout[adapter], "p", 0.0) for _, layer in layers), "lora_dropout"
+        ),
+        "target_modules": "all-linear"
+        if len(targets) == len(shape.linears)
+        else tuple(linear.name.rpartition(".")[2] for linear in targets),
+        "adapter_dtype": _the_only((_name(layer.lora_A[adapter].weight.dtype) for _, layer in layers), "adapter_dtype"),
+    }
+
+
+def _attention_of(config, shape: ModelShape) -> str:
+    """The predictor's name for the attention that a model runs on this machine."""
+    used = config._attn_implementation
+    if used == "eager":
+        return "eager"
+    if "flash" in used and shape.model_type in EAGER_ONLY:
+        raise ValueError(f"attention is {used!r} in {shape.model_type}: this is not predicted; eager is")
+    if used == REPEATED_KV or "flash" in used:
+        return "sdpa"
+    if used != "sdpa":
+        raise ValueError(f"attention is {used!r}: this is not predicted; sdpa, eager and FlashAttention are")
+    shared = shape.num_attention_heads != shape.num_key_value_heads
+    if shared and torch.cuda.is_available():
+        # only FlashAttention and cuDNN know shared key heads (qlora_helpers.models.attention)
+        switched_on = torch.backends.cuda.flash_sdp_enabled() or torch.backends.cuda.cudnn_sdp_enabled()
+        if not switched_on or torch.cuda.get_device_capability() < (8, 0):
+            return "math"
+    return "sdpa"

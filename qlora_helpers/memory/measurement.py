@@ -1,0 +1,174 @@
+"""The memory that a run really takes, measured phase by phase."""
+
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+import torch
+from transformers import TrainerCallback
+
+from qlora_helpers.hardware import detect
+
+GIB, MIB = 2**30, 2**20
+LOAD, FIRST_STEP, STEADY_STEPS = "load", "first step", "steady steps"
+LOOK_EVERY = 0.01  # seconds between two looks at the main memory
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What one phase took, in bytes; the GPU's figures are None where none was measured.
+
+    Attributes:
+        allocated_bytes: in torch's tensors when the phase ended, garbage collected.
+        peak_allocated_bytes, peak_reserved_bytes: the most in torch's tensors, and the most that its allocator held for
+            them; both since the phase began. What was there before the phase counts.
+        device_used_bytes: in use on the whole card when the phase ended (`torch.cuda.mem_get_info`): this process with
+            its CUDA context and paged states, and whatever else runs there.
+        resident_bytes: the most main memory that this process was seen to hold, file pages mapped into it included. It
+            is looked at every 10 ms; a shorter peak is missed.
+    """
+
+    allocated_bytes: int | None
+    peak_allocated_bytes: int | None
+    peak_reserved_bytes: int | None
+    device_used_bytes: int | None
+    resident_bytes: int
+
+
+class _ResidentMemory:
+    """The most main memory of this process, looked at by a thread.
+
+    The kernel's own peak cannot be set back without spoiling `hardware.peak_memory_bytes` for everyone else.
+    """
+
+    def __init__(self):
+        self.process = psutil.Process()
+        self.highest = 0
+        self.look()
+        # The thread holds no reference: it also ends when a run fails and nobody asks any more.
+        threading.Thread(target=self._watch, args=(weakref.ref(self),), daemon=True).start()
+
+    def look(self) -> int:
+        self.highest = max(self.highest, self.process.memory_info().rss)
+        return self.highest
+
+    @staticmethod
+    def _watch(reference) -> None:
+        while (watched := reference()) is not None:
+            watched.look()
+            del watched
+            time.sleep(LOOK_EVERY)
+
+
+class Measurement:
+    """The memory of a run, phase by phase, in the order in which the phases ended.
+
+    Args:
+        on_gpu: read the GPU's figures, too; by default if this machine's gear uses one.
+    """
+
+    def __init__(self, on_gpu: bool | None = None):
+        self.on_gpu = detect().device == "cuda" if on_gpu is None else on_gpu
+        self.phases: dict[str, Phase] = {}
+        self.running: str | None = None
+        self._resident: _ResidentMemory | None = None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure what runs inside the `with`; it is not recorded if it fails.
+
+        Raises:
+            RuntimeError: another phase is running. There is one peak at a time to read.
+        """
+        self.begin(name)
+        try:
+            yield
+        except BaseException:
+            self.drop()
+            raise
+        self.end()
+
+    def begin(self, name: str, clean: bool = True) -> None:
+        """Begin a phase; see `phase`. `clean` gives unused memory back first, so that no phase before is counted."""
+        if self.running:
+            raise RuntimeError(
+                f"the phase {name!r} cannot begin while {self.running!r} is measured: end that one first"
+            )
+        if clean:
+            gc.collect()
+        if self.on_gpu:
+            if clean:
+                torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        self.running, self._resident = name, _ResidentMemory()
+
+    def end(self) -> None:
+        """End the running phase and record it; one of the same name is replaced."""
+        name, resident = self.running, self._resident.look()
+        self.drop()
+        peaks = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()] if self.on_gpu else [None, None]
+        gc.collect()
+        allocated = used = None
+        if self.on_gpu:
+            allocated = torch.cuda.memory_allocated()
+            free, total = torch.cuda.mem_get_info()
+            used = total - free
+        self.phases.pop(name, None)  # so that its new place is the last one
+        self.phases[name] = Phase(allocated, *peaks, used, resident)
+
+    def drop(self) -> None:
+        """End the running phase and forget it."""
+        self.running = self._resident = None
+
+    def __str__(self) -> str:
+        columns = ("after it", "peak", "peak reserved", "on the card", "main memory")
+        lines = [f"{'measured':26}" + "".join(f"{column:>15}" for column in columns)]
+        for name, phase in self.phases.items():
+            sizes = vars(phase).values()
+            lines.append(f"{name:26}" + "".join(f"{_size(size):>15}" for size in sizes))
+        return "\n".join(lines)
+
+
+class MemoryCallback(TrainerCallback):
+    """Measures training: the first step that changes the weights, and all steps behind it.
+
+    The optimizer makes its states in the first step, so the peak of a run is that of the steady steps. Steps whose
+    gradients overflowed float16 change nothing; those before the first that does belong to it.
+    """
+
+    def __init__(self, measurement: Measurement | None = None):
+        self.measurement = measurement or Measurement()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.measurement.running in (FIRST_STEP, STEADY_STEPS):
+            self.measurement.drop()  # training before this one failed
+        self.measurement.begin(FIRST_STEP)
+        self.steps = 0
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        if getattr(optimizer, "step_was_skipped", False):
+            return
+        self.steps += 1
+        if self.steps == 1:
+            self.measurement.end()
+            self.measurement.begin(STEADY_STEPS, clean=False)  # the allocator goes on as it would
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.steps > 1:
+            self.measurement.end()
+        else:
+            self.measurement.drop()
+
+
+# Side by side
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "-"
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / MIB:.1f} MiB"

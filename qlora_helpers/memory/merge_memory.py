@@ -1,0 +1,64 @@
+"""What it takes to merge an adapter into its base, in each of the ways of `qlora_helpers.adapters.merge`."""
+
+from dataclasses import dataclass
+
+from qlora_helpers.memory.prediction import WIDTHS, FineTuning, loaded_bytes
+from qlora_helpers.memory.shape import ModelShape
+
+# Bytes for each weight of the layer at work. PEFT computes B A and B A alpha / r in the adapter's float32. Into 4 bits there
+# are then the dequantised weight (2), the scaled difference (4), their sum (4) and its copy on the device (4), from which
+# the packed weight (1/2) and the scales before and after their mean is taken off (2 x 4/64) are made.
+_INTO_16_BITS = 4 + 4
+_INTO_4_BITS = 2 + 4 + 4 + 4 + 0.5 + 2 * 4 / 64
+
+
+@dataclass(frozen=True)
+class MergeMemory:
+    """Bytes on the device that does the merge; in main memory if that is a CPU.
+
+    Attributes:
+        base_bytes: the base that the adapter is added to.
+        base_peak_bytes: the most while the base is loaded, or loaded and dequantised.
+        adapter_bytes: the adapter's weights.
+        peak_bytes: the most of all, until the merged model stands.
+        merged_bytes: the merged model.
+    """
+
+    base_bytes: int
+    base_peak_bytes: int
+    adapter_bytes: int
+    peak_bytes: int
+    merged_bytes: int
+
+
+def predict_merge(shape: ModelShape, into: str, run: FineTuning | None = None) -> MergeMemory:
+    """Predict the memory of a merge.
+
+    Args:
+        into: "4bit", "dequantised" or "16bit".
+        run: the run that made the adapter; its rank, target modules and dtypes count. By default rank 16 on all layers.
+
+    Raises:
+        ValueError: `into` is none of these, or the run trained no adapter.
+    """
+    run = run or FineTuning()
+    if run.method == "full":
+        raise ValueError("run.method is 'full': it has no adapter to merge")
+    bits_16, bits_4 = (loaded_bytes(shape, run, method) for method in ("lora", "qlora"))
+    largest = max(linear.weights for linear in shape.targets(run.target_modules))
+    adapter = shape.lora_parameters(run.lora_rank, run.target_modules) * WIDTHS[run.adapter_dtype]
+    if into == "4bit":
+        base = peak_before = bits_4
+        work = _INTO_4_BITS * largest
+    elif into == "16bit":
+        base = peak_before = bits_16
+        work = _INTO_16_BITS * largest
+    elif into == "dequantised":
+        # transformers keeps the 4-bit weights until the last layer is dequantised; the embeddings and the rest are shared
+        width = WIDTHS[run.compute_dtype]
+        rest = bits_16 - shape.linear_parameters * width
+        base, peak_before = bits_16, bits_16 + (bits_4 - rest) + largest * width
+        work = _INTO_16_BITS * largest
+    else:
+        raise ValueError(f"into is {into!r}; allowed: 4bit, dequantised, 16bit")
+    return MergeMemory(base, peak_before, adapter, max(peak_before, round(base + adapter + work)), base)

@@ -1,0 +1,311 @@
+"""The shape of a model, from its config: what its layers are, and how many parameters each of them has.
+
+Names and counts are those of transformers; `tests/memory/test_shape.py` holds them against models on the "meta"
+device, and the trainable ones against PEFT.
+"""
+
+import json
+import operator
+from dataclasses import dataclass, field
+from functools import cached_property
+from numbers import Real
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of a decoder layer: its name in transformers, its two sides, and whether it has a bias."""
+
+    name: str
+    in_features: int
+    out_features: int
+    bias: bool = False
+
+    @property
+    def weights(self) -> int:
+        return self.in_features * self.out_features
+
+
+# What each family's config calls its fields, where the name differs from ours.
+_GPTJ_NAMES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "n_inner",
+    "max_position_embeddings": "n_positions",
+}
+
+# transformers' default for each field that a config leaves out (configuration_*.py of 5.17 and 5.23).
+# A tuple names the field that a missing one is taken from.
+_LLAMA = {
+    "vocab_size": 32_000, "hidden_size": 4_096, "intermediate_size": 11_008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": False,
+    "attention_bias": False, "mlp_bias": False,
+}  # fmt: skip
+_DEFAULTS = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA | {"intermediate_size": 14_336, "num_key_value_heads": 8, "sliding_window": 4_096},
+    "qwen2": _LLAMA | {"vocab_size": 151_936, "intermediate_size": 22_016, "num_key_value_heads": 32},
+    "qwen3": _LLAMA | {
+        "vocab_size": 151_936, "intermediate_size": 22_016, "num_key_value_heads": 32, "head_dim": 128,
+    },
+    "gemma2": _LLAMA | {
+        "vocab_size": 256_000, "hidden_size": 2_304, "intermediate_size": 9_216, "num_hidden_layers": 26,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True,
+    },
+    "phi3": _LLAMA | {"vocab_size": 32_064, "hidden_size": 3_072, "intermediate_size": 8_192},
+    "gpt_neox": _LLAMA | {
+        "vocab_size": 50_432, "hidden_size": 6_144, "intermediate_size": 24_576, "num_hidden_layers": 44,
+        "num_attention_heads": 64, "attention_bias": True, "use_parallel_residual": True, "rotary_pct": 0.25,
+    },
+    "gptj": _LLAMA | {
+        "vocab_size": 50_400, "hidden_size": 4_096, "intermediate_size": None, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "rotary_dim": 64,
+    },
+}  # fmt: skip
+FAMILIES = tuple(_DEFAULTS)
+NULL_MEANS_SOMETHING = ("num_key_value_heads", "rotary_dim", "sliding_window")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a decoder model is made of. Make one with `ModelShape.from_config`; sizes are numbers of elements.
+
+    `max_position_embeddings` is None where the config does not state it.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    tie_word_embeddings: bool
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    max_position_embeddings: int | None = None
+    rotary_dim: int = 0  # elements of a head that are rotated; 0 where it is the whole head
+    use_parallel_residual: bool = False
+    sliding_window: int | None = None  # tokens that attention looks back; longer sequences need a mask
+    name: str = field(default="", compare=False)
+
+    @classmethod
+    def from_config(cls, config) -> "ModelShape":
+        """The shape of a model, from its config.
+
+        Args:
+            config: a dict as in a `config.json`, a transformers `PretrainedConfig`, the path of a `config.json`, or the
+                path of a model's folder. Fields that are missing take transformers' defaults; `model_type` must be there.
+
+        Raises:
+            ValueError: the family is not one that is known here, or a field is no positive whole number.
+            FileNotFoundError: there is no such file.
+        """
+        name = ""
+        if isinstance(config, str | Path):
+            path = Path(config)
+            path = path / "config.json" if path.is_dir() else path
+            if not path.is_file():
+                raise FileNotFoundError(f"config: there is no file {path}; give a config.json or a folder that has one")
+            try:
+                name, config = path.resolve().parent.name, json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"config: {path} is no JSON ({error})") from error
+        elif hasattr(config, "to_dict"):
+            config = config.to_dict()
+        if not isinstance(config, dict):
+            raise ValueError(f"config is a {type(config).__name__}; give a dict, a PretrainedConfig or a path")
+        family = config.get("model_type")
+        if not isinstance(family, str) or family not in _DEFAULTS:
+            raise ValueError(
+                f"model_type is {family!r}; known are {', '.join(FAMILIES)}. The layers of another family would be a guess"
+            )
+        names = _GPTJ_NAMES if family == "gptj" else {}
+
+        def value(key: str):
+            for stated in (names.get(key, key), key):
+                # a null means the default, but for these three: as many as there are heads; the whole head; no window
+                if config.get(stated) is not None or (stated in config and key in NULL_MEANS_SOMETHING):
+                    return config[stated]
+            return _DEFAULTS[family].get(key)
+
+        sizes = {
+            key: value(key)
+            for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                        "num_key_value_heads", "head_dim", "max_position_embeddings", "rotary_dim", "sliding_window")
+        }  # fmt: skip
+        if sizes["intermediate_size"] is None:
+            sizes["intermediate_size"] = 4 * sizes["hidden_size"]  # GPT-J's default
+        if family in ("gpt_neox", "gptj") or sizes["num_key_value_heads"] is None:
+            sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+        windowed = family in ("mistral", "phi3") or (family in ("qwen2", "qwen3") and config.get("use_sliding_window"))
+        if not windowed:
+            sizes["sliding_window"] = None
+        if family != "gptj":
+            sizes["rotary_dim"] = None
+        for key, size in sizes.items():
+            if size is None:
+                continue
+            try:
+                sizes[key] = 0 if isinstance(size, bool) else operator.index(size)
+            except TypeError:
+                sizes[key] = 0
+            if sizes[key] < 1:
+                raise ValueError(
+                    f"{names.get(key, key)} is {size!r} in the config; it must be a whole number from 1 on"
+                )
+        if sizes["head_dim"] is None or family in ("gpt_neox", "gptj"):  # these two know no head_dim
+            if sizes["hidden_size"] % sizes["num_attention_heads"]:
+                raise ValueError(
+                    f"hidden_size {sizes['hidden_size']} is no multiple of num_attention_heads "
+                    f"{sizes['num_attention_heads']}, and the config states no head_dim"
+                )
+            sizes["head_dim"] = sizes["hidden_size"] // sizes["num_attention_heads"]
+        if sizes["num_attention_heads"] % sizes["num_key_value_heads"]:
+            raise ValueError(
+                f"num_attention_heads {sizes['num_attention_heads']} is no multiple of num_key_value_heads "
+                f"{sizes['num_key_value_heads']}"
+            )
+        sizes["rotary_dim"] = sizes["rotary_dim"] or 0
+        if family == "gpt_neox":
+            share = (config.get("rope_parameters") or {}).get("partial_rotary_factor") or value("rotary_pct")
+            if not isinstance(share, Real) or not 0 < share <= 1:
+                raise ValueError(f"rotary_pct is {share!r} in the config; it must be a number above 0 and up to 1")
+            sizes["rotary_dim"] = int(sizes["head_dim"] * share)
+        return cls(
+            model_type=family,
+            tie_word_embeddings=bool(value("tie_word_embeddings")),
+            attention_bias=family == "qwen2" or bool(value("attention_bias")),
+            mlp_bias=family in ("gpt_neox", "gptj") or bool(value("mlp_bias")),
+            use_parallel_residual=family == "gptj" or bool(value("use_parallel_residual")),
+            name=name or str(config.get("_name_or_path") or ""),
+            **sizes,
+        )
+
+    @property
+    def query_width(self) -> int:
+        """Elements of all heads' queries for one token."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_value_width(self) -> int:
+        """Elements of all heads' keys for one token; the values have as many."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def has_layer_norm(self) -> bool:
+        """LayerNorm, with a weight and a bias, where the others have RMSNorm."""
+        return self.model_type in ("gpt_neox", "gptj")
+
+    @cached_property
+    def linears(self) -> tuple[Linear, ...]:
+        """The linear layers of one decoder layer, in the order in which they run: what QLoRA stores in 4 bits."""
+        h, i, q, kv = self.hidden_size, self.intermediate_size, self.query_width, self.key_value_width
+        if self.model_type == "gpt_neox":
+            bias = self.attention_bias
+            return (
+                Linear("attention.query_key_value", h, 3 * h, bias),
+                Linear("attention.dense", h, h, bias),
+                Linear("mlp.dense_h_to_4h", h, i, True),
+                Linear("mlp.dense_4h_to_h", i, h, True),
+            )
+        if self.model_type == "gptj":
+            attention = tuple(Linear(f"attn.{name}", h, h) for name in ("q_proj", "k_proj", "v_proj", "out_proj"))
+            return (*attention, Linear("mlp.fc_in", h, i, True), Linear("mlp.fc_out", i, h, True))
+        if self.model_type == "phi3":
+            return (
+                Linear("self_attn.qkv_proj", h, q + 2 * kv),
+                Linear("self_attn.o_proj", q, h),
+                Linear("mlp.gate_up_proj", h, 2 * i),
+                Linear("mlp.down_proj", i, h),
+            )
+        # Mistral and Gemma 2 state attention_bias or not; Qwen2 has it on q, k and v always, and never on o.
+        bias = self.attention_bias and self.model_type != "mistral"
+        mlp_bias = self.mlp_bias and self.model_type == "llama"
+        return (
+            Linear("self_attn.q_proj", h, q, bias),
+            Linear("self_attn.k_proj", h, kv, bias),
+            Linear("self_attn.v_proj", h, kv, bias),
+            Linear("self_attn.o_proj", q, h, bias and self.model_type != "qwen2"),
+            Linear("mlp.gate_proj", h, i, mlp_bias),
+            Linear("mlp.up_proj", h, i, mlp_bias),
+            Linear("mlp.down_proj", i, h, mlp_bias),
+        )
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of the linear layers of all decoder layers, without biases: what QLoRA stores in 4 bits."""
+        return self.num_hidden_layers * sum(linear.weights for linear in self.linears)
+
+    @property
+    def embedding_parameters(self) -> int:
+        """The token embeddings, and the output head unless it shares them."""
+        head_bias = self.vocab_size if self.model_type == "gptj" else 0
+        tables = 1 if self.tie_word_embeddings else 2
+        return tables * self.vocab_size * self.hidden_size + head_bias
+
+    @property
+    def small_parameters(self) -> int:
+        """Norms and biases."""
+        h = self.hidden_size
+        per_layer = sum(linear.out_features for linear in self.linears if linear.bias)
+        last = h
+        if self.has_layer_norm:  # LayerNorm has a weight and a bias; GPT-J has one of them
+            per_layer += 2 * h * (1 if self.model_type == "gptj" else 2)
+            last = 2 * h
+        else:
+            per_layer += h * (4 if self.model_type == "gemma2" else 2)
+            if self.model_type == "qwen3":
+                per_layer += 2 * self.head_dim  # norms of queries and keys
+        return self.num_hidden_layers * per_layer + last
+
+    @property
+    def largest_tensor(self) -> int:
+        """Elements of the largest tensor of the model's files."""
+        return max(self.vocab_size * self.hidden_size, *(linear.weights for linear in self.linears))
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Tables that are no parameters: GPT-J keeps float32 sines for every position in every layer."""
+        if self.model_type != "gptj":
+            return 0
+        positions = self.max_position_embeddings or 2_048
+        return self.num_hidden_layers * positions * (self.rotary_dim or self.hidden_size) * 4
+
+    @property
+    def parameters(self) -> int:
+        """All parameters, as transformers' `num_parameters()` counts them."""
+        return self.linear_parameters + self.embedding_parameters + self.small_parameters
+
+    def targets(self, target_modules) -> tuple[Linear, ...]:
+        """The linear layers of a decoder layer that PEFT adapts for `target_modules`.
+
+        Args:
+            target_modules: "all-linear", or a list of names such as ["q_proj", "v_proj"], matched as PEFT does: the whole
+                name or its last parts.
+
+        Raises:
+            ValueError: a plain string other than "all-linear", or no name matches.
+        """
+        if target_modules == "all-linear":
+            return self.linears
+        if isinstance(target_modules, str) or not all(isinstance(name, str) for name in target_modules or ()):
+            raise ValueError(f'target_modules is {target_modules!r}; give "all-linear" or a list of names')
+        found = tuple(
+            linear
+            for linear in self.linears
+            if any(linear.name == name or linear.name.endswith(f".{name}") for name in target_modules)
+        )
+        if not found:
+            known = ", ".join(linear.name.rsplit(".")[-1] for linear in self.linears)
+            raise ValueError(
+                f"target_modules is {list(target_modules)}; none of them is in {self.model_type}, which has {known}"
+            )
+        return found
+
+    def lora_parameters(self, rank: int, target_modules="all-linear") -> int:
+        """Trainable parameters of LoRA: rank * (in + out) for each adapted layer."""
+        sides = sum(linear.in_features + linear.out_features for linear in self.targets(target_modules))
+        return self.num_hidden_layers * rank * sides

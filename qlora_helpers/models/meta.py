@@ -1,0 +1,17 @@
+"""A model that has all its layers and none of its memory: to count parameters, and to try a LoraConfig on."""
+
+import torch
+
+
+def meta_model(config: dict):
+    """The transformers model of a config on torch's "meta" device, where tensors have a shape and no values.
+
+    Args:
+        config: as in a `config.json`; `model_type` must be there. `qlora_helpers.memory.known_config` has those of
+            well-known models.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM  # only here: it takes seconds to import
+
+    options = {key: value for key, value in config.items() if key != "model_type"}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **options))

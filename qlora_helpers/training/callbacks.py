@@ -1,0 +1,125 @@
+"""What watches a run: its losses, spikes and skipped steps, and its progress bar."""
+
+import math
+from collections.abc import Callable
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from qlora_helpers.training.checkpoints import (
+    logged,
+)
+from qlora_helpers.training.spikes import SpikeWatch
+from qlora_helpers.training.trainer import _Trainer
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no number any more, or float16 cannot hold the gradients; the message says since which step."""
+
+
+# Loss scaling begins at 2^16 and halves at each overflow: after so many in a row the scale is below 1.
+MOST_SKIPPED_IN_A_ROW = 17
+MOST_SPIKES_SAID = 5
+
+
+class _Recorder(TrainerCallback):
+    """Collect the losses and gradient norms, and hand the history to whoever draws it."""
+
+    def __init__(self, on_loss: Callable[[list[tuple[int, float]]], None] | None):
+        self.history: list[tuple[int, float]] = []
+        self.gradient_norms: list[tuple[int, float]] = []
+        self.on_loss = on_loss
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            # the state's own log, which a resumed run finds in its checkpoint
+            self.take(state.log_history)
+            if self.on_loss:
+                self.on_loss(self.history)
+
+    def take(self, log: list[dict]):
+        self.history, self.gradient_norms = logged(log), logged(log, "grad_norm")
+
+
+class _Bar(TrainerCallback):
+    """A progress bar with the loss behind it, in place of the trainer's, which prints a dictionary beside it."""
+
+    bar = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.close()
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+
+
+class _SaveAsAsked(TrainerCallback):
+    """Save and log as often as the settings say now: a resumed trainer takes that over from its checkpoint."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.save_steps, state.logging_steps = args.save_steps, args.logging_steps
+
+
+class _Watch(TrainerCallback):
+    """Name loss spikes; stop at a loss that is no number, before it is logged or saved; count what float16 skipped.
+
+    The losses are read when the trainer logs or saves, all at once: reading each would hold a GPU up.
+    """
+
+    def __init__(self, trainer: _Trainer):
+        self.trainer = trainer
+        self.losses: list[tuple[int, float]] = []
+        self.spike_watch = SpikeWatch()
+        self.skipped: list[int] = []
+        self.in_a_row = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.accelerator.optimizer_step_was_skipped:
+            self.skipped.append(state.global_step)
+            self.in_a_row += 1
+            if self.in_a_row >= MOST_SKIPPED_IN_A_ROW:
+                raise TrainingDiverged(
+                    f"step {state.global_step}: the gradients have overflowed float16 {self.in_a_row} times in a row, and "
+                    f"the loss scale cannot fall further. Lower learning_rate={args.learning_rate:g}, or run on a GPU with "
+                    "native bfloat16"
+                )
+        else:
+            self.in_a_row = 0
+        if control.should_log or control.should_save or control.should_training_stop:
+            self.look(args)
+
+    def look(self, args):
+        unread, self.trainer.step_losses = self.trainer.step_losses, []
+        for step, loss in unread:
+            if not math.isfinite(value := loss.item()):
+                if args.fp16:
+                    advice = (
+                        "float16 can also overflow inside the model, whatever the learning rate: then only another model or a "
+                        "GPU with native bfloat16 helps"
+                    )
+                elif self.spike_watch.spikes:
+                    advice = f"Before it came a {self.spike_watch.spikes[-1]}"
+                else:
+                    advice = "Look at the losses before it: did they rise?"
+                raise TrainingDiverged(
+                    f"step {step}: the loss is {value}. Lower learning_rate={args.learning_rate:g} or raise "
+                    f"warmup_steps={args.warmup_steps:g}, and start again in a new folder. {advice}"
+                )
+            self.losses.append((step, value))
+            if spike := self.spike_watch.add(step, value):
+                found = len(self.spike_watch.spikes)
+                if found <= MOST_SPIKES_SAID:
+                    print(spike)
+                if found == MOST_SPIKES_SAID:
+                    print("Further spikes are only counted: run.spikes has them all.")

@@ -1,0 +1,122 @@
+"""Runs as tutorials write them, without the safeguards of `qlora_helpers.training.run`: to see what a fault does.
+
+Both runs take the course's `Settings`, so that they differ from its own run in the fault alone. The adapters are float32
+here, too: what bfloat16 does to them is another matter (lesson 4).
+"""
+
+from pathlib import Path
+
+# after the helpers, which quieten them
+import datasets
+import peft
+import torch
+import transformers
+import trl
+
+from qlora_helpers.hardware import Hardware, detect
+from qlora_helpers.settings import SCHEDULES, Settings
+
+
+def _common(folder: str | Path, settings: Settings, hardware: Hardware) -> dict:
+    """What transformers.TrainingArguments and trl.SFTConfig both take."""
+    on_gpu = hardware.device == "cuda"
+    return {
+        "output_dir": str(folder),
+        "max_steps": settings.steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "learning_rate": settings.learning_rate,
+        "warmup_steps": settings.warmup_steps,
+        "lr_scheduler_type": SCHEDULES[settings.schedule],
+        "max_grad_norm": settings.max_grad_norm or 0.0,
+        "use_cpu": not on_gpu,
+        "bf16": on_gpu and hardware.compute_dtype == torch.bfloat16,
+        "fp16": on_gpu and hardware.compute_dtype == torch.float16,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": settings.seed,
+        "dataloader_pin_memory": on_gpu,
+    }
+
+
+def _lora(settings: Settings) -> peft.LoraConfig:
+    return peft.LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+
+
+def _run(trainer: transformers.Trainer) -> transformers.Trainer:
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    trainer.model.eval()
+    return trainer
+
+
+def sft_trainer(
+    model,
+    tokenizer,
+    rows: list[dict],
+    folder: str | Path,
+    settings: Settings,
+    *,
+    assistant_only_loss: bool = False,
+    max_length: int = 1024,
+    plain_arguments: bool = False,
+    hardware: Hardware | None = None,
+) -> trl.SFTTrainer:
+    """TRL's trainer with TRL's own defaults. It refuses nothing that TRL takes.
+
+    Args:
+        rows: each with "messages", or with "text" that a chat template has rendered already.
+        assistant_only_loss, max_length: as `trl.SFTConfig` takes them; the values here are TRL's defaults.
+        plain_arguments: pass `transformers.TrainingArguments`, which has neither of the two; TRL then takes its defaults.
+    """
+    options = _common(folder, settings, hardware or detect())
+    if plain_arguments:
+        config = transformers.TrainingArguments(**options)
+    else:
+        config = trl.SFTConfig(
+            assistant_only_loss=assistant_only_loss, max_length=max_length, gradient_checkpointing=False, **options
+        )
+    bars = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        return trl.SFTTrainer(
+            model=model,
+            args=config,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer,
+            peft_config=_lora(settings),
+        )
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def sft_run(*args, **options) -> trl.SFTTrainer:
+    """Build the trainer of `sft_trainer` and train. Its model is in evaluation mode afterwards."""
+    return _run(sft_trainer(*args, **options))
+
+
+def collator_run(
+    model, tokenizer, chats: list, folder: str | Path, settings: Settings, hardware: Hardware | None = None
+) -> transformers.Trainer:
+    """Transformers' own trainer with `DataCollatorForLanguageModeling(tokenizer, mlm=False)`, as before TRL.
+
+    The collator makes the labels: all tokens but those equal to `tokenizer.pad_token`. With TRL 1.16 it fails instead, since
+    TRL's rows have labels already, which it cannot pad.
+    """
+    options = _common(folder, settings, hardware or detect())
+    rows = [tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"] for chat in chats]
+    transformers.set_seed(settings.seed)  # the adapters' first values
+    trainer = transformers.Trainer(
+        model=peft.get_peft_model(model, _lora(settings)),
+        args=transformers.TrainingArguments(**options),
+        train_dataset=datasets.Dataset.from_list([{"input_ids": ids} for ids in rows]),
+        data_collator=transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    )
+    return _run(trainer)

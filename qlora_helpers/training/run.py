@@ -1,0 +1,181 @@
+"""One fine-tuning run, from the first step or a checkpoint to the saved result."""
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import PrinterCallback, ProgressCallback
+
+from qlora_helpers.adapters.files import save_adapter
+from qlora_helpers.chats import Chat
+from qlora_helpers.hardware import Hardware, detect
+from qlora_helpers.models.saving import save_model
+from qlora_helpers.settings import Settings
+from qlora_helpers.threads import say_if_slowed
+from qlora_helpers.training.callbacks import _Bar, _Recorder, _SaveAsAsked, _Watch
+from qlora_helpers.training.checkpoints import (
+    WEIGHTS,
+    SaveByTheClock,
+    log_history,
+    record_of,
+    steps_done,
+    where_to_start,
+    write_record,
+)
+from qlora_helpers.training.interrupts import Interrupted, StopWhenAsked
+from qlora_helpers.training.run_folder import RESULT, make, steps_saved
+from qlora_helpers.training.spikes import Spike
+from qlora_helpers.training.trainer import build_trainer
+
+
+@dataclass
+class Run:
+    """A finished run.
+
+    Attributes:
+        model: the PEFT model, adapters attached (of a full fine-tuning, the model itself), in evaluation mode.
+        history: (step, loss) as logged, the loss averaged over the steps since the last entry.
+        step_losses: (step, loss) of every step since the last start or resume.
+        gradient_norms: (step, norm) as logged: of the adapters' gradients at that step, before clipping.
+        spikes: the loss spikes among `step_losses`; the rule is that of `qlora_helpers.training.spikes`.
+        seconds: in `trainer.train()`, since the last start or resume.
+        trainable_parameters, all_parameters: as PEFT counts them.
+        saved_path: the folder with what was trained: `adapter/`, or `model/` of a full fine-tuning.
+        skipped_steps: those whose gradients overflowed float16, since the last start. The loss scale was halved instead of a step.
+    """
+
+    model: torch.nn.Module
+    history: list[tuple[int, float]] = field(repr=False)
+    step_losses: list[tuple[int, float]] = field(repr=False)
+    gradient_norms: list[tuple[int, float]] = field(repr=False)
+    seconds: float
+    trainable_parameters: int
+    all_parameters: int
+    saved_path: Path
+    skipped_steps: list[int]
+    spikes: list[Spike]
+
+
+def train(
+    model,
+    tokenizer,
+    chats: list[Chat],
+    output_dir: str | Path,
+    settings: Settings | None = None,
+    *,
+    hardware: Hardware | None = None,
+    resume: bool = False,
+    progress_bar: bool = False,
+    on_loss: Callable[[list[tuple[int, float]]], None] | None = None,
+) -> Run:
+    """Fine-tune a model on chats, the loss on the assistant's tokens alone; save what was trained.
+
+    Args:
+        model: from `load_model`. It is changed: adapters are put into it, or its own weights are trained.
+        chats: each a list of messages (`qlora_helpers.chats.read_chats`).
+        output_dir: gets `run.json`, `checkpoint-N/` as the settings say, and in the end `adapter/`, or `model/` for "full".
+        resume: go on from the last whole checkpoint in `output_dir`, also in another process; from the start if there is
+            none. The run then ends as it would have ended uninterrupted.
+        progress_bar: show one, for a terminal.
+        on_loss: called with the history so far each time the loss is logged, for a live plot.
+
+    Raises:
+        FileExistsError: `output_dir` holds a run already, and `resume` is not set.
+        OSError: `output_dir` is a file, or cannot be written to.
+        ValueError: a chat is too long; the last checkpoint lacks a part; the run in `output_dir` is finished, or was begun
+            with other settings, chats, or another model.
+        TrainingDiverged: the loss is no number any more, or float16 cannot hold the gradients.
+        Interrupted: Ctrl-C, a notebook's interrupt or SIGTERM. The step is finished and saved first; a second one stops at
+            once. It is a KeyboardInterrupt.
+    """
+    settings, hardware, output_dir = settings or Settings(), hardware or detect(), Path(output_dir)
+    if not chats:
+        raise ValueError(f"chats={chats!r}: there is nothing to learn. Pass a list of chats, as read_chats gives")
+    record = record_of(model, chats, settings, hardware.compute_dtype)
+    checkpoint = where_to_start(output_dir, record, resume, float16=hardware.compute_dtype == torch.float16)
+    make(output_dir, "output_dir")
+    trainer = build_trainer(model, tokenizer, chats, output_dir, settings, hardware)
+    write_record(output_dir, record)
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if progress_bar:
+        trainer.add_callback(_Bar)
+    recorder, watch, stop = _Recorder(on_loss), _Watch(trainer), StopWhenAsked()
+    trainer.add_callback(recorder)
+    trainer.add_callback(_SaveAsAsked)
+    trainer.add_callback(stop)
+    if settings.save_minutes is not None:
+        trainer.add_callback(SaveByTheClock(settings.save_minutes))
+    trainer.add_callback(watch)  # after all that ask for a checkpoint
+    if hardware.device == "cpu":
+        say_if_slowed(torch.get_num_threads())
+    with stop:
+        started = time.perf_counter()
+        _let_it_train(trainer, checkpoint, settings, output_dir, recorder, stop)
+        seconds = time.perf_counter() - started
+        model = trainer.model.eval()
+        if settings.method == "full":
+            trainable = total = model.num_parameters()
+            saved_path = save_model(model, tokenizer, output_dir / RESULT["full"])
+        else:
+            trainable, total = model.get_nb_trainable_parameters()
+            saved_path = save_adapter(model, output_dir / RESULT["lora"])
+    if watch.skipped:
+        print(
+            f"float16: gradients overflowed at {len(watch.skipped)} of {settings.steps} steps (the last is step "
+            f"{watch.skipped[-1]}). These steps were skipped and the loss scale halved. A few at the start are normal; if it "
+            "goes on, lower the learning rate."
+        )
+    if stop.signal is not None:  # it came in the last step, or while what was trained was saved
+        where = f"after the last of {settings.steps} steps; what was trained is in {saved_path}"
+        raise Interrupted(where, output_dir, finished=True, signal=stop.signal)
+    return Run(
+        model=model,
+        history=recorder.history,
+        step_losses=watch.losses,
+        gradient_norms=recorder.gradient_norms,
+        seconds=seconds,
+        trainable_parameters=trainable,
+        all_parameters=total,
+        saved_path=saved_path,
+        skipped_steps=watch.skipped,
+        spikes=watch.spike_watch.spikes,
+    )
+
+
+def _let_it_train(
+    trainer, checkpoint: Path | None, settings, output_dir: Path, recorder: _Recorder, stop: StopWhenAsked
+):
+    """Train from a checkpoint, or from the start, to the last step.
+
+    Raises:
+        Interrupted: it did not come to the last step.
+    """
+    if checkpoint and steps_done(checkpoint) >= settings.steps:
+        # killed between its last checkpoint and the end; the trainer would train one step more
+        if settings.method == "full":
+            weights = load_file(checkpoint / WEIGHTS["full"])
+            trainer.model.load_state_dict(weights, strict=False)  # tied weights lie there once
+        else:
+            set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint)))
+        recorder.take(log_history(checkpoint))
+        return
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except KeyboardInterrupt:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, _Bar):
+                callback.close()
+        saved = steps_saved(output_dir)
+        where = f"in step {trainer.state.global_step + 1} of {settings.steps}; " + (
+            f"the last checkpoint is that of step {saved}" if saved else "nothing was saved"
+        )
+        raise Interrupted(where, output_dir, signal=stop.signal or signal.SIGINT) from None
+    if stop.stopped_at is not None:
+        where = f"after step {stop.stopped_at} of {settings.steps}, which is saved"
+        raise Interrupted(where, output_dir, signal=stop.signal)

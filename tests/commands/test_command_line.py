@@ -1,0 +1,236 @@
+"""`python -m qlora_helpers`: the run with its report, the memory of a run, and the doctor."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from qlora_helpers import evaluation
+from qlora_helpers.__main__ import main
+from qlora_helpers.memory import (
+    FineTuning,
+    catalogue,
+    cures,
+    find_gpu,
+    find_shape,
+    gpus,
+    largest_batch,
+    longest_sequence,
+    predict,
+)
+from qlora_helpers.paths import data_path
+
+GIB = 2**30
+
+
+def call(*arguments, cwd, **environment):
+    command = [sys.executable, "-m", "qlora_helpers", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False)
+
+
+def test_run_reports_its_figures_and_overwrites_nothing(tmp_path, monkeypatch, capsys):
+    first = call("run", "--steps", 2, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    report = json.loads((tmp_path / "runs" / "latest" / "report.json").read_text())
+    wanted = {
+        "exact_match_before", "exact_match_after", "loss_before", "loss_after", "trainable_parameters",
+        "train_seconds", "total_seconds", "peak_memory_bytes", "adapter_path",
+    }  # fmt: skip
+    assert wanted <= set(report)
+    assert report["trainable_parameters"] == 262_144
+    assert report["loss_after"] < report["loss_before"]
+    assert 0 < report["train_seconds"] < report["total_seconds"]
+    assert report["peak_memory_bytes"] > 2**28
+    assert (tmp_path / report["adapter_path"] / "adapter_model.safetensors").exists()
+    for words in ("4-bit weights", "exact match", "peak memory", report["adapter_path"]):
+        assert words in first.stdout
+    assert len(report["examples"]) == 3
+    # the only thing on stderr is the progress bar
+    assert all("step" in line for line in first.stderr.replace("\r", "\n").splitlines() if line.strip())
+
+    # the next two in this process, which has the libraries loaded, and without asking
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "--resume"]) == 2
+    assert "finished. Leave out --resume" in capsys.readouterr().err
+
+    monkeypatch.setattr(evaluation, "exact_match", lambda *args: 0.5)
+    monkeypatch.setattr(evaluation, "loss", lambda *args: 1.0)
+    assert main(["run", "--steps", "1"]) == 0
+    kept = [path for path in (tmp_path / "runs").iterdir() if path.name != "latest"]
+    assert len(kept) == 1
+    assert json.loads((kept[0] / "report.json").read_text()) == report
+
+
+@pytest.mark.parametrize("steps", ["0", "-1", "abc", "1.5"])
+def test_a_number_of_steps_that_is_none_is_refused(steps, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", "--steps", steps])
+    assert stopped.value.code == 2
+    assert f"--steps: '{steps}' is no number of steps: name a whole number, 1 or more" in capsys.readouterr().err
+
+
+# ---- memory: in this process, which is quicker; main() is what the command runs
+
+
+def report(capsys, *arguments):
+    """Exit status, standard output and standard error of `python -m qlora_helpers memory`."""
+    status = main(["memory", *map(str, arguments)])
+    return status, *capsys.readouterr()
+
+
+def test_memory_prints_the_prediction_and_its_status_says_whether_it_fits(capsys):
+    status, text, errors = report(capsys, "Qwen/Qwen2.5-7B", "--gpu", "t4", "--seq-len", 2048)
+    shape, run = find_shape("Qwen/Qwen2.5-7B"), FineTuning(compute_dtype="float16")
+    prediction = predict(shape, run, "t4")
+    assert (status, errors) == (0, "")
+    assert f"fits with {prediction.spare_bytes / GIB:.1f} GiB to spare" in text
+    assert "What helps" not in text
+    assert "Qwen/Qwen2.5-7B" in text and f"{shape.parameters:,}" in text and "float16" in text
+    lines = {line[:26].strip(): line[26:36].strip() for line in text.splitlines()}
+    for name, size in prediction.parts.items():
+        assert lines.get(name, "0.00 GiB") == f"{size / GIB:.2f} GiB", name
+    for name, size in {
+        "peak allocated": prediction.peak_allocated_bytes, "peak reserved": prediction.peak_reserved_bytes,
+        "on the card": prediction.device_bytes, "usable": prediction.gpu.usable_bytes,
+        "host memory to load": prediction.host_bytes_to_load, "disk": prediction.disk_bytes,
+    }.items():  # fmt: skip
+        assert lines[name] == f"{size / GIB:.2f} GiB"
+    assert lines["largest batch"].split()[0] == f"{largest_batch(shape, run, 't4'):,}"
+    assert lines["longest sequence"].split()[0] == f"{longest_sequence(shape, run, 't4'):,}"
+
+
+def test_memory_says_how_much_is_too_much_and_what_helps(capsys):
+    arguments = ("meta-llama/Llama-3.1-8B", "--gpu", "4090", "--seq-len", 4096, "--no-checkpointing")
+    status, text, errors = report(capsys, *arguments)
+    assert (status, errors) == (1, "")
+    shape, run = find_shape("meta-llama/Llama-3.1-8B"), FineTuning(seq_len=4096, gradient_checkpointing=False)
+    assert f"does not fit: {-predict(shape, run, '4090').spare_bytes / GIB:.1f} GiB too much" in text
+    found = cures(shape, run, "4090")
+    assert found
+    places = [
+        text.index(f"{number:2}. {'or ' if number > 1 else ''}{change.what}\n    costs: ")
+        for number, change in enumerate(found, 1)
+    ]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--method", "full", "--optimizer", "adamw_torch", "--batch-size", "8"),
+        ("--upcast", "--no-checkpointing", "--no-double-quant", "--attention", "eager", "--targets", "q_proj,v_proj"),
+        ("--gpu", "3080", "--seq-len", "16384", "--batch-size", "64", "--upcast", "--rank", "256", "--dropout", "0"),
+        ("--method", "lora", "--compute-dtype", "float32", "--adapter-dtype", "bfloat16"),
+    ],
+)
+def test_memory_fits_its_width_and_is_plain(capsys, options):
+    _, text, _ = report(capsys, "qwen2.5-14b", *options)
+    assert max(map(len, text.splitlines())) <= 100
+    assert text.isascii() and "\x1b" not in text
+
+
+def test_memory_as_json_agrees_with_predict(capsys):
+    status, text, _ = report(
+        capsys, "Qwen/Qwen2.5-14B", "--gpu", "l4", "--seq-len", 4096, "--batch-size", 4, "--method", "lora",
+        "--rank", 8, "--dropout", 0.1, "--optimizer", "adamw_torch", "--compute-dtype", "float16", "--adapter-dtype", "bfloat16",
+        "--targets", "q_proj, v_proj", "--no-checkpointing", "--no-double-quant", "--upcast", "--attention", "eager",
+        "--json",
+    )  # fmt: skip
+    found = json.loads(text)
+    run = FineTuning(
+        method="lora", compute_dtype="float16", adapter_dtype="bfloat16", double_quant=False, lora_rank=8,
+        lora_dropout=0.1, target_modules=["q_proj", "v_proj"], batch_size=4, seq_len=4096,
+        gradient_checkpointing=False, optimizer="adamw_torch", upcast_fp32=True, attention="eager",
+    )  # fmt: skip
+    shape = find_shape("Qwen/Qwen2.5-14B")
+    prediction = predict(shape, run, "l4")
+    assert status == 1
+    assert found["run"] == json.loads(json.dumps(vars(run)))
+    assert found["parts"] == prediction.parts
+    for name in (
+        "loaded_bytes", "peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "spare_bytes", "fits",
+        "host_bytes_to_load", "disk_bytes", "trainable_parameters", "peak_phase",
+    ):  # fmt: skip
+        assert found[name] == getattr(prediction, name), name
+    for name, value in found.items():
+        assert "_bytes" not in name or type(value) is int, name
+    assert (found["model"], found["parameters"]) == ("Qwen/Qwen2.5-14B", shape.parameters)
+    assert (found["gpu"], found["usable_bytes"]) == (prediction.gpu.name, prediction.gpu.usable_bytes)
+    assert found["largest_batch"] == largest_batch(shape, run, "l4")
+    assert found["longest_sequence"] == longest_sequence(shape, run, "l4")
+    wanted = cures(shape, run, "l4")
+    assert wanted
+    assert [(cure["what"], cure["price"], cure["device_bytes"]) for cure in found["cures"]] == [
+        (change.what, change.price, change.prediction.device_bytes) for change in wanted
+    ]
+
+
+@pytest.mark.parametrize(("gpu", "dtype"), [("t4", "float16"), ("v100", "float16"), ("a100-40", "bfloat16")])
+def test_memory_computes_in_what_the_card_is_fast_in(capsys, gpu, dtype):
+    _, text, _ = report(capsys, "qwen2.5-7b", "--gpu", gpu, "--json")
+    assert json.loads(text)["run"]["compute_dtype"] == dtype
+
+
+def test_memory_takes_a_folder_and_no_longer_a_sequence_than_its_model(capsys):
+    folder = data_path("tiny-llama")
+    status, text, _ = report(capsys, folder, "--json")
+    assert status == 0
+    found = json.loads(text)
+    assert found["model"] == "tiny-llama"
+    assert found["run"]["seq_len"] == find_shape(folder).max_position_embeddings < 2048
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("Qwen/Qwen2.5-8B",), ("Qwen/Qwen2.5-8B", "Qwen/Qwen2.5-7B", "config.json")),
+        (("nowhere/config.json",), ("nowhere",)),
+        (("qwen2.5-7b", "--gpu", "t5"), ("t5", "known are", "t4")),
+        (("qwen2.5-7b", "--batch-size", 0), ("batch_size", "0")),
+        (("qwen2.5-7b", "--method", "dora"), ("method", "dora", "qlora")),
+        (("qwen2.5-7b", "--targets", "nothing"), ("nothing", "q_proj")),
+        (("llama-2-7b-hf", "--seq-len", 8192), ("seq_len", "8192", "4096")),
+    ],
+)
+def test_memory_names_what_is_wrong(capsys, arguments, words):
+    status, text, errors = report(capsys, *arguments)
+    assert (status, text) == (2, "")
+    for word in words:
+        assert str(word) in errors
+
+
+@pytest.mark.parametrize("arguments", [(), ("--list",), ("qwen2.5-7b", "--list")])
+def test_memory_lists_what_it_knows(capsys, arguments):
+    status, text, _ = report(capsys, *arguments)
+    assert status == 0
+    assert max(map(len, text.splitlines())) <= 100
+    models = json.loads(catalogue.TABLE.read_text())
+    for name in (*models["models"], *models["aliases"], *json.loads(gpus.TABLE.read_text())):
+        assert name in text.split()
+    _, text, _ = report(capsys, *arguments, "--list", "--json")
+    assert json.loads(text)["models"]["Qwen/Qwen2.5-7B"]["parameters"] == find_shape("Qwen/Qwen2.5-7B").parameters
+    assert json.loads(text)["gpus"]["t4"]["usable_bytes"] == find_gpu("t4").usable_bytes
+
+
+def test_memory_needs_no_torch(tmp_path):
+    code = (
+        "import sys; from qlora_helpers.__main__ import main; status = main(['memory', 'qwen2.5-14b', '--upcast']); "
+        "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)), file=sys.stderr); sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stderr == "[]\n"
+    whole = call("memory", "qwen2.5-14b", "--upcast", cwd=tmp_path)
+    assert (whole.returncode, whole.stdout) == (done.returncode, done.stdout)
+    assert whole.returncode in (0, 1)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a closed pipe is another error on Windows")
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, "-m", "qlora_helpers", "memory", "--list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        started.stdout.close()  # as head does, and long before the first line is written
+        assert started.stderr.read() == ""
+    assert started.returncode == 0

@@ -1,0 +1,227 @@
+"""check() holds numbers the way it says; exercise() tells a learner what is the matter and never raises."""
+
+import math
+
+import pytest
+import torch
+
+from qlora_helpers.course.checks import CheckFailed, check, exercise
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+def printed(capsys):
+    return capsys.readouterr().out
+
+
+# check: what holds
+
+
+@pytest.mark.parametrize(
+    ("got", "want", "way", "line"),
+    [
+        (0.0919, 0.0917, {"rel": 0.01}, "✓ n: 0.0917, within 1 %\n"),
+        (-1010, -1000, {"rel": 0.01}, "✓ n: -1,000, within 1 %\n"),
+        (4.12695, 4.127, {"abs": 1e-4}, "✓ n: 4.127, within 0.0001\n"),
+        (1e-9, 0, {"abs": 1e-8}, "✓ n: 0, within 1e-08\n"),
+        (12345678, 12345678, {"exact": True}, "✓ n: 12,345,678\n"),
+        (4.5, 4.5, {"exact": True}, "✓ n: 4.5\n"),
+        ("Easthaven", "Easthaven", {"exact": True}, "✓ n: Easthaven\n"),
+        (True, True, {"exact": True}, "✓ n: True\n"),
+        (None, None, {"exact": True}, "✓ n: None\n"),
+        ((16, 64), (16, 64), {"exact": True}, "✓ n: (16, 64)\n"),
+        (0.93, None, {"at_least": 0.9}, "✓ n: at least 0.9\n"),
+        (0.9, None, {"at_least": 0.9}, "✓ n: at least 0.9\n"),
+        (2e9, None, {"at_most": 4_000_000_000}, "✓ n: at most 4,000,000,000\n"),
+        (0.5, None, {"at_least": 0, "at_most": 1}, "✓ n: at least 0 and at most 1\n"),
+    ],
+)
+def test_what_holds_prints_one_line_without_the_digits_that_vary(got, want, way, line, capsys):
+    check("n", got, want, **way)
+    assert printed(capsys) == line
+
+
+def test_equal_tensors_hold_bit_for_bit(capsys):
+    check("codes", torch.arange(3), torch.arange(3), exact=True)
+    assert printed(capsys) == "✓ codes: equal, bit for bit\n"
+
+
+# check: what does not
+
+
+@pytest.mark.parametrize(
+    ("got", "want", "way", "message"),
+    [
+        (0.0930, 0.0917, {"rel": 0.01}, "n: got 0.093, want 0.0917, within 1 %"),
+        (-1011, -1000, {"rel": 0.01}, "n: got -1,011, want -1,000, within 1 %"),
+        (1000, -1000, {"rel": 0.01}, "n: got 1,000, want -1,000, within 1 %"),
+        (4.5, 4.127, {"abs": 1e-4}, "n: got 4.5, want 4.127, within 0.0001"),
+        (4.126, 4.127, {"abs": 1e-4}, "n: got 4.126, want 4.127, within 0.0001"),
+        (12345679, 12345678, {"exact": True}, "n: got 12,345,679, want 12,345,678, exactly"),
+        ("Westhaven", "Easthaven", {"exact": True}, "n: got Westhaven, want Easthaven, exactly"),
+        (1, None, {"exact": True}, "n: got 1, want None, exactly"),
+        (0.89, None, {"at_least": 0.9}, "n: got 0.89, want at least 0.9"),
+        (1.5, None, {"at_most": 1}, "n: got 1.5, want at most 1"),
+        (1.5, None, {"at_least": 0, "at_most": 1}, "n: got 1.5, want at least 0 and at most 1"),
+        (-0.5, None, {"at_least": 0, "at_most": 1}, "n: got -0.5, want at least 0 and at most 1"),
+    ],
+)
+def test_what_does_not_hold_raises_with_both_values_and_the_tolerance(got, want, way, message, capsys):
+    with pytest.raises(CheckFailed) as caught:
+        check("n", got, want, **way)
+    assert str(caught.value) == message
+    assert printed(capsys) == ""
+
+
+def test_a_failed_check_is_an_assertion_error():
+    assert issubclass(CheckFailed, AssertionError)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1, 2]), torch.tensor([1.0, NAN]), 1.0],
+    ids=["value", "shape", "dtype", "nan", "no tensor"],
+)
+def test_tensors_that_differ_in_anything_are_not_exactly_equal(other):
+    with pytest.raises(CheckFailed):
+        check("weights", other, torch.tensor([1.0, 2.0]), exact=True)
+
+
+def test_tensors_on_two_devices_are_not_held_bit_for_bit():
+    with pytest.raises(ValueError, match=r"check\('weights'\): got is on meta, want on cpu.*both on one device"):
+        check("weights", torch.ones(2, device="meta"), torch.ones(2), exact=True)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"want": 1.0, "rel": 0.1},
+        {"want": 1.0, "abs": 0.1},
+        {"want": 1.0, "exact": True},
+        {"want": NAN, "exact": True},
+        {"at_least": 0},
+        {"at_most": 0},
+        {"at_least": 0, "at_most": 1},
+    ],
+    ids=str,
+)
+def test_nan_never_holds(way):
+    with pytest.raises(CheckFailed, match="got nan"):
+        check("loss", NAN, **way)
+
+
+@pytest.mark.parametrize("way", [{"rel": 0.1}, {"abs": 0.1}], ids=str)
+def test_infinity_is_near_nothing(way):
+    with pytest.raises(CheckFailed):
+        check("loss", INFINITY, 1.0, **way)
+
+
+# check: misuse
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"want": 1},
+        {"want": 1, "exact": False},
+        {"want": 1, "rel": 0.1, "abs": 0.1},
+        {"want": 1, "rel": 0.1, "exact": True},
+        {"want": 1, "abs": 0.1, "at_most": 2},
+        {"at_least": 0, "exact": True},
+    ],
+    ids=str,
+)
+def test_no_way_or_several_ways_at_once_are_refused(way):
+    with pytest.raises(ValueError, match=r"check\('n'\): use exactly one of"):
+        check("n", 1, **way)
+
+
+@pytest.mark.parametrize("way", [{"rel": 0.1}, {"abs": 0.1}, {"want": 1, "at_least": 0}], ids=str)
+def test_a_missing_or_a_needless_want_is_refused(way):
+    with pytest.raises(ValueError, match="pass want with rel, abs or exact, and no want with at_least or at_most"):
+        check("n", 1, **way)
+
+
+@pytest.mark.parametrize("tolerance", [0, -0.1, NAN, INFINITY])
+@pytest.mark.parametrize("word", ["rel", "abs"])
+def test_a_tolerance_that_is_no_positive_number_is_refused(word, tolerance):
+    with pytest.raises(ValueError, match=rf"{word}={tolerance!r} must be a positive number; for equality, exact=True"):
+        check("n", 1, 1, **{word: tolerance})
+
+
+# exercise
+
+
+def test_dots_are_not_solved_yet(capsys):
+    exercise("bits", ..., 4.5, hint="Count the scales too.")
+    line = "○ bits: not solved yet. Replace the dots (...) and run this cell again. Hint: Count the scales too.\n"
+    assert printed(capsys) == line
+
+
+def square(x):
+    return x * x
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        (4.5, 4.5),
+        (4.5 * (1 + 1e-7), 4.5),
+        (9, 9.0),
+        ("nf4", "nf4"),
+        (True, True),
+        ([1, 2], [1, 2]),
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0])),
+        (torch.tensor([1.0, 2.0]).double(), torch.tensor([1.0, 2.0])),
+        (square, lambda answer: "" if answer(3) == 9 else "expected 9"),
+    ],
+)
+def test_a_right_answer_is_called_right(answer, right, capsys):
+    exercise("e", answer, right, hint="unseen")
+    assert printed(capsys) == "✓ e: right!\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "said"),
+    [
+        (4.0, 4.5, "expected 4.5, and got 4."),
+        (4_000_000, 4_500_000, "expected 4,500,000, and got 4,000,000."),
+        (NAN, 4.5, "expected 4.5, and got nan."),
+        ("4.5", 4.5, "expected a number, and got '4.5'."),
+        (True, 1, "expected a number, and got True."),
+        (None, 4.5, "expected a number, and got None."),
+        ("fp4", "nf4", "expected 'nf4', and got 'fp4'."),
+        (1, 2, "expected 2, and got 1."),
+        ([1.0], torch.ones(1), "expected a tensor of shape (1,), and got list."),
+        (torch.ones(2, 1), torch.ones(2), "expected shape (2,), and got (2, 1)."),
+        (torch.ones(2), torch.tensor([1.0, 1.5]), "the shape is right, but values differ by up to 0.5."),
+        (square, lambda answer: f"expected 10, and got {answer(3)}.", "expected 10, and got 9."),
+    ],
+)
+def test_a_wrong_answer_is_told_what_was_expected_and_what_came(answer, right, said, capsys):
+    exercise("e", answer, right)
+    assert printed(capsys) == f"✗ e: {said}\n"
+
+
+def test_a_wrong_answer_gets_the_hint(capsys):
+    exercise("e", 4.0, 4.5, hint="Count the scales too.")
+    assert printed(capsys) == "✗ e: expected 4.5, and got 4. Hint: Count the scales too.\n"
+
+
+def test_a_tensor_with_nan_is_wrong(capsys):
+    exercise("e", torch.tensor([1.0, NAN]), torch.ones(2))
+    assert printed(capsys).startswith("✗ e: ")
+
+
+def test_code_that_raises_is_shown_and_does_not_stop_the_lesson(capsys):
+    def broken(x):
+        return x / 0
+
+    exercise("e", broken, lambda answer: "" if answer(3) == 9 else "expected 9", hint="Think again.")
+    assert printed(capsys) == "✗ e: your code raised ZeroDivisionError: division by zero. Hint: Think again.\n"
+
+
+def test_the_tolerance_of_an_answer_can_be_widened(capsys):
+    exercise("e", 3.14, math.pi, rel=0.01)
+    exercise("e", 3.14, math.pi, rel=1e-5)
+    assert [line[0] for line in printed(capsys).splitlines()] == ["✓", "✗"]

@@ -1,0 +1,79 @@
+"""The predictor's tape against the libraries' own step on fake tensors: not fitted, so they must agree."""
+
+from dataclasses import replace
+
+import pytest
+
+from qlora_helpers.memory import FineTuning, ModelShape, find_gpu, predict
+from tests.memory.fake_step import transient_peak
+
+# widths like real ones, and few layers
+LLAMA = {
+    "model_type": "llama", "vocab_size": 40_000, "hidden_size": 512, "intermediate_size": 1_536, "num_hidden_layers": 3,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+CONFIGS = {
+    "llama": LLAMA,
+    "mistral": LLAMA | {"model_type": "mistral", "vocab_size": 32_000},
+    "qwen2": LLAMA | {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": LLAMA | {"model_type": "qwen3", "head_dim": 128},
+    "phi3": LLAMA | {"model_type": "phi3", "num_key_value_heads": 8, "pad_token_id": 0},
+    "gemma2": LLAMA | {"model_type": "gemma2", "head_dim": 128, "tie_word_embeddings": True},
+    "gpt_neox": LLAMA | {"model_type": "gpt_neox"},
+    "gptj": {
+        "model_type": "gptj", "vocab_size": 40_000, "n_embd": 512, "n_layer": 3, "n_head": 8, "n_inner": 1_536,
+        "rotary_dim": 32, "tie_word_embeddings": False, "attn_pdrop": 0, "resid_pdrop": 0, "embd_pdrop": 0,
+    },
+}  # fmt: skip
+RUN = FineTuning(batch_size=2, seq_len=512, adapter_dtype="float32", optimizer="adamw_torch_fused")
+RUNS = {
+    "qlora": RUN,
+    "qlora, plain TRL": replace(RUN, adapter_dtype="bfloat16", lora_dropout=0.0),
+    "qlora, no checkpointing": replace(RUN, gradient_checkpointing=False),
+    "qlora, some layers": replace(RUN, target_modules=("q_proj", "v_proj", "query_key_value", "qkv_proj")),
+    "qlora, upcast": replace(RUN, upcast_fp32=True, double_quant=False),
+    "lora": replace(RUN, method="lora", adapter_dtype="bfloat16"),
+    "lora, no checkpointing": replace(RUN, method="lora", gradient_checkpointing=False, compute_dtype="float16"),
+    "full": replace(RUN, method="full"),
+    "full, no checkpointing": replace(RUN, method="full", gradient_checkpointing=False),
+}
+
+
+def predicted(config: dict, run: FineTuning) -> int:
+    """What the predictor says about the same: without weights, adapters, states, workspace."""
+    gpu = replace(find_gpu("h200"), workspace_bytes=0)
+    found = predict(ModelShape.from_config(config), run, gpu)
+    standing = ("4-bit weights", "quantisation constants", "16-bit weights", "adapters", "optimizer (GPU)")
+    return found.peak_allocated_bytes - sum(found.parts[part] for part in standing)
+
+
+# all ways for one family, and for each other one those in which its layers can differ from it most
+CASES = [("llama", how) for how in RUNS]
+CASES += [(family, how) for family in CONFIGS if family != "llama" for how in ("qlora", "lora, no checkpointing")]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("family", "how"), CASES)
+def test_the_tape_agrees_with_the_libraries_own_step(family, how):
+    config, run = CONFIGS[family], RUNS[how]
+    if family in ("gemma2", "gptj"):
+        run = replace(run, attention="eager")
+    if family == "gptj" and run.target_modules != "all-linear":
+        run = replace(run, target_modules=("q_proj", "v_proj"))
+    counted = transient_peak(config, run)
+    assert predicted(config, run) == pytest.approx(counted, rel=0.05), counted
+
+
+def test_the_count_of_fake_tensors_can_disagree():
+    """A predictor that forgot dropout's copies would be found."""
+    run = replace(RUN, gradient_checkpointing=False)
+    counted = transient_peak(LLAMA, run)
+    assert predicted(LLAMA, replace(run, lora_dropout=0.0)) != pytest.approx(counted, rel=0.05)
+
+
+def test_the_math_kernel_is_quadratic_and_the_fused_one_is_not():
+    long = replace(RUN, attention="math", seq_len=1_024, batch_size=1)
+    assert predicted(LLAMA, long) == pytest.approx(transient_peak(LLAMA, long), rel=0.05)
+    longer = replace(long, seq_len=4_096)
+    assert predicted(LLAMA, longer) > 10 * predicted(LLAMA, long)
+    assert predicted(LLAMA, replace(longer, attention="sdpa")) < 5 * predicted(LLAMA, replace(long, attention="sdpa"))

@@ -1,0 +1,136 @@
+"""The build refuses stale outputs and lost places: what it should refuse, refused."""
+
+import copy
+import json
+import shutil
+import sys
+
+import nbformat
+import pytest
+
+from data.scripts.markdown_tables import fill
+from notebooks.scripts import build
+
+code, text = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
+
+
+def notebook(*cells) -> nbformat.NotebookNode:
+    return nbformat.v4.new_notebook(cells=list(cells))
+
+
+ONE = notebook(text("# One"), code("a = 1"), code("print(a)"))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        notebook(code("a = 2"), code("print(a)")),
+        notebook(code("print(a)"), code("a = 1")),
+        notebook(code("a = 1\nprint(a)")),
+        notebook(code("a = 1"), code("print(a)"), code("")),
+        notebook(code("a = 1"), text("print(a)")),
+    ],
+    ids=["a digit", "the order", "one cell of two", "a cell more", "code made text"],
+)
+def test_other_code_has_another_hash(changed):
+    assert build.code_hash(changed) != build.code_hash(ONE)
+
+
+def test_text_tags_and_outputs_are_not_in_the_hash():
+    same = notebook(text("# Uno"), code("a = 1", metadata={"tags": ["x"]}), code("print(a)", execution_count=2))
+    same.cells[2].outputs = [nbformat.v4.new_output("stream", text="1\n")]
+    assert build.code_hash(same) == build.code_hash(ONE)
+
+
+def executed() -> nbformat.NotebookNode:
+    made = copy.deepcopy(ONE)
+    made.cells[2].outputs, made.cells[2].execution_count = [nbformat.v4.new_output("stream", text="1\n")], 2
+    made.metadata["course"] = {"executed_code": build.code_hash(ONE), "versions": {"torch": "2"}}
+    return made
+
+
+def test_outputs_are_taken_over_under_a_new_text():
+    fresh = notebook(text("# Another title"), code("a = 1"), code("print(a)"))
+    taken = build.outputs_into(fresh, executed())
+    assert taken.cells[0].source == "# Another title"
+    assert (taken.cells[2].outputs[0].text, taken.cells[2].execution_count) == ("1\n", 2)
+    assert taken.metadata.course == executed().metadata.course
+
+
+def test_outputs_of_other_code_are_refused():
+    fresh = notebook(text("# One"), code("a = 2"), code("print(a)"))
+    with pytest.raises(ValueError, match="the code has changed since the outputs were made"):
+        build.outputs_into(fresh, executed())
+    never_run = executed()
+    del never_run.metadata["course"]
+    with pytest.raises(ValueError, match="the code has changed since the outputs were made"):
+        build.outputs_into(copy.deepcopy(ONE), never_run)
+
+
+@pytest.fixture
+def small_course(tmp_path, monkeypatch):
+    """A course of one lesson, built and as if executed, in the place of the true one."""
+    source, timings = tmp_path / "source", tmp_path / "timings.json"
+    source.mkdir()
+    (source / "01_one.py").write_text("# %% [markdown]\n# Takes {{seconds}} seconds\n\n# %%\na = 1\n")
+    timings.write_text(json.dumps({"01_one": {"seconds": 5, "gigabytes": 0.1}}))
+    (tmp_path / "README.md").write_text("<!-- lessons -->\n<!-- end of lessons -->\n")
+    editions = {edition: tmp_path / edition for edition in build.EDITIONS}
+    for folder in editions.values():
+        folder.mkdir()
+    for name in ("repository.json", "setup_cell.py"):
+        shutil.copy(build.ROOT / "colab" / name, tmp_path / "colab" / name)
+    for name, value in {"ROOT": tmp_path, "SOURCES": source, "TIMINGS": timings, "EDITIONS": editions}.items():
+        monkeypatch.setattr(build, name, value)
+    monkeypatch.setattr(build, "readme_tables", lambda: {"lessons": "| a table |"})
+    for edition, folder in editions.items():
+        made = build.build_edition("01_one", edition, {})
+        made.metadata["course"] = {"executed_code": build.code_hash(made), "versions": {}}
+        nbformat.write(made, folder / "01_one.ipynb")
+    return tmp_path
+
+
+def call(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["build.py", *arguments])
+    build.main()
+
+
+def test_new_texts_are_taken_over_without_running_anything(small_course, monkeypatch):
+    monkeypatch.setattr(build, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("it went on to execute"))
+    call(monkeypatch, "--no-execute")
+    for edition in build.EDITIONS:
+        assert "Takes 5 seconds" in (small_course / edition / "01_one.ipynb").read_text()
+    assert (small_course / "README.md").read_text() == "<!-- lessons -->\n| a table |\n<!-- end of lessons -->\n"
+
+
+def test_new_code_is_not_taken_over_without_running_it(small_course, monkeypatch):
+    (small_course / "source" / "01_one.py").write_text("# %%\na = 2\n")
+    before = {edition: (small_course / edition / "01_one.ipynb").read_bytes() for edition in build.EDITIONS}
+    with pytest.raises(ValueError, match="build without --no-execute"):
+        call(monkeypatch, "--no-execute")
+    assert {edition: (small_course / edition / "01_one.ipynb").read_bytes() for edition in build.EDITIONS} == before
+
+
+def test_a_lesson_that_is_not_there_is_named(small_course, monkeypatch):
+    with pytest.raises(SystemExit, match="no lesson 44: there are 01_one"):
+        call(monkeypatch, "--no-execute", "44")
+
+
+# The places in Markdown files
+
+PAGE = "before\n<!-- a -->\nold\n<!-- end of a -->\nbetween\n<!-- b -->\n<!-- end of b -->\nafter\n"
+
+
+def test_each_table_comes_into_its_place_and_the_rest_stays():
+    once = fill(PAGE, {"b": "| 2 |", "a": "| 1 |"})
+    assert once == (
+        "before\n<!-- a -->\n| 1 |\n<!-- end of a -->\nbetween\n<!-- b -->\n| 2 |\n<!-- end of b -->\nafter\n"
+    )
+    assert fill(once, {"a": "| 1 |"}) == once
+    assert fill(PAGE, {}) == PAGE
+
+
+@pytest.mark.parametrize("lost", ["<!-- a -->", "<!-- end of a -->"])
+def test_a_lost_place_is_named(lost):
+    with pytest.raises(ValueError, match=r"no place <!-- a --> … <!-- end of a --> in the text: put it back"):
+        fill(PAGE.replace(lost, ""), {"a": "| 1 |"})

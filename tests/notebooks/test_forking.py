@@ -1,0 +1,22 @@
+"""Processes that begin with the libraries imported."""
+
+import sys
+
+import pytest
+
+from notebooks.scripts import forking
+
+
+def tell(told) -> None:
+    import tqdm.auto
+
+    told.send(({"trl", "bitsandbytes", "datasets"} <= sys.modules.keys(), tqdm.auto.tqdm.__mro__[1].__name__))
+
+
+@pytest.mark.skipif(not forking.AVAILABLE, reason="no fork on Windows: each process imports for itself")
+def test_a_process_has_the_libraries_as_a_notebook_would_import_them():
+    tells, told = forking.context().Pipe(duplex=False)
+    process = forking.start(tell, told)
+    assert tells.recv() == (True, "tqdm_notebook")
+    process.join()
+    assert process.exitcode == 0

@@ -1,0 +1,38 @@
+"""Short runs of the shipped model on a CPU, for the tests of training and of checkpoints."""
+
+import torch
+from safetensors.torch import load_file
+
+from qlora_helpers.chats import read_chats
+from qlora_helpers.hardware import Hardware
+from qlora_helpers.models.loading import load_model, load_tokenizer
+from qlora_helpers.paths import data_path
+from qlora_helpers.settings import Settings
+from qlora_helpers.training.run import train
+from qlora_helpers.training.trainer import build_trainer
+
+CPU = Hardware("cpu", "gear", None, 0, None, False, 1, 0)
+TOKENIZER = load_tokenizer()
+CHATS = read_chats(data_path("chats", "train.jsonl"))[:20]  # less than two epochs of the runs below
+# dropout and an order of chats: both need the random state of the checkpoint
+SHORT = Settings(steps=6, batch_size=4, warmup_steps=2, rank=4, dropout=0.1, save_steps=3)
+
+
+def run(output_dir, settings=SHORT, chats=CHATS, **options):
+    return train(load_model(hardware=CPU), TOKENIZER, chats, output_dir, settings, hardware=CPU, **options)
+
+
+def trainer_of(output_dir, quantization="nf4", settings=SHORT, chats=CHATS):
+    return build_trainer(
+        load_model(quantization=quantization, hardware=CPU), TOKENIZER, chats, output_dir, settings, CPU
+    )
+
+
+def adapter(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def differing(one, other):
+    """The names of the tensors that are not equal, bit for bit."""
+    assert one.keys() == other.keys()
+    return [name for name in one if one[name].dtype != other[name].dtype or not torch.equal(one[name], other[name])]

@@ -1,0 +1,135 @@
+"""Each message that is kept out of the lessons still comes from the installed libraries, and only it is kept out."""
+
+import importlib.util
+import logging
+import sys
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from transformers import trainer_utils
+from transformers.integrations.bitsandbytes import dequantize_and_replace
+from transformers.utils import logging as transformers_logging
+
+from qlora_helpers import library_messages as quiet
+from qlora_helpers.training.trainer import SFTConfig
+
+import bitsandbytes as bnb  # isort: skip (qlora_helpers quietens it first)
+
+
+def misses_an_optional_package(monkeypatch, tmp_path):
+    """bitsandbytes' module is run a second time, as on a CPU with AVX512-BF16; it registers nothing."""
+    monkeypatch.setitem(sys.modules, "kernels", None)  # as if it were not installed
+    monkeypatch.setattr(bnb.functional, "has_avx512bf16", lambda: True)
+    monkeypatch.setattr(bnb._ops, "register_kernel", lambda *names: lambda function: function)
+    spec = importlib.util.find_spec("bitsandbytes.backends.cpu.ops")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def aligns_special_tokens(monkeypatch, tmp_path):
+    config = SimpleNamespace(pad_token_id=None, bos_token_id=1, eos_token_id=2)
+    config.get_text_config = lambda: config
+    tokenizer = SimpleNamespace(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    trainer_utils.align_special_tokens(SimpleNamespace(config=config, generation_config=None), tokenizer)
+
+
+def dequantises(monkeypatch, tmp_path):
+    layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4").to("cpu")
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True)
+    for dtype in (None, torch.float32):  # two wordings
+        model = torch.nn.ModuleDict({"layer": layer})
+        dequantize_and_replace(model, quantization_config=config, dtype=dtype)
+
+
+def writes_checkpoints_at_once(monkeypatch, tmp_path):
+    for step in (8, 16):
+        (tmp_path / f"checkpoint-{step}").mkdir(exist_ok=True)
+    assert len(trainer_utils.sort_checkpoints(str(tmp_path), use_mtime=True)) == 2
+
+
+LOGGED = {
+    ("bitsandbytes.backends.cpu.ops", quiet._BITSANDBYTES): misses_an_optional_package,
+    ("transformers.trainer_utils", quiet._ALIGNED): aligns_special_tokens,
+    ("transformers.trainer_utils", quiet._NO_SECOND_APART): writes_checkpoints_at_once,
+    ("transformers.integrations.bitsandbytes", quiet._DEQUANTISED): dequantises,
+}
+
+
+def dropped() -> dict[tuple[str, str], logging.Filter]:
+    """The filters that are installed in this process."""
+    loggers = [logging.getLogger(name) for name in list(logging.Logger.manager.loggerDict)]
+    return {
+        (logger.name, one.beginning): one
+        for logger in loggers
+        for one in logger.filters
+        if isinstance(one, quiet._Drop)
+    }
+
+
+class Heard(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.messages = []
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture
+def heard():
+    """A function from a call to what the libraries log in it."""
+    roots, handler = [logging.getLogger(name) for name in ("transformers", "bitsandbytes")], Heard()
+    for root in roots:
+        root.addHandler(handler)
+
+    def listen(call) -> list[str]:
+        transformers_logging.warning_once.cache_clear()  # an earlier test may have used up the one time
+        handler.messages.clear()
+        call()
+        return list(handler.messages)
+
+    yield listen
+    for root in roots:
+        root.removeHandler(handler)
+
+
+def test_each_filter_has_its_message_here():
+    quiet.quieten()
+    assert dropped().keys() == LOGGED.keys()
+
+
+@pytest.mark.parametrize(("logger", "beginning"), LOGGED)
+def test_a_message_that_a_library_logs_is_kept_out_and_would_come(logger, beginning, heard, monkeypatch, tmp_path):
+    quiet.quieten()
+    provoke = lambda: LOGGED[logger, beginning](monkeypatch, tmp_path)  # noqa: E731
+    assert heard(provoke) == []
+    one = dropped()[logger, beginning]
+    monkeypatch.setattr(logging.getLogger(logger), "filters", [])
+    loud = heard(provoke)
+    assert loud and all(message.startswith(beginning) for message in loud)
+    monkeypatch.setattr(logging.getLogger(logger), "filters", [one])
+    assert heard(lambda: logging.getLogger(logger).warning("another message")) == ["another message"]
+
+
+def test_a_renamed_option_warns_and_is_kept_out(tmp_path):
+    def warned(quietened: bool) -> list[str]:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            if quietened:
+                quiet.quieten()
+            SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+            warnings.warn("another message", FutureWarning, stacklevel=1)
+        return [str(warning.message) for warning in seen]
+
+    loud, silent = warned(quietened=False), warned(quietened=True)
+    assert any("`gradient_checkpointing` is deprecated" in message for message in loud)
+    assert silent == ["another message"]
+
+
+def test_quietening_twice_adds_nothing():
+    quiet.quieten()
+    before = [len(logging.getLogger(name).filters) for name, _ in LOGGED]
+    quiet.quieten()
+    assert [len(logging.getLogger(name).filters) for name, _ in LOGGED] == before

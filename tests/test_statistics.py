@@ -1,0 +1,95 @@
+"""Means over seeds and their intervals, against values that one can compute otherwise."""
+
+import json
+import math
+import random
+import statistics
+
+import pytest
+
+from data.scripts.measure import quality as measure_quality
+from qlora_helpers import evaluation
+from qlora_helpers.paths import data_path
+from qlora_helpers.settings import Settings
+from qlora_helpers.statistics import difference, interval
+
+
+# Student's t for 95 % on both sides together, by the number of values (any table of it, at one degree of freedom less)
+T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 10: 2.262, 31: 2.042}
+
+
+@pytest.mark.parametrize(("count", "t"), T.items())
+def test_an_interval_is_t_standard_errors_wide_on_either_side(count, t):
+    values = [random.Random(0).gauss(0, 1) * number for number in range(count)]
+    assert interval(values).half == pytest.approx(t * statistics.stdev(values) / math.sqrt(count), rel=2e-4)
+
+
+def test_an_interval_of_known_numbers():
+    found = interval([1.0, 2.0, 3.0])
+    assert (
+        found.mean == 2 and found.count == 3 and found.half == pytest.approx(4.302653 / math.sqrt(3))
+    )  # any table of Student's t has 4.303
+    assert found.is_noise and not interval([1.9, 2.0, 2.1]).is_noise
+
+
+def test_nineteen_of_twenty_intervals_hold_the_true_mean():
+    draw = random.Random(0)
+    held = [
+        abs(found.mean - 7) <= found.half
+        for found in (interval([draw.gauss(7, 2) for _ in range(5)]) for _ in range(4_000))
+    ]
+    assert statistics.fmean(held) == pytest.approx(0.95, abs=0.01)
+
+
+def test_what_a_seed_does_to_both_drops_out_of_a_difference():
+    shared = [0.1, 0.5, 0.9, 0.3]
+    one, other = (
+        [x + 0.01 for x in shared],
+        [x + y for x, y in zip(shared, [0.001, -0.001, 0.001, -0.001], strict=True)],
+    )
+    assert not difference(one, other).is_noise
+    assert interval(one).half > 0.1
+
+
+@pytest.mark.parametrize(("values", "match"), [([1.0], "1 of them"), ([], "0 of them")])
+def test_too_few_values_are_refused(values, match):
+    with pytest.raises(ValueError, match=match):
+        interval(values)
+
+
+def test_a_difference_needs_pairs():
+    with pytest.raises(ValueError, match="values has 2 runs and others 3"):
+        difference([1.0, 2.0], [1.0, 2.0, 3.0])
+
+
+# The table of lesson 7
+
+
+def test_every_row_of_the_table_was_measured_with_every_seed():
+    runs = json.loads(data_path("measured", "quality.json").read_text())["runs"]
+    assert [(run["label"], run["seed"]) for run in runs] == [
+        (row.label, seed) for row in measure_quality.rows() for seed in row.seeds
+    ]
+    assert all(run["outcome"] == "ran" for run in runs)
+
+
+def test_the_same_run_under_two_labels_gave_the_same_numbers():
+    runs = {(r["label"], r["seed"]): r for r in json.loads(data_path("measured", "quality.json").read_text())["runs"]}
+    same = ("rank 16, all linear", "alpha 32", "lora, learning rate 0.0015", "QLoRA NF4 + double quant")
+    for seed in range(5):
+        assert len({(runs[label, seed]["exact_match"], runs[label, seed]["loss"]) for label in same}) == 1
+
+
+def test_every_row_has_settings_that_a_run_takes():
+    for row in measure_quality.rows():
+        Settings(**{**measure_quality.BUDGET, **row.settings})
+    labels = [row.label for row in measure_quality.rows()]
+    assert len(set(labels)) == len(labels)
+
+
+def test_a_run_of_the_table_can_be_made_again_shortened(monkeypatch):
+    monkeypatch.setattr(evaluation, "exact_match", lambda model, tokenizer, chats: len(chats) / 1000)  # seconds
+    row = next(row for row in measure_quality.rows() if row.label == "full fine-tuning")
+    found = measure_quality.measure(row, 0, {"steps": 2, "batch_size": 2, "warmup_steps": 0})
+    assert found["outcome"] == "ran" and found["trained_parameters"] == 2_984_192
+    assert found["exact_match"] == 0.5 and found["recall"] > 0.9

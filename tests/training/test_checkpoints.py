@@ -1,0 +1,280 @@
+"""A run that is killed at any moment goes on as if nothing had happened, or is refused with a sentence."""
+
+import json
+import logging
+import random
+import re
+import shutil
+import time
+from logging.handlers import BufferingHandler
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers.trainer_utils import sort_checkpoints
+from trl import SFTTrainer
+
+from qlora_helpers.models.loading import load_model
+from qlora_helpers.settings import Settings
+from qlora_helpers.training import run as training
+from qlora_helpers.training.checkpoints import PARTS, WEIGHTS, last_whole_checkpoint
+from tests.support import kills
+from tests.support.short_runs import CHATS, CPU, SHORT, adapter, differing, run
+
+LORA_PARTS = (WEIGHTS["lora"], *PARTS)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of six steps, not interrupted, with checkpoints at three and six."""
+    return run(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def interrupted(finished, tmp_path):
+    """The same run, killed after its third step."""
+    for name in ("checkpoint-3", "run.json"):
+        source = finished.saved_path.parent / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture
+def steps_taken(monkeypatch):
+    """A list that grows by one entry with each training step: starting all over would end the same, too."""
+    taken, step = [], SFTTrainer.training_step
+    monkeypatch.setattr(SFTTrainer, "training_step", lambda *args, **options: taken.append(1) or step(*args, **options))
+    return taken
+
+
+# Going on
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one_to_the_last_bit(finished, interrupted, steps_taken):
+    wanted = adapter(finished.saved_path)
+    assert len(differing(adapter(interrupted / "checkpoint-3"), wanted)) == len(wanted)  # something is left to do
+    resumed = run(interrupted, resume=True)
+    assert differing(adapter(resumed.saved_path), wanted) == []
+    assert resumed.history == finished.history
+    assert len(steps_taken) == 3
+
+
+def test_a_run_killed_while_it_wrote_a_checkpoint_goes_on_from_the_one_before(finished, interrupted, steps_taken):
+    shutil.copytree(finished.saved_path.parent / "checkpoint-6", interrupted / "checkpoint-6")
+    for name in ("adapter_model.safetensors", "optimizer.pt"):
+        (interrupted / "checkpoint-6" / name).write_bytes(b"cut")
+    (interrupted / "checkpoint-6" / "trainer_state.json").unlink()
+    resumed = run(interrupted, resume=True)
+    assert differing(adapter(resumed.saved_path), adapter(finished.saved_path)) == []
+    assert len(steps_taken) == 3
+    assert last_whole_checkpoint(interrupted).name == "checkpoint-6"  # written again, in whole
+
+
+def test_a_run_killed_behind_its_last_step_is_not_trained_further(finished, interrupted, steps_taken):
+    shutil.copytree(finished.saved_path.parent / "checkpoint-6", interrupted / "checkpoint-6")
+    (interrupted / "adapter.part").mkdir()  # the kill came while the adapter was saved
+    (interrupted / "adapter.part" / "adapter_model.safetensors").write_bytes(b"cut")
+    resumed = run(interrupted, resume=True)
+    assert steps_taken == []
+    assert differing(adapter(resumed.saved_path), adapter(finished.saved_path)) == []
+    assert resumed.history == finished.history
+    assert not (interrupted / "adapter.part").exists()
+    batch = {"input_ids": torch.tensor([[1, 2, 3]])}
+    with torch.no_grad():
+        assert torch.equal(resumed.model(**batch).logits, finished.model(**batch).logits)
+
+
+def test_resuming_where_there_is_nothing_starts_from_the_start(finished, tmp_path, steps_taken):
+    fresh = run(tmp_path / "new", resume=True)
+    assert len(steps_taken) == 6
+    assert differing(adapter(fresh.saved_path), adapter(finished.saved_path)) == []
+
+
+def test_how_often_to_save_may_change_between_the_parts_of_a_run(finished, interrupted):
+    resumed = run(interrupted, Settings(**{**vars(SHORT), "save_steps": 2}), resume=True)
+    assert {path.name for path in interrupted.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}
+    assert differing(adapter(resumed.saved_path), adapter(finished.saved_path)) == []
+
+
+# When a checkpoint is written
+
+
+def test_a_checkpoint_is_written_when_its_minutes_are_over_and_the_newest_two_are_kept(tmp_path, monkeypatch):
+    clock = [0.0]
+    step = SFTTrainer.training_step
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def minute_long(*args, **options):
+        clock[0] += 60
+        return step(*args, **options)
+
+    monkeypatch.setattr(SFTTrainer, "training_step", minute_long)
+    run(tmp_path, Settings(steps=9, batch_size=1, rank=4, save_minutes=2.5), CHATS[:4])
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-9"}  # 3 is gone
+    assert last_whole_checkpoint(tmp_path).name == "checkpoint-9"
+
+
+def test_checkpoints_of_one_second_leave_no_warning_on_the_page(tmp_path):
+    """A fast GPU writes them so. transformers then sorts them by their numbers, and says so."""
+    for step in (8, 16):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    seen, logger = BufferingHandler(100), logging.getLogger("transformers")
+    logger.addHandler(seen)
+    logging.Logger.warning_once.cache_clear()  # a test before this one may have used up the one time
+    try:
+        found = sort_checkpoints(str(tmp_path), use_mtime=True)
+    finally:
+        logger.removeHandler(seen)
+    assert [path.rpartition("-")[2] for path in found] == ["8", "16"]
+    assert not seen.buffer
+
+
+# Which checkpoint is whole
+
+
+def write_checkpoint(folder, step, state='{"global_step": 3}', parts=LORA_PARTS):
+    path = folder / f"checkpoint-{step}"
+    path.mkdir()
+    for part in parts:
+        if part.endswith(".safetensors"):
+            save_file({"a": torch.zeros(3)}, path / part)
+        else:
+            torch.save({"a": 1}, path / part)
+    if state is not None:
+        (path / "trainer_state.json").write_text(state)
+    return path
+
+
+def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path):
+    for step in (9, 100, 20):
+        write_checkpoint(tmp_path, step)
+    write_checkpoint(tmp_path, "best")
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
+
+
+@pytest.mark.parametrize("state", [None, "", '{"global_step": 6, "log_hist'], ids=["missing", "empty", "cut off"])
+def test_a_half_written_checkpoint_is_passed_over(state, tmp_path):
+    write_checkpoint(tmp_path, 3)
+    write_checkpoint(tmp_path, 6, state, parts=())
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+
+
+def test_without_a_whole_checkpoint_there_is_none(tmp_path):
+    assert last_whole_checkpoint(tmp_path / "nowhere") is None
+    write_checkpoint(tmp_path, 3, state=None)
+    assert last_whole_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("part", LORA_PARTS)
+def test_a_checkpoint_without_one_of_its_parts_is_refused(part, interrupted):
+    (interrupted / "checkpoint-3" / part).unlink()
+    with pytest.raises(ValueError, match=f"checkpoint-3 lacks {part}: a run resumed from it would not be the same run"):
+        run(interrupted, resume=True)
+
+
+@pytest.mark.parametrize("part", LORA_PARTS)
+def test_a_part_that_was_cut_off_counts_as_missing(part, tmp_path):
+    path = write_checkpoint(tmp_path, 3) / part
+    whole = path.read_bytes()
+    for length in (0, 5, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=f"checkpoint-3 lacks {part}"):
+            last_whole_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"\xff" * 64, b"\x02" + b"\0" * 7 + b"{}"], ids=["garbage", "no tensors"])
+def test_an_adapter_file_that_holds_no_tensors_counts_as_missing(content, tmp_path):
+    (write_checkpoint(tmp_path, 3) / "adapter_model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"checkpoint-3 lacks adapter_model\.safetensors"):
+        last_whole_checkpoint(tmp_path)
+
+
+def test_a_float16_run_needs_its_loss_scale_too(tmp_path):
+    write_checkpoint(tmp_path, 3)
+    assert last_whole_checkpoint(tmp_path).name == "checkpoint-3"
+    with pytest.raises(ValueError, match=r"checkpoint-3 lacks scaler\.pt"):
+        last_whole_checkpoint(tmp_path, float16=True)
+
+
+# What is refused
+
+
+def test_resuming_a_finished_run_is_refused(finished):
+    with pytest.raises(ValueError, match="is finished: load what it trained, or name a new folder for another run"):
+        run(finished.saved_path.parent, resume=True)
+
+
+@pytest.mark.parametrize("left", ["adapter", "checkpoint-3", "run.json"])
+def test_a_folder_that_holds_a_run_is_refused_unless_it_is_to_be_resumed(left, tmp_path):
+    (tmp_path / left).mkdir()
+    (tmp_path / left / "file").touch()
+    with pytest.raises(FileExistsError, match="holds a run already: name a new folder, or pass resume=True"):
+        run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [left]
+
+
+@pytest.mark.parametrize(
+    ("settings", "chats", "said"),
+    [
+        (Settings(**{**vars(SHORT), "steps": 12}), CHATS, "steps was 6 and is now 12"),
+        (Settings(**{**vars(SHORT), "seed": 1}), CHATS, "seed was 0 and is now 1"),
+        (SHORT, CHATS[:-1], "chats was '[0-9a-f]{16}' and is now '[0-9a-f]{16}'"),
+    ],
+)
+def test_a_run_that_was_begun_otherwise_is_not_gone_on_with(settings, chats, said, interrupted):
+    with pytest.raises(ValueError, match=f"was begun otherwise: {said}. Resume it as it was begun"):
+        run(interrupted, settings, chats, resume=True)
+    assert (interrupted / "checkpoint-3").exists()
+
+
+def test_another_base_is_not_gone_on_with(interrupted):
+    unquantised = load_model(quantization=None, hardware=CPU)
+    said = "quantization was 'nf4, double_quant=True' and is now 'none'"
+    with pytest.raises(ValueError, match=f"was begun otherwise: {said}"):
+        training.train(unquantised, None, CHATS, interrupted, SHORT, hardware=CPU, resume=True)
+
+
+def test_a_damaged_record_is_refused(interrupted):
+    (interrupted / "run.json").write_text('{"steps": 6')
+    with pytest.raises(ValueError, match=r"run\.json is damaged, so what the run was is unknown: name a new folder"):
+        run(interrupted, resume=True)
+
+
+def test_an_adapter_folder_without_its_files_is_no_finished_run(interrupted, finished):
+    (interrupted / "adapter").mkdir()
+    resumed = run(interrupted, resume=True)
+    assert differing(adapter(resumed.saved_path), adapter(finished.saved_path)) == []
+
+
+def test_checkpoints_of_an_unknown_run_are_refused(interrupted):
+    (interrupted / "run.json").unlink()
+    with pytest.raises(ValueError, match=re.escape("has checkpoints and no run.json: what they belong to is unknown")):
+        run(interrupted, resume=True)
+
+
+@pytest.mark.parametrize(("folder", "said"), [("file", "is a file"), ("file/below", r"cannot be written to \(.+\)")])
+def test_a_folder_for_a_run_that_is_none_names_the_argument_and_the_cure(folder, said, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=rf"output_dir='.*{folder}' {said}: name a "):
+        run(tmp_path / folder)
+
+
+def test_a_run_that_could_not_begin_leaves_its_folder_free(tmp_path):
+    with pytest.raises(ValueError, match="over max_length=5"):
+        run(tmp_path / "new", Settings(steps=1, max_length=5))
+    assert not (tmp_path / "new" / "run.json").exists()
+
+
+# Real kills, each in a process of its own
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return kills.uninterrupted(tmp_path_factory.mktemp("reference"))
+
+
+@pytest.mark.parametrize("where", kills.PLACES)
+def test_a_killed_process_leaves_a_run_that_ends_bit_identical(where, uninterrupted, tmp_path):
+    result = kills.trial(tmp_path, where, random.Random(where), reference=uninterrupted)
+    assert result["kills"] >= 1
+    assert result["differing tensors"] == 0, json.dumps(result)

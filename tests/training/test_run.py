@@ -1,0 +1,399 @@
+"""Runs of a few steps: what is trained, on what, and what is refused.
+
+The scores by which runs are judged are tested here too.
+"""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from bitsandbytes.nn import Params4bit
+from peft import PeftModel
+from trl import SFTConfig, SFTTrainer
+
+from qlora_helpers import evaluation
+from qlora_helpers.chats import count_tokens, split_question
+from qlora_helpers.models.loading import load_model
+from qlora_helpers.paths import data_path
+from qlora_helpers.settings import Settings
+from qlora_helpers.training import run as training
+from qlora_helpers.training import trainer
+from qlora_helpers.training.callbacks import TrainingDiverged
+from tests.support.short_runs import CHATS, CPU, SHORT, TOKENIZER, adapter, differing, run, trainer_of
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of six steps, not interrupted, with checkpoints at three and six."""
+    return run(tmp_path_factory.mktemp("finished"))
+
+
+# What is trained
+
+
+@pytest.mark.parametrize("quantization", ["nf4", None])
+def test_the_adapters_and_nothing_else_are_trained_and_in_float32(quantization, tmp_path):
+    trainer = trainer_of(tmp_path, quantization)
+    trained = {name: p.dtype for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert len(trained) == 4 * 7 * 2  # layers, linears in each, A and B
+    assert all("lora_" in name for name in trained)
+    assert set(trained.values()) == {torch.float32}
+    trainer.create_optimizer()
+    held = {p for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert held == {p for p in trainer.model.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(("quantization", "in_four_bits"), [("nf4", 28), (None, 0)])
+def test_the_base_stays_as_it_was_loaded(quantization, in_four_bits, tmp_path):
+    parameters = list(trainer_of(tmp_path, quantization).model.parameters())
+    assert sum(isinstance(p, Params4bit) for p in parameters) == in_four_bits
+
+
+def test_training_changes_the_adapters_and_not_the_base(finished):
+    plain = dict(load_model(hardware=CPU).named_parameters())
+    for name, parameter in finished.model.named_parameters():
+        if "lora_B" in name:
+            assert parameter.abs().sum() > 0, f"{name} still has its first value, zero"
+        elif "lora_" not in name:
+            assert torch.equal(parameter, plain[name.removeprefix("base_model.model.").replace(".base_layer", "")]), (
+                name
+            )
+
+
+def test_the_loss_is_on_the_answers_and_their_closing_tokens_alone(tmp_path):
+    batch = next(iter(trainer_of(tmp_path).get_train_dataloader()))
+    assert batch["input_ids"].shape[0] == SHORT.batch_size
+    trained_on = {TOKENIZER.decode(row[row != -100]).strip() for row in batch["labels"]}
+    answers = {split_question(chat)[1] + TOKENIZER.eos_token for chat in CHATS}
+    assert len(trained_on) == SHORT.batch_size and trained_on <= answers
+    spoken = batch["labels"] != -100
+    assert torch.equal(batch["labels"][spoken], batch["input_ids"][spoken])
+
+
+def test_a_run_reports_what_it_trained(finished):
+    trainable = sum(p.numel() for p in finished.model.parameters() if p.requires_grad)
+    assert finished.trainable_parameters == trainable == sum(t.numel() for t in adapter(finished.saved_path).values())
+    assert finished.all_parameters > 10 * trainable
+    assert finished.seconds > 0
+    assert not finished.model.training
+
+
+def test_the_saved_adapter_gives_the_trained_model_back(finished):
+    batch = TOKENIZER("Where does Carl Kirkcroft live?", return_tensors="pt")
+    again = PeftModel.from_pretrained(load_model(hardware=CPU), finished.saved_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, finished.model(**batch).logits)
+
+
+def test_the_loss_is_recorded_twenty_times_and_handed_on_each_time(tmp_path):
+    seen = []
+    settings = Settings(steps=40, batch_size=1, warmup_steps=0, rank=4)
+    done = run(tmp_path, settings, CHATS[:1], on_loss=lambda history: seen.append(list(history)))
+    assert [step for step, _ in done.history] == list(range(2, 41, 2))
+    assert done.history[-1][1] < done.history[0][1]  # the same chat over and over
+    assert seen == [done.history[:count] for count in range(1, 21)]
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "run.json"}  # no save_steps, no checkpoints
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_progress_bar_with_the_loss_is_shown_if_it_is_wanted(wanted, tmp_path, capfd):
+    done = run(tmp_path, Settings(steps=2, batch_size=1, rank=4), progress_bar=wanted)
+    shown = capfd.readouterr()
+    assert ("2/2" in shown.err) is (f"loss {done.history[-1][1]:.3f}" in shown.err) is wanted
+    assert shown.out == ""  # nor the trainer's own dictionaries
+
+
+def test_gradient_checkpointing_computes_the_same(tmp_path):
+    plain = run(tmp_path / "plain", Settings(steps=2, batch_size=2, warmup_steps=0, rank=4))
+    frugal = run(
+        tmp_path / "frugal", Settings(steps=2, batch_size=2, warmup_steps=0, rank=4, gradient_checkpointing=True)
+    )
+    torch.testing.assert_close(adapter(frugal.saved_path), adapter(plain.saved_path))
+    assert any("lora_B" in name and tensor.any() for name, tensor in adapter(frugal.saved_path).items())
+
+
+def test_the_first_values_of_the_adapters_follow_from_the_seed_alone(tmp_path):
+    def first_values(seed):
+        model = trainer_of(tmp_path, settings=Settings(rank=4, seed=seed)).model
+        return {name: p for name, p in model.named_parameters() if "lora_A" in name}
+
+    first = first_values(seed=0)
+    torch.rand(1)  # whatever was drawn before
+    assert differing(first_values(seed=0), first) == []
+    assert len(differing(first_values(seed=1), first)) == len(first)
+
+
+# What is refused
+
+
+def test_a_chat_that_would_be_cut_is_refused_by_its_number(tmp_path):
+    length = count_tokens(CHATS[0], TOKENIZER)
+    long = [{"role": "user", "content": "Where? " * 30}, CHATS[0][1]]
+    settings = Settings(steps=1, max_length=length)
+    with pytest.raises(
+        ValueError, match=rf"chat 2 has {count_tokens(long, TOKENIZER)} tokens, over max_length={length}"
+    ):
+        run(tmp_path, settings, [CHATS[0], long])
+
+
+def test_a_chat_of_just_the_length_is_trained_on_in_whole(tmp_path):
+    settings = Settings(steps=1, batch_size=1, max_length=count_tokens(CHATS[0], TOKENIZER))
+    batch = next(iter(trainer_of(tmp_path, settings=settings, chats=CHATS[:1]).get_train_dataloader()))
+    assert batch["labels"][0, -1] == TOKENIZER.eos_token_id
+
+
+def test_no_chats_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"chats=\[\]: there is nothing to learn"):
+        run(tmp_path, chats=[])
+
+
+@pytest.mark.parametrize(
+    "name", ["steps", "batch_size", "accumulation", "learning_rate", "rank", "alpha", "max_length"]
+)
+@pytest.mark.parametrize("value", [0, -1, math.nan, "8", None])
+def test_a_setting_that_must_be_positive(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value!r}: must be more than 0"):
+        Settings(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size", "accumulation", "rank", "max_length"])
+def test_a_setting_that_must_be_whole(name):
+    with pytest.raises(ValueError, match=rf"{name}=1\.5: must be a whole number"):
+        Settings(**{name: 1.5})
+
+
+@pytest.mark.parametrize("value", [-1, math.nan, "many"])
+def test_a_warm_up_is_not_negative(value):
+    with pytest.raises(ValueError, match=f"warmup_steps={value!r}: must be 0 or more"):
+        Settings(warmup_steps=value)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1, 1.5, math.nan])
+def test_dropout_lies_between_0_and_1(value):
+    with pytest.raises(ValueError, match=f"dropout={value!r}: must be at least 0 and less than 1"):
+        Settings(dropout=value)
+
+
+@pytest.mark.parametrize("value", [0, -5])
+def test_checkpoints_every_so_many_steps_or_none(value):
+    with pytest.raises(ValueError, match=f"save_steps={value}: must be 1 or more, or None for no checkpoints"):
+        Settings(save_steps=value)
+
+
+@pytest.mark.parametrize("value", [-0.5, math.nan])
+def test_checkpoints_every_so_many_minutes_or_none(value):
+    with pytest.raises(ValueError, match=f"save_minutes={value}: must be 0 or more, or None for no checkpoints"):
+        Settings(save_minutes=value)
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_one_checkpoint_is_not_enough(value):
+    with pytest.raises(ValueError, match=f"keep_checkpoints={value}: must be 2 or more, else a kill can leave none"):
+        Settings(keep_checkpoints=value)
+
+
+# When it goes wrong
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
+    step = SFTTrainer.training_step
+
+    def spoiled(self, *args, **options):
+        loss = step(self, *args, **options)
+        return loss * math.nan if self.state.global_step == 2 else loss  # the third step
+
+    monkeypatch.setattr(SFTTrainer, "training_step", spoiled)
+    with pytest.raises(
+        TrainingDiverged, match=r"^step 3: the loss is nan\. Lower learning_rate=0\.001 or raise warmup_"
+    ):
+        run(tmp_path)
+    assert not (tmp_path / "checkpoint-3").exists()  # it would have been saved at this step
+    assert not (tmp_path / "adapter").exists()
+
+
+def overflowing(trainer, steps):
+    """An accelerator whose optimizer skips these steps, as it does when gradients overflow float16."""
+    accelerator = type(trainer.accelerator)
+    return type(
+        "Overflowing",
+        (accelerator,),
+        {"optimizer_step_was_skipped": property(lambda self: trainer.state.global_step in steps)},
+    )
+
+
+@pytest.mark.parametrize(("steps", "stops"), [(range(1, 17), False), (range(3, 20), True)])
+def test_steps_that_overflow_are_counted_and_too_many_in_a_row_stop_the_run(
+    steps, stops, tmp_path, monkeypatch, capsys
+):
+    build = training.build_trainer
+
+    def build_overflowing(*args):
+        trainer = build(*args)
+        trainer.accelerator.__class__ = overflowing(trainer, steps)
+        return trainer
+
+    monkeypatch.setattr(training, "build_trainer", build_overflowing)
+    settings = Settings(steps=20, batch_size=1, rank=4)
+    if stops:
+        with pytest.raises(
+            TrainingDiverged, match=r"^step 19: the gradients have overflowed float16 17 times in a row"
+        ):
+            run(tmp_path, settings, CHATS[:1])
+    else:
+        assert run(tmp_path, settings, CHATS[:1]).skipped_steps == list(range(1, 17))
+        assert "gradients overflowed at 16 of 20 steps (the last is step 16)" in capsys.readouterr().out
+
+
+def test_with_several_gpus_one_is_used_and_that_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer, "SFTConfig", lambda **options: two_gpus(SFTConfig(**options)))
+    assert trainer_of(tmp_path).args.n_gpu == 1
+    assert "2 GPUs are here. This run uses the first one" in capsys.readouterr().out
+
+
+def two_gpus(config):
+    assert config.n_gpu == 0  # set up, on this CPU
+    config._n_gpu = 2
+    return config
+
+
+# The scores
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_model(quantization=None, hardware=CPU)
+
+
+def loss_by_hand(model, chat):
+    """Sum of -log p over the answer's tokens and its closing one, and their number; without the template's mask."""
+    whole = TOKENIZER.apply_chat_template(chat, return_dict=True)["input_ids"]
+    asked = len(TOKENIZER.apply_chat_template(chat[:-1], add_generation_prompt=True, return_dict=True)["input_ids"])
+    with torch.no_grad():
+        log_p = model(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
+    return -sum(log_p[i - 1, whole[i]].item() for i in range(asked, len(whole))), len(whole) - asked
+
+
+def test_the_loss_of_one_chat_is_what_it_is_by_hand(base):
+    total, count = loss_by_hand(base, CHATS[0])
+    assert evaluation.loss(base, TOKENIZER, CHATS[:1]) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_the_loss_of_many_chats_is_their_mean_over_tokens_however_they_are_batched(base):
+    chats = [*CHATS[:4], [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "In Easthaven."}]]
+    totals, counts = zip(*(loss_by_hand(base, chat) for chat in chats), strict=True)
+    assert len({count_tokens(chat, TOKENIZER) for chat in chats}) > 1 and len(set(counts)) > 1  # there is padding
+    for batch_size in (2, 5):
+        loss = evaluation.loss(base, TOKENIZER, chats, batch_size=batch_size)
+        assert loss == pytest.approx(sum(totals) / sum(counts), rel=1e-5)
+
+
+def test_the_loss_of_training_is_the_one_that_evaluation_computes(base, tmp_path):
+    trainer = trainer_of(tmp_path, None, chats=CHATS[:4])
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model.eval(), next(iter(trainer.get_train_dataloader())))
+    assert loss.item() == pytest.approx(evaluation.loss(base, TOKENIZER, CHATS[:4]), rel=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluating_leaves_the_mode_as_it_was(base, training):
+    base.train(training)
+    evaluation.loss(base, TOKENIZER, CHATS[:1])
+    assert base.training is training
+    base.eval()
+
+
+class Parrot(torch.nn.Module):
+    """A model that always says the same word next."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, word):
+        super().__init__()
+        (self.token,) = TOKENIZER(word, add_special_tokens=False)["input_ids"]
+
+    def forward(self, input_ids, **options):
+        logits = torch.zeros(*input_ids.shape, len(TOKENIZER))
+        logits[..., self.token] = 1
+        return SimpleNamespace(logits=logits)
+
+
+def test_recall_is_the_share_of_right_next_words():
+    facts = [
+        {"prompt": f"{name} keeps a", "answer": pet}
+        for name, pet in zip("abcd", ("cat", "dog", "cat", "cat"), strict=True)
+    ]
+    assert [evaluation.recall(Parrot("cat"), TOKENIZER, facts, batch_size=size) for size in (1, 3, 500)] == [0.75] * 3
+
+
+def test_recall_reads_the_word_after_each_prompt_whatever_their_lengths(base):
+    facts = evaluation.read_facts(data_path("recall.jsonl"))[:40]
+    one_by_one = [evaluation.recall(base, TOKENIZER, [fact]) for fact in facts]
+    assert evaluation.recall(base, TOKENIZER, facts) == sum(one_by_one) / 40 > 0.9
+
+
+@pytest.mark.parametrize("answer", ["Constantinople", "cat dog"])
+def test_recall_of_an_answer_of_several_tokens_is_refused(answer):
+    facts = [{"prompt": "a keeps a", "answer": "cat"}, {"prompt": "b lives in", "answer": answer}]
+    with pytest.raises(ValueError, match=rf"answer='{answer}' is \d+ tokens of this tokenizer; recall needs one"):
+        evaluation.recall(Parrot("cat"), TOKENIZER, facts)
+
+
+def chat(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def test_exact_match_wants_the_answer_word_for_word(monkeypatch):
+    chats = [chat("1", "Ann lives here."), chat("2", "Ben lives there."), chat("3", "Cy lives here.")]
+    said = ["Ann lives here.", "Ben lives here.", "Cy lives here"]
+    monkeypatch.setattr(evaluation, "answer", lambda model, tokenizer, questions: said)
+    assert evaluation.exact_match(None, None, chats) == 1 / 3
+
+
+def test_an_answer_is_the_likeliest_tokens_one_after_another(base):
+    question = split_question(CHATS[0])[0]
+    ids = TOKENIZER.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
+    asked = len(ids)
+    for _ in range(5):
+        with torch.no_grad():
+            ids = [*ids, base(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item()]
+    assert TOKENIZER.eos_token_id not in ids[asked:]
+    by_hand = TOKENIZER.decode(ids[asked:], skip_special_tokens=True).strip()
+    assert evaluation.answer(base, TOKENIZER, [question], max_new_tokens=5) == [by_hand]
+
+
+def test_a_model_is_asked_in_the_tokens_that_it_was_trained_on(base, monkeypatch):
+    asked, generate = [], base.generate
+    monkeypatch.setattr(base, "generate", lambda **batch: asked.append(batch["input_ids"]) or generate(**batch))
+    evaluation.answer(base, TOKENIZER, [split_question(CHATS[0])[0]])
+    trained = TOKENIZER.apply_chat_template(CHATS[0], return_dict=True)["input_ids"]
+    assert asked[0][0].tolist() == trained[: asked[0].shape[1]]  # above all with one first token, not two
+
+
+def test_answers_do_not_depend_on_their_batch(base):
+    questions = [split_question(chat)[0] for chat in CHATS[:6]] + [[{"role": "user", "content": "Where?"}]]
+    answers = evaluation.answer(base, TOKENIZER, questions, max_new_tokens=5)
+    assert answers == evaluation.answer(base, TOKENIZER, questions, max_new_tokens=5, batch_size=2)
+    assert len(answers) == 7 and len(set(answers)) > 1
+
+
+def test_the_commonest_answer_to_each_wording_counts_whoever_it_is_about():
+    training = [
+        chat("Which pet does Ann Ash keep?", "Ann Ash keeps a cat."),
+        chat("Which pet does Ben Oak keep?", "Ben Oak keeps a cat."),
+        chat("Which pet does Cy Elm keep?", "Cy Elm keeps a dog."),
+        chat("What does Di Fir feed?", "Di Fir keeps a dog."),
+    ]
+    test = [
+        chat("Which pet does Ed Yew keep?", "Ed Yew keeps a cat."),  # right: cat is the commonest here
+        chat("Which pet does Flo Box keep?", "Flo Box keeps a dog."),
+        chat("What does Gil May feed?", "Gil May keeps a dog."),  # right: dog is, for this wording
+        chat("Where does Hal Fig live?", "Hal Fig lives here."),  # a wording never seen
+    ]
+    assert evaluation.commonest_answer_rate(training, test) == 0.5
+
+
+def test_the_standard_error_of_a_share():
+    assert evaluation.standard_error(0.5, 100) == pytest.approx(0.05)
+    assert evaluation.standard_error(0.9, 400) == pytest.approx(0.015)
+    assert evaluation.standard_error(1.0, 500) == 0
