@@ -123,6 +123,15 @@ def lengths_of(chats: list[Chat], tokenizer) -> list[int]:
     return [len(ids) for ids in tokenizer.apply_chat_template(chats, return_dict=True)["input_ids"]] if chats else []
 
 
+def tokenized(chats: list[Chat], tokenizer) -> list[dict[str, list[int]]]:
+    """Each chat after the tokenizer's chat template: "input_ids", and as "assistant_masks" a 1 for each token of an answer."""
+    if not chats:
+        return []
+    encoded = tokenizer.apply_chat_template(chats, return_dict=True, return_assistant_tokens_mask=True)
+    pairs = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+    return [{"input_ids": ids, "assistant_masks": masks} for ids, masks in pairs]
+
+
 def count_tokens(chat: Chat, tokenizer) -> int:
     """Tokens of a chat after the tokenizer's chat template."""
     return len(tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"])

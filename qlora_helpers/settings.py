@@ -1,86 +1,154 @@
-"""The settings of a run."""
+"""The settings of a run: one description, which training follows, the predictor predicts and the command line reads."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from numbers import Integral, Real
 
-from qlora_helpers.training.run_folder import RESULT
+from qlora_helpers import validation
 
+METHODS = ("qlora", "lora", "full")
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # with the bytes of one number
+ATTENTION = ("sdpa", "math", "eager")
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes'
 # Names of transformers for each. Its own "constant" has no warm-up, whatever warmup_steps says.
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The knobs of a run. The defaults are those of the course's run with the shipped model.
+    """The settings of a fine-tuning run. The defaults are those of the course's run with the shipped model.
 
     Attributes:
-        method: "lora" trains adapters in a frozen base, "full" all weights of an unquantised model.
+        method: "qlora" trains adapters in a frozen 4-bit base, "lora" in an unquantised one, "full" all weights of an
+            unquantised model.
         steps: optimizer steps.
-        batch_size: chats that go through the model at once.
-        accumulation: so many batches make one optimizer step.
+        batch_size: sequences that go through the model at once.
+        accumulation: batches that make one optimizer step.
+        max_length: the longest sequence in tokens. Training refuses a longer chat; it does not cut it. The predictor takes
+            every sequence to be that long.
         learning_rate: the peak; linear warm-up over `warmup_steps`, then as `schedule` says.
+        warmup_steps: optimizer steps of the warm-up.
         schedule: after the warm-up: "linear" or "cosine" decay to zero, or "constant".
         max_grad_norm: longer gradients are clipped to this length; None for no clipping.
-        rank, alpha, dropout, target_modules: of LoRA; see `peft.LoraConfig`. Not used by "full".
-        max_length: the longest chat in tokens. A longer one is refused, not cut.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+        rank: of LoRA's two matrices. Like the next three it is that of `peft.LoraConfig`, and not used by "full".
+        alpha: of LoRA: its result is scaled by alpha / rank.
+        dropout: of LoRA: the share of a layer's inputs that its adapter does not see, drawn anew at each step.
+        target_modules: the layers that get adapters: "all-linear", or names such as "q_proj" and "v_proj".
+        gradient_checkpointing: keep each layer's input only, and compute the rest again in the backward pass.
         optimizer: a name that transformers' `optim` takes; None for paged 8-bit AdamW on a GPU and AdamW on a CPU.
+        compute_dtype: of matrix products, and of all weights that are not in 4 bits; None for what the GPU does best:
+            bfloat16, and below compute capability 8.0 float16. Training takes it from the machine's gear.
+        double_quant: the scales of 4-bit weights are in 8 bits.
         save_steps: write a checkpoint every so many steps; None for none.
         save_minutes: write a checkpoint at the first step after every so many minutes; None for none.
-        keep_checkpoints: the newest so many are kept. With two, a kill while one is written leaves the other.
+        keep_checkpoints: how many of the newest are kept. With two, a kill while one is written leaves the other.
         log_steps: log loss and gradient norm every so many steps; None for twenty times in a run. On a GPU logging waits
             for the step to end.
         seed: of the adapters' first values, the order of the chats, and dropout.
+        adapter_dtype: of LoRA's weights. Plain TRL makes them bfloat16 in a 4-bit model; this course trains float32 ones.
+        block_size: 4-bit weights that share a scale. transformers has no option for another than 64.
+        attention: "sdpa", "math" (torch's own kernel, which is what a T4 is left with for grouped-query attention) or
+            "eager". Below compute capability 8.0 "sdpa" means this course's gear, which keeps to the memory-efficient
+            kernel. Gemma 2 and GPT-J have no "sdpa" in transformers: there it means "eager".
+        upcast_fp32: `peft.prepare_model_for_kbit_training` was called.
+
+    The last four describe how others run: the predictor takes any value, training only the default.
+
+    Raises:
+        ValueError: names the field, its value, and what is allowed. Fields that the method does not use are not looked at.
     """
 
-    method: str = "lora"
+    method: str = "qlora"
     steps: int = 300
     batch_size: int = 16
     accumulation: int = 1
+    max_length: int = 64
     learning_rate: float = 1e-3
-    warmup_steps: int = 15
+    warmup_steps: int | float = 15
     schedule: str = "linear"
     max_grad_norm: float | None = 1.0
     rank: int = 16
-    alpha: int = 32
+    alpha: float = 32
     dropout: float = 0.0
-    target_modules: str | tuple[str, ...] = "all-linear"
-    max_length: int = 64
+    target_modules: str | Iterable[str] = "all-linear"
     gradient_checkpointing: bool = False
     optimizer: str | None = None
+    compute_dtype: str | None = None
+    double_quant: bool = True
     save_steps: int | None = None
     save_minutes: float | None = None
     keep_checkpoints: int = 2
     log_steps: int | None = None
     seed: int = 0
+    adapter_dtype: str = "float32"
+    block_size: int = 64
+    attention: str = "sdpa"
+    upcast_fp32: bool = False
 
     def __post_init__(self):
-        if self.method not in RESULT:
-            raise ValueError(f"method={self.method!r}: choose one of {', '.join(RESULT)}")
-        positive = ("steps", "batch_size", "accumulation", "learning_rate", "rank", "alpha", "max_length")
-        for name in positive:
-            value = getattr(self, name)
-            if not (isinstance(value, Real) and value > 0):
-                raise ValueError(f"{name}={value!r}: must be more than 0")
-            if name in ("steps", "batch_size", "accumulation", "rank", "max_length") and not isinstance(
-                value, Integral
-            ):
-                raise ValueError(f"{name}={value!r}: must be a whole number")
-        if not (isinstance(self.warmup_steps, Real) and self.warmup_steps >= 0):
-            raise ValueError(f"warmup_steps={self.warmup_steps!r}: must be 0 or more")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule={self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm={self.max_grad_norm!r}: must be more than 0, or None for no clipping")
-        if self.log_steps is not None and self.log_steps < 1:
-            raise ValueError(f"log_steps={self.log_steps!r}: must be 1 or more, or None for twenty times in a run")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout!r}: must be at least 0 and less than 1")
-        if self.save_steps is not None and self.save_steps < 1:
-            raise ValueError(f"save_steps={self.save_steps!r}: must be 1 or more, or None for no checkpoints")
-        if self.save_minutes is not None and not self.save_minutes >= 0:
-            raise ValueError(f"save_minutes={self.save_minutes!r}: must be 0 or more, or None for no checkpoints")
-        if not self.keep_checkpoints >= 2:
-            raise ValueError(
-                f"keep_checkpoints={self.keep_checkpoints!r}: must be 2 or more, else a kill can leave none"
-            )
+        self._hold(validation.one_of, "method", METHODS)
+        self._check_the_step()
+        if self.method == "qlora":
+            self._hold(validation.switch, "double_quant")
+            self._hold(validation.whole, "block_size", among=BLOCK_SIZES)
+        if self.method != "full":
+            self._check_the_adapters()
+        self._check_the_run()
+
+    def _hold(self, checked_by, name: str, *how, **options) -> None:
+        """Replace a field by what its check makes of it, such as an int of a numpy integer."""
+        object.__setattr__(self, name, checked_by(name, getattr(self, name), *how, **options))
+
+    def _hold_unless_none(self, checked_by, name: str, *how, **options) -> None:
+        if getattr(self, name) is not None:
+            self._hold(checked_by, name, *how, **options)
+
+    def _check_the_step(self) -> None:
+        for name in ("batch_size", "accumulation", "max_length"):
+            self._hold(validation.whole, name)
+        self._hold(validation.switch, "gradient_checkpointing")
+        self._hold(validation.one_of, "attention", ATTENTION)
+        self._hold_unless_none(validation.one_of, "compute_dtype", DTYPES, otherwise="None for the GPU's own")
+        if not (self.optimizer is None or (isinstance(self.optimizer, str) and self.optimizer)):
+            raise validation.refuse("optimizer", self.optimizer, "name one that transformers' optim takes, or None")
+
+    def _check_the_adapters(self) -> None:
+        self._hold(validation.whole, "rank")
+        self._hold(validation.number, "alpha", above=0)
+        self._hold(validation.number, "dropout", at_least=0, below=1)
+        self._hold(validation.one_of, "adapter_dtype", DTYPES)
+        self._hold(validation.switch, "upcast_fp32")
+        targets = self.target_modules
+        if not isinstance(targets, str):
+            if not isinstance(targets, Iterable) or not all(isinstance(name, str) for name in targets):
+                cure = 'must be "all-linear", or a list of names such as ["q_proj", "v_proj"]'
+                raise validation.refuse("target_modules", targets, cure)
+            in_order = sorted(targets) if isinstance(targets, set | frozenset) else targets
+            object.__setattr__(self, "target_modules", tuple(in_order))
+
+    def _check_the_run(self) -> None:
+        self._hold(validation.whole, "steps")
+        self._hold(validation.number, "learning_rate", above=0)
+        self._hold(validation.number, "warmup_steps", at_least=0)
+        self._hold(validation.one_of, "schedule", SCHEDULES)
+        self._hold_unless_none(validation.number, "max_grad_norm", above=0, otherwise="None for no clipping")
+        self._hold_unless_none(validation.whole, "log_steps", otherwise="None for twenty times in a run")
+        self._hold_unless_none(validation.whole, "save_steps", otherwise="None for no checkpoints")
+        self._hold_unless_none(validation.number, "save_minutes", at_least=0, otherwise="None for no checkpoints")
+        self._hold(validation.whole, "seed", at_least=0)
+        try:
+            self._hold(validation.whole, "keep_checkpoints", at_least=2)
+        except ValueError as error:
+            raise ValueError(f"{error}, else a kill can leave none") from None
+
+
+# How a model of the Hub is usually trained on one GPU; such a run is what the predictor is mostly asked about.
+GPU_RUN = Settings(batch_size=1, max_length=2_048, dropout=0.05, gradient_checkpointing=True)
+
+# What a run takes of memory depends on these, and on nothing else in its settings.
+MEMORY_SETTINGS = (
+    "method", "batch_size", "max_length", "accumulation", "rank", "dropout", "target_modules", "gradient_checkpointing",
+    "optimizer", "compute_dtype", "double_quant", "adapter_dtype", "block_size", "attention", "upcast_fp32",
+)  # fmt: skip
+
+# Only the predictor takes other values of these (see `Settings`).
+AS_OTHERS_RUN = ("adapter_dtype", "block_size", "attention", "upcast_fp32")

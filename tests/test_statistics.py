@@ -13,7 +13,6 @@ from qlora_helpers.paths import data_path
 from qlora_helpers.settings import Settings
 from qlora_helpers.statistics import difference, interval
 
-
 # Student's t for 95 % on both sides together, by the number of values (any table of it, at one degree of freedom less)
 T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 10: 2.262, 31: 2.042}
 

@@ -36,6 +36,7 @@ from data.scripts.markdown_tables import fill
 from data.scripts.measure import memory_errors
 from notebooks.scripts import ROOT
 from notebooks.scripts.running import code_cells, in_one_kernel, peak_bytes
+from qlora_helpers.units import GIB
 
 SOURCES = ROOT / "notebooks" / "source"
 TIMINGS = ROOT / "notebooks" / "scripts" / "timings.json"
@@ -244,7 +245,7 @@ def t4_table() -> str:
         size = row["model"], "float16, as a T4" if row["gear"] == "t4" else "bfloat16", row["batch_size"], row["tokens"]
         result = row["outcome"]
         if result == "ran":
-            result = f"{row['peak_allocated_bytes'] / 2**30:.2f} GiB, {row['tokens_per_second']:,} tokens/s"
+            result = f"{row['peak_allocated_bytes'] / GIB:.2f} GiB, {row['tokens_per_second']:,} tokens/s"
         by_size.setdefault(size, {})[row["who"]] = result
     table = [f"| on one {measured['gpu']} | | batch x tokens | the recipe | this course |", "|---|---|---|---|---|"]
     for (model, how, batch_size, tokens), results in by_size.items():

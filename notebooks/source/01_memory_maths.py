@@ -305,12 +305,14 @@ plots.show(fig, "Memory kept for the backward pass against sequence length, 32 t
 # lesson, and holds it against measured runs.
 
 # %% tags=["nbval-check-output"]
-from qlora_helpers.memory import FineTuning, find_shape, predict
+from qlora_helpers.memory import find_shape, predict
+from qlora_helpers.settings import Settings
 
-whole = predict(find_shape("meta-llama/Llama-3.1-8B"), FineTuning(batch_size=1, seq_len=2048, lora_rank=16), "4090")
+settings = Settings(batch_size=1, max_length=2048, rank=16, dropout=0.05, gradient_checkpointing=True)
+whole = predict(find_shape("meta-llama/Llama-3.1-8B"), settings, "4090")
 for part, size in whole.parts.items():
     print(f"{part:26}{size / GB:6.2f} GB")
-print(f"peak of torch's tensors in a run of {whole.run.seq_len:,} tokens: {whole.peak_allocated_bytes / GB:.2f} GB")
+print(f"peak of torch's tensors in a run of {settings.max_length:,} tokens: {whole.peak_allocated_bytes / GB:.2f} GB")
 
 # %% [markdown]
 # The parts are those that are alive at the peak: on the way back through the last layer, no adapter has a gradient yet. Paged

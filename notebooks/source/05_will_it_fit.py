@@ -20,9 +20,10 @@ from dataclasses import fields, replace
 from qlora_helpers.course import plots
 from qlora_helpers.course.checks import check, exercise
 from qlora_helpers.hardware import detect
-from qlora_helpers.memory import FineTuning, find_gpu, find_shape, longest_sequence, predict, suggest, what_fits
+from qlora_helpers.memory import find_gpu, find_shape, longest_sequence, predict, suggest, what_fits
 from qlora_helpers.models.loading import load_model
 from qlora_helpers.paths import data_path
+from qlora_helpers.settings import GPU_RUN, Settings
 
 import torch
 
@@ -86,7 +87,7 @@ check("share of the peak that paging could move", share * states / row["peak_all
 # With gradient checkpointing each layer keeps its input only: `hidden_size` numbers of 2 bytes for every token.
 
 # %% tags=["nbval-check-output"]
-tokens = row["batch_size"] * row["seq_len"]
+tokens = row["batch_size"] * row["max_length"]
 checkpoints = shape.num_hidden_layers * tokens * shape.hidden_size * 2
 print(f"{tokens:,} tokens: {checkpoints / GB:.2f} GB")
 
@@ -222,13 +223,14 @@ print(f"after the backward pass:              {tape.live:,} bytes")
 # Written with such tensors, a decoder layer must keep what the real one kept above. The two agree to the byte:
 
 # %% tags=["nbval-check-output"]
-from qlora_helpers.memory.layers import DecoderLayer
-from qlora_helpers.memory.prediction import cost_of, layer_settings
+from qlora_helpers.memory.layers import DecoderLayer, LayerSettings
+from qlora_helpers.memory.step import cost_of
 
 tiny = find_shape(small.config)
-run = FineTuning(compute_dtype="float32", lora_dropout=0, seq_len=128)
-settings = replace(layer_settings(tiny, run, find_gpu("h200")), kernel="flash")  # what the CPU's attention keeps, too
-on_tape = cost_of(tiny, settings, DecoderLayer.__call__, keep_input=False)
+# GPU_RUN: the settings with which a model of the Hub is usually trained on one GPU
+settings = replace(GPU_RUN, compute_dtype="float32", dropout=0, max_length=128)
+how = replace(LayerSettings.of(tiny, settings, find_gpu("h200")), kernel="flash")  # what the CPU's attention keeps, too
+on_tape = cost_of(tiny, how, DecoderLayer.__call__, keep_input=False)
 check("bytes of one layer, on the tape and in torch", on_tape.kept, kept_bytes, exact=True)
 
 # %% [markdown]
@@ -236,8 +238,8 @@ check("bytes of one layer, on the tape and in torch", on_tape.kept, kept_bytes, 
 # outside of torch's allocator, and are not in its peak.
 
 # %% tags=["nbval-check-output"]
-run = FineTuning(batch_size=4, seq_len=2048, lora_rank=16, adapter_dtype="bfloat16", optimizer="paged_adamw_8bit")
-prediction = predict(shape, run, "h200")
+settings = replace(GPU_RUN, batch_size=4, max_length=2048, rank=16, adapter_dtype="bfloat16", optimizer="paged_adamw_8bit")
+prediction = predict(shape, settings, "h200")
 for part, size in prediction.parts.items():
     print(f"{part:26}{size / GB:6.2f} GB")
 print(f"peak at: {prediction.peak_phase}; {prediction.peak_allocated_bytes / GB:.2f} GB, measured {peak / GB:.2f} GB")
@@ -260,9 +262,9 @@ H200 = find_gpu("h200")
 
 def predicted(measurement: dict):
     """The prediction for a measured run; some ran with the attention kernels of a T4."""
-    settings = {field.name: measurement[field.name] for field in fields(FineTuning) if field.name in measurement}
+    settings = {field.name: measurement[field.name] for field in fields(Settings) if field.name in measurement}
     card = replace(H200, compute_capability=(7, 5)) if measurement.get("t4_kernels") else H200
-    return predict(find_shape(measurement["config"]), FineTuning(**settings), card)
+    return predict(find_shape(measurement["config"]), Settings(**settings), card)
 
 
 afterwards = json.loads(data_path("measured", "memory_fresh.json").read_text())["rows"]
@@ -323,22 +325,22 @@ for name, group in pairs.items():
 
 # %%
 knobs = {
-    "rank 64": {"lora_rank": 64},
+    "rank 64": {"rank": 64},
     "float32 adapters": {"adapter_dtype": "float32"},
     "states not paged": {"optimizer": "adamw_8bit"},
     "states in 32 bits": {"optimizer": "paged_adamw_32bit"},
     "no double quantisation": {"double_quant": False},
     "float32 copies": {"upcast_fp32": True},
     "8 sequences": {"batch_size": 8},
-    "4,096 tokens": {"seq_len": 4096},
+    "4,096 tokens": {"max_length": 4096},
     "math attention": {"attention": "math"},
     "16-bit base (LoRA)": {"method": "lora"},
     "no checkpointing": {"gradient_checkpointing": False},
 }
 
 # %% tags=["nbval-check-output"]
-base = predict(shape, run, "4090")
-changed = {name: predict(shape, replace(run, **knob), "4090").device_bytes for name, knob in knobs.items()}
+base = predict(shape, settings, "4090")
+changed = {name: predict(shape, replace(settings, **knob), "4090").device_bytes for name, knob in knobs.items()}
 print(f"{'the run as it is':24}{base.device_bytes / GIB:6.2f} GiB")
 for name, size in changed.items():
     print(f"{name:24}{size / GIB:6.2f} GiB {(size - base.device_bytes) / GIB:+6.2f}")
@@ -385,8 +387,8 @@ fig, ax = plots.figure()
 grid = range(256, 4097, 128)
 for kernel, attention, colour, name in (("", "sdpa", plots.BLUE, "fused"), (" math", "math", plots.RED, "math")):
     peaks = [rows[label.format(length, kernel)]["peak_allocated_bytes"] / GB for length in lengths]
-    settings = FineTuning(optimizer="adamw_torch_fused", attention=attention)
-    line = [predict(one_billion, replace(settings, seq_len=n)).peak_allocated_bytes / GB for n in grid]
+    settings = replace(GPU_RUN, optimizer="adamw_torch_fused", attention=attention)
+    line = [predict(one_billion, replace(settings, max_length=n)).peak_allocated_bytes / GB for n in grid]
     ax.plot(grid, line, color=colour, label=f"{name} kernel, predicted")
     ax.plot(lengths, peaks, "o", color=colour, label=f"{name} kernel, measured")
 ax.set_xticks(lengths, labels=[f"{length:,}" for length in lengths])
@@ -430,11 +432,11 @@ print(f"it takes 70B to weigh {70 * 4 / 8 / 1e9} GB")
 
 # %% tags=["nbval-check-output"]
 for gpu, dtype in (("4090", "bfloat16"), ("t4", "float16")):
-    for seq_len in (512, 1024, 2048, 4096, 8192):
-        found = suggest(shape, gpu, FineTuning(seq_len=seq_len, compute_dtype=dtype), effective_batch=16)
+    for max_length in (512, 1024, 2048, 4096, 8192):
+        found = suggest(shape, gpu, replace(GPU_RUN, max_length=max_length, compute_dtype=dtype), effective_batch=16)
         need = found.prediction.device_bytes / GIB
         how = f"batch {found.batch_size:2} x accumulation {found.accumulation:2}"
-        print(f"{gpu:5}{seq_len:6,} tokens: {how}, {need:5.1f} GiB")
+        print(f"{gpu:5}{max_length:6,} tokens: {how}, {need:5.1f} GiB")
 
 # %% [markdown]
 # The product stays 16, so training sees the same batches. The larger batch is faster, up to where the GPU is busy.
@@ -452,7 +454,7 @@ def verdict(p) -> str:
 names = ["Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-7B", "meta-llama/Llama-3.1-8B", "Qwen/Qwen2.5-14B",
          "EleutherAI/gpt-neox-20b", "Qwen/Qwen2.5-32B", "huggyllama/llama-65b", "meta-llama/Llama-3.1-70B"]
 gpus = ["3060", "t4", "4090", "a100-40", "l40s", "a100-80", "h200"]
-least = FineTuning(seq_len=512)
+least = replace(GPU_RUN, max_length=512)
 print(" " * 28 + "GiB" + "".join(f"{gpu:>9}" for gpu in gpus))
 print("usable" + " " * 25 + "".join(f"{find_gpu(gpu).usable_bytes / GIB:9.2f}" for gpu in gpus))
 for model, predictions in what_fits(names, gpus, least):
@@ -467,8 +469,8 @@ for model, predictions in what_fits(names, gpus, least):
 
 # %%
 half = replace(least, compute_dtype="float16")
-as_published = replace(half, batch_size=4, seq_len=2048, upcast_fp32=True, attention="math")
-paper = replace(least, lora_rank=64, optimizer="paged_adamw_32bit", adapter_dtype="bfloat16")
+as_published = replace(half, batch_size=4, max_length=2048, upcast_fp32=True, attention="math")
+paper = replace(least, rank=64, optimizer="paged_adamw_32bit", adapter_dtype="bfloat16")
 claims = [
     ("1st: 8B on a free T4", "meta-llama/Llama-3.1-8B", "t4", half),
     ("     with its own settings", "meta-llama/Llama-3.1-8B", "t4", as_published),
@@ -504,7 +506,7 @@ gear = json.loads(data_path("measured", "t4_gear.json").read_text())
 print(f"Llama-3.1-8B, batch 1, under a cap of {gear['cap_bytes'] / GIB:.1f} GiB")
 wanted = {"what": "training", "model": "Llama-3.1-8B", "who": "ours", "gear": "t4", "batch_size": 1}
 for r in (r for r in gear["rows"] if wanted.items() <= r.items()):
-    p = predict(shape, FineTuning(seq_len=r["tokens"], compute_dtype="float16"), "t4")
+    p = predict(shape, replace(GPU_RUN, max_length=r["tokens"], compute_dtype="float16"), "t4")
     result = "out of memory" if r["outcome"] != "ran" else f"{r['peak_allocated_bytes'] / GIB:.2f} GiB allocated"
     print(f"{r['tokens']:6,} tokens: measured {result}, predicted {p.peak_allocated_bytes / GIB:.2f} GiB: {verdict(p)}")
 
@@ -544,8 +546,8 @@ fit_explorer()
 # %% tags=["nbval-check-output"]
 from qlora_helpers.__main__ import main
 
-# in a terminal: python -m qlora_helpers memory Qwen/Qwen2.5-7B --gpu t4 --seq-len 2048
-code = main("memory Qwen/Qwen2.5-7B --gpu t4 --seq-len 2048".split())
+# in a terminal: python -m qlora_helpers memory Qwen/Qwen2.5-7B --gpu t4 --max-length 2048
+code = main("memory Qwen/Qwen2.5-7B --gpu t4 --max-length 2048".split())
 
 # %% [markdown]
 # ## Measure your own run
@@ -559,10 +561,9 @@ from transformers import PrinterCallback
 
 from qlora_helpers.chats import read_chats
 from qlora_helpers.memory.comparison import compare
-from qlora_helpers.memory.live_run import run_of, shape_of
+from qlora_helpers.memory.live_run import settings_of, shape_of
 from qlora_helpers.memory.measurement import Measurement, MemoryCallback
 from qlora_helpers.models.loading import load_tokenizer
-from qlora_helpers.settings import Settings
 from qlora_helpers.training.run_folder import new_run_folder
 from qlora_helpers.training.trainer import build_trainer
 
@@ -574,7 +575,7 @@ trainer = build_trainer(model, load_tokenizer(), chats, new_run_folder("lesson-0
 trainer.remove_callback(PrinterCallback)
 trainer.add_callback(MemoryCallback(measurement))
 _ = trainer.train()
-print(compare(predict(shape_of(trainer), run_of(trainer), "t4"), measurement))
+print(compare(predict(shape_of(trainer), settings_of(trainer), "t4"), measurement))
 
 # %% [markdown]
 # ## What the predictor does not know
@@ -598,12 +599,12 @@ fits_on_4090 = ...
 
 # %% tags=["solution"]
 fits_on_4090 = [
-    predict(find_shape("Qwen/Qwen2.5-14B"), FineTuning(method=method, seq_len=2048), "4090").fits
+    predict(find_shape("Qwen/Qwen2.5-14B"), replace(GPU_RUN, method=method, max_length=2048), "4090").fits
     for method in ("qlora", "lora")
 ]
 
 # %% tags=["nbval-check-output"]
-exercise("14B on a 4090", fits_on_4090, [True, False], hint='predict(find_shape(...), FineTuning(method=...), "4090").fits')
+exercise("14B on a 4090", fits_on_4090, [True, False], hint='predict(find_shape(...), replace(GPU_RUN, method=...), "4090").fits')
 
 # %% [markdown]
 # ## Exercise 2
@@ -632,7 +633,7 @@ exercise("paged states of 70B", paged_bytes, 1_635_778_560, hint="as for 8B abov
 # %%
 def fits_a_t4(tokens: int) -> bool:
     """Does QLoRA of Llama-3.1-8B at batch 1 fit on a T4?"""
-    return predict(shape, FineTuning(seq_len=tokens, compute_dtype="float16"), "t4").fits
+    return predict(shape, replace(GPU_RUN, max_length=tokens, compute_dtype="float16"), "t4").fits
 
 # %% tags=["exercise"]
 def longest(fits) -> int:
@@ -650,7 +651,7 @@ def longest(fits) -> int:
     return 128 * low
 
 # %% tags=["nbval-check-output"]
-right = longest_sequence(shape, FineTuning(compute_dtype="float16"), "t4")
+right = longest_sequence(shape, replace(GPU_RUN, compute_dtype="float16"), "t4")
 exercise("longest sequence on a T4", longest(fits_a_t4), right, hint="keep one number that fits and one that does not; halve what lies between.")
 
 # %% [markdown]

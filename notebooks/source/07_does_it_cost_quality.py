@@ -14,15 +14,16 @@
 # %%
 import json
 from collections import defaultdict
+from dataclasses import replace
 
 from qlora_helpers import evaluation
 from qlora_helpers.chats import read_chats
 from qlora_helpers.course import plots
 from qlora_helpers.course.checks import check, exercise
-from qlora_helpers.memory import FineTuning, find_shape, predict
+from qlora_helpers.memory import find_shape, predict
 from qlora_helpers.models.loading import load_model, load_tokenizer
 from qlora_helpers.paths import data_path
-from qlora_helpers.settings import Settings
+from qlora_helpers.settings import GPU_RUN, Settings
 from qlora_helpers.statistics import difference, interval
 from qlora_helpers.training.run import train
 from qlora_helpers.training.run_folder import new_run_folder
@@ -92,7 +93,7 @@ plots.show(fig, "Exact match of seven methods with five seeds each: " + ", ".joi
 tokenizer = load_tokenizer()
 train_chats, test_chats = (read_chats(data_path("chats", f"{part}.jsonl")) for part in ("train", "test"))
 half = {"steps": 100, "learning_rate": 2e-3, "warmup_steps": 5}
-settings = Settings(**measured["budget"] | half, seed=0)
+settings = Settings(**measured["budget"] | half, method="lora", seed=0)
 again = train(load_model(quantization=None), tokenizer, train_chats, new_run_folder("lesson-07"), settings)
 match_again, loss_again = (score(again.model, tokenizer, test_chats) for score in (evaluation.exact_match, evaluation.loss))
 print(f"{match_again:.1%} and loss {loss_again:.3f} in {again.seconds:.0f} s")
@@ -253,7 +254,7 @@ for label in ("full, learning rate 0.0001", "full, learning rate 0.0008", "lora,
 # %% tags=["nbval-check-output"]
 shape = find_shape("meta-llama/Llama-3.1-8B")
 for label, method in (("full fine-tuning", "full"), ("LoRA 16 bit", "lora"), ("QLoRA NF4 + double quant", "qlora")):
-    size = predict(shape, FineTuning(method=method), "h200").peak_allocated_bytes / GIB
+    size = predict(shape, replace(GPU_RUN, method=method), "h200").peak_allocated_bytes / GIB
     print(f"{label:26}{runs[label][0]['base_bytes']:12,} bytes here,{size:7.1f} GiB for 8B")
 
 # %% tags=["nbval-check-output"]

@@ -20,12 +20,13 @@ from qlora_helpers.chats import read_chats
 from qlora_helpers.course import plots
 from qlora_helpers.course.checks import check, exercise
 from qlora_helpers.hardware import detect
-from qlora_helpers.memory import FineTuning, cures, find_gpu, find_shape, predict, predict_merge
+from qlora_helpers.memory import cures, find_gpu, find_shape, predict, predict_merge
 from qlora_helpers.memory.out_of_memory import place_of, read_message
-from qlora_helpers.memory.timeline import PHASES, Timeline, record_step
+from qlora_helpers.memory.phases import IN_A_STEP
+from qlora_helpers.memory.timeline import Timeline, record_step
 from qlora_helpers.models.loading import load_model, load_tokenizer
 from qlora_helpers.paths import data_path
-from qlora_helpers.settings import Settings
+from qlora_helpers.settings import GPU_RUN, Settings
 from qlora_helpers.training.run_folder import new_run_folder
 from qlora_helpers.training.trainer import build_trainer
 
@@ -70,13 +71,13 @@ plots.show(fig, "Memory of one training step of the shipped model against time, 
 # that one tile is larger than all the rest.
 
 # %% tags=["nbval-check-output"]
-most = {name: {phase: line.most_in(phase) for phase in PHASES} for name, line in live.items()}
+most = {name: {phase: line.most_in(phase) for phase in IN_A_STEP} for name, line in live.items()}
 saved = most["with checkpointing"]["forward"] / most["without"]["forward"]
 if hardware.gear == "cpu":
     check("forward pass with checkpointing, as a share of without", saved, at_most=0.6)
 else:  # the libraries' own workspace is in both
     print(f"forward pass with checkpointing, as a share of without: {saved:.0%}")
-check("phases in order", [name for name, _ in live["without"].marks][-4:], list(PHASES), exact=True)
+check("phases in order", [name for name, _ in live["without"].marks][-4:], list(IN_A_STEP), exact=True)
 
 # %% [markdown]
 # ## One step of 8B
@@ -90,9 +91,9 @@ rows = {row["label"]: row for row in recorded["rows"]}
 shape = find_shape("meta-llama/Llama-3.1-8B")
 
 
-def run_of(row: dict) -> FineTuning:
+def settings_of(row: dict) -> Settings:
     """The settings of a recorded run."""
-    return FineTuning(**{field.name: row[field.name] for field in fields(FineTuning)})
+    return Settings(**{field.name: row[field.name] for field in fields(Settings) if field.name in row})
 
 # %%
 steps = {name: rows[f"timeline: {name}"] for name in ("checkpointing", "no checkpointing", "rank 256, adamw_torch")}
@@ -100,7 +101,7 @@ fig, axes = plots.figure(3, 1, figsize=(7.2, 6.6))
 for ax, (name, row) in zip(axes, steps.items()):
     plots.memory_timeline(ax, Timeline.from_json(row["timeline"]), GIB)
     ax.axhline(row["loaded_bytes"] / GIB, color="black", linewidth=0.8, linestyle=":")
-    ax.set_title(f"{row['batch_size']} x {row['seq_len']:,} tokens, {name}", fontsize=10, fontweight="normal")
+    ax.set_title(f"{row['batch_size']} x {row['max_length']:,} tokens, {name}", fontsize=10, fontweight="normal")
     ax.set_ylabel("GiB")
 axes[1].legend(fontsize=9)
 axes[2].set_xlabel("seconds within the step")
@@ -114,7 +115,7 @@ plots.show(fig, "Memory of one step of Llama-3.1-8B against time for three runs,
 # %% tags=["nbval-check-output"]
 print(f"{'GiB, predicted / measured':26}{'to the loss':>16}{'backward':>16}{'optimizer step':>16}")
 for name, row in steps.items():
-    phases, line = predict(shape, run_of(row)).phases, Timeline.from_json(row["timeline"])
+    phases, line = predict(shape, settings_of(row)).phases, Timeline.from_json(row["timeline"])
     said = [phases["loss"], max(size for phase, size in phases.items() if "backward" in phase), phases["optimizer step"]]
     seen = [max(line.most_in("forward"), line.most_in("loss")), line.most_in("backward"), line.most_in("optimizer step")]
     print(f"{name:26}" + "".join(f"{p / GIB:9.2f} /{m / GIB:5.2f}" for p, m in zip(said, seen)))
@@ -177,7 +178,7 @@ check("holes, as a share of what torch holds", message.unallocated_bytes / messa
 # the same run without a cap can tell:
 
 # %% tags=["nbval-check-output"]
-needs = predict(shape, run_of(death)).peak_reserved_bytes
+needs = predict(shape, settings_of(death)).peak_reserved_bytes
 without_cap = rows["forward: price"]["peak_reserved_bytes"]
 print(f"cap {death['cap_bytes'] / GIB:.0f} GiB; needed: predicted {needs / GIB:.1f} GiB, measured {without_cap / GIB:.1f} GiB")
 check("predicted, in GiB", needs / GIB, without_cap / GIB, rel=0.03)
@@ -233,7 +234,7 @@ check("places that the traceback tells right", same, len(deaths), exact=True)
 print("first request of the load:", f"{read_message(rows['load: death']['message']).asked_bytes / GIB:.2f} GiB")
 copies = read_message(rows["float32 copies: death"]["message"])
 print(f"float32 copies: {copies.allocated_bytes / GIB:.2f} GiB in tensors, {copies.unallocated_bytes / GIB:.2f} GiB in holes")
-said = predict(shape, run_of(rows["float32 copies: death"])).phases
+said = predict(shape, settings_of(rows["float32 copies: death"])).phases
 check("GiB predicted until the loss, in tensors", said["loss"] / GIB, at_most=rows["float32 copies: death"]["cap_bytes"] / GIB)
 
 # %% [markdown]
@@ -263,10 +264,10 @@ groups = ["load", "forward", "eager attention", "float32 copies", "backward, bat
 chosen = {}
 for group in groups:
     death = rows[f"{group}: death"]
-    cheapest = cures(shape, run_of(death), card_of(death))[0]
+    cheapest = cures(shape, settings_of(death), card_of(death))[0]
     chosen[group] = next(row for row in rows.values() if row.get("group") == group and row["role"] == "cure")
     print(f"{group:26}{cheapest.what}\n{'':26}price: {cheapest.price}")
-    check("the cure that was tried on the GPU is this one", run_of(chosen[group]) == cheapest.run, True, exact=True)
+    check("the cure that was tried on the GPU is this one", settings_of(chosen[group]) == cheapest.settings, True, exact=True)
 
 # %% [markdown]
 # Each cure was tried under the cap under which the run before had died. What it saves is the difference to the same run
@@ -281,7 +282,7 @@ def price_of(group: str) -> dict:
 prices = {}
 print(f"{'GiB':18}{'cap':>5}{'needed':>9}{'cured':>8}{'predicted':>11}{'saved':>8}   tokens/s before and after")
 for group, cure in chosen.items():
-    before, after = price_of(group), predict(shape, run_of(cure)).peak_allocated_bytes
+    before, after = price_of(group), predict(shape, settings_of(cure)).peak_allocated_bytes
     sizes = [cure["cap_bytes"], before["peak_allocated_bytes"], cure["peak_allocated_bytes"], after]
     sizes.append(sizes[1] - sizes[2])
     speeds = before["tokens_per_second"], cure["tokens_per_second"]
@@ -298,7 +299,7 @@ for group in ("forward", "load"):
     print(f"{group}: {1 / prices[group][2]:.2f} times as long for each token")
 for group, cure in chosen.items():
     assert cure["outcome"] == "ran", f"{group} died all the same"
-    said, saved = (predict(shape, run_of(row)).peak_allocated_bytes for row in (price_of(group), cure))
+    said, saved = (predict(shape, settings_of(row)).peak_allocated_bytes for row in (price_of(group), cure))
     measured = price_of(group)["peak_allocated_bytes"] - cure["peak_allocated_bytes"]
     check(f"GiB saved by the cure of: {group}", (said - saved) / GIB, measured / GIB, rel=0.03)
 
@@ -337,8 +338,8 @@ for group in ("backward, batch", "optimizer"):
     for label, row in rows.items():
         if row.get("group") == group and row["role"] == "cure":
             print(f"    {label.partition('cure, ')[2]:22}{row['peak_allocated_bytes'] / GIB:7.2f} GiB")
-usual = FineTuning(batch_size=4, adapter_dtype="bfloat16")
-ranks = {rank: predict(shape, replace(usual, lora_rank=rank)).peak_allocated_bytes / GIB for rank in (8, 16, 64, 256)}
+usual = replace(GPU_RUN, batch_size=4, adapter_dtype="bfloat16")
+ranks = {rank: predict(shape, replace(usual, rank=rank)).peak_allocated_bytes / GIB for rank in (8, 16, 64, 256)}
 print("4 x 2,048 tokens, by rank:", ", ".join(f"r={rank} {size:.2f} GiB" for rank, size in ranks.items()))
 check("GiB that rank 8 saves where it was 64", ranks[64] - ranks[8], at_most=0.5)
 
@@ -369,7 +370,7 @@ for name in names:
 
 # %% tags=["nbval-check-output"]
 for name, rank, optimizer in (("70B", 64, "paged_adamw_32bit"), ("8B", 64, "paged_adamw_32bit"), ("8B", 16, "paged_adamw_8bit")):
-    settings = FineTuning(lora_rank=rank, optimizer=optimizer, seq_len=512, adapter_dtype="bfloat16")
+    settings = replace(GPU_RUN, rank=rank, optimizer=optimizer, max_length=512, adapter_dtype="bfloat16")
     p = predict(find_shape(f"meta-llama/Llama-3.1-{name}"), settings)
     paged = p.parts["optimizer (paged)"]
     print(f"{name}, rank {rank}, {optimizer:18}{paged / GIB:6.2f} GiB can be paged, {paged / p.device_bytes:6.1%} of what the card holds")
@@ -384,7 +385,7 @@ for rank in (16, 64):
     plain = rows[f"paging: rank {rank}, adamw_8bit"]["outside"]["after step 4"]
     for optimizer in ("paged_adamw_8bit", "paged_adamw_32bit"):
         row = rows[f"paging: rank {rank}, {optimizer}"]
-        exact = predict(shape, run_of(row)).parts["optimizer (paged)"]
+        exact = predict(shape, settings_of(row)).parts["optimizer (paged)"]
         pieces = -(-exact // (128 * MIB))
         print(f"rank {rank}, {optimizer:18}{exact / MIB:7.1f} MiB of states, {pieces} pieces")
         check("bytes in managed memory, predicted and counted", exact, row["paged_bytes"], exact=True)
@@ -415,7 +416,7 @@ def bandwidth(transfers_per_second: float, lanes: int = 16) -> float:
 for name, speed in (("PCIe 3.0 x16", bandwidth(8e9)), ("PCIe 4.0 x16", bandwidth(16e9))):
     print(f"{name}: {speed / 1e9:.2f} GB/s")
     for model, rank, optimizer in (("8B", 16, "paged_adamw_8bit"), ("70B", 64, "paged_adamw_32bit")):
-        settings = FineTuning(lora_rank=rank, optimizer=optimizer, adapter_dtype="bfloat16")
+        settings = replace(GPU_RUN, rank=rank, optimizer=optimizer, adapter_dtype="bfloat16")
         states = predict(find_shape(f"meta-llama/Llama-3.1-{model}"), settings).parts["optimizer (paged)"]
         print(f"    {model} r={rank} {optimizer}: {2 * states / speed * 1000:7.1f} ms per step, there and back")
 
@@ -487,16 +488,16 @@ print(f"decoded in {decoded['work_seconds']:.1f} s, merged into 4 bits in {merge
 
 # %%
 lengths = range(1024, 8193, 1024)
-one = FineTuning(adapter_dtype="bfloat16")
+one = replace(GPU_RUN, adapter_dtype="bfloat16")
 curves = {
-    kernel: [predict(shape, replace(one, seq_len=n, attention=kernel)).peak_allocated_bytes / GIB for n in lengths]
+    kernel: [predict(shape, replace(one, max_length=n, attention=kernel)).peak_allocated_bytes / GIB for n in lengths]
     for kernel in ("eager", "math", "sdpa")
 }
 fig, ax = plots.figure()
 for (kernel, sizes), style in zip(curves.items(), ({"color": plots.RED}, {"color": plots.YELLOW, "linestyle": "--"}, {"color": plots.BLUE})):
     ax.plot(lengths, sizes, label=f"{kernel}, predicted", **style)
 for label, colour in (("eager attention: price", plots.RED), ("eager attention: cure, sdpa", plots.BLUE)):
-    ax.plot(rows[label]["seq_len"], rows[label]["peak_allocated_bytes"] / GIB, "o", color=colour)
+    ax.plot(rows[label]["max_length"], rows[label]["peak_allocated_bytes"] / GIB, "o", color=colour)
 ax.set_xticks(lengths, labels=[f"{n:,}" for n in lengths])
 ax.set(xlabel="tokens in the sequence", ylabel="peak (GiB)", ylim=(0, None))
 ax.set_title("Quadratic only where the scores are stored (8B, points measured)")
@@ -582,17 +583,17 @@ exercise("the first paged rank", first_rank, 13, hint="the widest side of a laye
 # ## Exercise 3
 #
 # A run dies on a T4: Qwen2.5-7B, four sequences of 2,048 tokens, float16, `upcast_fp32=True` and rank 64. Which is
-# the cheapest cure? Answer with the changed `FineTuning`.
+# the cheapest cure? Answer with the changed `Settings`.
 
 # %%
-on_t4 = FineTuning(compute_dtype="float16", batch_size=4, upcast_fp32=True, lora_rank=64)
+on_t4 = replace(GPU_RUN, compute_dtype="float16", batch_size=4, upcast_fp32=True, rank=64)
 print("fits as it is:", predict(find_shape("Qwen/Qwen2.5-7B"), on_t4, "t4").fits)
 
 # %% tags=["exercise"]
 cured = ...
 
 # %% tags=["solution"]
-cured = cures(find_shape("Qwen/Qwen2.5-7B"), on_t4, "t4")[0].run
+cured = cures(find_shape("Qwen/Qwen2.5-7B"), on_t4, "t4")[0].settings
 
 # %% tags=["nbval-check-output"]
 exercise("the cheapest cure", cured, replace(on_t4, upcast_fp32=False), hint="cures(shape, run, gpu) lists them, the cheapest first; each has a run.")

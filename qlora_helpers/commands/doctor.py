@@ -24,8 +24,8 @@ from qlora_helpers.course import troubleshooting
 from qlora_helpers.paths import COURSE, data_path
 from qlora_helpers.safe_folders import probe_writing
 from qlora_helpers.training.run_folder import runs_folder
+from qlora_helpers.units import GB, GIB
 
-GB, GIB = 10**9, 2**30
 RUNS_BYTES = 10**9  # lesson 4 writes 17 MB with the shipped model, and 0.3 GB with one of 1.5B on a GPU
 HUB_MODEL = "Qwen/Qwen2.5-1.5B-Instruct"  # what lesson 4 fetches on a GPU
 TOOLS = {  # needed by some commands alone, and not by the package

@@ -3,47 +3,26 @@
 import argparse
 import json
 import textwrap
-from dataclasses import asdict
+from dataclasses import replace
 
+from qlora_helpers.commands.settings_options import add_settings, given
 from qlora_helpers.memory.catalogue import find_shape, known_models
 from qlora_helpers.memory.gpus import GPU, find_gpu, known_gpus
 from qlora_helpers.memory.ladder import cures
-from qlora_helpers.memory.prediction import EAGER_ONLY, GIB, MIB, FineTuning, Prediction, predict
+from qlora_helpers.memory.layers import EAGER_ONLY
+from qlora_helpers.memory.prediction import Prediction, predict
 from qlora_helpers.memory.search import largest_batch, longest_sequence
 from qlora_helpers.memory.shape import ModelShape
+from qlora_helpers.settings import GPU_RUN, MEMORY_SETTINGS, Settings
+from qlora_helpers.units import GIB, MIB
 
 WIDTH, BAR = 100, 60  # characters
-SEQ_LEN = 2_048
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options. What they may be is checked by `FineTuning`, whose errors name what is allowed."""
-    usual = FineTuning()
     parser.add_argument("model", nargs="?", help="a Hub name, a model's folder or its config.json")
     parser.add_argument("--gpu", default="t4", help="such as t4, l4, 4090, a100-80 (default: %(default)s)")
-    parser.add_argument(
-        "--seq-len",
-        type=int,
-        help=f"tokens per sequence (default: {SEQ_LEN:,}, or the model's longest if that is less)",
-    )
-    parser.add_argument("--batch-size", type=int, default=1, help="sequences per forward pass (default: %(default)s)")
-    parser.add_argument("--method", default=usual.method, help="qlora, lora or full (default: %(default)s)")
-    parser.add_argument("--rank", type=int, default=usual.lora_rank, help="of the adapters (default: %(default)s)")
-    parser.add_argument(
-        "--dropout", type=float, default=usual.lora_dropout, help="of the adapters (default: %(default)s)"
-    )
-    parser.add_argument("--optimizer", default=usual.optimizer, help="transformers' optim (default: %(default)s)")
-    parser.add_argument(
-        "--compute-dtype", help="default: bfloat16; below compute capability 8.0 float16, float32 for full"
-    )
-    parser.add_argument("--adapter-dtype", default=usual.adapter_dtype, help="default: %(default)s")
-    parser.add_argument(
-        "--targets", default="all-linear", help="adapted layers, such as q_proj,v_proj (default: %(default)s)"
-    )
-    parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
-    parser.add_argument("--no-double-quant", action="store_true", help="scales in float32")
-    parser.add_argument("--upcast", action="store_true", help="prepare_model_for_kbit_training is called")
-    parser.add_argument("--attention", default=usual.attention, help="sdpa, math or eager (default: %(default)s)")
+    add_settings(parser, MEMORY_SETTINGS, GPU_RUN)
     parser.add_argument("--json", action="store_true", help="print one JSON object; sizes in bytes")
     parser.add_argument("--list", action="store_true", help="print the known models and GPUs")
 
@@ -52,52 +31,34 @@ def command(args: argparse.Namespace) -> int:
     """Print the report: 0 if the run fits, 1 if it does not.
 
     Raises:
-        ValueError: names the option's field, its value, and what is allowed.
+        ValueError: names the field of `Settings`, its value, and what is allowed.
         FileNotFoundError: there is no such config.json.
     """
     if args.list or not args.model:
         _print_known(args.json)
         return 0
     gpu, shape = find_gpu(args.gpu), find_shape(args.model)
-    seq_len = args.seq_len
-    if seq_len is None:
-        seq_len = min(SEQ_LEN, shape.max_position_embeddings or SEQ_LEN)
-    usual = "bfloat16"
-    if gpu.compute_capability < (8, 0):
-        usual = "float32" if args.method == "full" else "float16"  # torch trains no float16 weights with loss scaling
-    run = FineTuning(
-        method=args.method,
-        compute_dtype=args.compute_dtype or usual,
-        adapter_dtype=args.adapter_dtype,
-        double_quant=not args.no_double_quant,
-        lora_rank=args.rank,
-        lora_dropout=args.dropout,
-        target_modules="all-linear"
-        if args.targets == "all-linear"
-        else [name.strip() for name in args.targets.split(",")],
-        batch_size=args.batch_size,
-        seq_len=seq_len,
-        gradient_checkpointing=not args.no_checkpointing,
-        optimizer=args.optimizer,
-        upcast_fp32=args.upcast,
-        attention=args.attention,
-    )
-    prediction = predict(shape, run, gpu)
+    longest = min(GPU_RUN.max_length, shape.max_position_embeddings or GPU_RUN.max_length)
+    prediction = predict(shape, replace(GPU_RUN, **{"max_length": longest} | given(args)), gpu)
     found = as_dict(prediction)
     print(json.dumps(found, indent=1) if args.json else as_text(prediction, found))
     return 0 if prediction.fits else 1
 
 
+def _of_memory(settings: Settings) -> dict:
+    return {name: getattr(settings, name) for name in MEMORY_SETTINGS}
+
+
 def as_dict(prediction: Prediction) -> dict:
     """A prediction with all that follows from it, as JSON can hold it: sizes in bytes, whole numbers."""
-    shape, run, gpu = prediction.shape, prediction.run, prediction.gpu
+    shape, settings, gpu = prediction.shape, prediction.settings, prediction.gpu
     return {
         "model": shape.name,
         "parameters": shape.parameters,
         "trainable_parameters": prediction.trainable_parameters,
         "gpu": gpu.name,
         "compute_capability": list(gpu.compute_capability),
-        "run": asdict(run),
+        "settings": _of_memory(settings),
         "parts": prediction.parts,
         "peak_phase": prediction.peak_phase,
         "loaded_bytes": prediction.loaded_bytes,
@@ -107,8 +68,8 @@ def as_dict(prediction: Prediction) -> dict:
         "usable_bytes": gpu.usable_bytes,
         "spare_bytes": prediction.spare_bytes,
         "fits": prediction.fits,
-        "largest_batch": largest_batch(shape, run, gpu),
-        "longest_sequence": longest_sequence(shape, run, gpu),
+        "largest_batch": largest_batch(shape, settings, gpu),
+        "longest_sequence": longest_sequence(shape, settings, gpu),
         "max_position_embeddings": shape.max_position_embeddings,
         "host_bytes_to_load": prediction.host_bytes_to_load,
         "disk_bytes": prediction.disk_bytes,
@@ -117,11 +78,11 @@ def as_dict(prediction: Prediction) -> dict:
                 "what": change.what,
                 "price": change.price,
                 "steps": change.steps,
-                "run": change.run and asdict(change.run),
+                "settings": change.settings and _of_memory(change.settings),
                 "device_bytes": change.prediction.device_bytes,
                 "spare_bytes": change.prediction.spare_bytes,
             }
-            for change in cures(shape, run, gpu)
+            for change in cures(shape, settings, gpu)
         ],
     }
 
@@ -135,40 +96,42 @@ def _gib(size: int) -> str:
     return f"{size / GIB:6.2f} GiB"
 
 
-def _described(run: FineTuning) -> str:
-    words = [f"batch {run.batch_size:,} x {run.seq_len:,} tokens", run.compute_dtype]
-    if run.method != "full":
-        targets = run.target_modules if isinstance(run.target_modules, str) else "+".join(run.target_modules)
-        words.append(f"rank {run.lora_rank} on {targets}")
-        if run.adapter_dtype != "float32":
-            words.append(f"adapters in {run.adapter_dtype}")
-        if not run.lora_dropout:
+def _described(settings: Settings) -> str:
+    words = [f"batch {settings.batch_size:,} x {settings.max_length:,} tokens", settings.compute_dtype]
+    if settings.method != "full":
+        targets = (
+            settings.target_modules if isinstance(settings.target_modules, str) else "+".join(settings.target_modules)
+        )
+        words.append(f"rank {settings.rank} on {targets}")
+        if settings.adapter_dtype != "float32":
+            words.append(f"adapters in {settings.adapter_dtype}")
+        if not settings.dropout:
             words.append("no dropout")
-        if run.upcast_fp32:
+        if settings.upcast_fp32:
             words.append("upcast to float32")
-    words.append(run.optimizer)
-    if not run.gradient_checkpointing:
+    words.append(settings.optimizer)
+    if not settings.gradient_checkpointing:
         words.append("no checkpointing")
-    if run.method == "qlora" and not run.double_quant:
+    if settings.method == "qlora" and not settings.double_quant:
         words.append("no double quantisation")
-    if run.accumulation > 1:
-        words.append(f"{run.accumulation:,} steps of accumulation")
-    if run.attention != "sdpa":
-        words.append(f"{run.attention} attention")
-    return f"{run.method}: {', '.join(words)}"
+    if settings.accumulation > 1:
+        words.append(f"{settings.accumulation:,} steps of accumulation")
+    if settings.attention != "sdpa":
+        words.append(f"{settings.attention} attention")
+    return f"{settings.method}: {', '.join(words)}"
 
 
-def _notes(shape: ModelShape, run: FineTuning, gpu: GPU) -> list[str]:
+def _notes(shape: ModelShape, settings: Settings, gpu: GPU) -> list[str]:
     """What a reader should know before trusting the figures."""
     notes = []
     shared = shape.num_key_value_heads != shape.num_attention_heads and shape.model_type not in EAGER_ONLY
-    if run.attention == "sdpa" and shared and gpu.compute_capability < (8, 0):
+    if settings.attention == "sdpa" and shared and gpu.compute_capability < (8, 0):
         notes.append(
             "this is with the course's attention (qlora_helpers.models.attention). transformers' own sdpa falls back to the math "
             "kernel on this card: --attention math"
         )
-    trained = run.compute_dtype if run.method == "full" else run.adapter_dtype
-    if run.compute_dtype == "float16" and trained != "float32":
+    trained = settings.compute_dtype if settings.method == "full" else settings.adapter_dtype
+    if settings.compute_dtype == "float16" and trained != "float32":
         notes.append(f"torch's loss scaling refuses to train weights in {trained}: such a run stops at its first step")
     return notes
 
@@ -186,10 +149,10 @@ def as_text(prediction: Prediction, found: dict) -> str:
         prediction: of the run.
         found: what `as_dict` gives for it.
     """
-    shape, run, gpu = prediction.shape, prediction.run, prediction.gpu
+    shape, settings, gpu = prediction.shape, prediction.settings, prediction.gpu
     of = f"{prediction.trainable_parameters:,} of {shape.parameters:,} parameters trained"
-    lines = [_wrapped(f"{shape.name}: {of}"), _wrapped(_described(run), rest="  ")]
-    lines += [_wrapped(note, "note: ", "  ") for note in _notes(shape, run, gpu)] + [""]
+    lines = [_wrapped(f"{shape.name}: {of}"), _wrapped(_described(settings), rest="  ")]
+    lines += [_wrapped(note, "note: ", "  ") for note in _notes(shape, settings, gpu)] + [""]
 
     parts = {name: size for name, size in prediction.parts.items() if size}
     largest = max(parts.values())
@@ -211,15 +174,15 @@ def as_text(prediction: Prediction, found: dict) -> str:
         else f"does not fit: {_amount(-prediction.spare_bytes)} too much",
         *(["too close to promise: the real run may take a few per cent more or less"] if _close(prediction) else []),
         "",
-        f"{'largest batch':26}{found['largest_batch']:6,}      of {run.seq_len:,} tokens each",
-        f"{'longest sequence':26}{found['longest_sequence']:6,}      at batch {run.batch_size:,}{_limit(found)}",
+        f"{'largest batch':26}{found['largest_batch']:6,}      of {settings.max_length:,} tokens each",
+        f"{'longest sequence':26}{found['longest_sequence']:6,}      at batch {settings.batch_size:,}{_limit(found)}",
         f"{'host memory to load':26}{_gib(host)}",
         f"{'disk':26}{_gib(disk)}",
     ]
     if found["cures"]:
         lines += ["", "What helps, the cheapest first:"]
         for number, change in enumerate(found["cures"], 1):
-            together = change["run"] and len(change["steps"]) > 1
+            together = change["settings"] and len(change["steps"]) > 1
             what = change["what"]
             if together:
                 what = "all of this together:"
@@ -227,10 +190,10 @@ def as_text(prediction: Prediction, found: dict) -> str:
                 what = f"or {what}"
             lines.append(_wrapped(what, f"{number:2}. ", "    "))
             if not together:
-                lines.append(_wrapped(change["price"], "    costs: " if change["run"] else "    ", "    "))
-            if together or not change["run"]:
+                lines.append(_wrapped(change["price"], "    costs: " if change["settings"] else "    ", "    "))
+            if together or not change["settings"]:
                 lines += [_wrapped(f"{what} (costs: {price})", "    - ", "      ") for what, price in change["steps"]]
-            if change["run"]:
+            if change["settings"]:
                 lines.append(f"    then {_gib(change['device_bytes']).strip()} on the card")
     return "\n".join(lines)
 

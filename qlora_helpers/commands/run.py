@@ -9,19 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from qlora_helpers.commands.settings_options import add_settings, as_words, given, option_of
+from qlora_helpers.settings import Settings
 from qlora_helpers.training.run_folder import check_output, is_finished, move_aside, steps_saved  # none needs torch
+from qlora_helpers.units import GIB
 
-GIB = 1024**3
-STEPS = 300  # of `run`
-
-
-def _steps(text: str) -> int:
-    """The value of --steps."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of steps: name a whole number, 1 or more")
-    return int(text)
+SAVE_STEPS = 100
+# what a run of the shipped model can vary; how often it saves changes nothing of what it learns
+VARIED = (
+    "method", "steps", "batch_size", "accumulation", "max_length", "learning_rate", "warmup_steps", "schedule",
+    "max_grad_norm", "rank", "alpha", "dropout", "target_modules", "gradient_checkpointing", "optimizer", "seed",
+)  # fmt: skip
 
 
 def _how_to_resume(args: argparse.Namespace) -> str:
@@ -30,52 +31,56 @@ def _how_to_resume(args: argparse.Namespace) -> str:
     if python.is_relative_to(Path.cwd()):
         python = python.relative_to(Path.cwd())
     words = [str(python), "-m", "qlora_helpers", "run", "--resume", "--output", str(args.output)]
-    words += ["--steps", str(args.steps)] if args.steps else []
+    words += as_words(given(args))
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
-def _where_to_begin(args: argparse.Namespace) -> int:
-    """Look at the output folder, say what will happen there, and give the steps of the run. Needs no library.
+def _where_to_begin(args: argparse.Namespace) -> Settings:
+    """Look at the output folder, say what will happen there, and give the settings of the run. Needs no library.
 
     Raises:
         ValueError, OSError: the run cannot be there; the message names the argument.
     """
-    folder = args.output
+    folder, changed = args.output, given(args)
+    new = Settings(save_steps=SAVE_STEPS, **changed)
     record = check_output(folder)
     if record is None:
         if args.resume:  # no error: a script may repeat `run --resume` until it is done
             print(f"There is nothing to resume in {folder}: this is a new run.")
-        return args.steps or STEPS
+        return new
     if not args.resume:
         kept = move_aside(folder)
         check_output(folder)
         print(f"The run that was in {folder} is now in {kept}.")
-        return args.steps or STEPS
+        return new
     if is_finished(folder):
         raise ValueError(
             f"--resume: the run in --output={str(folder)!r} is finished. Leave out --resume to begin another; the finished one "
             "is moved aside"
         )
-    if args.steps not in (None, record["steps"]):
-        raise ValueError(
-            f"--steps={args.steps}: the run in --output={str(folder)!r} was begun with {record['steps']}. Leave out --steps to go "
-            "on with it, or leave out --resume to begin another"
-        )
+    begun = {name: record[name] for name in VARIED if name in record}
+    for name, value in changed.items():
+        if name in begun and begun[name] != value:
+            option = option_of(name)
+            raise ValueError(
+                f"{option}={value}: the run in --output={str(folder)!r} was begun with {begun[name]}. Leave out {option} to go "
+                "on with it, or leave out --resume to begin another"
+            )
     if saved := steps_saved(folder):
         print(f"Going on with the run in {folder} after step {saved} of {record['steps']}.")
     else:
         print(f"The run in {folder} was stopped before its first checkpoint: it begins again at step 1.")
-    return record["steps"]
+    return replace(new, **begun)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("runs/latest"), help="folder for the adapter and report.json"
     )
-    parser.add_argument("--steps", type=_steps, help=f"optimizer steps: {STEPS}, or those of the run that is resumed")
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last whole checkpoint in the output folder"
     )
+    add_settings(parser, VARIED, Settings())
 
 
 def command(args: argparse.Namespace) -> int:
@@ -84,9 +89,9 @@ def command(args: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: the run cannot be in the output folder; the message names the argument.
     """
-    steps = _where_to_begin(args)
+    settings = _where_to_begin(args)
     try:
-        return _load_and_run(args, steps)
+        return _load_and_run(args, settings)
     except KeyboardInterrupt as stop:  # while it trains an Interrupted, which says where
         trained = is_finished(args.output)
         where = (
@@ -99,82 +104,117 @@ def command(args: argparse.Namespace) -> int:
         return 128 + getattr(stop, "signal", signal.SIGINT)
 
 
-def _load_and_run(args: argparse.Namespace, steps: int) -> int:
+def _load_and_run(args: argparse.Namespace, settings: Settings) -> int:
     started = time.perf_counter()
     print("Loading the libraries …", flush=True)
     from qlora_helpers import evaluation
-    from qlora_helpers.chats import read_chats, split_question
-    from qlora_helpers.hardware import detect, peak_memory_bytes
-    from qlora_helpers.models.loading import SHIPPED_MODEL, load_model, load_tokenizer
-    from qlora_helpers.models.weights import bytes_by_part
+    from qlora_helpers.chats import read_chats
+    from qlora_helpers.hardware import detect
+    from qlora_helpers.models.loading import load_model, load_tokenizer
     from qlora_helpers.paths import data_path
-    from qlora_helpers.settings import Settings
-    from qlora_helpers.training.checkpoints import record_of, where_to_start
     from qlora_helpers.training.run import train
 
-    hardware = detect()
-    settings = Settings(steps=steps, save_steps=100)
-    folder = args.output
+    hardware, tokenizer = detect(), load_tokenizer()
+    model = load_model(quantization="nf4" if settings.method == "qlora" else None, hardware=hardware)
+    training_chats, test_chats = (read_chats(data_path("chats", f"{part}.jsonl")) for part in ("train", "test"))
+    _refuse_before_anything_is_asked(args, model, training_chats, settings, hardware)
+    parts = _print_bytes(model, hardware)
 
-    tokenizer = load_tokenizer()
-    model = load_model(quantization="nf4", hardware=hardware)
-    training_chats = read_chats(data_path("chats", "train.jsonl"), tokenizer, settings.max_length)
-    test_chats = read_chats(data_path("chats", "test.jsonl"), tokenizer, settings.max_length)
-    record = record_of(model, training_chats, settings, hardware.compute_dtype)
-    where_to_start(folder, record, args.resume, float16=hardware.gear == "t4")  # refuses before anything is asked
+    print(f"\nAsking {len(test_chats)} questions about people that no training chat mentions …", flush=True)
+    before = _scores(model, tokenizer, test_chats)
+    print(f"Training for {settings.steps} steps …", flush=True)
+    run = train(
+        model,
+        tokenizer,
+        training_chats,
+        args.output,
+        settings,
+        hardware=hardware,
+        resume=args.resume,
+        progress_bar=True,
+    )
+    print("Asking the same questions again …", flush=True)
+    after = _scores(run.model, tokenizer, test_chats)
+
+    report = {
+        "gear": hardware.gear,
+        "settings": asdict(settings),
+        "bytes_by_part": parts,
+        "test_chats": len(test_chats),
+        "commonest_answer_rate": evaluation.commonest_answer_rate(training_chats, test_chats),
+        **_before_and_after(before, after, test_chats),
+        **_of_the_run(run, settings),
+        "total_seconds": time.perf_counter() - started,
+    }
+    path = args.output / "report.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    _print_report(report, path)
+    return 0
+
+
+def _refuse_before_anything_is_asked(
+    args: argparse.Namespace, model, chats: list, settings: Settings, hardware
+) -> None:
+    """What `train` would refuse, before minutes are spent on questions."""
+    from qlora_helpers.training.checkpoints import record_of, where_to_start
+    from qlora_helpers.training.trainer import check_settings
+
+    check_settings(model, settings, hardware)
+    record = record_of(model, chats, settings, hardware.compute_dtype)
+    where_to_start(args.output, record, args.resume, float16=hardware.gear == "t4")
+
+
+def _print_bytes(model, hardware) -> dict[str, int]:
+    from qlora_helpers.models.loading import SHIPPED_MODEL
+    from qlora_helpers.models.weights import bytes_by_part
+
     parts = bytes_by_part(model)
     print(f"\nLoaded {SHIPPED_MODEL} in the {hardware.gear} gear: {sum(parts.values()):,} bytes")
     for part, count in parts.items():
         print(f"  {part:24}{count:12,}")
+    return parts
 
-    questions = [split_question(chat)[0] for chat in test_chats[:3]]
 
-    def measure(model):
-        return (
-            evaluation.exact_match(model, tokenizer, test_chats),
-            evaluation.loss(model, tokenizer, test_chats),
-            evaluation.answer(model, tokenizer, questions),
-        )
+def _scores(model, tokenizer, chats: list) -> dict:
+    """How a model does on the test chats, and its answers to the first three."""
+    from qlora_helpers import evaluation
+    from qlora_helpers.chats import split_question
 
-    print(f"\nAsking {len(test_chats)} questions about people that no training chat mentions …", flush=True)
-    match_before, loss_before, answers_before = measure(model)
-    print(f"Training for {settings.steps} steps …", flush=True)
-    run = train(
-        model, tokenizer, training_chats, folder, settings, hardware=hardware, resume=args.resume, progress_bar=True
-    )
-    print("Asking the same questions again …", flush=True)
-    match_after, loss_after, answers_after = measure(run.model)
+    return {
+        "exact_match": evaluation.exact_match(model, tokenizer, chats),
+        "loss": evaluation.loss(model, tokenizer, chats),
+        "answers": evaluation.answer(model, tokenizer, [split_question(chat)[0] for chat in chats[:3]]),
+    }
 
-    report = {
-        "gear": hardware.gear,
+
+def _before_and_after(before: dict, after: dict, chats: list) -> dict:
+    return {
+        **{f"{name}_before": before[name] for name in ("exact_match", "loss")},
+        **{f"{name}_after": after[name] for name in ("exact_match", "loss")},
+        "examples": [
+            {"question": chat[-2]["content"], "before": one, "after": other, "right": chat[-1]["content"]}
+            for chat, one, other in zip(chats, before["answers"], after["answers"], strict=False)
+        ],
+    }
+
+
+def _of_the_run(run, settings: Settings) -> dict:
+    from qlora_helpers.hardware import peak_memory_bytes
+    from qlora_helpers.models.loading import SHIPPED_MODEL
+
+    return {
         "model": SHIPPED_MODEL,
-        "bytes_by_part": parts,
         "trainable_parameters": run.trainable_parameters,
         "all_parameters": run.all_parameters,
-        "test_chats": len(test_chats),
-        "commonest_answer_rate": evaluation.commonest_answer_rate(training_chats, test_chats),
-        "exact_match_before": match_before,
-        "exact_match_after": match_after,
-        "loss_before": loss_before,
-        "loss_after": loss_after,
         "loss_history": run.history,
         "steps": settings.steps,
         "train_seconds": run.seconds,
-        "total_seconds": time.perf_counter() - started,
         "peak_memory_bytes": peak_memory_bytes(),
         "adapter_path": run.saved_path.as_posix(),
-        "examples": [
-            {"question": question[-1]["content"], "before": before, "after": after, "right": split_question(chat)[1]}
-            for question, before, after, chat in zip(questions, answers_before, answers_after, test_chats, strict=False)
-        ],
         "versions": {
             name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "trl", "bitsandbytes")
         },
     }
-    path = folder / "report.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    _print_report(report, path)
-    return 0
 
 
 def _print_report(report: dict, path: Path) -> None:

@@ -6,13 +6,13 @@ import io
 from collections.abc import Mapping, Sequence
 
 import matplotlib
-
-matplotlib.use("agg", force=False)
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from IPython.display import HTML, DisplayHandle, display
 from matplotlib.figure import Figure
+
+from qlora_helpers.memory import phases
+from qlora_helpers.units import GIB
 
 # Okabe and Ito's colours, which people with colour blindness can tell apart (jfly.uni-koeln.de/color).
 BLUE, ORANGE, GREEN, RED, PURPLE, YELLOW, SKY = (
@@ -52,13 +52,21 @@ STYLE = {
     "font.size": 10,
 }
 
-
-plt.rcParams.update(STYLE)
+OF_AXES = ("sharex", "sharey", "squeeze", "width_ratios", "height_ratios", "subplot_kw", "gridspec_kw")
 
 
 def figure(rows: int = 1, columns: int = 1, **options):
-    """A new figure and its axes, as `plt.subplots` gives them."""
-    return plt.subplots(rows, columns, **options)
+    """A new figure in the course's style and its axes, as `pyplot.subplots` gives them; the style stays on.
+
+    The figure does not belong to pyplot: no backend is chosen, no window opens, and nothing need be closed.
+
+    Args:
+        options: of `matplotlib.figure.Figure` and of its `subplots`.
+    """
+    matplotlib.rcParams.update(STYLE)  # not only while it is made: titles and legends look it up when they are added
+    of_axes = {name: options.pop(name) for name in OF_AXES if name in options}
+    fig = Figure(**options)
+    return fig, fig.subplots(rows, columns, **of_axes)
 
 
 def _as_html(fig: Figure, alt: str) -> HTML:
@@ -70,7 +78,7 @@ def _as_html(fig: Figure, alt: str) -> HTML:
 
 
 def show(fig: Figure, alt: str) -> None:
-    """Display a figure with alt text, and close it.
+    """Display a figure with alt text.
 
     Raises:
         ValueError: the alt text is empty.
@@ -78,7 +86,6 @@ def show(fig: Figure, alt: str) -> None:
     if not alt.strip():
         raise ValueError("alt='': say in words what the figure shows, for those who cannot see it")
     display(_as_html(fig, alt))
-    plt.close(fig)
 
 
 def stacked_bars(ax, names: Sequence[str], parts: Mapping[str, Sequence[float]], unit: str) -> None:
@@ -117,16 +124,16 @@ def weights_and_levels(ax, weights: torch.Tensor, levels: torch.Tensor, name: st
 
 
 PHASE_COLOURS = {
-    "load": "#999999",
-    "forward": BLUE,
-    "loss": PURPLE,
-    "backward": ORANGE,
-    "optimizer step": GREEN,
-    "between steps": "#BBBBBB",
+    phases.LOAD: "#999999",
+    phases.FORWARD: BLUE,
+    phases.LOSS: PURPLE,
+    phases.BACKWARD: ORANGE,
+    phases.STEP: GREEN,
+    phases.BETWEEN: "#BBBBBB",
 }
 
 
-def memory_timeline(ax, timeline, unit: int = 2**30) -> None:
+def memory_timeline(ax, timeline, unit: int = GIB) -> None:
     """Bytes in tensors against time, filled in the colour of each phase, with a mark at the peak.
 
     Args:
@@ -137,7 +144,7 @@ def memory_timeline(ax, timeline, unit: int = 2**30) -> None:
     seen = set()
     for name, first, last in timeline.spans():
         x, y = seconds[first : last + 1], levels[first : last + 1]
-        label = None if name in seen or name == "between steps" else name
+        label = None if name in seen or name == phases.BETWEEN else name
         seen.add(name)
         ax.fill_between(x, y, step="post", color=PHASE_COLOURS.get(name, RED), label=label, linewidth=0.5)
     top = int(np.argmax(levels))
@@ -190,7 +197,6 @@ class LivePlot:
         ax.set_title(self.title)
         alt = f"{self.title}: loss against step, from {y[0]:.2f} at step {x[0]} to {y[-1]:.2f} at step {x[-1]}."
         image = _as_html(fig, alt)
-        plt.close(fig)
         if self.handle is None:
             self.handle = display(image, display_id=True)
         else:

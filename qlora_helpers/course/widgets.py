@@ -1,12 +1,16 @@
 """The course's sliders. Each draws the same figure as the cell before it, for values that the learner picks."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import ipywidgets
 import torch
 
 from qlora_helpers.course import plots
+from qlora_helpers.memory import GPU_RUN, find_gpu, find_shape, known_gpus, known_models, predict
+from qlora_helpers.memory.trained import OPTIMIZERS
 from qlora_helpers.quantize import INT4, NF4, dequantize, quantize
+from qlora_helpers.units import GIB
 
 
 def memory_slider(parameters: Mapping[str, int]) -> ipywidgets.Widget:
@@ -74,35 +78,33 @@ def _explained(prediction) -> dict[str, float]:
     }
     parts = {name: sum(prediction.parts.get(part, 0) for part in of) for name, of in named.items()}
     parts["allocator's reserve"] = prediction.device_bytes - sum(prediction.parts.values())
-    return {name: size / 2**30 for name, size in parts.items()}
+    return {name: size / GIB for name, size in parts.items()}
 
 
 def fit_explorer() -> ipywidgets.Widget:
     """Move a QLoRA run: model, GPU and settings; see its parts grow and shrink against the GPU's memory."""
-    from qlora_helpers.memory import FineTuning, find_gpu, find_shape, known_gpus, known_models, predict
-    from qlora_helpers.memory.prediction import OPTIMIZERS
 
-    def draw(model: str, gpu: str, rank: int, batch_size: int, seq_len: int, checkpointing: bool, optimizer: str):
+    def draw(model: str, gpu: str, rank: int, batch_size: int, max_length: int, checkpointing: bool, optimizer: str):
         card = find_gpu(gpu)
         try:
-            run = FineTuning(
-                compute_dtype="bfloat16" if card.compute_capability >= (8, 0) else "float16",
-                lora_rank=rank,
+            settings = replace(
+                GPU_RUN,
+                rank=rank,
                 batch_size=batch_size,
-                seq_len=seq_len,
+                max_length=max_length,
                 gradient_checkpointing=checkpointing,
                 optimizer=optimizer,
             )
-            prediction = predict(find_shape(model), run, card)
+            prediction = predict(find_shape(model), settings, card)
         except ValueError as error:  # this model does not allow that setting
             print(error)
             return
-        spare, room = prediction.spare_bytes / 2**30, card.usable_bytes / 2**30
+        spare, room = prediction.spare_bytes / GIB, card.usable_bytes / GIB
         title = f"fits with {spare:.1f} GiB to spare" if spare >= 0 else f"does not fit: {-spare:.1f} GiB too much"
         fig, ax = plots.figure(figsize=(7.2, 2.6))
         plots.stacked_bars(ax, [""], {part: [size] for part, size in _explained(prediction).items()}, "GiB")
         ax.axvline(room, color="black", linestyle="--")
-        ax.set_xlim(0, 1.12 * max(room, prediction.device_bytes / 2**30))
+        ax.set_xlim(0, 1.12 * max(room, prediction.device_bytes / GIB))
         ax.set_yticks([])
         ax.set_xlabel(f"GiB on the card; the dashed line is the {card.name} with {room:.2f} GiB")
         ax.set_title(title)
@@ -110,8 +112,8 @@ def fit_explorer() -> ipywidgets.Widget:
         fig.legend(loc="outside lower center", ncols=4, fontsize=8)
         plots.show(
             fig,
-            f"{model} on {card.name}, rank {rank}, {batch_size} x {seq_len:,} tokens: "
-            f"{prediction.device_bytes / 2**30:.1f} of {room:.1f} GiB; {title}.",
+            f"{model} on {card.name}, rank {rank}, {batch_size} x {max_length:,} tokens: "
+            f"{prediction.device_bytes / GIB:.1f} of {room:.1f} GiB; {title}.",
         )
 
     def choose(options, value, description: str):
@@ -123,7 +125,7 @@ def fit_explorer() -> ipywidgets.Widget:
         gpu=ipywidgets.Dropdown(options=list(known_gpus()), value="t4", description="GPU"),
         rank=choose([4, 8, 16, 32, 64, 128, 256], 16, "rank"),
         batch_size=choose([1, 2, 4, 8, 16, 32], 1, "batch"),
-        seq_len=choose([256, 512, 1024, 2048, 4096, 8192, 16384, 32768], 2048, "tokens"),
+        max_length=choose([256, 512, 1024, 2048, 4096, 8192, 16384, 32768], 2048, "tokens"),
         checkpointing=ipywidgets.Checkbox(value=True, description="checkpointing"),
         optimizer=ipywidgets.Dropdown(options=list(OPTIMIZERS), value="paged_adamw_8bit", description="optimizer"),
     )

@@ -4,17 +4,19 @@ from qlora_helpers.memory.catalogue import find_shape, known_config, known_model
 from qlora_helpers.memory.gpus import GPU, find_gpu, known_gpus
 from qlora_helpers.memory.ladder import Change, cures
 from qlora_helpers.memory.merge_memory import MergeMemory, predict_merge
-from qlora_helpers.memory.prediction import FineTuning, Prediction, predict
+from qlora_helpers.memory.prediction import Prediction, predict
 from qlora_helpers.memory.search import Suggestion, largest_batch, longest_sequence, suggest, what_fits
 from qlora_helpers.memory.shape import ModelShape
+from qlora_helpers.settings import GPU_RUN, Settings
 
 __all__ = [
     "GPU",
+    "GPU_RUN",
     "Change",
-    "FineTuning",
     "MergeMemory",
     "ModelShape",
     "Prediction",
+    "Settings",
     "Suggestion",
     "cures",
     "find_gpu",

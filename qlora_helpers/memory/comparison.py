@@ -6,13 +6,15 @@ with measurement.phase("load"):
 trainer = build_trainer(model, tokenizer, chats, folder, settings, hardware)
 trainer.add_callback(MemoryCallback(measurement))
 trainer.train()
-print(compare(predict(shape_of(trainer), run_of(trainer), "t4"), measurement))
+print(compare(predict(shape_of(trainer), settings_of(trainer), "t4"), measurement))
 """
 
 import torch
 
 from qlora_helpers.memory import Prediction
-from qlora_helpers.memory.measurement import LOAD, STEADY_STEPS, Measurement, _size
+from qlora_helpers.memory.measurement import Measurement
+from qlora_helpers.memory.phases import LOAD, STEADY_STEPS
+from qlora_helpers.units import in_words
 
 TOLERANCE = 0.10  # a prediction that is farther off is marked
 OUTSIDE = ("optimizer (paged)", "CUDA context")  # parts of a prediction that are not in torch's allocator
@@ -32,8 +34,8 @@ def compare(prediction: Prediction, measurement: Measurement) -> str:
         raise ValueError(
             f"measurement has no {STEADY_STEPS!r} but {list(phases)}: train two steps or more with a MemoryCallback"
         )
-    run, steady, load = prediction.run, phases[STEADY_STEPS], phases.get(LOAD)
-    what = f"{run.method}, {run.batch_size} x {run.seq_len:,} tokens, predicted for a {prediction.gpu.name}"
+    settings, steady, load = prediction.settings, phases[STEADY_STEPS], phases.get(LOAD)
+    what = f"{settings.method}, {settings.batch_size} x {settings.max_length:,} tokens, predicted for a {prediction.gpu.name}"
     if measurement.on_gpu:
         lines = [f"{what}, measured on a {torch.cuda.get_device_name()}"]
     else:
@@ -49,7 +51,7 @@ def compare(prediction: Prediction, measurement: Measurement) -> str:
         "on the card": (prediction.device_bytes, steady.device_used_bytes),
     }
     for name, (predicted, measured) in rows.items():
-        line = f"{name:26}{_size(predicted):>15}{_size(measured):>15}"
+        line = f"{name:26}{in_words(predicted):>15}{in_words(measured):>15}"
         if measured:
             difference = predicted / measured - 1
             line += f"{difference:>+13.1%}".replace("%", " %")
@@ -57,9 +59,9 @@ def compare(prediction: Prediction, measurement: Measurement) -> str:
         lines.append(line)
     lines += ["", f"The predicted peak ({prediction.peak_phase}):"]
     lines += [
-        f"  {name:24}{_size(size):>15}" for name, size in prediction.parts.items() if size and name not in OUTSIDE
+        f"  {name:24}{in_words(size):>15}" for name, size in prediction.parts.items() if size and name not in OUTSIDE
     ]
     outside = {name: prediction.parts[name] for name in OUTSIDE if prediction.parts.get(name)}
     lines += ["Beside torch's allocator:"] if outside else []
-    lines += [f"  {name:24}{_size(size):>15}" for name, size in outside.items()]
+    lines += [f"  {name:24}{in_words(size):>15}" for name, size in outside.items()]
     return "\n".join([*lines, "", str(measurement)])

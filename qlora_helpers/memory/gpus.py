@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-GIB, MIB = 2**30, 2**20
+from qlora_helpers.units import GIB, MIB
 
 # torch gives each thread that runs products a workspace of cuBLAS: 32 MiB on Hopper, 8.125 MiB elsewhere
 # (aten/src/ATen/cuda/CUDABlas.cpp, default_cublas_workspace_config). Forward and backward pass are two threads.

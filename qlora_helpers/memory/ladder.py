@@ -3,12 +3,16 @@
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from qlora_helpers.memory.gpus import GPU, find_gpu
-from qlora_helpers.memory.prediction import EAGER_ONLY, GIB, OPTIMIZERS, FineTuning, Prediction, predict
+from qlora_helpers.memory.layers import EAGER_ONLY
+from qlora_helpers.memory.prediction import OPTIMIZER, Prediction, predict
 from qlora_helpers.memory.search import longest_sequence
 from qlora_helpers.memory.shape import ModelShape
+from qlora_helpers.memory.trained import OPTIMIZERS
+from qlora_helpers.settings import GPU_RUN, Settings
+from qlora_helpers.units import GIB
 
 SHORTEST = 256  # tokens: no cure cuts sequences to less
 LOWEST_RANK = 4  # no cure lowers the rank below it
@@ -21,141 +25,139 @@ class Change:
     Args:
         what: is changed, in words.
         price: what it costs, in words.
-        run: with the change, and it fits; None where only another model or GPU helps.
-        prediction: for this run. Where `run` is None: with all other changes at once, so that its `spare_bytes` say how
+        settings: with the change, and the run fits; None where only another model or GPU helps.
+        prediction: for these settings. Where they are None: with all other changes at once, so that its `spare_bytes` say how
             much is missing all the same.
-        steps: what and price of each change that this one is made of; where `run` is None, of those that are not
+        steps: what and price of each change that this one is made of; where `settings` is None, of those that are not
             enough.
     """
 
     what: str
     price: str
-    run: FineTuning | None
+    settings: Settings | None
     prediction: Prediction
     steps: tuple[tuple[str, str], ...]
 
 
-# ---- The ladder. A rung yields (what, price, changed run) from mild to strong, and nothing where it does not apply.
+# ---- The ladder. A rung yields (what, price, changed settings) from mild to strong, and nothing where it does not apply.
 
-Rung = Iterator[tuple[str, str, FineTuning]]
-
-
-def _no_upcast(shape: ModelShape, run: FineTuning, gpu: GPU) -> Rung:
-    if run.upcast_fp32:
-        yield "no prepare_model_for_kbit_training", "nothing", replace(run, upcast_fp32=False)
+Rung = Iterator[tuple[str, str, Settings]]
 
 
-def _fused_attention(shape: ModelShape, run: FineTuning, gpu: GPU) -> Rung:
-    if run.attention == "sdpa" or shape.model_type in EAGER_ONLY:
+def _no_upcast(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
+    if settings.upcast_fp32:
+        yield "no prepare_model_for_kbit_training", "nothing", replace(settings, upcast_fp32=False)
+
+
+def _fused_attention(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
+    if settings.attention == "sdpa" or shape.model_type in EAGER_ONLY:
         return
     if gpu.compute_capability >= (8, 0):
         what, price = "attention by sdpa, in FlashAttention", "nothing: the same result, and faster"
     else:
         what = "this course's attention (qlora_helpers.models.attention), in the memory-efficient kernel"
         price = "a copy of keys and values: the same result, and faster"
-    yield what, price, replace(run, attention="sdpa")
+    yield what, price, replace(settings, attention="sdpa")
 
 
-def _fused_optimizer(shape: ModelShape, run: FineTuning, gpu: GPU) -> Rung:
-    if run.optimizer == "adamw_torch":
+def _fused_optimizer(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
+    if settings.optimizer == "adamw_torch":
         yield (
             "optim adamw_torch_fused",
             "nothing: the same steps in one kernel",
-            replace(run, optimizer="adamw_torch_fused"),
+            replace(settings, optimizer="adamw_torch_fused"),
         )
 
 
-def _8bit_optimizer(shape: ModelShape, run: FineTuning, gpu: GPU) -> Rung:
-    now = OPTIMIZERS[run.optimizer]
+def _8bit_optimizer(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
+    now = OPTIMIZERS[settings.optimizer or OPTIMIZER]
     if now.bits != 8:
         name = "paged_adamw_8bit" if now.paged else "adamw_8bit"
         yield (
             f"optim {name}",
             "hardly any quality, say those who made it (arXiv 2110.02861): states in 8 bits",
-            replace(run, optimizer=name),
+            replace(settings, optimizer=name),
         )
 
 
-def _16bit_compute(shape: ModelShape, run: FineTuning, gpu: GPU) -> Rung:
+def _16bit_compute(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
     # not for "full": there it would be the trained weights that lose bits
-    if run.compute_dtype == "float32" and run.method != "full":
+    if settings.compute_dtype == "float32" and settings.method != "full":
         name = "bfloat16" if gpu.compute_capability >= (8, 0) else "float16"
         yield (
             f"compute_dtype {name}",
             "almost nothing, and faster: products in 16 bits",
-            replace(run, compute_dtype=name),
+            replace(settings, compute_dtype=name),
         )
 
 
-def _double_quant(shape: ModelShape, run: FineTuning, gpu: GPU) -> Rung:
-    if run.method == "qlora" and not run.double_quant:
-        yield "double quantisation", "almost no error, a little time", replace(run, double_quant=True)
+def _double_quant(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
+    if settings.method == "qlora" and not settings.double_quant:
+        yield "double quantisation", "almost no error, a little time", replace(settings, double_quant=True)
 
 
-def _checkpointing(shape: ModelShape, run: FineTuning, gpu: GPU) -> Rung:
-    if not run.gradient_checkpointing:
+def _checkpointing(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
+    if not settings.gradient_checkpointing:
         price = "about 1.4 times the time (8B on an H200): each layer's forward pass runs twice"
-        yield "gradient checkpointing", price, replace(run, gradient_checkpointing=True)
+        yield "gradient checkpointing", price, replace(settings, gradient_checkpointing=True)
 
 
-def _smaller_batch(shape: ModelShape, run: FineTuning, gpu: GPU) -> Rung:
-    size = run.batch_size
+def _smaller_batch(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
+    size = settings.batch_size
     small = [divisor for divisor in range(1, math.isqrt(size) + 1) if size % divisor == 0]
     for batch in sorted({*small, *(size // divisor for divisor in small)} - {size}, reverse=True):
         what = f"a batch of {batch:,} with {size // batch:,} steps of accumulation"
-        changed = replace(run, batch_size=batch, accumulation=run.accumulation * size // batch)
+        changed = replace(settings, batch_size=batch, accumulation=settings.accumulation * size // batch)
         yield what, "the same result, slower on a large GPU", changed
 
 
-def _lower_rank(shape: ModelShape, run: FineTuning, gpu: GPU) -> Rung:
-    rank = run.lora_rank // 2
-    while run.method != "full" and rank >= LOWEST_RANK:
-        yield f"rank {rank} instead of {run.lora_rank}", "may learn less", replace(run, lora_rank=rank)
+def _lower_rank(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
+    rank = settings.rank // 2
+    while settings.method != "full" and rank >= LOWEST_RANK:
+        yield f"rank {rank} instead of {settings.rank}", "may learn less", replace(settings, rank=rank)
         rank //= 2
 
 
-def _fewer_layers(shape: ModelShape, run: FineTuning, gpu: GPU) -> Rung:
-    if run.method == "full":
+def _fewer_layers(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
+    if settings.method == "full":
         return
-    now = [linear.name.rpartition(".")[2] for linear in shape.targets(run.target_modules)]
+    now = [linear.name.rpartition(".")[2] for linear in shape.targets(settings.target_modules)]
     few = tuple(name for name in now if name in ("q_proj", "v_proj", "qkv_proj", "query_key_value"))
     if few and len(few) < len(now):
-        yield f"adapters on {' and '.join(few)} only", "may learn less", replace(run, target_modules=few)
+        yield f"adapters on {' and '.join(few)} only", "may learn less", replace(settings, target_modules=few)
 
 
-def _lora(shape: ModelShape, run: FineTuning, gpu: GPU) -> Rung:
-    if run.method == "full":
+def _lora(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
+    if settings.method == "full":
         price = "adapters that learn less than all weights do"
-        yield "LoRA on 16-bit weights instead of full fine-tuning", price, _with_adapters(run, "lora")
+        yield "LoRA on 16-bit weights instead of full fine-tuning", price, _with_adapters(settings, "lora")
 
 
-def _qlora(shape: ModelShape, run: FineTuning, gpu: GPU) -> Rung:
-    if run.method == "full":
+def _qlora(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
+    if settings.method == "full":
         price = "a 4-bit base, and adapters that learn less than all weights do"
-        yield "QLoRA instead of full fine-tuning", price, _with_adapters(run, "qlora")
-    elif run.method == "lora":
-        yield "QLoRA instead of LoRA", "a 4-bit base, which loses a little", _with_adapters(run, "qlora")
+        yield "QLoRA instead of full fine-tuning", price, _with_adapters(settings, "qlora")
+    elif settings.method == "lora":
+        yield "QLoRA instead of LoRA", "a 4-bit base, which loses a little", _with_adapters(settings, "qlora")
 
 
-def _with_adapters(run: FineTuning, method: str) -> FineTuning:
-    """The run by another method. What its own does not look at was not checked, and was not meant: it takes the defaults."""
+def _with_adapters(settings: Settings, method: str) -> Settings:
+    """The run by another method. What its own method does not use was not checked, and was not meant: it takes the usual values."""
     unused = {"double_quant", "block_size"}
-    if run.method == "full":
-        unused |= {"adapter_dtype", "lora_rank", "lora_dropout", "target_modules", "upcast_fp32"}
-    return replace(
-        run, method=method, **{each.name: each.default for each in fields(FineTuning) if each.name in unused}
-    )
+    if settings.method == "full":
+        unused |= {"adapter_dtype", "rank", "dropout", "target_modules", "upcast_fp32"}
+    return replace(settings, method=method, **{name: getattr(GPU_RUN, name) for name in unused})
 
 
-def _shorter(shape: ModelShape, run: FineTuning, gpu: GPU) -> Rung:
-    def cut(tokens: int) -> tuple[str, str, FineTuning]:
-        what = f"sequences of {tokens:,} tokens instead of {run.seq_len:,}"
-        return what, "what is longer is cut off", replace(run, seq_len=tokens)
+def _shorter(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
+    def cut(tokens: int) -> tuple[str, str, Settings]:
+        what = f"sequences of {tokens:,} tokens instead of {settings.max_length:,}"
+        return what, "what is longer is cut off", replace(settings, max_length=tokens)
 
-    enough = longest_sequence(shape, run, gpu)
-    if SHORTEST <= enough < run.seq_len:
+    enough = longest_sequence(shape, settings, gpu)
+    if SHORTEST <= enough < settings.max_length:
         yield cut(enough)
-    elif run.seq_len > SHORTEST:
+    elif settings.max_length > SHORTEST:
         yield cut(SHORTEST)
 
 
@@ -167,20 +169,20 @@ STRONGEST = 1_000_000  # a level above all that a rung has
 
 
 def _apply(
-    shape: ModelShape, run: FineTuning, gpu: GPU, levels: dict
-) -> tuple[tuple[tuple[str, str], ...], Prediction]:
+    shape: ModelShape, settings: Settings, gpu: GPU, levels: dict
+) -> tuple[tuple[tuple[str, str], ...], Settings, Prediction]:
     """The run with each rung at a level: 0 leaves it out, 1 is its mildest change, too high a level its strongest."""
     notes = {}
     # The method goes first: on a full fine-tuning the rungs of the adapters apply only behind it.
     for rung in sorted(LADDER, key=lambda rung: rung not in (_lora, _qlora)):
-        for what, price, changed in itertools.islice(rung(shape, run, gpu), levels.get(rung, 0)):
+        for what, price, changed in itertools.islice(rung(shape, settings, gpu), levels.get(rung, 0)):
             notes[rung] = (what, price, changed)
         if rung in notes:
-            run = notes[rung][2]
-    return tuple(notes[rung][:2] for rung in LADDER if rung in notes), predict(shape, run, gpu)
+            settings = notes[rung][2]
+    return tuple(notes[rung][:2] for rung in LADDER if rung in notes), settings, predict(shape, settings, gpu)
 
 
-def cures(shape: ModelShape, run: FineTuning, gpu: str | GPU) -> list[Change]:
+def cures(shape: ModelShape, settings: Settings, gpu: str | GPU) -> list[Change]:
     """What makes a run fit that does not, the cheapest first; nothing for a run that fits.
 
     All single changes that are enough, each as mild as it may be. Before them a combination, if it needs only changes that
@@ -192,11 +194,11 @@ def cures(shape: ModelShape, run: FineTuning, gpu: str | GPU) -> list[Change]:
         ValueError: as `predict` does.
     """
     gpu = find_gpu(gpu)
-    if predict(shape, run, gpu).fits:
+    if predict(shape, settings, gpu).fits:
         return []
     found, cheaper = [], LADDER
     for place, rung in enumerate(LADDER):
-        for what, price, changed in rung(shape, run, gpu):
+        for what, price, changed in rung(shape, settings, gpu):
             prediction = predict(shape, changed, gpu)
             if prediction.fits:
                 found.append(Change(what, price, changed, prediction, ((what, price),)))
@@ -205,12 +207,12 @@ def cures(shape: ModelShape, run: FineTuning, gpu: str | GPU) -> list[Change]:
                 break
 
     def fits(levels: dict) -> bool:
-        return _apply(shape, run, gpu, levels)[1].fits
+        return _apply(shape, settings, gpu, levels)[2].fits
 
     levels = {}
     for rung in cheaper:
         levels[rung] = STRONGEST
-        notes, prediction = _apply(shape, run, gpu, levels)
+        notes, _, prediction = _apply(shape, settings, gpu, levels)
         if prediction.fits:
             break
     else:
@@ -221,6 +223,6 @@ def cures(shape: ModelShape, run: FineTuning, gpu: str | GPU) -> list[Change]:
     # Take back what is not needed, the dearest first. The strongest level fits, so each search ends.
     for rung in reversed(list(levels)):
         levels[rung] = next(level for level in itertools.count() if fits(levels | {rung: level}))
-    notes, prediction = _apply(shape, run, gpu, levels)
+    notes, changed, prediction = _apply(shape, settings, gpu, levels)
     what, price = ("; ".join(words) for words in zip(*notes, strict=True))
-    return [Change(what, price, prediction.run, prediction, notes), *found]
+    return [Change(what, price, changed, prediction, notes), *found]

@@ -6,16 +6,21 @@ bitsandbytes. `tests/memory/test_layers.py` runs the libraries' own layers on fa
 
 from dataclasses import dataclass
 
+from qlora_helpers.memory.gpus import GPU
 from qlora_helpers.memory.shape import Linear, ModelShape
 from qlora_helpers.memory.tape import Tape, Tensor
+from qlora_helpers.settings import BLOCK_SIZES, DTYPES, Settings
 
 FLOAT32 = 4
+EAGER_ONLY = ("gemma2", "gptj")  # transformers offers no sdpa for these families
 DEQUANTISED, TILE = "dequantised weight", "logits tile"  # kinds of memory that a tape counts by themselves
 
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """How a layer is run: widths in bytes of one element, and which weights are trained.
+    """What a layer needs to know of a run: made of its `Settings`, the model and the GPU; widths are bytes of one number.
+
+    What the method does not use has one fixed value, so that equal layers compare equal.
 
     Args:
         compute: of 16-bit (or, without autocast, float32) products.
@@ -25,14 +30,13 @@ class LayerSettings:
         adapter: of LoRA's weights.
         weight: of linear weights that are not in 4 bits.
         autocast: a mixed-precision context is on; float16: in float16.
-        method: "qlora", "lora" or "full".
         adapted: names of the layers that have an adapter.
         kernel: "flash", "efficient" (keys and values repeated for it), "math" or "eager".
         masked: the kernel is given a mask, sequence x sequence.
     """
 
     batch_size: int
-    seq_len: int
+    max_length: int
     compute: int
     stream: int
     wide_norms: bool
@@ -49,14 +53,58 @@ class LayerSettings:
     kernel: str
     masked: bool = False
 
+    @classmethod
+    def of(cls, shape: ModelShape, settings: Settings, gpu: GPU) -> "LayerSettings":
+        """How a run on a GPU runs the layers of a model. The settings' `compute_dtype` is set."""
+        compute = DTYPES[settings.compute_dtype]
+        lora, four_bit = settings.method != "full", settings.method == "qlora"
+        upcast = settings.upcast_fp32 and lora
+        # beyond the window transformers makes a mask, which FlashAttention does not take
+        masked = shape.sliding_window is not None and settings.max_length > shape.sliding_window
+        targets = shape.targets(settings.target_modules) if lora else ()
+        return cls(
+            batch_size=settings.batch_size,
+            max_length=settings.max_length,
+            compute=compute,
+            stream=FLOAT32 if upcast else compute,
+            wide_norms=shape.has_layer_norm and four_bit and settings.compute_dtype != "float32",
+            adapter=DTYPES[settings.adapter_dtype] if lora else compute,
+            weight=FLOAT32 if upcast and settings.method == "lora" else compute,
+            autocast=settings.compute_dtype != "float32",
+            float16=settings.compute_dtype == "float16",
+            method=settings.method,
+            double_quant=four_bit and settings.double_quant,
+            block_size=settings.block_size if four_bit else BLOCK_SIZES[0],
+            rank=settings.rank if lora else 1,
+            dropout=lora and settings.dropout > 0,
+            adapted=frozenset(target.name for target in targets),
+            kernel=_kernel(shape, settings, gpu, masked),
+            masked=masked,
+        )
+
     @property
     def tokens(self) -> int:
-        return self.batch_size * self.seq_len
+        return self.batch_size * self.max_length
 
     @property
     def between(self) -> int:
         """Bytes of one element of the residual stream between two layers."""
         return FLOAT32 if self.wide_norms else self.stream
+
+
+def _kernel(shape: ModelShape, settings: Settings, gpu: GPU, masked: bool) -> str:
+    """The attention kernel that serves a run."""
+    if shape.model_type in EAGER_ONLY:
+        return "eager"
+    if settings.attention != "sdpa":
+        return settings.attention
+    if gpu.compute_capability < (8, 0) or masked:
+        return "efficient"
+    if (
+        settings.compute_dtype == "float32"
+    ):  # FlashAttention takes 16 bits only, and the next kernel no shared key heads
+        return "math" if shape.num_key_value_heads != shape.num_attention_heads else "efficient"
+    return "flash"
 
 
 class DecoderLayer:
@@ -315,9 +363,9 @@ class DecoderLayer:
         of_q, of_k, grouped = q.elements, k.elements, k.elements != q.elements
         flash = self.how.kernel == "flash"
         # FlashAttention's backward pass accumulates in float32, rows rounded to 128 and heads to 32
-        rounded = self.how.batch_size * heads * (-(-self.how.seq_len // 128) * 128)
+        rounded = self.how.batch_size * heads * (-(-self.how.max_length // 128) * 128)
         logsumexp = new(heads * tokens, FLOAT32)
-        mask = new(self.how.batch_size * self.how.seq_len**2, width) if self.how.masked else None
+        mask = new(self.how.batch_size * self.how.max_length**2, width) if self.how.masked else None
         out = new(of_q, width)
         needs = any(x.node for x in (q, k, v))
 
@@ -339,7 +387,7 @@ class DecoderLayer:
     @property
     def scores(self) -> int:
         """Elements of a layer's attention scores: one for every pair of tokens, in every head."""
-        return self.how.batch_size * self.shape.num_attention_heads * self.how.seq_len**2
+        return self.how.batch_size * self.shape.num_attention_heads * self.how.max_length**2
 
     def matmul(self, a: Tensor, b: Tensor, elements: int) -> Tensor:
         """A product of two activations: each is saved for the other."""
@@ -380,7 +428,7 @@ class DecoderLayer:
         new = self.tape.new
         before = q.width
         q, k, v = (self.cast(x, FLOAT32) for x in (q, k, v))
-        mask = new(self.how.seq_len**2, FLOAT32)
+        mask = new(self.how.max_length**2, FLOAT32)
         q, k = self.scale(q), self.scale(k)
         scores = self.matmul(q, k, self.scores)
         masked = new(self.scores, 1)

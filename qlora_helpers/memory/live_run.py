@@ -5,15 +5,13 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from qlora_helpers.memory import FineTuning, ModelShape
-from qlora_helpers.memory.prediction import EAGER_ONLY
+from qlora_helpers.memory import ModelShape
+from qlora_helpers.memory.layers import EAGER_ONLY
 from qlora_helpers.models.attention import REPEATED_KV
+from qlora_helpers.settings import Settings
 
 # settings of TrainingArguments and SFTConfig that change the step in ways the predictor does not know
 NOT_PREDICTED = ("use_liger_kernel", "activation_offloading", "packing", "padding_free", "deepspeed", "fsdp")
-
-
-# The settings of a live run
 
 
 def _model_of(trainer_or_model):
@@ -30,13 +28,13 @@ def shape_of(trainer_or_model) -> ModelShape:
     return ModelShape.from_config((model.get_base_model() if isinstance(model, PeftModel) else model).config)
 
 
-def run_of(trainer_or_model, args=None, seq_len: int | None = None) -> FineTuning:
+def settings_of(trainer_or_model, args=None, max_length: int | None = None) -> Settings:
     """The settings that the predictor needs, read from a run that is ready to start.
 
     Args:
         trainer_or_model: a trainer, which has its arguments; or a model, adapters attached.
         args: the `TrainingArguments` or `SFTConfig`; needed with a model, by default those of the trainer.
-        seq_len: tokens of a full sequence; by default the arguments' `max_length`.
+        max_length: tokens of a full sequence; by default the arguments' `max_length`.
 
     Raises:
         ValueError: the run cannot be told from what is given, or is of a kind that the predictor does not know: the
@@ -46,9 +44,9 @@ def run_of(trainer_or_model, args=None, seq_len: int | None = None) -> FineTunin
     args = args or getattr(trainer_or_model, "args", None)
     if args is None:
         raise ValueError("args is missing: a model does not know its batch size; pass the TrainingArguments")
-    seq_len = seq_len or getattr(args, "max_length", None)
-    if not seq_len:
-        raise ValueError(f"seq_len is missing, and {type(args).__name__} has no max_length: pass seq_len")
+    max_length = max_length or getattr(args, "max_length", None)
+    if not max_length:
+        raise ValueError(f"max_length is missing, and {type(args).__name__} has no max_length: pass max_length")
     for name in NOT_PREDICTED:
         if value := getattr(args, name, None):
             raise ValueError(f"{name} is {value!r}: such a run is not predicted")
@@ -70,11 +68,11 @@ def run_of(trainer_or_model, args=None, seq_len: int | None = None) -> FineTunin
         raise ValueError(
             f"model was loaded in float32 and computes in {compute}, all of it trained: this is not predicted"
         )
-    return FineTuning(
+    return Settings(
         method=method,
         compute_dtype=compute,
         batch_size=args.per_device_train_batch_size,
-        seq_len=seq_len,
+        max_length=max_length,
         # prepare_model_for_kbit_training switches it on in the model alone
         gradient_checkpointing=bool(args.gradient_checkpointing or base.is_gradient_checkpointing),
         optimizer=str(getattr(args.optim, "value", args.optim)),
@@ -118,7 +116,7 @@ def _four_bit_of(base, shape: ModelShape) -> dict:
 
 
 def _lora_of(model, shape: ModelShape) -> dict:
-    """`lora_rank`, `lora_dropout`, `target_modules` and `adapter_dtype` of the adapters."""
+    """`rank`, `dropout`, `target_modules` and `adapter_dtype` of the adapters."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     others = [
         name
@@ -133,10 +131,8 @@ def _lora_of(model, shape: ModelShape) -> dict:
     if len(layers) != shape.num_hidden_layers * len(targets):
         raise ValueError("model has adapters in some decoder layers only, or beside the decoder: this is not predicted")
     return {
-        "lora_rank": _the_only((layer.r[adapter] for _, layer in layers), "lora_rank"),
-        "lora_dropout": _the_only(
-            (getattr(layer.lora_dropout[adapter], "p", 0.0) for _, layer in layers), "lora_dropout"
-        ),
+        "rank": _the_only((layer.r[adapter] for _, layer in layers), "rank"),
+        "dropout": _the_only((getattr(layer.lora_dropout[adapter], "p", 0.0) for _, layer in layers), "dropout"),
         "target_modules": "all-linear"
         if len(targets) == len(shape.linears)
         else tuple(linear.name.rpartition(".")[2] for linear in targets),

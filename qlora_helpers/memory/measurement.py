@@ -13,9 +13,9 @@ import torch
 from transformers import TrainerCallback
 
 from qlora_helpers.hardware import detect
+from qlora_helpers.memory.phases import FIRST_STEP, STEADY_STEPS
+from qlora_helpers.units import in_words
 
-GIB, MIB = 2**30, 2**20
-LOAD, FIRST_STEP, STEADY_STEPS = "load", "first step", "steady steps"
 LOOK_EVERY = 0.01  # seconds between two looks at the main memory
 
 
@@ -130,7 +130,7 @@ class Measurement:
         lines = [f"{'measured':26}" + "".join(f"{column:>15}" for column in columns)]
         for name, phase in self.phases.items():
             sizes = vars(phase).values()
-            lines.append(f"{name:26}" + "".join(f"{_size(size):>15}" for size in sizes))
+            lines.append(f"{name:26}" + "".join(f"{in_words(size):>15}" for size in sizes))
         return "\n".join(lines)
 
 
@@ -166,9 +166,3 @@ class MemoryCallback(TrainerCallback):
 
 
 # Side by side
-
-
-def _size(count: int | None) -> str:
-    if count is None:
-        return "-"
-    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / MIB:.1f} MiB"

@@ -1,9 +1,11 @@
 """What it takes to merge an adapter into its base, in each of the ways of `qlora_helpers.adapters.merge`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from qlora_helpers.memory.prediction import WIDTHS, FineTuning, loaded_bytes
+from qlora_helpers import validation
+from qlora_helpers.memory.loaded import loaded_bytes
 from qlora_helpers.memory.shape import ModelShape
+from qlora_helpers.settings import DTYPES, GPU_RUN, Settings
 
 # Bytes for each weight of the layer at work. PEFT computes B A and B A alpha / r in the adapter's float32. Into 4 bits there
 # are then the dequantised weight (2), the scaled difference (4), their sum (4) and its copy on the device (4), from which
@@ -31,34 +33,35 @@ class MergeMemory:
     merged_bytes: int
 
 
-def predict_merge(shape: ModelShape, into: str, run: FineTuning | None = None) -> MergeMemory:
+def predict_merge(shape: ModelShape, into: str, settings: Settings | None = None) -> MergeMemory:
     """Predict the memory of a merge.
 
     Args:
         into: "4bit", "dequantised" or "16bit".
-        run: the run that made the adapter; its rank, target modules and dtypes count. By default rank 16 on all layers.
+        settings: of the run that made the adapter; its rank, target modules and dtypes count. By default rank 16 on all
+            layers, and 16-bit weights in bfloat16.
 
     Raises:
         ValueError: `into` is none of these, or the run trained no adapter.
     """
-    run = run or FineTuning()
-    if run.method == "full":
-        raise ValueError("run.method is 'full': it has no adapter to merge")
-    bits_16, bits_4 = (loaded_bytes(shape, run, method) for method in ("lora", "qlora"))
-    largest = max(linear.weights for linear in shape.targets(run.target_modules))
-    adapter = shape.lora_parameters(run.lora_rank, run.target_modules) * WIDTHS[run.adapter_dtype]
+    settings = settings or GPU_RUN
+    if settings.method == "full":
+        raise validation.refuse("settings.method", "full", "such a run has no adapter to merge")
+    validation.one_of("into", into, ("4bit", "dequantised", "16bit"))
+    settings = replace(settings, compute_dtype=settings.compute_dtype or "bfloat16")
+    bits_16, bits_4 = (loaded_bytes(shape, settings, method) for method in ("lora", "qlora"))
+    largest = max(linear.weights for linear in shape.targets(settings.target_modules))
+    adapter = shape.lora_parameters(settings.rank, settings.target_modules) * DTYPES[settings.adapter_dtype]
     if into == "4bit":
         base = peak_before = bits_4
         work = _INTO_4_BITS * largest
     elif into == "16bit":
         base = peak_before = bits_16
         work = _INTO_16_BITS * largest
-    elif into == "dequantised":
+    else:
         # transformers keeps the 4-bit weights until the last layer is dequantised; the embeddings and the rest are shared
-        width = WIDTHS[run.compute_dtype]
+        width = DTYPES[settings.compute_dtype]
         rest = bits_16 - shape.linear_parameters * width
         base, peak_before = bits_16, bits_16 + (bits_4 - rest) + largest * width
         work = _INTO_16_BITS * largest
-    else:
-        raise ValueError(f"into is {into!r}; allowed: 4bit, dequantised, 16bit")
     return MergeMemory(base, peak_before, adapter, max(peak_before, round(base + adapter + work)), base)

@@ -11,14 +11,14 @@ import re
 import traceback
 from dataclasses import dataclass
 
-GIB, MIB = 2**30, 2**20
+from qlora_helpers.memory.phases import BACKWARD, EVALUATION, FORWARD, LOAD, MERGING, SAVING, STEP
+from qlora_helpers.units import GIB, KIB, MIB
 
-# The places of a run, in the order in which a run comes to them.
-LOAD, FORWARD, BACKWARD, STEP = "load", "forward", "backward", "optimizer step"
-EVALUATION, SAVING, MERGING = "evaluation", "saving", "merging"
+# Where a run can be out of memory, in the order in which it comes there. A traceback does not tell the loss from the rest of
+# the forward pass.
 PLACES = (LOAD, FORWARD, BACKWARD, STEP, EVALUATION, SAVING, MERGING)
 
-UNITS = {"bytes": 1, "KiB": 2**10, "MiB": MIB, "GiB": GIB}
+UNITS = {"bytes": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB}
 SIZE = r"(\d+(?:\.\d+)?) (bytes|KiB|MiB|GiB)"
 # c10/cuda/CUDACachingAllocator.cpp, where the message is put together
 NUMBERS = {

@@ -3,18 +3,19 @@
 Memory only grows with batch and sequence, so bisection finds where it ends: each search asks `predict` tens of times.
 """
 
-import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from qlora_helpers import validation
 from qlora_helpers.memory.catalogue import find_shape
 from qlora_helpers.memory.gpus import GPU, find_gpu
-from qlora_helpers.memory.prediction import GIB, FineTuning, Prediction, predict
+from qlora_helpers.memory.prediction import Prediction, predict
 from qlora_helpers.memory.shape import ModelShape
+from qlora_helpers.settings import GPU_RUN, Settings
+from qlora_helpers.units import GIB
 
 STEP = 128  # tokens: sequences are looked for in multiples of it
 LONGEST = 131_072  # tokens: where the search ends for a model whose config states no limit
-DEFAULT_RUN = FineTuning()
 
 
 def _bisect(fits: Callable[[int], bool], low: int, high: int) -> int:
@@ -25,7 +26,7 @@ def _bisect(fits: Callable[[int], bool], low: int, high: int) -> int:
     return low
 
 
-def largest_batch(shape: ModelShape, run: FineTuning, gpu: str | GPU) -> int:
+def largest_batch(shape: ModelShape, settings: Settings, gpu: str | GPU) -> int:
     """The largest `batch_size` with which the run fits, in sequences; 0 if not even 1 does.
 
     Raises:
@@ -33,7 +34,7 @@ def largest_batch(shape: ModelShape, run: FineTuning, gpu: str | GPU) -> int:
     """
 
     def fits(batch: int) -> bool:
-        return predict(shape, replace(run, batch_size=batch), gpu).fits
+        return predict(shape, replace(settings, batch_size=batch), gpu).fits
 
     high = 1
     while fits(high):
@@ -41,8 +42,8 @@ def largest_batch(shape: ModelShape, run: FineTuning, gpu: str | GPU) -> int:
     return _bisect(fits, high // 2, high)
 
 
-def longest_sequence(shape: ModelShape, run: FineTuning, gpu: str | GPU) -> int:
-    """The longest `seq_len` with which the run fits at its batch size, in tokens: a multiple of 128; 0 if none fits.
+def longest_sequence(shape: ModelShape, settings: Settings, gpu: str | GPU) -> int:
+    """The longest `max_length` with which the run fits at its batch size, in tokens: a multiple of 128; 0 if none fits.
 
     It ends at the model's `max_position_embeddings`; at 131,072 where the config does not state it.
 
@@ -51,7 +52,7 @@ def longest_sequence(shape: ModelShape, run: FineTuning, gpu: str | GPU) -> int:
     """
 
     def fits(steps: int) -> bool:
-        return predict(shape, replace(run, seq_len=steps * STEP), gpu).fits
+        return predict(shape, replace(settings, max_length=steps * STEP), gpu).fits
 
     most = (shape.max_position_embeddings or LONGEST) // STEP
     if most and fits(most):
@@ -74,45 +75,40 @@ class Suggestion:
     prediction: Prediction
 
 
-def suggest(shape: ModelShape, gpu: str | GPU, run: FineTuning = DEFAULT_RUN, effective_batch: int = 16) -> Suggestion:
+def suggest(shape: ModelShape, gpu: str | GPU, settings: Settings = GPU_RUN, effective_batch: int = 16) -> Suggestion:
     """The largest batch that fits and divides the effective batch, and the accumulation that makes up for the rest.
 
     Args:
         shape: of the model.
         gpu: to run on.
-        run: all but its `batch_size` and `accumulation`.
+        settings: all but `batch_size` and `accumulation`.
         effective_batch: sequences per optimizer step.
 
     Raises:
         ValueError: not even a batch of 1 fits, or `effective_batch` is no positive whole number.
     """
-    try:
-        wanted = operator.index(effective_batch)
-    except TypeError:
-        wanted = 0
-    if wanted < 1 or isinstance(effective_batch, bool):
-        raise ValueError(f"effective_batch is {effective_batch!r}; it must be a whole number from 1 on")
+    wanted = validation.whole("effective_batch", effective_batch)
     gpu = find_gpu(gpu)
     for batch in (size for size in range(wanted, 0, -1) if wanted % size == 0):
-        prediction = predict(shape, replace(run, batch_size=batch, accumulation=wanted // batch), gpu)
+        prediction = predict(shape, replace(settings, batch_size=batch, accumulation=wanted // batch), gpu)
         if prediction.fits:
             return Suggestion(batch, wanted // batch, prediction)
     missing = -prediction.spare_bytes / GIB
     raise ValueError(
         f"gpu is {gpu.name}: not even a batch of 1 fits, {missing:.2f} GiB are missing. "
-        "cures(shape, run, gpu) says what would help"
+        "cures(shape, settings, gpu) says what would help"
     )
 
 
 def what_fits(
-    models: Iterable, gpus: Iterable[str | GPU], run: FineTuning = DEFAULT_RUN
+    models: Iterable, gpus: Iterable[str | GPU], settings: Settings = GPU_RUN
 ) -> list[tuple[ModelShape, tuple[Prediction | None, ...]]]:
     """A table of models and GPUs: one row per model, in it one prediction per GPU.
 
     Args:
         models: what `find_shape` takes.
         gpus: names or GPUs; their order is that of the columns.
-        run: the same for all.
+        settings: the same for all.
 
     Returns:
         Rows of a shape and its predictions; None stands where the run's sequences are too long for the model.
@@ -123,6 +119,6 @@ def what_fits(
     gpus = [find_gpu(gpu) for gpu in gpus]
     rows = []
     for shape in map(find_shape, models):
-        too_long = run.seq_len > (shape.max_position_embeddings or run.seq_len)
-        rows.append((shape, tuple(None if too_long else predict(shape, run, gpu) for gpu in gpus)))
+        too_long = settings.max_length > (shape.max_position_embeddings or settings.max_length)
+        rows.append((shape, tuple(None if too_long else predict(shape, settings, gpu) for gpu in gpus)))
     return rows

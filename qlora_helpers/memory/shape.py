@@ -5,11 +5,12 @@ device, and the trainable ones against PEFT.
 """
 
 import json
-import operator
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Real
 from pathlib import Path
+
+from qlora_helpers import validation
 
 
 @dataclass(frozen=True)
@@ -103,83 +104,24 @@ class ModelShape:
             ValueError: the family is not one that is known here, or a field is no positive whole number.
             FileNotFoundError: there is no such file.
         """
-        name = ""
-        if isinstance(config, str | Path):
-            path = Path(config)
-            path = path / "config.json" if path.is_dir() else path
-            if not path.is_file():
-                raise FileNotFoundError(f"config: there is no file {path}; give a config.json or a folder that has one")
-            try:
-                name, config = path.resolve().parent.name, json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"config: {path} is no JSON ({error})") from error
-        elif hasattr(config, "to_dict"):
-            config = config.to_dict()
-        if not isinstance(config, dict):
-            raise ValueError(f"config is a {type(config).__name__}; give a dict, a PretrainedConfig or a path")
+        config, name = _as_dict(config)
         family = config.get("model_type")
         if not isinstance(family, str) or family not in _DEFAULTS:
-            raise ValueError(
-                f"model_type is {family!r}; known are {', '.join(FAMILIES)}. The layers of another family would be a guess"
+            raise validation.refuse(
+                "model_type",
+                family,
+                f"known are {', '.join(FAMILIES)}. The layers of another family would be a guess",
             )
-        names = _GPTJ_NAMES if family == "gptj" else {}
-
-        def value(key: str):
-            for stated in (names.get(key, key), key):
-                # a null means the default, but for these three: as many as there are heads; the whole head; no window
-                if config.get(stated) is not None or (stated in config and key in NULL_MEANS_SOMETHING):
-                    return config[stated]
-            return _DEFAULTS[family].get(key)
-
-        sizes = {
-            key: value(key)
-            for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                        "num_key_value_heads", "head_dim", "max_position_embeddings", "rotary_dim", "sliding_window")
-        }  # fmt: skip
-        if sizes["intermediate_size"] is None:
-            sizes["intermediate_size"] = 4 * sizes["hidden_size"]  # GPT-J's default
-        if family in ("gpt_neox", "gptj") or sizes["num_key_value_heads"] is None:
-            sizes["num_key_value_heads"] = sizes["num_attention_heads"]
-        windowed = family in ("mistral", "phi3") or (family in ("qwen2", "qwen3") and config.get("use_sliding_window"))
-        if not windowed:
-            sizes["sliding_window"] = None
-        if family != "gptj":
-            sizes["rotary_dim"] = None
-        for key, size in sizes.items():
-            if size is None:
-                continue
-            try:
-                sizes[key] = 0 if isinstance(size, bool) else operator.index(size)
-            except TypeError:
-                sizes[key] = 0
-            if sizes[key] < 1:
-                raise ValueError(
-                    f"{names.get(key, key)} is {size!r} in the config; it must be a whole number from 1 on"
-                )
-        if sizes["head_dim"] is None or family in ("gpt_neox", "gptj"):  # these two know no head_dim
-            if sizes["hidden_size"] % sizes["num_attention_heads"]:
-                raise ValueError(
-                    f"hidden_size {sizes['hidden_size']} is no multiple of num_attention_heads "
-                    f"{sizes['num_attention_heads']}, and the config states no head_dim"
-                )
-            sizes["head_dim"] = sizes["hidden_size"] // sizes["num_attention_heads"]
-        if sizes["num_attention_heads"] % sizes["num_key_value_heads"]:
-            raise ValueError(
-                f"num_attention_heads {sizes['num_attention_heads']} is no multiple of num_key_value_heads "
-                f"{sizes['num_key_value_heads']}"
-            )
-        sizes["rotary_dim"] = sizes["rotary_dim"] or 0
-        if family == "gpt_neox":
-            share = (config.get("rope_parameters") or {}).get("partial_rotary_factor") or value("rotary_pct")
-            if not isinstance(share, Real) or not 0 < share <= 1:
-                raise ValueError(f"rotary_pct is {share!r} in the config; it must be a number above 0 and up to 1")
-            sizes["rotary_dim"] = int(sizes["head_dim"] * share)
+        fields_of = _Fields(family, config)
+        sizes = fields_of.sizes()
+        _complete_heads(family, sizes)
+        sizes["rotary_dim"] = fields_of.rotary_dim(sizes)
         return cls(
             model_type=family,
-            tie_word_embeddings=bool(value("tie_word_embeddings")),
-            attention_bias=family == "qwen2" or bool(value("attention_bias")),
-            mlp_bias=family in ("gpt_neox", "gptj") or bool(value("mlp_bias")),
-            use_parallel_residual=family == "gptj" or bool(value("use_parallel_residual")),
+            tie_word_embeddings=bool(fields_of["tie_word_embeddings"]),
+            attention_bias=family == "qwen2" or bool(fields_of["attention_bias"]),
+            mlp_bias=family in ("gpt_neox", "gptj") or bool(fields_of["mlp_bias"]),
+            use_parallel_residual=family == "gptj" or bool(fields_of["use_parallel_residual"]),
             name=name or str(config.get("_name_or_path") or ""),
             **sizes,
         )
@@ -309,3 +251,84 @@ class ModelShape:
         """Trainable parameters of LoRA: rank * (in + out) for each adapted layer."""
         sides = sum(linear.in_features + linear.out_features for linear in self.targets(target_modules))
         return self.num_hidden_layers * rank * sides
+
+
+# ---- Reading a config
+
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "max_position_embeddings", "rotary_dim", "sliding_window",
+)  # fmt: skip
+
+
+def _as_dict(config) -> tuple[dict, str]:
+    """A config in any of the forms that `ModelShape.from_config` takes, and the name of its folder if it has one."""
+    name = ""
+    if isinstance(config, str | Path):
+        path = Path(config)
+        path = path / "config.json" if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"config: there is no file {path}; give a config.json or a folder that has one")
+        try:
+            name, config = path.resolve().parent.name, json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"config: {path} is no JSON ({error})") from error
+    elif hasattr(config, "to_dict"):
+        config = config.to_dict()
+    if not isinstance(config, dict):
+        raise ValueError(f"config is a {type(config).__name__}; give a dict, a PretrainedConfig or a path")
+    return config, name
+
+
+class _Fields:
+    """The fields of a family's config under our names, with transformers' defaults for those that are missing."""
+
+    def __init__(self, family: str, config: dict):
+        self.family, self.config = family, config
+        self.names = _GPTJ_NAMES if family == "gptj" else {}
+
+    def __getitem__(self, key: str):
+        for stated in (self.names.get(key, key), key):
+            # a null means the default, but for these three: as many as there are heads; the whole head; no window
+            if self.config.get(stated) is not None or (stated in self.config and key in NULL_MEANS_SOMETHING):
+                return self.config[stated]
+        return _DEFAULTS[self.family].get(key)
+
+    def sizes(self) -> dict[str, int | None]:
+        """All sizes, each a positive whole number, or None where the family does without it or it follows from others."""
+        sizes = {key: self[key] for key in _SIZES}
+        if sizes["intermediate_size"] is None:
+            sizes["intermediate_size"] = 4 * sizes["hidden_size"]  # GPT-J's default
+        if self.family in ("gpt_neox", "gptj") or sizes["num_key_value_heads"] is None:
+            sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+        asks_for_windows = self.family in ("qwen2", "qwen3") and self.config.get("use_sliding_window")
+        if not (self.family in ("mistral", "phi3") or asks_for_windows):
+            sizes["sliding_window"] = None
+        if self.family != "gptj":
+            sizes["rotary_dim"] = None
+        return {
+            key: None if size is None else validation.whole(self.names.get(key, key), size)
+            for key, size in sizes.items()
+        }
+
+    def rotary_dim(self, sizes: dict) -> int:
+        """Elements of a head that are rotated; 0 where it is the whole head."""
+        if self.family != "gpt_neox":
+            return sizes["rotary_dim"] or 0
+        share = (self.config.get("rope_parameters") or {}).get("partial_rotary_factor") or self["rotary_pct"]
+        if not isinstance(share, Real) or not 0 < share <= 1:
+            raise validation.refuse("rotary_pct", share, "must be a number above 0 and up to 1")
+        return int(sizes["head_dim"] * share)
+
+
+def _complete_heads(family: str, sizes: dict) -> None:
+    """Put in the size of a head where it follows from others, and make sure that the heads divide."""
+    hidden, heads, key_heads = sizes["hidden_size"], sizes["num_attention_heads"], sizes["num_key_value_heads"]
+    if sizes["head_dim"] is None or family in ("gpt_neox", "gptj"):  # these two know no head_dim
+        if hidden % heads:
+            cure = f"must be a multiple of num_attention_heads={heads}, since the config states no head_dim"
+            raise validation.refuse("hidden_size", hidden, cure)
+        sizes["head_dim"] = hidden // heads
+    if heads % key_heads:
+        cure = f"must be a multiple of num_key_value_heads={key_heads}"
+        raise validation.refuse("num_attention_heads", heads, cure)

@@ -8,13 +8,18 @@ these tensors, takes and frees memory in the same order as the layer in torch, i
 BLOCK = 512  # bytes: the CUDA caching allocator rounds every request up to a multiple (torch/c10, kMinBlockSize)
 
 
+def rounded(size: float) -> int:
+    """Bytes that the allocator gives out for a request of so many."""
+    return -(-int(size) // BLOCK) * BLOCK
+
+
 class Buffer:
     """Memory of a tape, freed when the last reference goes."""
 
     __slots__ = ("kind", "size", "tape")
 
     def __init__(self, tape: "Tape", size: int, kind: str | None = None):
-        self.tape, self.size, self.kind = tape, -(-size // BLOCK) * BLOCK, kind
+        self.tape, self.size, self.kind = tape, rounded(size), kind
         tape.live += self.size
         if kind:
             tape.live_of[kind] = tape.live_of.get(kind, 0) + self.size

@@ -19,11 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from transformers import TrainerCallback
 
-from qlora_helpers.memory.out_of_memory import BACKWARD, EVALUATION, FORWARD, SAVING, STEP
+from qlora_helpers.memory.phases import BACKWARD, BETWEEN, EVALUATION, FORWARD, LOSS, SAVING, STEP
+from qlora_helpers.memory.tape import rounded
 
-LOSS, BETWEEN = "loss", "between steps"
-PHASES = (FORWARD, LOSS, BACKWARD, STEP)
-BLOCK = 512  # bytes: torch's allocator gives memory out in multiples of it
 MOST_ENTRIES = 2_000_000  # of the allocator's history
 
 
@@ -198,7 +196,7 @@ def from_history(entries: Iterable[dict], marks: list[tuple[str, int, float]], s
             found.append((name, len(levels)))
         if entry["action"] not in ("alloc", "free_requested"):
             continue
-        size = -(-entry["size"] // BLOCK) * BLOCK
+        size = rounded(entry["size"])
         level += size if entry["action"] == "alloc" else -size
         moment = entry["time_us"] - paused
         began = moment if began is None else began

@@ -17,13 +17,17 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 
+from qlora_helpers.settings import AS_OTHERS_RUN
 from qlora_helpers.training.run_folder import RECORD, RESULT, numbered_checkpoints, trainer_state
 
 PARTS = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
-WEIGHTS = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}  # by the method of a run
+# by the method of a run
+WEIGHTS = {"qlora": "adapter_model.safetensors", "lora": "adapter_model.safetensors", "full": "model.safetensors"}
 # these say when to save and to log, not what to compute
 FREE_TO_CHANGE = ("save_steps", "save_minutes", "keep_checkpoints", "log_steps")
-# what runs did before they could choose: a record from that time lacks the setting
+# said by the model and the machine, which are recorded themselves; or the same in every run
+NOT_RECORDED = (*FREE_TO_CHANGE, *AS_OTHERS_RUN, "double_quant", "compute_dtype")
+# what every run did before it became a setting: a record from that time lacks it
 BEFORE_IT_WAS_A_SETTING = {"method": "lora", "schedule": "linear", "max_grad_norm": 1.0}
 
 
@@ -55,7 +59,7 @@ def _damaged(part: Path) -> bool:
     return not part.exists() or not zipfile.is_zipfile(part)
 
 
-def last_whole_checkpoint(folder: str | Path, float16: bool = False, method: str = "lora") -> Path | None:
+def last_whole_checkpoint(folder: str | Path, float16: bool = False, method: str = "qlora") -> Path | None:
     """The newest checkpoint in `folder` that was written to its end; None if there is none.
 
     `trainer_state.json` is written last, so a checkpoint is whole if it parses. A whole one that lacks its optimizer,
@@ -63,7 +67,7 @@ def last_whole_checkpoint(folder: str | Path, float16: bool = False, method: str
 
     Args:
         float16: the run scales its loss, so the scale must be there, too.
-        method: of the run, "lora" or "full".
+        method: of the run, as in its `Settings`.
 
     Raises:
         ValueError: the newest whole checkpoint lacks one of its parts.
@@ -107,12 +111,20 @@ def record_of(model, chats: list, settings, compute_dtype) -> dict:
         f"{config.bnb_4bit_quant_type}, double_quant={config.bnb_4bit_use_double_quant}" if config else "none"
     )
     return {
-        **{name: value for name, value in asdict(settings).items() if name not in FREE_TO_CHANGE},
+        **{name: value for name, value in asdict(settings).items() if name not in NOT_RECORDED},
         "chats": hashlib.sha256(json.dumps(chats).encode()).hexdigest()[:16],
         "model": Path(model.config._name_or_path).name,
         "quantization": quantization,
         "compute_dtype": str(compute_dtype),
     }
+
+
+def _in_today_s_words(record: dict) -> dict:
+    """A record that an older version of this package may have written."""
+    record = BEFORE_IT_WAS_A_SETTING | record
+    if record["method"] == "lora" and record.get("quantization") != "none":
+        record["method"] = "qlora"  # there was one word for both
+    return record
 
 
 def where_to_start(folder: Path, record: dict, resume: bool, float16: bool) -> Path | None:
@@ -139,7 +151,7 @@ def where_to_start(folder: Path, record: dict, resume: bool, float16: bool) -> P
             )
         return None
     try:
-        before = BEFORE_IT_WAS_A_SETTING | json.loads(begun.read_text())
+        before = _in_today_s_words(json.loads(begun.read_text()))
     except ValueError as error:
         raise ValueError(f"{begun} is damaged, so what the run was is unknown: name a new folder") from error
     differing = [

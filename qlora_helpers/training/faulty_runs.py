@@ -6,7 +6,6 @@ here, too: what bfloat16 does to them is another matter (lesson 4).
 
 from pathlib import Path
 
-# after the helpers, which quieten them
 import datasets
 import peft
 import torch
@@ -15,6 +14,7 @@ import trl
 
 from qlora_helpers.hardware import Hardware, detect
 from qlora_helpers.settings import SCHEDULES, Settings
+from qlora_helpers.training.trainer import no_progress_bars
 
 
 def _common(folder: str | Path, settings: Settings, hardware: Hardware) -> dict:
@@ -82,9 +82,7 @@ def sft_trainer(
         config = trl.SFTConfig(
             assistant_only_loss=assistant_only_loss, max_length=max_length, gradient_checkpointing=False, **options
         )
-    bars = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
+    with no_progress_bars():
         return trl.SFTTrainer(
             model=model,
             args=config,
@@ -92,9 +90,6 @@ def sft_trainer(
             processing_class=tokenizer,
             peft_config=_lora(settings),
         )
-    finally:
-        if bars:
-            datasets.enable_progress_bars()
 
 
 def sft_run(*args, **options) -> trl.SFTTrainer:

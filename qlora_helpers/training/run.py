@@ -101,17 +101,8 @@ def train(
     make(output_dir, "output_dir")
     trainer = build_trainer(model, tokenizer, chats, output_dir, settings, hardware)
     write_record(output_dir, record)
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    if progress_bar:
-        trainer.add_callback(_Bar)
     recorder, watch, stop = _Recorder(on_loss), _Watch(trainer), StopWhenAsked()
-    trainer.add_callback(recorder)
-    trainer.add_callback(_SaveAsAsked)
-    trainer.add_callback(stop)
-    if settings.save_minutes is not None:
-        trainer.add_callback(SaveByTheClock(settings.save_minutes))
-    trainer.add_callback(watch)  # after all that ask for a checkpoint
+    _add_callbacks(trainer, settings, progress_bar, recorder, stop, watch)
     if hardware.device == "cpu":
         say_if_slowed(torch.get_num_threads())
     with stop:
@@ -119,18 +110,8 @@ def train(
         _let_it_train(trainer, checkpoint, settings, output_dir, recorder, stop)
         seconds = time.perf_counter() - started
         model = trainer.model.eval()
-        if settings.method == "full":
-            trainable = total = model.num_parameters()
-            saved_path = save_model(model, tokenizer, output_dir / RESULT["full"])
-        else:
-            trainable, total = model.get_nb_trainable_parameters()
-            saved_path = save_adapter(model, output_dir / RESULT["lora"])
-    if watch.skipped:
-        print(
-            f"float16: gradients overflowed at {len(watch.skipped)} of {settings.steps} steps (the last is step "
-            f"{watch.skipped[-1]}). These steps were skipped and the loss scale halved. A few at the start are normal; if it "
-            "goes on, lower the learning rate."
-        )
+        trainable, total, saved_path = _save(model, tokenizer, output_dir / RESULT[settings.method], settings.method)
+    _say_what_was_skipped(watch.skipped, settings.steps)
     if stop.signal is not None:  # it came in the last step, or while what was trained was saved
         where = f"after the last of {settings.steps} steps; what was trained is in {saved_path}"
         raise Interrupted(where, output_dir, finished=True, signal=stop.signal)
@@ -146,6 +127,34 @@ def train(
         skipped_steps=watch.skipped,
         spikes=watch.spike_watch.spikes,
     )
+
+
+def _add_callbacks(trainer, settings: Settings, progress_bar: bool, recorder, stop, watch) -> None:
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if progress_bar:
+        trainer.add_callback(_Bar)
+    trainer.add_callback(recorder)
+    trainer.add_callback(_SaveAsAsked)
+    trainer.add_callback(stop)
+    if settings.save_minutes is not None:
+        trainer.add_callback(SaveByTheClock(settings.save_minutes))
+    trainer.add_callback(watch)  # after all that ask for a checkpoint
+
+
+def _save(model, tokenizer, folder: Path, method: str) -> tuple[int, int, Path]:
+    """Save what was trained. Returns how many parameters were, how many there are, and the folder."""
+    if method == "full":
+        return model.num_parameters(), model.num_parameters(), save_model(model, tokenizer, folder)
+    return *model.get_nb_trainable_parameters(), save_adapter(model, folder)
+
+
+def _say_what_was_skipped(skipped: list[int], steps: int) -> None:
+    if skipped:
+        print(
+            f"float16: gradients overflowed at {len(skipped)} of {steps} steps (the last is step {skipped[-1]}). These steps "
+            "were skipped and the loss scale halved. A few at the start are normal; if it goes on, lower the learning rate."
+        )
 
 
 def _let_it_train(

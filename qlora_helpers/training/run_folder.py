@@ -18,7 +18,8 @@ from qlora_helpers.safe_folders import probe_writing
 
 DRIVE = Path("/content/drive/MyDrive")  # where Colab mounts it
 RECORD = "run.json"  # what a run was begun with
-RESULT = {"lora": "adapter", "full": "model"}  # by the method: the folder of what a finished run has trained
+# by the method: the folder of what a finished run has trained
+RESULT = {"qlora": "adapter", "lora": "adapter", "full": "model"}
 RUN_BYTES = 50 * 10**6  # a run of the shipped model writes 8 MB
 _IN_EVERY_RECORD = {"steps", "chats", "model", "compute_dtype"}
 _CURE = "name a new or an empty folder"
@@ -55,7 +56,7 @@ def read_record(folder: Path) -> dict | None:
 
 def is_finished(folder: Path) -> bool:
     """Whether what the run trained is there in whole."""
-    return any(any((folder / result).glob("*")) for result in RESULT.values())
+    return any(any((folder / result).glob("*")) for result in set(RESULT.values()))
 
 
 def check_output(folder: Path, name: str = "--output") -> dict | None:

@@ -4,6 +4,8 @@ What is trained is float32 in every run: TRL makes the adapters of a 4-bit base 
 break float16 training and not survive a resume.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -12,9 +14,10 @@ from peft import LoraConfig
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
-from qlora_helpers.chats import Chat, lengths_of
+from qlora_helpers import validation
+from qlora_helpers.chats import Chat, tokenized
 from qlora_helpers.hardware import Hardware
-from qlora_helpers.settings import SCHEDULES, Settings
+from qlora_helpers.settings import AS_OTHERS_RUN, SCHEDULES, Settings
 
 
 class _Trainer(SFTTrainer):
@@ -39,19 +42,73 @@ def build_trainer(model, tokenizer, chats: list[Chat], output_dir: Path, setting
     """The SFTTrainer of a run, what it trains in float32.
 
     Raises:
-        ValueError: a chat is longer than `settings.max_length` tokens; or all weights of a 4-bit model are to be trained.
+        ValueError: the model is not of the kind that the settings describe; a setting is one that only the predictor takes;
+            a chat is longer than `settings.max_length` tokens, or the chat template marks no answer in it.
     """
-    full = settings.method == "full"
-    if full and getattr(model, "is_quantized", False):
-        raise ValueError(
-            "method='full': 4-bit weights cannot be trained. Load the model with quantization=None, or use 'lora'"
+    check_settings(model, settings, hardware)
+    rows = _rows(chats, tokenizer, settings.max_length)
+    config = _config(output_dir, settings, hardware)
+    set_seed(settings.seed)  # the adapters' first values are drawn while the trainer is built
+    with no_progress_bars():
+        trainer = _Trainer(
+            model=model,
+            args=config,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer,
+            peft_config=None if settings.method == "full" else _lora(settings),
         )
-    for number, length in enumerate(lengths_of(chats, tokenizer), start=1):
-        if length > settings.max_length:
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            # after the trainer, which makes adapters bfloat16 itself; float16 gradients could not be unscaled
+            parameter.data = parameter.data.float()
+    return trainer
+
+
+def check_settings(model, settings: Settings, hardware: Hardware) -> None:
+    """Make sure that the settings describe the run that this model makes on this machine.
+
+    Raises:
+        ValueError: they do not; the message names the setting and the cure.
+    """
+    quantised = getattr(model, "is_quantized", False)
+    if settings.method == "qlora" and not quantised:
+        cure = "the model has no 4-bit layers. Load it with quantization='nf4', or use 'lora'"
+        raise validation.refuse("method", "qlora", cure)
+    if settings.method == "lora" and quantised:
+        cure = "the model has 4-bit layers. Load it with quantization=None, or use 'qlora'"
+        raise validation.refuse("method", "lora", cure)
+    if settings.method == "full" and quantised:
+        cure = "4-bit weights cannot be trained. Load the model with quantization=None, or use 'qlora'"
+        raise validation.refuse("method", "full", cure)
+    for name in AS_OTHERS_RUN:
+        used = Settings.__dataclass_fields__[name].default
+        if settings.method != "full" and getattr(settings, name) != used:
+            cure = f"only the predictor takes it; training has {used!r}. Leave it out"
+            raise validation.refuse(name, getattr(settings, name), cure)
+    gear = str(hardware.compute_dtype).removeprefix("torch.")
+    if settings.compute_dtype not in (None, gear):
+        cure = f"the {hardware.gear} gear computes in {gear}. Leave it out, or choose another gear by QLORA_GEAR"
+        raise validation.refuse("compute_dtype", settings.compute_dtype, cure)
+
+
+def _rows(chats: list[Chat], tokenizer, max_length: int) -> list[dict]:
+    """The chats as the trainer takes them: tokens, and which of them are the assistant's."""
+    rows = tokenized(chats, tokenizer)
+    for number, row in enumerate(rows, start=1):
+        if len(row["input_ids"]) > max_length:
             raise ValueError(
-                f"chat {number} has {length} tokens, over max_length={settings.max_length}: its answer would be cut. "
+                f"chat {number} has {len(row['input_ids'])} tokens, over max_length={max_length}: its answer would be cut. "
                 "Raise max_length or shorten the chat"
             )
+        if 1 not in row["assistant_masks"]:
+            raise ValueError(
+                f"chat {number}: the tokenizer's chat template marks no answer in it, so there is nothing to learn. Load the "
+                "tokenizer with qlora_helpers.models.loading.load_tokenizer"
+            )
+    return rows
+
+
+def _config(output_dir: Path, settings: Settings, hardware: Hardware) -> SFTConfig:
     on_gpu = hardware.device == "cuda"
     dtype = hardware.compute_dtype
     config = SFTConfig(
@@ -65,8 +122,8 @@ def build_trainer(model, tokenizer, chats: list[Chat], output_dir: Path, setting
         max_grad_norm=settings.max_grad_norm or 0.0,  # the trainer takes 0 for no clipping
         optim=settings.optimizer or ("paged_adamw_8bit" if on_gpu else "adamw_torch"),
         max_length=settings.max_length,
-        assistant_only_loss=True,
-        packing=False,  # it is meant for FlashAttention, which a T4 has not
+        assistant_only_loss=False,  # the rows say which tokens are the assistant's; TRL would want to find out itself
+        packing=False,  # it is meant for FlashAttention, which a T4 does not have
         gradient_checkpointing=settings.gradient_checkpointing,
         use_cpu=not on_gpu,
         bf16=on_gpu and dtype == torch.bfloat16,
@@ -84,30 +141,27 @@ def build_trainer(model, tokenizer, chats: list[Chat], output_dir: Path, setting
     if config.n_gpu > 1:
         print(f"{config.n_gpu} GPUs are here. This run uses the first one: TRL refuses to split a batch over several.")
         config._n_gpu = 1
+    return config
+
+
+def _lora(settings: Settings) -> LoraConfig:
     targets = settings.target_modules
-    lora = LoraConfig(
+    return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
     )
-    set_seed(settings.seed)  # the adapters' first values are drawn while the trainer is built
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """datasets shows one for each pass over the rows."""
     bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        trainer = _Trainer(
-            model=model,
-            args=config,
-            train_dataset=datasets.Dataset.from_list([{"messages": chat} for chat in chats]),
-            processing_class=tokenizer,
-            peft_config=None if full else lora,
-        )
+        yield
     finally:
         if bars:
             datasets.enable_progress_bars()
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            # after the trainer, which makes adapters bfloat16 itself; float16 gradients could not be unscaled
-            parameter.data = parameter.data.float()
-    return trainer

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import bitsandbytes as bnb
 import pytest
@@ -17,12 +18,13 @@ from qlora_helpers.adapters.files import WrongBase, load_adapter
 from qlora_helpers.adapters.merge import BASES, load_base, merge
 from qlora_helpers.chats import read_chats
 from qlora_helpers.evaluation import seconds_per_token
-from qlora_helpers.memory import FineTuning, find_shape, predict_merge
+from qlora_helpers.memory import find_shape, predict_merge
 from qlora_helpers.models.loading import load_model
 from qlora_helpers.models.saving import save_model
 from qlora_helpers.models.weights import linear_layers
 from qlora_helpers.paths import data_path
 from qlora_helpers.quantize import NF4, dequantize, quantize
+from qlora_helpers.settings import GPU_RUN
 from tests.support.short_runs import CPU, TOKENIZER
 
 SHIPPED, BASE = data_path("adapters", "sentences"), data_path("tiny-llama")
@@ -103,10 +105,10 @@ def test_drift_of_known_numbers():
 def test_an_unknown_way_is_refused():
     with pytest.raises(ValueError, match="into='8bit': choose one of 4bit, dequantised, 16bit"):
         merge(SHIPPED, "8bit")
-    with pytest.raises(ValueError, match="into is '8bit'; allowed: 4bit, dequantised, 16bit"):
+    with pytest.raises(ValueError, match="into='8bit': choose one of 4bit, dequantised, 16bit"):
         predict_merge(LLAMA_8B, "8bit")
-    with pytest.raises(ValueError, match=r"run.method is 'full'"):
-        predict_merge(LLAMA_8B, "16bit", FineTuning(method="full"))
+    with pytest.raises(ValueError, match=r"settings.method='full'"):
+        predict_merge(LLAMA_8B, "16bit", replace(GPU_RUN, method="full"))
 
 
 def test_a_token_takes_time(models):
@@ -214,9 +216,9 @@ def test_the_memory_of_a_merge_is_predicted(into, measured):
 
 
 def test_a_larger_rank_and_fewer_layers_change_the_memory_of_a_merge():
-    small, large = (predict_merge(LLAMA_8B, "16bit", FineTuning(lora_rank=rank)) for rank in (16, 64))
+    small, large = (predict_merge(LLAMA_8B, "16bit", replace(GPU_RUN, rank=rank)) for rank in (16, 64))
     assert large.peak_bytes - small.peak_bytes == large.adapter_bytes - small.adapter_bytes == 3 * small.adapter_bytes
-    narrow = predict_merge(LLAMA_8B, "16bit", FineTuning(target_modules=("q_proj",)))
+    narrow = predict_merge(LLAMA_8B, "16bit", replace(GPU_RUN, target_modules=("q_proj",)))
     assert narrow.peak_bytes - narrow.base_bytes - narrow.adapter_bytes == 8 * 4096 * 4096
 
 

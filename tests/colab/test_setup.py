@@ -587,7 +587,7 @@ def test_make_zip_makes_a_small_zip_that_the_cell_can_use(tmp_path):
     subprocess.run(["make", "zip", f"ZIP={archive}"], cwd=ROOT, check=True, capture_output=True)
     assert archive.stat().st_size < 12e6
     names = zipfile.ZipFile(archive).namelist()
-    for name in ("colab/setup.py", "colab/requirements.txt", "pyproject.toml", "qlora_helpers/files.py"):
+    for name in ("colab/setup.py", "colab/requirements.txt", "pyproject.toml", "qlora_helpers/paths.py"):
         assert f"qlora-course/{name}" in names, "not in the last commit"
     assert any(name.startswith("qlora-course/data/") and name.endswith(".safetensors") for name in names)
 

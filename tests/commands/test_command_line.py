@@ -4,13 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from qlora_helpers import evaluation
 from qlora_helpers.__main__ import main
+from qlora_helpers.commands.run import VARIED
+from qlora_helpers.commands.settings_options import option_of
 from qlora_helpers.memory import (
-    FineTuning,
     catalogue,
     cures,
     find_gpu,
@@ -21,8 +23,8 @@ from qlora_helpers.memory import (
     predict,
 )
 from qlora_helpers.paths import data_path
-
-GIB = 2**30
+from qlora_helpers.settings import GPU_RUN, MEMORY_SETTINGS
+from qlora_helpers.units import GIB
 
 
 def call(*arguments, cwd, **environment):
@@ -63,12 +65,30 @@ def test_run_reports_its_figures_and_overwrites_nothing(tmp_path, monkeypatch, c
     assert json.loads((kept[0] / "report.json").read_text()) == report
 
 
-@pytest.mark.parametrize("steps", ["0", "-1", "abc", "1.5"])
-def test_a_number_of_steps_that_is_none_is_refused(steps, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["run", "--steps", steps])
-    assert stopped.value.code == 2
-    assert f"--steps: '{steps}' is no number of steps: name a whole number, 1 or more" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--steps", "0", "error: steps=0: must be a whole number, 1 or more"),
+        ("--steps", "abc", "error: steps='abc': must be a whole number, 1 or more"),
+        ("--steps", "1.5", "error: steps=1.5: must be a whole number, 1 or more"),
+        ("--rank", "-1", "error: rank=-1: must be a whole number, 1 or more"),
+        ("--schedule", "steep", "error: schedule='steep': choose one of linear, cosine, constant"),
+    ],
+)
+def test_a_bad_setting_is_refused_before_anything_is_loaded(option, value, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr("qlora_helpers.commands.run._load_and_run")
+    assert main(["run", "--output", str(tmp_path / "new"), option, value]) == 2
+    assert capsys.readouterr().err.strip() == said
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_options_are_the_fields_of_settings_with_their_texts(capsys):
+    for command, names in (("run", VARIED), ("memory", MEMORY_SETTINGS)):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert all(f"{option_of(name)} " in text for name in names)
+        assert "of LoRA: its result is scaled by alpha / rank" in text or command == "memory"
 
 
 # ---- memory: in this process, which is quicker; main() is what the command runs
@@ -81,8 +101,8 @@ def report(capsys, *arguments):
 
 
 def test_memory_prints_the_prediction_and_its_status_says_whether_it_fits(capsys):
-    status, text, errors = report(capsys, "Qwen/Qwen2.5-7B", "--gpu", "t4", "--seq-len", 2048)
-    shape, run = find_shape("Qwen/Qwen2.5-7B"), FineTuning(compute_dtype="float16")
+    status, text, errors = report(capsys, "Qwen/Qwen2.5-7B", "--gpu", "t4", "--max-length", 2048)
+    shape, run = find_shape("Qwen/Qwen2.5-7B"), replace(GPU_RUN, compute_dtype="float16")
     prediction = predict(shape, run, "t4")
     assert (status, errors) == (0, "")
     assert f"fits with {prediction.spare_bytes / GIB:.1f} GiB to spare" in text
@@ -102,10 +122,10 @@ def test_memory_prints_the_prediction_and_its_status_says_whether_it_fits(capsys
 
 
 def test_memory_says_how_much_is_too_much_and_what_helps(capsys):
-    arguments = ("meta-llama/Llama-3.1-8B", "--gpu", "4090", "--seq-len", 4096, "--no-checkpointing")
+    arguments = ("meta-llama/Llama-3.1-8B", "--gpu", "4090", "--max-length", 4096, "--no-gradient-checkpointing")
     status, text, errors = report(capsys, *arguments)
     assert (status, errors) == (1, "")
-    shape, run = find_shape("meta-llama/Llama-3.1-8B"), FineTuning(seq_len=4096, gradient_checkpointing=False)
+    shape, run = find_shape("meta-llama/Llama-3.1-8B"), replace(GPU_RUN, max_length=4096, gradient_checkpointing=False)
     assert f"does not fit: {-predict(shape, run, '4090').spare_bytes / GIB:.1f} GiB too much" in text
     found = cures(shape, run, "4090")
     assert found
@@ -121,8 +141,28 @@ def test_memory_says_how_much_is_too_much_and_what_helps(capsys):
     [
         (),
         ("--method", "full", "--optimizer", "adamw_torch", "--batch-size", "8"),
-        ("--upcast", "--no-checkpointing", "--no-double-quant", "--attention", "eager", "--targets", "q_proj,v_proj"),
-        ("--gpu", "3080", "--seq-len", "16384", "--batch-size", "64", "--upcast", "--rank", "256", "--dropout", "0"),
+        (
+            "--upcast-fp32",
+            "--no-gradient-checkpointing",
+            "--no-double-quant",
+            "--attention",
+            "eager",
+            "--target-modules",
+            "q_proj,v_proj",
+        ),
+        (
+            "--gpu",
+            "3080",
+            "--max-length",
+            "16384",
+            "--batch-size",
+            "64",
+            "--upcast-fp32",
+            "--rank",
+            "256",
+            "--dropout",
+            "0",
+        ),
         ("--method", "lora", "--compute-dtype", "float32", "--adapter-dtype", "bfloat16"),
     ],
 )
@@ -134,21 +174,22 @@ def test_memory_fits_its_width_and_is_plain(capsys, options):
 
 def test_memory_as_json_agrees_with_predict(capsys):
     status, text, _ = report(
-        capsys, "Qwen/Qwen2.5-14B", "--gpu", "l4", "--seq-len", 4096, "--batch-size", 4, "--method", "lora",
+        capsys, "Qwen/Qwen2.5-14B", "--gpu", "l4", "--max-length", 4096, "--batch-size", 4, "--method", "lora",
         "--rank", 8, "--dropout", 0.1, "--optimizer", "adamw_torch", "--compute-dtype", "float16", "--adapter-dtype", "bfloat16",
-        "--targets", "q_proj, v_proj", "--no-checkpointing", "--no-double-quant", "--upcast", "--attention", "eager",
+        "--target-modules", "q_proj, v_proj", "--no-gradient-checkpointing", "--no-double-quant", "--upcast-fp32", "--attention", "eager",
         "--json",
     )  # fmt: skip
     found = json.loads(text)
-    run = FineTuning(
-        method="lora", compute_dtype="float16", adapter_dtype="bfloat16", double_quant=False, lora_rank=8,
-        lora_dropout=0.1, target_modules=["q_proj", "v_proj"], batch_size=4, seq_len=4096,
+    run = replace(
+    GPU_RUN,
+        method="lora", compute_dtype="float16", adapter_dtype="bfloat16", double_quant=False, rank=8,
+        dropout=0.1, target_modules=["q_proj", "v_proj"], batch_size=4, max_length=4096,
         gradient_checkpointing=False, optimizer="adamw_torch", upcast_fp32=True, attention="eager",
     )  # fmt: skip
     shape = find_shape("Qwen/Qwen2.5-14B")
     prediction = predict(shape, run, "l4")
     assert status == 1
-    assert found["run"] == json.loads(json.dumps(vars(run)))
+    assert found["settings"] == json.loads(json.dumps({name: getattr(run, name) for name in MEMORY_SETTINGS}))
     assert found["parts"] == prediction.parts
     for name in (
         "loaded_bytes", "peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "spare_bytes", "fits",
@@ -171,7 +212,7 @@ def test_memory_as_json_agrees_with_predict(capsys):
 @pytest.mark.parametrize(("gpu", "dtype"), [("t4", "float16"), ("v100", "float16"), ("a100-40", "bfloat16")])
 def test_memory_computes_in_what_the_card_is_fast_in(capsys, gpu, dtype):
     _, text, _ = report(capsys, "qwen2.5-7b", "--gpu", gpu, "--json")
-    assert json.loads(text)["run"]["compute_dtype"] == dtype
+    assert json.loads(text)["settings"]["compute_dtype"] == dtype
 
 
 def test_memory_takes_a_folder_and_no_longer_a_sequence_than_its_model(capsys):
@@ -180,7 +221,7 @@ def test_memory_takes_a_folder_and_no_longer_a_sequence_than_its_model(capsys):
     assert status == 0
     found = json.loads(text)
     assert found["model"] == "tiny-llama"
-    assert found["run"]["seq_len"] == find_shape(folder).max_position_embeddings < 2048
+    assert found["settings"]["max_length"] == find_shape(folder).max_position_embeddings < 2048
 
 
 @pytest.mark.parametrize(
@@ -191,8 +232,8 @@ def test_memory_takes_a_folder_and_no_longer_a_sequence_than_its_model(capsys):
         (("qwen2.5-7b", "--gpu", "t5"), ("t5", "known are", "t4")),
         (("qwen2.5-7b", "--batch-size", 0), ("batch_size", "0")),
         (("qwen2.5-7b", "--method", "dora"), ("method", "dora", "qlora")),
-        (("qwen2.5-7b", "--targets", "nothing"), ("nothing", "q_proj")),
-        (("llama-2-7b-hf", "--seq-len", 8192), ("seq_len", "8192", "4096")),
+        (("qwen2.5-7b", "--target-modules", "nothing"), ("nothing", "q_proj")),
+        (("llama-2-7b-hf", "--max-length", 8192), ("max_length", "8192", "4096")),
     ],
 )
 def test_memory_names_what_is_wrong(capsys, arguments, words):
@@ -217,12 +258,12 @@ def test_memory_lists_what_it_knows(capsys, arguments):
 
 def test_memory_needs_no_torch(tmp_path):
     code = (
-        "import sys; from qlora_helpers.__main__ import main; status = main(['memory', 'qwen2.5-14b', '--upcast']); "
+        "import sys; from qlora_helpers.__main__ import main; status = main(['memory', 'qwen2.5-14b', '--upcast-fp32']); "
         "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)), file=sys.stderr); sys.exit(status)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stderr == "[]\n"
-    whole = call("memory", "qwen2.5-14b", "--upcast", cwd=tmp_path)
+    whole = call("memory", "qwen2.5-14b", "--upcast-fp32", cwd=tmp_path)
     assert (whole.returncode, whole.stdout) == (done.returncode, done.stdout)
     assert whole.returncode in (0, 1)
 

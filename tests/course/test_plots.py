@@ -50,16 +50,14 @@ def test_the_live_plot_draws_every_second_point_and_the_last(shown):
 
 def test_a_timeline_is_filled_phase_by_phase_with_its_peak_marked():
     line = Timeline((0.0, 1.0, 2.0, 3.0), (10, 40, 20, 5), (("forward", 0), ("backward", 1), ("forward", 3)))
-    fig, ax = plots.figure()
+    _, ax = plots.figure()
     plots.memory_timeline(ax, line, unit=10)
     assert [text.get_text() for text in ax.texts] == ["4.00"]
     assert ax.get_legend_handles_labels()[1] == ["forward", "backward"]
     assert ax.get_ylim()[1] > 4 and ax.get_xlim() == (0, 3)
-    plots.plt.close(fig)
 
 
 def test_a_tree_has_its_question_and_every_branch():
-    fig, ax = plots.figure()
+    _, ax = plots.figure()
     plots.decision_tree(ax, "where?", [("load", "4 bits"), ("forward", "checkpointing")])
     assert {text.get_text() for text in ax.texts} == {"where?", "load", "4 bits", "forward", "checkpointing"}
-    plots.plt.close(fig)

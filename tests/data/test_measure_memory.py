@@ -15,14 +15,16 @@ from transformers.training_args import OptimizerNames
 
 from data.scripts.measure import memory as measure_memory
 from data.scripts.measure import memory_plan
-from qlora_helpers.memory import FineTuning, ModelShape, predict
-from qlora_helpers.memory.prediction import METHODS, OPTIMIZERS
+from qlora_helpers.memory import ModelShape, predict
+from qlora_helpers.memory.trained import OPTIMIZERS
 from qlora_helpers.paths import data_path
+from qlora_helpers.settings import MEMORY_SETTINGS, METHODS
+from qlora_helpers.units import GIB
 from tests.support.main_functions import call
 
 PLAN, FRESH = memory_plan.all_rows(), memory_plan.all_rows(fresh=True)
 TABLES = {"memory.json": PLAN, "memory_fresh.json": FRESH}
-SETTINGS = [field.name for field in dataclasses.fields(FineTuning) if field.name != "accumulation"]  # always 1
+SETTINGS = [name for name in MEMORY_SETTINGS if name != "accumulation"]  # always 1
 
 
 def measured(name):
@@ -36,8 +38,7 @@ def values(rows, name):
 
 def predicted(row):
     gpu = "t4" if row.get("t4_kernels") else "h200"
-    run = FineTuning(**{name: row[name] for name in SETTINGS})
-    return predict(ModelShape.from_config(row["config"]), run, gpu)
+    return predict(ModelShape.from_config(row["config"]), memory_plan.settings_of(row), gpu)
 
 
 # The plan
@@ -52,8 +53,8 @@ def test_a_label_tells_rows_apart_by_every_setting():
     row = PLAN[0]
     base = memory_plan.label_of(row | {"t4_kernels": False})
     others = {
-        "model": "another", "method": "lora", "compute_dtype": "float16", "adapter_dtype": "float32", "lora_rank": 3,
-        "double_quant": False, "lora_dropout": 0.5, "target_modules": ["q_proj"], "batch_size": 3, "seq_len": 3,
+        "model": "another", "method": "lora", "compute_dtype": "float16", "adapter_dtype": "float32", "rank": 3,
+        "double_quant": False, "dropout": 0.5, "target_modules": ["q_proj"], "batch_size": 3, "max_length": 3,
         "gradient_checkpointing": False, "optimizer": "adamw_torch", "upcast_fp32": True, "attention": "math",
         "t4_kernels": True,
     }  # fmt: skip
@@ -68,7 +69,7 @@ def test_the_plan_covers_what_people_run():
     families = {row["config"]["model_type"] for row in PLAN}
     assert families == {"llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "gpt_neox", "gptj"}
     assert len(values(PLAN, "model")) >= 15
-    assert (min(values(PLAN, "seq_len")), max(values(PLAN, "seq_len"))) == (256, 16_384)
+    assert (min(values(PLAN, "max_length")), max(values(PLAN, "max_length"))) == (256, 16_384)
     assert (min(values(PLAN, "batch_size")), max(values(PLAN, "batch_size"))) == (1, 16)
     assert values(PLAN, "method") == set(METHODS)
     assert values(PLAN, "attention") == {"sdpa", "math", "eager"}
@@ -104,16 +105,16 @@ def test_the_fresh_rows_have_models_and_settings_that_the_plan_has_not():
     assert all(row["held_out"] and row["alone"] for row in FRESH)
     assert {row["config"]["model_type"] for row in FRESH} == {row["config"]["model_type"] for row in PLAN}
     assert len(values(FRESH, "model") - values(PLAN, "model")) >= 7
-    for name in ("seq_len", "batch_size", "lora_rank"):
+    for name in ("max_length", "batch_size", "rank"):
         assert len(values(FRESH, name) - values(PLAN, name)) >= 3, name
-    assert values(FRESH, "seq_len") & values(PLAN, "seq_len") == set()
+    assert values(FRESH, "max_length") & values(PLAN, "max_length") == set()
     full = {(row["config"]["model_type"], row["gradient_checkpointing"]) for row in FRESH if row["method"] == "full"}
     assert full == {(family, kept) for family in ("llama", "gpt_neox", "qwen3") for kept in (True, False)}
 
 
 def test_no_row_needs_more_than_was_planned_for_it():
     for row in PLAN + FRESH:
-        assert predicted(row).device_bytes < row["gib"] * 2**30, row["label"]
+        assert predicted(row).device_bytes < row["gib"] * GIB, row["label"]
     assert max(row["gib"] for row in FRESH) < 60
 
 
@@ -154,7 +155,7 @@ def test_the_figures_of_a_row_are_in_order(name):
     for row in measured(name):
         assert 0 < row["loaded_bytes"] <= row["peak_allocated_bytes"] <= row["peak_reserved_bytes"], row["label"]
         shape = ModelShape.from_config(row["config"])
-        lora = shape.lora_parameters(row["lora_rank"], row["target_modules"])
+        lora = shape.lora_parameters(row["rank"], row["target_modules"])
         trained = shape.parameters if row["method"] == "full" else lora
         assert row["requires_grad_parameters"] == trained, row["label"]
         if row["device_used_bytes"] is not None:

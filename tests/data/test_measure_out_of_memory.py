@@ -6,21 +6,23 @@ from dataclasses import fields, replace
 import pytest
 
 from data.scripts.measure import out_of_memory as measure_oom
-from qlora_helpers.memory import FineTuning, ModelShape, cures, find_gpu, predict
+from qlora_helpers.memory import ModelShape, cures, find_gpu, predict
 from qlora_helpers.memory.out_of_memory import PLACES, read_message
-from qlora_helpers.memory.prediction import PAGE_POOL
-from qlora_helpers.memory.timeline import PHASES, Timeline
+from qlora_helpers.memory.phases import IN_A_STEP
+from qlora_helpers.memory.timeline import Timeline
+from qlora_helpers.memory.trained import PAGE_POOL
 from qlora_helpers.paths import data_path
+from qlora_helpers.settings import Settings
+from qlora_helpers.units import GIB
 from tests.support.main_functions import call
 
 PLAN = measure_oom.all_rows()
 RUNS = [row for row in PLAN if row["what"] == "run" and row["cap_bytes"]]
 H200 = find_gpu("h200")
-GIB = 2**30
 
 
-def run_of(row):
-    return FineTuning(**{field.name: row[field.name] for field in fields(FineTuning)})
+def settings_of(row):
+    return Settings(**{field.name: row[field.name] for field in fields(Settings)})
 
 
 def capped(row):
@@ -29,7 +31,7 @@ def capped(row):
 
 
 def predicted(row):
-    return predict(ModelShape.from_config(row["config"]), run_of(row), H200)
+    return predict(ModelShape.from_config(row["config"]), settings_of(row), H200)
 
 
 # The plan
@@ -75,8 +77,8 @@ def test_the_cure_that_is_measured_is_the_cheapest_that_the_predictor_names(grou
     death, cure = (
         next(row for row in RUNS if (row["group"], row["role"]) == (group, role)) for role in ("death", "cure")
     )
-    cheapest = cures(ModelShape.from_config(death["config"]), run_of(death), capped(death))[0]
-    assert cheapest.run == run_of(cure)
+    cheapest = cures(ModelShape.from_config(death["config"]), settings_of(death), capped(death))[0]
+    assert cheapest.settings == settings_of(cure)
 
 
 # The script
@@ -107,7 +109,7 @@ def test_rows_are_measured_with_a_tiny_model_on_a_cpu(words, place, dry_rows):
         read_message(row["message"])
     if row["what"] == "timeline":
         line = Timeline.from_json(row["timeline"])
-        assert {name for name, _ in line.marks} >= set(PHASES)
+        assert {name for name, _ in line.marks} >= set(IN_A_STEP)
         assert line.peak == pytest.approx(row["timeline_peak_bytes"], abs=1024)
 
 
@@ -168,7 +170,7 @@ def test_what_was_measured_is_predicted(row):
 def test_a_recorded_timeline_has_the_peak_that_torch_counted_and_the_predicted_phases(row):
     line, phases = Timeline.from_json(row["timeline"]), predicted(row).phases
     assert line.peak == pytest.approx(row["peak_allocated_bytes"], rel=0.001)
-    assert line.peak_phase == row["peak_phase"] == ("optimizer step" if row["lora_rank"] == 256 else "backward")
+    assert line.peak_phase == row["peak_phase"] == ("optimizer step" if row["rank"] == 256 else "backward")
     seen = {
         "loss": max(line.most_in("forward"), line.most_in("loss")),
         "optimizer step": line.most_in("optimizer step"),
@@ -184,6 +186,6 @@ def test_managed_memory_comes_in_pieces_of_128_mib():
     paged = [row for row in TABLE["rows"] if row.get("paged_bytes")]
     assert len(paged) >= 15
     for row in paged:
-        alone = f"paging: rank {row['lora_rank']}, adamw_8bit" if row["group"] == "paging" else "optimizer: price"
+        alone = f"paging: rank {row['rank']}, adamw_8bit" if row["group"] == "paging" else "optimizer: price"
         more = row["outside"]["after step 4"] - ROWS[alone]["outside"]["after step 4"]
         assert more == pytest.approx(-(-row["paged_bytes"] // PAGE_POOL) * PAGE_POOL, abs=2**25), row["label"]

@@ -8,12 +8,14 @@ from transformers import PrinterCallback
 
 from qlora_helpers.chats import read_chats
 from qlora_helpers.hardware import detect
-from qlora_helpers.memory.out_of_memory import GIB, MIB, read_message
-from qlora_helpers.memory.timeline import PHASES, record_step
+from qlora_helpers.memory.out_of_memory import read_message
+from qlora_helpers.memory.phases import IN_A_STEP
+from qlora_helpers.memory.timeline import record_step
 from qlora_helpers.models.loading import load_model, load_tokenizer
 from qlora_helpers.paths import data_path
 from qlora_helpers.settings import Settings
 from qlora_helpers.training.trainer import build_trainer
+from qlora_helpers.units import GIB, MIB
 
 
 def test_every_number_of_a_real_message_is_read():
@@ -43,6 +45,6 @@ def test_a_timeline_from_the_history_has_the_peak_that_torch_counts(tmp_path, mo
     trainer = build_trainer(load_model(), load_tokenizer(), chats, tmp_path, Settings(steps=2), detect())
     trainer.remove_callback(PrinterCallback)
     line = record_step(trainer)
-    assert {name for name, _ in line.marks} >= set(PHASES)
+    assert {name for name, _ in line.marks} >= set(IN_A_STEP)
     # a block may be larger than the request by what is too little to be split off
     assert line.peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.03)

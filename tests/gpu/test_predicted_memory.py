@@ -8,7 +8,7 @@ import torch
 from qlora_helpers.hardware import detect
 from qlora_helpers.memory import predict
 from qlora_helpers.memory.comparison import compare
-from qlora_helpers.memory.live_run import run_of, shape_of
+from qlora_helpers.memory.live_run import settings_of, shape_of
 from qlora_helpers.memory.measurement import Measurement, MemoryCallback
 from qlora_helpers.models.loading import load_model, load_tokenizer
 from qlora_helpers.settings import Settings
@@ -36,7 +36,7 @@ def test_the_predicted_peak_of_1_5b_is_within_8_per_cent(stand_ins, tmp_path, mo
     trainer = build_trainer(model, tokenizer, chats, tmp_path, settings, detect())
     trainer.add_callback(MemoryCallback(measurement))
     trainer.train()
-    prediction = predict(shape_of(trainer), run_of(trainer), "h200")
+    prediction = predict(shape_of(trainer), settings_of(trainer), "h200")
     print("\n" + compare(prediction, measurement))
     steady = measurement.phases["steady steps"]
     # what tests before this one have left is not the run's

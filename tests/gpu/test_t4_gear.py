@@ -13,6 +13,7 @@ from qlora_helpers.models.loading import load_model, load_tokenizer
 from qlora_helpers.paths import data_path
 from qlora_helpers.settings import Settings
 from qlora_helpers.training.run import train
+from qlora_helpers.units import GIB
 
 CHATS = read_chats(data_path("chats", "qlora", "train.jsonl"))
 # the lesson's, but for the number of steps
@@ -38,7 +39,7 @@ def test_a_real_size_trains_with_finite_losses_below_the_cap(shape, stand_ins, t
     torch.cuda.reset_peak_memory_stats()
     run = train(model, tokenizer, CHATS, tmp_path, LESSON)
     peak = torch.cuda.max_memory_reserved()
-    print(f"\n{shape}: peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB allocated, {peak / 2**30:.2f} reserved")
+    print(f"\n{shape}: peak {torch.cuda.max_memory_allocated() / GIB:.2f} GiB allocated, {peak / GIB:.2f} reserved")
     assert len(run.history) == 4 and all(math.isfinite(loss) for _, loss in run.history)
     assert run.skipped_steps != [1, 2, 3, 4]  # loss scaling has settled
     assert peak < CAP
@@ -94,7 +95,7 @@ def test_8192_tokens_of_8b_fit_and_the_default_attention_finds_no_kernel(stand_i
     settings = Settings(steps=2, batch_size=1, max_length=8_192, gradient_checkpointing=True)
     torch.cuda.reset_peak_memory_stats()
     run = train(model, tokenizer, chats, tmp_path, settings)
-    print(f"\n8,192 tokens, no dropout: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    print(f"\n8,192 tokens, no dropout: {torch.cuda.max_memory_allocated() / GIB:.2f} GiB")
     assert all(math.isfinite(loss) for _, loss in run.history)
     run.model.set_attn_implementation("sdpa")  # as transformers does it: needs the math kernel here
     with pytest.raises(RuntimeError, match=r"No available kernel|Invalid backend"), torch.no_grad():

@@ -13,7 +13,8 @@ from tests.course.provoke import four_bit, is_entry, random_llama, seen, trainer
 from datasets import Dataset  # isort: skip
 from peft import prepare_model_for_kbit_training
 
-GIB = 2**30
+from qlora_helpers.units import GIB
+
 LONG = Dataset.from_list([{"text": "a " * 600}] * 64)
 
 

@@ -202,8 +202,8 @@ def _on_meta(config: dict, run):
                 parameter.data = parameter.data.float()
     if run.method != "full":
         lora = LoraConfig(
-            r=run.lora_rank,
-            lora_dropout=run.lora_dropout,
+            r=run.rank,
+            lora_dropout=run.dropout,
             target_modules=run.target_modules if isinstance(run.target_modules, str) else list(run.target_modules),
             task_type="CAUSAL_LM",
         )
@@ -240,7 +240,7 @@ def transient_peak(config: dict, run) -> int:
 
     Args:
         config: as `AutoConfig.for_model` takes it.
-        run: a `FineTuning` with attention "sdpa" (FlashAttention), "math" or "eager".
+        run: a `Settings` with attention "sdpa" (FlashAttention), "math" or "eager".
     """
     ledger = Ledger()
     dtype = getattr(torch, run.compute_dtype)
@@ -250,7 +250,7 @@ def transient_peak(config: dict, run) -> int:
         with FakeTensorMode(allow_non_fake_inputs=True), ledger:
             _made_real(model, getattr(torch, run.adapter_dtype) if run.method != "full" else None)
             model.train()
-            ids = torch.ones(run.batch_size, run.seq_len, dtype=torch.long)
+            ids = torch.ones(run.batch_size, run.max_length, dtype=torch.long)
             standing = ledger.peak = ledger.live
             with torch.autocast("cpu", dtype=dtype):
                 loss = model(input_ids=ids, labels=ids, fused_lm_head=True).loss

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 
 from qlora_helpers.memory import (
-    FineTuning,
     ModelShape,
     catalogue,
     cures,
@@ -23,18 +22,21 @@ from qlora_helpers.memory import (
     what_fits,
 )
 from qlora_helpers.paths import data_path
+from qlora_helpers.settings import GPU_RUN
+from qlora_helpers.units import GIB
 
 QWEN_7B, LLAMA_8B, LLAMA_70B, GPT_J = map(
     find_shape, ("Qwen/Qwen2.5-7B", "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-70B", "EleutherAI/gpt-j-6b")
 )
-RUN = FineTuning()
-WASTEFUL = FineTuning(  # every cure applies
-    compute_dtype="float32", double_quant=False, lora_rank=64, batch_size=12, gradient_checkpointing=False,
+RUN = GPU_RUN
+WASTEFUL = replace(
+    GPU_RUN,  # every cure applies
+    compute_dtype="float32", double_quant=False, rank=64, batch_size=12, gradient_checkpointing=False,
     optimizer="adamw_torch", upcast_fp32=True, attention="eager",
 )  # fmt: skip
 RUNGS = [  # the fields that a cure changes, by the cure's price
     {"upcast_fp32"}, {"attention"}, {"optimizer"}, {"optimizer"}, {"compute_dtype"}, {"double_quant"},
-    {"gradient_checkpointing"}, {"batch_size"}, {"lora_rank"}, {"target_modules"}, {"method"}, {"seq_len"},
+    {"gradient_checkpointing"}, {"batch_size"}, {"rank"}, {"target_modules"}, {"method"}, {"max_length"},
 ]  # fmt: skip
 
 
@@ -141,11 +143,11 @@ def test_an_unknown_model_is_named_with_the_cure_and_its_neighbours(tmp_path):
 
 CASES = [
     (QWEN_7B, RUN, "t4"),
-    (QWEN_7B, replace(RUN, seq_len=512), "h200"),
-    (LLAMA_8B, replace(RUN, gradient_checkpointing=False, seq_len=1_024), "l4"),
+    (QWEN_7B, replace(RUN, max_length=512), "h200"),
+    (LLAMA_8B, replace(RUN, gradient_checkpointing=False, max_length=1_024), "l4"),
     (LLAMA_8B, replace(RUN, attention="math", batch_size=2), "t4"),
-    (GPT_J, replace(RUN, seq_len=1_024), "3060"),
-    (find_shape("HuggingFaceTB/SmolLM2-360M"), FineTuning(method="full", optimizer="adamw_torch"), "t4"),
+    (GPT_J, replace(RUN, max_length=1_024), "3060"),
+    (find_shape("HuggingFaceTB/SmolLM2-360M"), replace(GPU_RUN, method="full", optimizer="adamw_torch"), "t4"),
 ]
 
 
@@ -164,16 +166,16 @@ def test_the_longest_sequence_fits_and_128_tokens_more_do_not(shape, run, gpu, a
     assert 0 < len(asked) < 20
     assert tokens > 0
     assert tokens % 128 == 0
-    assert predict(shape, replace(run, seq_len=tokens), gpu).fits
+    assert predict(shape, replace(run, max_length=tokens), gpu).fits
     limit = shape.max_position_embeddings
-    assert tokens + 128 > limit or not predict(shape, replace(run, seq_len=tokens + 128), gpu).fits
+    assert tokens + 128 > limit or not predict(shape, replace(run, max_length=tokens + 128), gpu).fits
 
 
 def test_batch_and_sequence_grow_with_the_card_to_the_byte():
     needs = predict(QWEN_7B, replace(RUN, batch_size=3), "l4").device_bytes
     assert largest_batch(QWEN_7B, RUN, card(needs)) == 3
     assert largest_batch(QWEN_7B, RUN, card(needs - 1)) == 2
-    needs = predict(QWEN_7B, replace(RUN, seq_len=1_280), "l4").device_bytes
+    needs = predict(QWEN_7B, replace(RUN, max_length=1_280), "l4").device_bytes
     assert longest_sequence(QWEN_7B, RUN, card(needs)) == 1_280
     assert longest_sequence(QWEN_7B, RUN, card(needs - 1)) == 1_152
 
@@ -193,7 +195,7 @@ def test_the_longest_sequence_ends_where_the_model_does():
 
 def test_a_sequence_that_is_too_long_for_the_model_is_refused():
     with pytest.raises(ValueError, match="max_position_embeddings"):
-        largest_batch(GPT_J, replace(RUN, seq_len=4_096), "h200")
+        largest_batch(GPT_J, replace(RUN, max_length=4_096), "h200")
 
 
 # ---- cures
@@ -209,7 +211,7 @@ def single_rungs(run, found):
     """The rung of each cure; a cure of none, or of two, fails."""
     places = []
     for change in found:
-        names = changed(run, change.run)
+        names = changed(run, change.settings)
         after = places[-1] + 1 if places else 0
         assert names in RUNGS[after:], (names, "is no single change, or out of order")
         places.append(RUNGS.index(names, after))
@@ -223,26 +225,26 @@ def test_all_cures_are_offered_in_the_order_of_their_price():
     found = cures(QWEN_7B, run, gpu)
     single_rungs(run, found)
     # torch's fused optimizer saves something only where the optimizer's step leaves its mark: once or twice "optimizer"
-    assert [names for names, _ in groupby(changed(run, change.run) for change in found)] == [
+    assert [names for names, _ in groupby(changed(run, change.settings) for change in found)] == [
         {"upcast_fp32"}, {"attention"}, {"optimizer"}, {"double_quant"}, {"gradient_checkpointing"}, {"batch_size"},
-        {"lora_rank"}, {"target_modules"}, {"seq_len"},
+        {"rank"}, {"target_modules"}, {"max_length"},
     ]  # fmt: skip
     # the mildest form of each is enough here
-    assert {change.run.batch_size for change in found} == {12, 6}
-    assert {change.run.lora_rank for change in found} == {64, 32}
-    assert found[-1].run.seq_len == longest_sequence(QWEN_7B, run, gpu) < run.seq_len
+    assert {change.settings.batch_size for change in found} == {12, 6}
+    assert {change.settings.rank for change in found} == {64, 32}
+    assert found[-1].settings.max_length == longest_sequence(QWEN_7B, run, gpu) < run.max_length
 
 
 def test_an_optimizer_without_temporaries_goes_before_one_with_smaller_states():
-    run = FineTuning(method="full", optimizer="adamw_torch", seq_len=256)
+    run = replace(GPU_RUN, method="full", optimizer="adamw_torch", max_length=256)
     needs = predict(QWEN_7B, run, "l4")
     assert needs.peak_phase == "optimizer step"
     found = cures(QWEN_7B, run, card(needs.device_bytes - 1))
-    assert [change.run.optimizer for change in found[:2]] == ["adamw_torch_fused", "adamw_8bit"]
-    assert [change.run.method for change in found[2:4]] == ["lora", "qlora"]
+    assert [change.settings.optimizer for change in found[:2]] == ["adamw_torch_fused", "adamw_8bit"]
+    assert [change.settings.method for change in found[2:4]] == ["lora", "qlora"]
     paged = replace(run, optimizer="paged_adamw_32bit")
     found = cures(QWEN_7B, paged, card(predict(QWEN_7B, paged, "l4").device_bytes - 1))
-    assert found[0].run.optimizer == "paged_adamw_8bit", "what was paged stays paged"
+    assert found[0].settings.optimizer == "paged_adamw_8bit", "what was paged stays paged"
 
 
 @pytest.mark.parametrize("method", ["qlora", "lora", "full"])
@@ -255,15 +257,15 @@ def test_single_cures_fit_and_are_as_mild_as_may_be(method):
         found = cures(QWEN_7B, run, gpu)
         assert found
         for change in found:
-            assert change.prediction == predict(QWEN_7B, change.run, gpu)
+            assert change.prediction == predict(QWEN_7B, change.settings, gpu)
             assert change.prediction.fits
             assert change.what
             assert change.price
-            for name in {"batch_size", "lora_rank", "seq_len"} & changed(run, change.run):
-                milder = replace(change.run, **{name: 2 * getattr(change.run, name)})
+            for name in {"batch_size", "rank", "max_length"} & changed(run, change.settings):
+                milder = replace(change.settings, **{name: 2 * getattr(change.settings, name)})
                 assert not predict(QWEN_7B, milder, gpu).fits
         if len(found) > 1 and method != "full":
-            single = [change for change in found if change.run.method == method and len(change.steps) == 1]
+            single = [change for change in found if change.settings.method == method and len(change.steps) == 1]
             single_rungs(run, single)
             several += 1
     assert several or method == "full"
@@ -279,90 +281,95 @@ def test_every_single_change_that_is_enough_is_listed():
     enough = {name for name, value in alone.items() if predict(QWEN_7B, replace(run, **{name: value}), gpu).fits}
     assert enough
     found = [change for change in cures(QWEN_7B, run, gpu) if len(change.steps) == 1]
-    listed = {name for change in found for name in changed(run, change.run)} - {"batch_size", "seq_len", "lora_rank"}
+    listed = {name for change in found for name in changed(run, change.settings)} - {"batch_size", "max_length", "rank"}
     assert listed == enough
 
 
 def test_what_is_already_on_is_not_offered():
     gpu = card(predict(QWEN_7B, RUN, "l4").device_bytes - 1)
-    offered = [changed(RUN, change.run) for change in cures(QWEN_7B, RUN, gpu)]
-    assert offered == [{"lora_rank"}, {"target_modules"}, {"seq_len"}]
-    few = replace(RUN, lora_rank=4, target_modules=["q_proj", "v_proj"], seq_len=256)
+    offered = [changed(RUN, change.settings) for change in cures(QWEN_7B, RUN, gpu)]
+    assert offered == [{"rank"}, {"target_modules"}, {"max_length"}]
+    few = replace(RUN, rank=4, target_modules=["q_proj", "v_proj"], max_length=256)
     (last,) = cures(QWEN_7B, few, card(predict(QWEN_7B, few, "l4").device_bytes - 1))
-    assert last.run is None
+    assert last.settings is None
     assert last.steps == ()
 
 
 def test_a_combination_has_no_change_that_could_be_left_out_or_be_milder():
-    run = replace(WASTEFUL, compute_dtype="bfloat16", attention="sdpa", seq_len=8_192)
+    run = replace(WASTEFUL, compute_dtype="bfloat16", attention="sdpa", max_length=8_192)
     seen = set()
     for gib in (6.5, 7.5, 9, 11, 13):
-        gpu = card(int(gib * 2**30))
+        gpu = card(int(gib * GIB))
         (change,) = cures(QWEN_7B, run, gpu)
-        assert change.prediction == predict(QWEN_7B, change.run, gpu)
+        assert change.prediction == predict(QWEN_7B, change.settings, gpu)
         assert change.prediction.fits
-        names = changed(run, change.run)
+        names = changed(run, change.settings)
         assert len(names) == len(change.steps) > 1
         assert change.what == "; ".join(what for what, _ in change.steps)
         assert change.price == "; ".join(price for _, price in change.steps)
         order = [names_of for names_of in RUNGS if names_of <= names]
         assert len(order) >= len(change.steps)
         for name in names:
-            assert not predict(QWEN_7B, replace(change.run, **{name: getattr(run, name)}), gpu).fits, name
-        for name in {"batch_size", "lora_rank", "seq_len"} & names:
-            now, before = getattr(change.run, name), getattr(run, name)
+            assert not predict(QWEN_7B, replace(change.settings, **{name: getattr(run, name)}), gpu).fits, name
+        for name in {"batch_size", "rank", "max_length"} & names:
+            now, before = getattr(change.settings, name), getattr(run, name)
             milder = next(size for size in range(now + 1, before + 1) if before % size == 0)
-            assert not predict(QWEN_7B, replace(change.run, **{name: milder}), gpu).fits
+            assert not predict(QWEN_7B, replace(change.settings, **{name: milder}), gpu).fits
         seen.add(frozenset(names))
     assert len(seen) > 1, "cards of different sizes need different combinations"
 
 
 def test_a_combination_prefers_cheap_changes():
-    run = replace(WASTEFUL, compute_dtype="bfloat16", attention="sdpa", seq_len=8_192)
+    run = replace(WASTEFUL, compute_dtype="bfloat16", attention="sdpa", max_length=8_192)
     cheap = replace(run, upcast_fp32=False, optimizer="adamw_8bit", double_quant=True, gradient_checkpointing=True)
     (change,) = cures(
         QWEN_7B, run, card(predict(QWEN_7B, replace(cheap, batch_size=1, accumulation=12), "l4").device_bytes)
     )
-    assert not changed(run, change.run) & {"lora_rank", "target_modules", "seq_len"}
-    assert changed(run, change.run) >= {"gradient_checkpointing", "batch_size"}
+    assert not changed(run, change.settings) & {"rank", "target_modules", "max_length"}
+    assert changed(run, change.settings) >= {"gradient_checkpointing", "batch_size"}
 
 
 def test_a_combination_of_cheaper_changes_is_offered_before_the_single_ones():
-    run = FineTuning(seq_len=4_096, batch_size=4, gradient_checkpointing=False, upcast_fp32=True)
+    run = replace(GPU_RUN, max_length=4_096, batch_size=4, gradient_checkpointing=False, upcast_fp32=True)
     first, *single = cures(LLAMA_8B, run, "4090")
-    assert [changed(run, change.run) for change in single] == [{"seq_len"}]
+    assert [changed(run, change.settings) for change in single] == [{"max_length"}]
     assert len(first.steps) > 1
-    assert "seq_len" not in changed(run, first.run)
+    assert "max_length" not in changed(run, first.settings)
     assert first.prediction.fits
     # with one cheap change that is enough, there is nothing to combine
-    assert all(len(change.steps) == 1 for change in cures(LLAMA_8B, replace(run, batch_size=1), card(30 * 2**30)))
+    assert all(len(change.steps) == 1 for change in cures(LLAMA_8B, replace(run, batch_size=1), card(30 * GIB)))
 
 
 def test_full_fine_tuning_falls_back_to_qlora_whose_own_fields_are_the_usual_ones():
-    run = FineTuning(method="full", lora_rank=0, block_size=7, upcast_fp32=True)  # unused, and so not checked
+    run = replace(GPU_RUN, method="full", rank=0, block_size=7, upcast_fp32=True)  # unused, and so not checked
     (change,) = cures(LLAMA_8B, run, "t4")
-    assert change.run == FineTuning()
+    assert change.settings == GPU_RUN
     assert "QLoRA instead of full fine-tuning" in change.what
     # where QLoRA alone is not enough, its adapters can be made smaller, too
-    gpu = card(predict(LLAMA_8B, FineTuning(seq_len=256), "l4").device_bytes - 1)
+    gpu = card(predict(LLAMA_8B, replace(GPU_RUN, max_length=256), "l4").device_bytes - 1)
     (change,) = cures(LLAMA_8B, run, gpu)
     assert change.prediction.fits
-    assert change.run.method == "qlora"
-    adapters = LLAMA_8B.lora_parameters(change.run.lora_rank, change.run.target_modules)
+    assert change.settings.method == "qlora"
+    adapters = LLAMA_8B.lora_parameters(change.settings.rank, change.settings.target_modules)
     assert adapters < LLAMA_8B.lora_parameters(16)
 
 
 def test_where_nothing_helps_the_one_entry_says_how_much_is_missing():
     (only,) = cures(LLAMA_70B, WASTEFUL, "t4")
-    assert only.run is None
+    assert only.settings is None
     assert "smaller model" in only.what
-    strongest = FineTuning(
-        compute_dtype="float16", lora_rank=4, target_modules=["q_proj", "v_proj"], seq_len=256, optimizer="adamw_8bit"
+    strongest = replace(
+        GPU_RUN,
+        compute_dtype="float16",
+        rank=4,
+        target_modules=["q_proj", "v_proj"],
+        max_length=256,
+        optimizer="adamw_8bit",
     )
     missing = -predict(LLAMA_70B, strongest, "t4").spare_bytes
     assert missing > 0
     assert only.prediction.spare_bytes == -missing
-    assert f"{missing / 2**30:.2f} GiB" in only.price
+    assert f"{missing / GIB:.2f} GiB" in only.price
     assert "gradient checkpointing" in [what for what, _ in only.steps]
 
 
@@ -380,12 +387,12 @@ def test_where_nothing_helps_the_one_entry_says_how_much_is_missing():
 def test_fewer_adapters_are_named_as_the_family_names_its_layers(name, adapted):
     shape = find_shape(name)
     found = cures(shape, RUN, card(predict(shape, RUN, "l4").device_bytes - 1))
-    assert adapted in [change.run.target_modules for change in found]
+    assert adapted in [change.settings.target_modules for change in found]
 
 
 def test_a_huge_batch_is_cured_quickly(asked):
     found = cures(QWEN_7B, replace(RUN, batch_size=2**40), "l4")
-    assert changed(RUN, found[0].run) == {"batch_size"}
+    assert changed(RUN, found[0].settings) == {"batch_size"}
     assert 0 < len(asked) < 500
 
 
@@ -393,7 +400,7 @@ def test_16_bits_are_those_that_the_card_is_fast_in():
     run = replace(RUN, compute_dtype="float32")
     for name, dtype in (("t4", "float16"), ("l4", "bfloat16")):
         gpu = card(predict(QWEN_7B, run, name).device_bytes - 1, like=name)
-        assert cures(QWEN_7B, run, gpu)[0].run == replace(run, compute_dtype=dtype)
+        assert cures(QWEN_7B, run, gpu)[0].settings == replace(run, compute_dtype=dtype)
 
 
 # ---- suggestions and tables
@@ -414,11 +421,11 @@ def test_the_suggested_batch_divides_the_effective_one_and_no_larger_one_does_an
 
 
 def test_suggest_has_defaults():
-    assert suggest(QWEN_7B, "h200") == suggest(QWEN_7B, find_gpu("h200"), FineTuning(), 16)
+    assert suggest(QWEN_7B, "h200") == suggest(QWEN_7B, find_gpu("h200"), GPU_RUN, 16)
 
 
 def test_suggest_says_what_is_wrong():
-    missing = -predict(LLAMA_70B, replace(RUN, accumulation=16), "t4").spare_bytes / 2**30
+    missing = -predict(LLAMA_70B, replace(RUN, accumulation=16), "t4").spare_bytes / GIB
     with pytest.raises(ValueError, match=rf"Tesla T4.*batch of 1.*{missing:.2f} GiB"):
         suggest(LLAMA_70B, "t4", replace(RUN, batch_size=4))
     for wrong in (0, -1, 2.0, True, "16"):
@@ -427,7 +434,7 @@ def test_suggest_says_what_is_wrong():
 
 
 def test_the_table_has_a_row_per_model_and_a_cell_per_gpu():
-    run = replace(RUN, seq_len=4_096)
+    run = replace(RUN, max_length=4_096)
     rows = what_fits(["Qwen/Qwen2.5-7B", GPT_J, LLAMA_70B], iter(["t4", find_gpu("h200")]), run)
     assert [shape.name for shape, _ in rows] == ["Qwen/Qwen2.5-7B", GPT_J.name, LLAMA_70B.name]
     assert rows[0][1] == (predict(QWEN_7B, run, "t4"), predict(QWEN_7B, run, "h200"))

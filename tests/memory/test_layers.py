@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from qlora_helpers.memory import FineTuning, ModelShape, find_gpu, predict
+from qlora_helpers.memory import ModelShape, find_gpu, predict
+from qlora_helpers.settings import GPU_RUN, Settings
 from tests.memory.fake_step import transient_peak
 
 # widths like real ones, and few layers
@@ -25,10 +26,10 @@ CONFIGS = {
         "rotary_dim": 32, "tie_word_embeddings": False, "attn_pdrop": 0, "resid_pdrop": 0, "embd_pdrop": 0,
     },
 }  # fmt: skip
-RUN = FineTuning(batch_size=2, seq_len=512, adapter_dtype="float32", optimizer="adamw_torch_fused")
+RUN = replace(GPU_RUN, batch_size=2, max_length=512, compute_dtype="bfloat16", optimizer="adamw_torch_fused")
 RUNS = {
     "qlora": RUN,
-    "qlora, plain TRL": replace(RUN, adapter_dtype="bfloat16", lora_dropout=0.0),
+    "qlora, plain TRL": replace(RUN, adapter_dtype="bfloat16", dropout=0.0),
     "qlora, no checkpointing": replace(RUN, gradient_checkpointing=False),
     "qlora, some layers": replace(RUN, target_modules=("q_proj", "v_proj", "query_key_value", "qkv_proj")),
     "qlora, upcast": replace(RUN, upcast_fp32=True, double_quant=False),
@@ -39,7 +40,7 @@ RUNS = {
 }
 
 
-def predicted(config: dict, run: FineTuning) -> int:
+def predicted(config: dict, run: Settings) -> int:
     """What the predictor says about the same: without weights, adapters, states, workspace."""
     gpu = replace(find_gpu("h200"), workspace_bytes=0)
     found = predict(ModelShape.from_config(config), run, gpu)
@@ -68,12 +69,12 @@ def test_the_count_of_fake_tensors_can_disagree():
     """A predictor that forgot dropout's copies would be found."""
     run = replace(RUN, gradient_checkpointing=False)
     counted = transient_peak(LLAMA, run)
-    assert predicted(LLAMA, replace(run, lora_dropout=0.0)) != pytest.approx(counted, rel=0.05)
+    assert predicted(LLAMA, replace(run, dropout=0.0)) != pytest.approx(counted, rel=0.05)
 
 
 def test_the_math_kernel_is_quadratic_and_the_fused_one_is_not():
-    long = replace(RUN, attention="math", seq_len=1_024, batch_size=1)
+    long = replace(RUN, attention="math", max_length=1_024, batch_size=1)
     assert predicted(LLAMA, long) == pytest.approx(transient_peak(LLAMA, long), rel=0.05)
-    longer = replace(long, seq_len=4_096)
+    longer = replace(long, max_length=4_096)
     assert predicted(LLAMA, longer) > 10 * predicted(LLAMA, long)
     assert predicted(LLAMA, replace(longer, attention="sdpa")) < 5 * predicted(LLAMA, replace(long, attention="sdpa"))

@@ -3,6 +3,7 @@
 import re
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,18 +12,18 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from qlora_helpers.memory import FineTuning, predict
+from qlora_helpers.memory import predict
 from qlora_helpers.memory.comparison import compare
-from qlora_helpers.memory.live_run import run_of, shape_of
+from qlora_helpers.memory.live_run import settings_of, shape_of
 from qlora_helpers.memory.measurement import Measurement, MemoryCallback
 from qlora_helpers.models.loading import load_model
 from qlora_helpers.paths import data_path
-from qlora_helpers.settings import Settings
+from qlora_helpers.settings import GPU_RUN, Settings
 from qlora_helpers.training.trainer import build_trainer
+from qlora_helpers.units import MIB
 from tests.support.short_runs import CHATS, CPU, TOKENIZER, trainer_of
 
 TWO_STEPS = Settings(steps=2, batch_size=3, rank=4, dropout=0.1, max_length=48)
-MIB = 2**20
 
 
 # What is recorded
@@ -133,17 +134,18 @@ def test_training_again_replaces_what_a_failed_or_finished_run_has_left():
 
 def test_the_settings_are_those_of_the_run(trained):
     trainer, _ = trained
-    assert run_of(trainer) == FineTuning(
+    assert settings_of(trainer) == replace(
+        GPU_RUN,
         method="qlora",
         compute_dtype="float32",
         adapter_dtype="float32",
         double_quant=True,
         block_size=64,
-        lora_rank=4,
-        lora_dropout=0.1,
+        rank=4,
+        dropout=0.1,
         target_modules="all-linear",
         batch_size=3,
-        seq_len=48,
+        max_length=48,
         gradient_checkpointing=False,
         optimizer="adamw_torch",
         upcast_fp32=False,
@@ -153,7 +155,7 @@ def test_the_settings_are_those_of_the_run(trained):
 
 def test_the_shape_is_that_of_the_model(trained):
     trainer, _ = trained
-    shape, run = shape_of(trainer), run_of(trainer)
+    shape, run = shape_of(trainer), settings_of(trainer)
     assert (shape.model_type, shape.num_hidden_layers, shape.hidden_size) == ("llama", 4, 256)
     trained_parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     assert predict(shape, run).trainable_parameters == trained_parameters
@@ -161,18 +163,20 @@ def test_the_shape_is_that_of_the_model(trained):
 
 
 def test_other_settings_are_seen_too(tmp_path):
-    settings = Settings(target_modules=("v_proj", "q_proj"), gradient_checkpointing=True, optimizer="adamw_8bit")
+    settings = Settings(
+        target_modules=("v_proj", "q_proj"), gradient_checkpointing=True, optimizer="adamw_8bit", method="lora"
+    )
     trainer = trainer_of(tmp_path, None, settings)
-    run = run_of(trainer, seq_len=32)
-    assert (run.method, run.target_modules, run.seq_len) == ("lora", ("q_proj", "v_proj"), 32)
+    run = settings_of(trainer, max_length=32)
+    assert (run.method, run.target_modules, run.max_length) == ("lora", ("q_proj", "v_proj"), 32)
     assert run.gradient_checkpointing and run.optimizer == "adamw_8bit"
     trainer.model.get_base_model().config._attn_implementation = "eager"
-    assert run_of(trainer).attention == "eager"
+    assert settings_of(trainer).attention == "eager"
 
 
 def test_single_quantisation_is_seen(tmp_path):
     model = load_model(double_quant=False, hardware=CPU)
-    assert not run_of(build_trainer(model, TOKENIZER, CHATS, tmp_path, Settings(), CPU)).double_quant
+    assert not settings_of(build_trainer(model, TOKENIZER, CHATS, tmp_path, Settings(), CPU)).double_quant
 
 
 def arguments(tmp_path, **options):
@@ -187,15 +191,15 @@ def plain(dtype=torch.bfloat16):
 
 def test_16_bits_and_what_was_made_float32(tmp_path):
     lora = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules="all-linear")
-    run = run_of(get_peft_model(plain(), lora), arguments(tmp_path, bf16=True))
+    run = settings_of(get_peft_model(plain(), lora), arguments(tmp_path, bf16=True))
     assert (run.method, run.compute_dtype, run.upcast_fp32) == ("lora", "bfloat16", False)
     assert run.adapter_dtype == "float32"  # as PEFT makes them
-    run = run_of(get_peft_model(plain(torch.float32), lora), arguments(tmp_path, fp16=True))
+    run = settings_of(get_peft_model(plain(torch.float32), lora), arguments(tmp_path, fp16=True))
     assert (run.compute_dtype, run.upcast_fp32) == ("float16", True)
 
 
 def test_full_fine_tuning(tmp_path):
-    run = run_of(plain(), arguments(tmp_path, bf16=True, optim="adamw_torch_fused"))
+    run = settings_of(plain(), arguments(tmp_path, bf16=True, optim="adamw_torch_fused"))
     assert (run.method, run.compute_dtype, run.optimizer) == ("full", "bfloat16", "adamw_torch_fused")
 
 
@@ -205,33 +209,33 @@ def test_full_fine_tuning(tmp_path):
         ({"use_dora": True}, "something else than plain LoRA: .*magnitude"),
         ({"modules_to_save": ["lm_head"]}, "something else than plain LoRA: .*lm_head"),
         ({"layers_to_transform": [0, 1]}, "in some decoder layers only"),
-        ({"rank_pattern": {"q_proj": 2}}, r"lora_rank differs between layers: \[2, 8\]"),
+        ({"rank_pattern": {"q_proj": 2}}, r"rank differs between layers: \[2, 8\]"),
     ],
 )
 def test_adapters_that_are_not_predicted_are_refused(lora, message, tmp_path):
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], **lora)
     with pytest.raises(ValueError, match=message):
-        run_of(get_peft_model(plain(), config), arguments(tmp_path))
+        settings_of(get_peft_model(plain(), config), arguments(tmp_path))
 
 
 def test_runs_that_cannot_be_told_or_are_not_predicted_are_refused(tmp_path):
     model = plain(torch.float32)
     with pytest.raises(ValueError, match="args is missing"):
-        run_of(model)
-    with pytest.raises(ValueError, match="seq_len is missing, and TrainingArguments has no max_length"):
-        run_of(model, TrainingArguments(str(tmp_path), use_cpu=True))
+        settings_of(model)
+    with pytest.raises(ValueError, match="max_length is missing, and TrainingArguments has no max_length"):
+        settings_of(model, TrainingArguments(str(tmp_path), use_cpu=True))
     with pytest.raises(ValueError, match="loaded in float32 and computes in bfloat16, all of it trained"):
-        run_of(model, arguments(tmp_path, bf16=True))
-    with pytest.raises(ValueError, match="optimizer is 'adafactor'"):
-        run_of(model, arguments(tmp_path, optim="adafactor"))
+        settings_of(model, arguments(tmp_path, bf16=True))
+    with pytest.raises(ValueError, match="optimizer='adafactor': choose one of"):
+        predict(shape_of(model), settings_of(model, arguments(tmp_path, optim="adafactor")))
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="attention is 'flex_attention'"):
-        run_of(model, arguments(tmp_path))
+        settings_of(model, arguments(tmp_path))
     model.get_input_embeddings().requires_grad_(False)
     with pytest.raises(ValueError, match=r"frozen parameters such as model\.embed_tokens\.weight"):
-        run_of(model, arguments(tmp_path))
+        settings_of(model, arguments(tmp_path))
     with pytest.raises(ValueError, match="4-bit layers and no adapters"):
-        run_of(load_model(hardware=CPU), arguments(tmp_path))
+        settings_of(load_model(hardware=CPU), arguments(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +249,7 @@ def test_shared_key_heads_without_flash_attention_are_left_with_the_math_kernel(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     for kernel in ("flash", "cudnn"):
         monkeypatch.setattr(torch.backends.cuda, f"{kernel}_sdp_enabled", lambda: flash)
-    assert run_of(model, args).attention == attention
+    assert settings_of(model, args).attention == attention
 
 
 # Side by side
@@ -254,7 +258,7 @@ def test_shared_key_heads_without_flash_attention_are_left_with_the_math_kernel(
 @pytest.fixture
 def prediction(trained):
     trainer, _ = trained
-    return predict(shape_of(trainer), run_of(trainer), "t4")
+    return predict(shape_of(trainer), settings_of(trainer), "t4")
 
 
 class FakeGPU:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from qlora_helpers.memory.out_of_memory import GIB, MIB, PLACES, place_of, read_message
+from qlora_helpers.memory.out_of_memory import PLACES, place_of, read_message
+from qlora_helpers.units import GIB, MIB
 
 # put together as c10/cuda/CUDACachingAllocator.cpp does, with a cap
 CAPPED = (

@@ -6,9 +6,9 @@ from transformers import PrinterCallback
 
 from qlora_helpers.chats import read_chats
 from qlora_helpers.hardware import detect
+from qlora_helpers.memory.phases import IN_A_STEP
 from qlora_helpers.memory.timeline import (
     BETWEEN,
-    PHASES,
     PhaseTracker,
     StorageHistory,
     Timeline,
@@ -34,7 +34,7 @@ def test_a_timeline_knows_its_peak_and_its_phases():
         "forward",
         "backward",
         "backward",
-        PHASES[3],
+        IN_A_STEP[3],
     ]
     assert LINE.spans() == [("forward", 0, 2), ("backward", 2, 5), ("optimizer step", 5, 5)]
     assert [LINE.most_in(name) for name in ("forward", "backward", "optimizer step", "loss")] == [30, 90, 15, 0]
@@ -152,7 +152,7 @@ def recorded(tmp_path_factory):
 
 def test_a_real_step_is_recorded_on_a_cpu(recorded):
     for line in recorded.values():
-        assert [name for name, _ in line.marks] == [BETWEEN, *PHASES]
+        assert [name for name, _ in line.marks] == [BETWEEN, *IN_A_STEP]
         assert all(level > 0 for level in line.levels)
         # the model, its adapters and the optimizer's states are there before and after
         assert line.levels[-1] == pytest.approx(line.levels[0], rel=0.02)

@@ -63,6 +63,7 @@ OTHERS = {
     r"context\.(Pipe|Process)": "multiprocessing",
     r"specifier\.contains": "packaging, a range of versions (qlora_helpers.commands.doctor)",
     r"self\.measurement\.begin": "qlora_helpers.memory.measurement",
+    r"checked_by": "a function of qlora_helpers.validation",
     r"function": "the operation that torch dispatches",
     r"cls": "a class of the course",
     r"backward|method": "what is wrapped (qlora_helpers.memory.timeline)",
@@ -106,7 +107,6 @@ EXPANDED = {
     ("faulty_runs.py", "options"): lambda: faulty_runs._common(".", Settings(), CPU),
     # for PEFT, which takes adapter_names out before the model sees it: tests/adapters/test_files.py
     ("evaluation.py", "chosen"): lambda: (),
-    ("drift.py", "encoded"): lambda: load_tokenizer()("a"),
     ("loading.py", "options"): lambda: ("quantization_config",),
     ("evaluation.py", "encoded"): lambda: load_tokenizer()("a"),
     ("evaluation.py", "batch"): lambda: load_tokenizer()("a"),

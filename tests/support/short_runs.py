@@ -1,5 +1,7 @@
 """Short runs of the shipped model on a CPU, for the tests of training and of checkpoints."""
 
+from dataclasses import replace
+
 import torch
 from safetensors.torch import load_file
 
@@ -23,9 +25,9 @@ def run(output_dir, settings=SHORT, chats=CHATS, **options):
 
 
 def trainer_of(output_dir, quantization="nf4", settings=SHORT, chats=CHATS):
-    return build_trainer(
-        load_model(quantization=quantization, hardware=CPU), TOKENIZER, chats, output_dir, settings, CPU
-    )
+    model = load_model(quantization=quantization, hardware=CPU)
+    settings = replace(settings, method="qlora" if quantization else "lora")
+    return build_trainer(model, TOKENIZER, chats, output_dir, settings, CPU)
 
 
 def adapter(folder):

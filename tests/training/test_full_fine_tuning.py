@@ -89,5 +89,3 @@ def test_a_run_of_adapters_is_not_resumed_as_a_full_one(finished, tmp_path):
 def test_weights_in_4_bits_are_refused(tmp_path):
     with pytest.raises(ValueError, match="method='full': 4-bit weights cannot be trained"):
         train(load_model(hardware=CPU), TOKENIZER, CHATS, tmp_path, FULL, hardware=CPU)
-    with pytest.raises(ValueError, match="method='qlora': choose one of lora, full"):
-        Settings(method="qlora")

@@ -4,6 +4,8 @@ The scores by which runs are judged are tested here too.
 """
 
 import math
+import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +22,7 @@ from qlora_helpers.settings import Settings
 from qlora_helpers.training import run as training
 from qlora_helpers.training import trainer
 from qlora_helpers.training.callbacks import TrainingDiverged
+from qlora_helpers.training.run import train
 from tests.support.short_runs import CHATS, CPU, SHORT, TOKENIZER, adapter, differing, run, trainer_of
 
 
@@ -148,49 +151,28 @@ def test_no_chats_are_refused(tmp_path):
         run(tmp_path, chats=[])
 
 
-@pytest.mark.parametrize(
-    "name", ["steps", "batch_size", "accumulation", "learning_rate", "rank", "alpha", "max_length"]
-)
-@pytest.mark.parametrize("value", [0, -1, math.nan, "8", None])
-def test_a_setting_that_must_be_positive(name, value):
-    with pytest.raises(ValueError, match=f"{name}={value!r}: must be more than 0"):
-        Settings(**{name: value})
+# The values that it refuses by themselves are in tests/test_settings.py.
+DESCRIBES_ANOTHER_RUN = [
+    ({"method": "lora"}, "method='lora': the model has 4-bit layers. Load it with quantization=None, or use 'qlora'"),
+    ({"method": "full"}, "method='full': 4-bit weights cannot be trained. Load the model with quantization=None"),
+    ({"adapter_dtype": "bfloat16"}, "adapter_dtype='bfloat16': only the predictor takes it; training has 'float32'"),
+    ({"block_size": 128}, "block_size=128: only the predictor takes it; training has 64"),
+    ({"attention": "math"}, "attention='math': only the predictor takes it; training has 'sdpa'"),
+    ({"upcast_fp32": True}, "upcast_fp32=True: only the predictor takes it; training has False"),
+    ({"compute_dtype": "float16"}, "compute_dtype='float16': the cpu gear computes in float32"),
+]
 
 
-@pytest.mark.parametrize("name", ["steps", "batch_size", "accumulation", "rank", "max_length"])
-def test_a_setting_that_must_be_whole(name):
-    with pytest.raises(ValueError, match=rf"{name}=1\.5: must be a whole number"):
-        Settings(**{name: 1.5})
+@pytest.mark.parametrize(("changed", "said"), DESCRIBES_ANOTHER_RUN)
+def test_settings_that_describe_another_run_are_refused_before_anything_is_written(changed, said, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        run(tmp_path / "new", replace(SHORT, **changed))
+    assert not (tmp_path / "new" / "run.json").exists()
 
 
-@pytest.mark.parametrize("value", [-1, math.nan, "many"])
-def test_a_warm_up_is_not_negative(value):
-    with pytest.raises(ValueError, match=f"warmup_steps={value!r}: must be 0 or more"):
-        Settings(warmup_steps=value)
-
-
-@pytest.mark.parametrize("value", [-0.1, 1, 1.5, math.nan])
-def test_dropout_lies_between_0_and_1(value):
-    with pytest.raises(ValueError, match=f"dropout={value!r}: must be at least 0 and less than 1"):
-        Settings(dropout=value)
-
-
-@pytest.mark.parametrize("value", [0, -5])
-def test_checkpoints_every_so_many_steps_or_none(value):
-    with pytest.raises(ValueError, match=f"save_steps={value}: must be 1 or more, or None for no checkpoints"):
-        Settings(save_steps=value)
-
-
-@pytest.mark.parametrize("value", [-0.5, math.nan])
-def test_checkpoints_every_so_many_minutes_or_none(value):
-    with pytest.raises(ValueError, match=f"save_minutes={value}: must be 0 or more, or None for no checkpoints"):
-        Settings(save_minutes=value)
-
-
-@pytest.mark.parametrize("value", [0, 1])
-def test_one_checkpoint_is_not_enough(value):
-    with pytest.raises(ValueError, match=f"keep_checkpoints={value}: must be 2 or more, else a kill can leave none"):
-        Settings(keep_checkpoints=value)
+def test_an_unquantised_model_is_not_called_qlora(tmp_path):
+    with pytest.raises(ValueError, match="method='qlora': the model has no 4-bit layers"):
+        train(load_model(quantization=None, hardware=CPU), TOKENIZER, CHATS, tmp_path, SHORT, hardware=CPU)
 
 
 # When it goes wrong

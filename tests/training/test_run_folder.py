@@ -178,7 +178,9 @@ def test_it_is_said_where_a_run_begins_and_its_steps_come_from_its_record(
     if begun is not None:
         run_in(tmp_path / "latest", steps=begun)
     begins = []
-    monkeypatch.setattr("qlora_helpers.commands.run._load_and_run", lambda args, steps: begins.append(steps) or 0)
+    monkeypatch.setattr(
+        "qlora_helpers.commands.run._load_and_run", lambda args, settings: begins.append(settings.steps) or 0
+    )
     assert main(["run", "--output", "latest", *arguments]) == 0
     assert begins == [steps] and said in capsys.readouterr().out
 

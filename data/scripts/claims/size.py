@@ -8,7 +8,6 @@ import torch
 
 from data.scripts.claims.rules import Finding, by_setting, claim, number, parts
 from qlora_helpers.memory import (
-    FineTuning,
     Prediction,
     find_gpu,
     find_shape,
@@ -18,8 +17,9 @@ from qlora_helpers.memory import (
     predict_merge,
 )
 from qlora_helpers.paths import data_path
+from qlora_helpers.settings import GPU_RUN, Settings
+from qlora_helpers.units import GB, GIB, MIB
 
-GB, GIB, MIB = 10**9, 2**30, 2**20
 LLAMA_8B, LLAMA_2_70B, LLAMA_3_70B = (
     find_shape(f"meta-llama/{name}") for name in ("Llama-3.1-8B", "Llama-2-70b-hf", "Llama-3.1-70B")
 )
@@ -31,12 +31,12 @@ GPT_J, NEOX = find_shape("EleutherAI/gpt-j-6b"), find_shape("EleutherAI/gpt-neox
 NESTED = 256  # scales that share a second-level scale
 SCALES_SINGLE = 32 / 64  # bits per parameter: a float32 scale for 64 weights
 SCALES_DOUBLE = 8 / 64 + 32 / (64 * NESTED)  # an 8-bit code, and its share of the second level
-LEAST = FineTuning(seq_len=512)  # rank 16, one sequence of 512 tokens
+LEAST = replace(GPU_RUN, max_length=512)  # rank 16, one sequence of 512 tokens
 # the first article's own settings: four sequences of 2,048 tokens, float32 copies, bfloat16
-FIRST = FineTuning(batch_size=4, seq_len=2048, upcast_fp32=True, adapter_dtype="bfloat16")
+FIRST = replace(GPU_RUN, batch_size=4, max_length=2048, upcast_fp32=True, adapter_dtype="bfloat16")
 # the second article's: rank 64, one sequence of 512 tokens, 32-bit paged states, float32 copies
-SECOND = FineTuning(
-    seq_len=512, lora_rank=64, optimizer="paged_adamw_32bit", upcast_fp32=True, adapter_dtype="bfloat16"
+SECOND = replace(
+    GPU_RUN, max_length=512, rank=64, optimizer="paged_adamw_32bit", upcast_fp32=True, adapter_dtype="bfloat16"
 )
 SMALLEST_PAGED = 100_000  # elements: bitsandbytes pages no smaller tensor's state
 
@@ -352,7 +352,7 @@ def qlora_reduces_memory() -> Finding:
 # ---- what fits where
 
 
-def fits(shape, gpu: str, run: FineTuning = LEAST) -> Prediction:
+def fits(shape, gpu: str, run: Settings = LEAST) -> Prediction:
     return predict(shape, run, gpu)
 
 
@@ -424,7 +424,7 @@ def batch_of_one_for_70b_on_24_gb() -> Finding:
 
 @claim("B224.2")
 def five_hundred_tokens_for_70b_on_24_gb() -> Finding:
-    return on_a_card(fits(LLAMA_2_70B, "4090", SECOND), fits(LLAMA_2_70B, "4090", replace(SECOND, seq_len=128)))
+    return on_a_card(fits(LLAMA_2_70B, "4090", SECOND), fits(LLAMA_2_70B, "4090", replace(SECOND, max_length=128)))
 
 
 @claim("C33.1")
@@ -582,7 +582,7 @@ def adapters_are_tiny() -> Finding:
 @claim("B53.1", "B63.1", "B63.5", "B235.1")
 def trainable_is_proportional_to_the_rank() -> Finding:
     ratio = LLAMA_2_70B.lora_parameters(64) / LLAMA_2_70B.lora_parameters(32)
-    before, after = (predict(LLAMA_2_70B, replace(SECOND, lora_rank=rank)).device_bytes for rank in (64, 32))
+    before, after = (predict(LLAMA_2_70B, replace(SECOND, rank=rank)).device_bytes for rank in (64, 32))
     return by_setting(ratio == 2, after < before, value=f"{ratio:.0f} times", shown=[gib(before - after), gib(before)])
 
 
@@ -666,14 +666,14 @@ def optimizer_states_weigh_much() -> Finding:
 # ---- what saves memory
 
 
-def run_of(label: str) -> dict:
+def settings_of(label: str) -> dict:
     (row,) = [row for row in measured("memory")["rows"] if row["label"] == label]
     return row
 
 
 @claim("A148.1", "A200.1", "B216.3")
 def checkpointing_saves_memory() -> Finding:
-    run = FineTuning(batch_size=2, seq_len=1024, adapter_dtype="bfloat16")
+    run = replace(GPU_RUN, batch_size=2, max_length=1024, adapter_dtype="bfloat16")
     with_it, without = (
         predict(LLAMA_8B, replace(run, gradient_checkpointing=keep)).peak_allocated_bytes for keep in (True, False)
     )
@@ -726,10 +726,10 @@ def bfloat16_needs_less_than_float32() -> Finding:
 @claim("B224.1")
 def memory_is_quadratic_in_the_sequence() -> Finding:
     label = "llama-3.2-1b qlora bf16 r16 1x{} ckpt adamw_torch_fused float32-adapters{}"
-    loaded = run_of(label.format(4096, ""))["loaded_bytes"]
+    loaded = settings_of(label.format(4096, ""))["loaded_bytes"]
     grows = {}
     for kernel in (" math", ""):
-        small, large = (run_of(label.format(n, kernel))["peak_allocated_bytes"] - loaded for n in (2048, 4096))
+        small, large = (settings_of(label.format(n, kernel))["peak_allocated_bytes"] - loaded for n in (2048, 4096))
         grows[kernel] = large / small  # twice the tokens: 2 for a straight line, 4 for a parabola
     eager, sdpa = (of_memory_runs()[f"eager attention: {role}"] for role in ("price", "cure, sdpa"))
     return by_setting(
@@ -741,11 +741,11 @@ def memory_is_quadratic_in_the_sequence() -> Finding:
 @claim("B224.3", "B233.1")
 def a_shorter_sequence_saves_most() -> Finding:
     saved = {}
-    for shape, run in ((LLAMA_2_70B, SECOND), (LLAMA_8B, replace(FIRST, lora_rank=64))):
+    for shape, run in ((LLAMA_2_70B, SECOND), (LLAMA_8B, replace(FIRST, rank=64))):
         before = predict(shape, run).device_bytes
         saved[shape.name] = [
             before - predict(shape, replace(run, **change)).device_bytes
-            for change in ({"seq_len": run.seq_len // 2}, {"lora_rank": 32})
+            for change in ({"max_length": run.max_length // 2}, {"rank": 32})
         ]
     runs = of_memory_runs()  # 8B, 4 x 2,048 tokens, rank 16
     before = runs["forward: cure, checkpointing"]["peak_allocated_bytes"]

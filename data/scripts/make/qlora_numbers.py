@@ -20,8 +20,9 @@ from functools import cache
 from pathlib import Path
 
 from data.scripts import DATA
+from qlora_helpers.units import GB, GIB, MIB
 
-GIB, GB, MIB, MB = 2**30, 10**9, 2**20, 10**6
+MB = 10**6
 
 # A number stands alone (not in NF4, 8B, T4, Llama-3.1, 4-bit, int4). Thousands are grouped by commas.
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e-?\d+)?(?![\w]|[.,]\d)(?!-(?:bit|step|token))"

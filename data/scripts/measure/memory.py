@@ -9,7 +9,7 @@ Every row is a process of its own. Models have real shapes and random weights, m
 `from_pretrained` asks for them: it quantises, ties and allocates as it does with files. Then TRL's SFTTrainer
 trains as it stands, on full sequences without padding, for four steps.
 
-What a row says about itself: `model`, `config` (as `AutoConfig.for_model` takes it), and the fields of `FineTuning`.
+What a row says about itself: `model`, `config` (as `AutoConfig.for_model` takes it), and the `MEMORY_SETTINGS` of its `Settings`.
 What was measured, in bytes unless said otherwise:
     loaded_bytes                allocated by torch after the model is loaded, before there are adapters
     trainer_bytes               allocated after the trainer is built and the adapters have the dtype they train in
@@ -46,6 +46,8 @@ import traceback
 from pathlib import Path
 from unittest import mock
 
+from qlora_helpers.units import GIB
+
 if __name__ == "__main__":  # before torch is imported: rows share the cores, and threads do not survive a fork
     os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false"}
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DEACTIVATE_ASYNC_LOAD": "1"}
@@ -56,7 +58,6 @@ from data.scripts import ROOT
 from data.scripts.measure.memory_plan import all_rows
 
 TABLE, FRESH_TABLE = (ROOT / "data" / "measured" / name for name in ("memory.json", "memory_fresh.json"))
-GIB = 2**30
 ROOM = 120  # GiB that the rows running at one time may need together
 TIMEOUT = 200  # seconds for one row
 STEPS = 4  # that change the weights
@@ -163,7 +164,7 @@ def build_trainer(model, row: dict, dry: bool, output: str, config_options: dict
 
     words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
-    float16, tokens = row["compute_dtype"] == "float16", 64 if dry else row["seq_len"]
+    float16, tokens = row["compute_dtype"] == "float16", 64 if dry else row["max_length"]
     if row["upcast_fp32"]:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=row["gradient_checkpointing"])
     config = SFTConfig(
@@ -188,9 +189,9 @@ def build_trainer(model, row: dict, dry: bool, output: str, config_options: dict
     )
     config._n_gpu = min(config.n_gpu, 1)  # TRL refuses to split a batch over several GPUs
     lora = LoraConfig(
-        r=row["lora_rank"],
-        lora_alpha=2 * row["lora_rank"],
-        lora_dropout=row["lora_dropout"],
+        r=row["rank"],
+        lora_alpha=2 * row["rank"],
+        lora_dropout=row["dropout"],
         target_modules=row["target_modules"],
         task_type="CAUSAL_LM",
     )

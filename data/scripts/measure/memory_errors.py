@@ -7,12 +7,12 @@ a rule before anything was measured, and runs that were measured after the predi
 """
 
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from data.scripts import ROOT
-from qlora_helpers.memory import FineTuning, ModelShape, Prediction, find_gpu, predict
+from data.scripts.measure.memory_plan import settings_of
+from qlora_helpers.memory import ModelShape, Prediction, find_gpu, predict
 
-SETTINGS = {field.name for field in fields(FineTuning)}
 # what is predicted: what was measured
 COMPARED = {
     "loaded_bytes": "loaded_bytes",
@@ -40,8 +40,7 @@ def predicted(row: dict) -> Prediction:
     """The prediction for a measured run. Rows with a T4's kernels ran on an H200, so with its workspace."""
     gpu = find_gpu("h200")
     gpu = replace(gpu, compute_capability=(7, 5)) if row.get("t4_kernels") else gpu
-    run = FineTuning(**{name: value for name, value in row.items() if name in SETTINGS})
-    return predict(ModelShape.from_config(row["config"]), run, gpu)
+    return predict(ModelShape.from_config(row["config"]), settings_of(row), gpu)
 
 
 def errors(rows: list[dict]) -> dict[str, list[float]]:

@@ -10,7 +10,8 @@ import dataclasses
 import hashlib
 import json
 
-from qlora_helpers.memory import FineTuning, catalogue
+from qlora_helpers.memory import catalogue
+from qlora_helpers.settings import GPU_RUN, MEMORY_SETTINGS, Settings
 
 # Models of qlora_helpers/memory/models.json: the table's name for each is the last part of the Hub's, but for these.
 NAMES = {
@@ -24,7 +25,8 @@ CONFIGS = {
     for name, config in json.loads(catalogue.TABLE.read_text())["models"].items()
 }
 
-USUAL = FineTuning(adapter_dtype="bfloat16")  # as TRL makes them in a 4-bit model
+# adapters as TRL makes them in a 4-bit model
+USUAL = dataclasses.replace(GPU_RUN, compute_dtype="bfloat16", adapter_dtype="bfloat16", optimizer="paged_adamw_8bit")
 HALF = {"compute_dtype": "float16", "adapter_dtype": "float32"}  # bfloat16 adapters stop float16 at the first step
 KEEP = {"gradient_checkpointing": False}  # keep activations
 F32, UPCAST, SINGLE = {"adapter_dtype": "float32"}, {"upcast_fp32": True}, {"double_quant": False}
@@ -35,11 +37,11 @@ ALONE = {"alone": True}  # measured while nothing else runs
 
 
 def rank(number: int) -> dict:
-    return {"lora_rank": number}
+    return {"rank": number}
 
 
 def dropout(share: float) -> dict:
-    return {"lora_dropout": share}
+    return {"dropout": share}
 
 
 def targets(*names: str) -> dict:
@@ -160,18 +162,30 @@ def label_of(row: dict) -> str:
     """What is unlike the usual, such as "llama-3.1-8b qlora bf16 r16 4x2048 ckpt paged_adamw_8bit"."""
     full = row["method"] == "full"
     words = [row["model"], row["method"], {"bfloat16": "bf16", "float16": "fp16"}[row["compute_dtype"]]]
-    words += [] if full else [f"r{row['lora_rank']}"]
-    words += [f"{row['batch_size']}x{row['seq_len']}", "ckpt" if row["gradient_checkpointing"] else "no-ckpt"]
+    words += [] if full else [f"r{row['rank']}"]
+    words += [f"{row['batch_size']}x{row['max_length']}", "ckpt" if row["gradient_checkpointing"] else "no-ckpt"]
     words += [row["optimizer"]]
     if not full:
         words += ["float32-adapters"] if row["adapter_dtype"] == "float32" else []
-        words += [f"dropout-{row['lora_dropout']:g}"] if row["lora_dropout"] != USUAL.lora_dropout else []
+        words += [f"dropout-{row['dropout']:g}"] if row["dropout"] != USUAL.dropout else []
         words += ["+".join(row["target_modules"])] if row["target_modules"] != "all-linear" else []
     words += ["single-quant"] if row["method"] == "qlora" and not row["double_quant"] else []
     words += ["upcast"] if row["upcast_fp32"] else []
     words += [row["attention"]] if row["attention"] != "sdpa" else []
     words += ["t4-kernels"] if row.get("t4_kernels") else []
     return " ".join(words)
+
+
+def memory_settings(settings: Settings) -> dict:
+    """What a row says of its settings, as JSON has it."""
+    found = {name: getattr(settings, name) for name in MEMORY_SETTINGS}
+    targets = settings.target_modules
+    return found | {"target_modules": list(targets) if isinstance(targets, tuple) else targets}
+
+
+def settings_of(row: dict) -> Settings:
+    """The settings of a measured row."""
+    return Settings(**{name: row[name] for name in MEMORY_SETTINGS if name in row})
 
 
 def held_out(label: str) -> bool:
@@ -182,15 +196,13 @@ def held_out(label: str) -> bool:
 def all_rows(fresh: bool = False) -> list[dict]:
     """The rows of PLAN or FRESH, with `label`, `held_out`, `gib` and `alone`; those measured alone come first."""
     rows = []
-    for model, method, batch_size, seq_len, gib, *changes in FRESH if fresh else PLAN:
-        settings: dict = {"method": method, "batch_size": batch_size, "seq_len": seq_len}
+    for model, method, batch_size, max_length, gib, *changes in FRESH if fresh else PLAN:
+        settings: dict = {"method": method, "batch_size": batch_size, "max_length": max_length}
         for change in changes:
             settings |= change
         alone, t4_kernels = fresh or settings.pop("alone", False), settings.pop("t4_kernels", False)
-        row = {"model": model, "config": CONFIGS[model]} | vars(dataclasses.replace(USUAL, **settings))
+        row = {"model": model, "config": CONFIGS[model]} | memory_settings(dataclasses.replace(USUAL, **settings))
         del row["accumulation"]  # every step is one pass
-        if isinstance(row["target_modules"], tuple):
-            row["target_modules"] = list(row["target_modules"])  # as JSON has it
         row |= {"t4_kernels": True} if t4_kernels else {}
         label = label_of(row)
         rows.append({"label": label, "held_out": fresh or held_out(label), "gib": gib, "alone": alone} | row)

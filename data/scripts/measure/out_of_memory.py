@@ -40,8 +40,11 @@ import sys
 import tempfile
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
+
+from qlora_helpers.settings import GPU_RUN
 
 if __name__ == "__main__":  # before torch is imported: threads do not survive a fork
     os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false"}
@@ -63,9 +66,9 @@ from data.scripts.measure.memory import (
     in_turn,
     used_at_rest,
 )
-from data.scripts.measure.memory_plan import CONFIGS
-from qlora_helpers.memory import FineTuning
-from qlora_helpers.memory.out_of_memory import BACKWARD, EVALUATION, FORWARD, LOAD, MERGING, SAVING, STEP, place_of
+from data.scripts.measure.memory_plan import CONFIGS, memory_settings
+from qlora_helpers.memory.out_of_memory import place_of
+from qlora_helpers.memory.phases import BACKWARD, EVALUATION, FORWARD, LOAD, MERGING, SAVING, STEP
 
 TABLE = ROOT / "data" / "measured" / "oom.json"
 MODEL = "llama-3.1-8b"
@@ -79,15 +82,15 @@ FAKED = (  # only with --dry
 
 # ---------------------------------------------------------------- the plan
 
-USUAL = {"batch_size": 4, "seq_len": 2_048, "adapter_dtype": "bfloat16"}  # as TRL makes them in a 4-bit model
-SHORT = USUAL | {"batch_size": 1, "seq_len": 512}
+PLAIN = replace(GPU_RUN, compute_dtype="bfloat16", optimizer="paged_adamw_8bit")
+USUAL = {"batch_size": 4, "max_length": 2_048, "adapter_dtype": "bfloat16"}  # as TRL makes them in a 4-bit model
+SHORT = USUAL | {"batch_size": 1, "max_length": 512}
 ONE = USUAL | {"batch_size": 1}
-HIGH_RANK = SHORT | {"lora_rank": 256, "adapter_dtype": "float32"}
+HIGH_RANK = SHORT | {"rank": 256, "adapter_dtype": "float32"}
 KEEP = {"gradient_checkpointing": False}
 
 
 def _row(label: str, what: str, settings: dict, cap: float | None = None, **more) -> dict:
-    run = vars(FineTuning(**settings))
     return {
         "label": label,
         "what": what,
@@ -95,7 +98,7 @@ def _row(label: str, what: str, settings: dict, cap: float | None = None, **more
         **more,
         "model": MODEL,
         "config": CONFIGS[MODEL],
-        **run,
+        **memory_settings(replace(PLAIN, **settings)),
         "alone": True,
         "gib": 80,
     }
@@ -127,8 +130,8 @@ def all_rows() -> list[dict]:
         "eager attention",
         FORWARD,
         12.0,
-        ONE | {"seq_len": 8_192, "attention": "eager"},
-        {"sdpa": ONE | {"seq_len": 8_192}},
+        ONE | {"max_length": 8_192, "attention": "eager"},
+        {"sdpa": ONE | {"max_length": 8_192}},
     )
     # Planned as a death in the backward pass, where the tensors pass the cap. With its holes torch came to it before.
     rows += _three("float32 copies", FORWARD, 13.5, USUAL | {"upcast_fp32": True}, {"no copies": USUAL})
@@ -140,7 +143,7 @@ def all_rows() -> list[dict]:
         {
             "2 x 2 accumulated": USUAL | {"batch_size": 2, "accumulation": 2},
             "1 x 4 accumulated": USUAL | {"batch_size": 1, "accumulation": 4},
-            "half the tokens": USUAL | {"seq_len": 1_024},
+            "half the tokens": USUAL | {"max_length": 1_024},
         },
     )
     more = {"group": "backward, batch", "place_expected": BACKWARD, "config_options": {"torch_empty_cache_steps": 1}}
@@ -157,12 +160,12 @@ def all_rows() -> list[dict]:
         {
             "8 bits": HIGH_RANK | {"optimizer": "adamw_8bit"},
             "paged, 32 bits": HIGH_RANK | {"optimizer": "paged_adamw_32bit"},
-            "rank 64": HIGH_RANK | {"optimizer": "adamw_torch", "lora_rank": 64},
+            "rank 64": HIGH_RANK | {"optimizer": "adamw_torch", "rank": 64},
         },
     )
     for rank in (16, 64):
         for optimizer in ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"):
-            settings = SHORT | {"lora_rank": rank, "optimizer": optimizer}
+            settings = SHORT | {"rank": rank, "optimizer": optimizer}
             rows.append(_row(f"paging: rank {rank}, {optimizer}", "run", settings, role="paging", group="paging"))
     more = {"group": "evaluation", "place_expected": EVALUATION}
     rows += [
@@ -184,7 +187,7 @@ def all_rows() -> list[dict]:
         _row("evaluation: cure, moved", "evaluation", ONE, 14.0, role="cure", keep="moved", eval_batch=1, **more),
         _row("evaluation: price", "evaluation", ONE, role="price", keep="logits", eval_batch=1, **more),
     ]
-    settings = SHORT | {"lora_rank": 64, "optimizer": "paged_adamw_32bit"}
+    settings = SHORT | {"rank": 64, "optimizer": "paged_adamw_32bit"}
     rows.append(_row("saving: a checkpoint", "saving", settings, group="saving", role="cure", place_expected=SAVING))
     more = {"group": "merging", "place_expected": MERGING}
     rows += [
@@ -356,7 +359,7 @@ def work(row: dict, dry: bool, tracker, measured: dict, output: str) -> None:
     if what == "merging":
         from peft import LoraConfig, get_peft_model
 
-        lora = LoraConfig(r=row["lora_rank"], lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        lora = LoraConfig(r=row["rank"], lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
         if row["way"] != "dequantise":  # a model that is dequantised gets its adapters afterwards
             model = get_peft_model(model, lora)
         measured["before_bytes"] = allocated(not dry)

@@ -23,9 +23,9 @@ import time
 from pathlib import Path
 
 from data.scripts import ROOT
+from qlora_helpers.units import GIB
 
 TABLE = ROOT / "data" / "measured" / "t4_gear.json"
-GIB = 2**30
 CAP = 14.3 * GIB  # a T4 reports about 14.7 GiB, of which the CUDA context takes a part
 STEPS, WARM = 5, 2
 LONGEST = (4_096, 8_192, 12_288, 16_384)  # at batch 1

@@ -1,0 +1,68 @@
+"""Options of the command line that are fields of `Settings`: the same names, the same texts, and checked by it alone."""
+
+import argparse
+import re
+import textwrap
+from collections.abc import Iterable
+from dataclasses import fields
+
+from qlora_helpers.settings import Settings
+
+TYPES = {field.name: field.type for field in fields(Settings)}
+
+
+def _texts() -> dict[str, str]:
+    """What the docstring of `Settings` says of each field."""
+    listed = textwrap.dedent(re.search(r"Attributes:\n(.*?)\n\n", Settings.__doc__, re.DOTALL)[1])
+    entries = re.findall(r"^(\w+): (.*(?:\n .*)*)", listed, re.MULTILINE)
+    return {name: " ".join(text.split()).replace("`", "") for name, text in entries}
+
+
+def _value(text: str) -> object:
+    """A number, None, or the text itself: whether the field takes it is for `Settings` to say."""
+    if text.lower() == "none":
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _names(text: str) -> str | list[str]:
+    return text if text == "all-linear" else [name.strip() for name in text.split(",")]
+
+
+def option_of(name: str) -> str:
+    """The option of a field, such as "--batch-size"."""
+    return "--" + name.replace("_", "-")
+
+
+def add_settings(parser: argparse.ArgumentParser, names: Iterable[str], defaults: Settings) -> None:
+    """Add an option for each of these fields. One that is not given leaves no trace: see `given`."""
+    texts = _texts()
+    for name in names:
+        default = getattr(defaults, name)
+        said = f"{texts[name].rstrip('.')} (default: {default})".replace("%", "%%")
+        if TYPES[name] is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        else:
+            how = {"type": _names if name == "target_modules" else _value, "metavar": name.upper()}
+        parser.add_argument(option_of(name), dest=name, default=argparse.SUPPRESS, help=said, **how)
+
+
+def given(args: argparse.Namespace) -> dict[str, object]:
+    """The fields of `Settings` that the command line names, with their values."""
+    return {name: value for name, value in vars(args).items() if name in TYPES}
+
+
+def as_words(changed: dict[str, object]) -> list[str]:
+    """Fields as they are typed, such as ["--steps", "50", "--no-double-quant"]."""
+    words = []
+    for name, value in changed.items():
+        if TYPES[name] is bool:
+            words.append(option_of(name) if value else option_of(f"no_{name}"))
+        else:
+            words += [option_of(name), ",".join(value) if isinstance(value, list | tuple) else str(value)]
+    return words

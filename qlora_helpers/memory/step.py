@@ -1,0 +1,205 @@
+"""What a training step takes beside what stands throughout it: each piece of the model run on a tape, and the step's moments."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from qlora_helpers.memory.layers import DEQUANTISED, FLOAT32, TILE, DecoderLayer, LayerSettings
+from qlora_helpers.memory.shape import ModelShape
+from qlora_helpers.memory.tape import Tape, Tensor, rounded
+from qlora_helpers.memory.trained import Trained
+from qlora_helpers.settings import Settings
+
+# TRL's fused output head works on tiles (trl/kernels/chunked_logprob.py, trl/trainer/utils.py).
+TILE_TOKENS, TILE_VOCABULARY = 4_096, 32_768
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most that a piece of the step takes, in bytes, and what of it is of a kind that is shown by itself."""
+
+    total: int
+    dequantised: int = 0
+    tile: int = 0
+
+    @classmethod
+    def of(cls, tape: Tape, without: int) -> "Peak":
+        return cls(tape.peak - without, tape.peak_of.get(DEQUANTISED, 0), tape.peak_of.get(TILE, 0))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A piece of the model: bytes that its forward pass keeps, and its peaks on the way forward and on the way back.
+
+    Its input is in none of them; the gradient of its output is in `backward`.
+    """
+
+    kept: int
+    forward: Peak
+    backward: Peak
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A moment of the step: bytes that are there beside what stands throughout it.
+
+    Args:
+        at_work: what the piece of the model takes that is run.
+        gradients: of trained weights.
+        activations: checkpoints, or all that the layers have kept.
+        copies: of adapters in 16 bits, which autocast holds during the forward pass.
+    """
+
+    at_work: Peak
+    gradients: int = 0
+    activations: int = 0
+    copies: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.at_work.total + self.gradients + self.activations + self.copies
+
+
+def cost_of(shape: ModelShape, how: LayerSettings, apply, keep_input: bool, first: bool = False) -> Cost:
+    """Run a piece of the model on a tape, forward and back.
+
+    Args:
+        apply: from a `DecoderLayer` and its input to the result, such as `DecoderLayer.__call__`.
+        keep_input: the input stays whether or not a gradient needs it.
+        first: the input asks for no gradient.
+    """
+    tape = Tape()
+    layer = DecoderLayer(shape, how, tape)
+    elements = how.tokens * shape.hidden_size
+    x = tape.new(elements, how.stream) if first else tape.source(elements, how.between)
+    size = x.buffer.size
+    out = apply(layer, x)
+    forward = Peak.of(tape, size)
+    node, out_elements, out_width = out.node, out.elements, out.width
+    if not keep_input:
+        del x
+        size = 0
+    del out
+    kept = tape.live - size
+    gradient = tape.new(out_elements, out_width)
+    tape.forget_peak()
+    tape.backward(node, gradient)
+    return Cost(kept, forward, Peak.of(tape, size))
+
+
+def _head(layer: DecoderLayer, x: Tensor) -> Tensor:
+    """The final norm and TRL's fused output head, down to the loss."""
+    shape, how, tape = layer.shape, layer.how, layer.tape
+    new, h, s = tape.new, shape.hidden_size, how.stream
+    normed = layer.layer_norm(x, h) if shape.has_layer_norm else layer.rms_norm(x, h)
+    del x
+    width = normed.width
+    scored = how.batch_size * max(how.max_length - 1, 1)  # the last token of a sequence predicts nothing
+    whole = how.tokens * h
+
+    def unpick(g):  # the gradient is laid into zeros twice: for the tokens that count, and for all but the last
+        picked = new(scored * h, width)
+        gradient = new(whole, width)
+        del picked
+        return (gradient,)
+
+    hidden = tape.apply(scored * h, width, (normed,), unpick)
+    statistics = new(7 * scored, FLOAT32)
+    rows = min(scored, TILE_TOKENS)
+    trained = how.method == "full"
+
+    def tile(pieces: int) -> list[Tensor]:
+        taken = [new(rows * TILE_VOCABULARY, how.compute, TILE)]
+        if width != how.compute:
+            taken.append(new(rows * h, how.compute))
+        if s != how.compute:  # 16-bit copies of pieces of the float32 head
+            taken.append(new(min(pieces * TILE_VOCABULARY, shape.vocab_size) * h, how.compute))
+        return taken
+
+    taken = tile(1)
+    del taken, statistics
+    kept = new(2 * scored, FLOAT32)
+
+    def backward(g, saved=(hidden, kept)):
+        # all of these are alive until the function returns
+        wide = new(scored * h, FLOAT32)
+        wide_weight = new(shape.vocab_size * h, FLOAT32) if trained else None
+        taken = tile(2)  # a piece is dropped after the next is made
+        of_hidden = wide if width == FLOAT32 else new(scored * h, width)
+        if trained:
+            tape.keep_weight_gradient(new(shape.vocab_size * h, how.weight))
+        del wide, wide_weight, taken
+        return (of_hidden,)
+
+    return tape.apply(1, FLOAT32, (hidden,), backward)
+
+
+@lru_cache(maxsize=4096)
+def _costs(shape: ModelShape, how: LayerSettings, checkpointing: bool) -> tuple[Cost, Cost, Cost]:
+    """The cost of the first decoder layer, of each further one, and of the head."""
+    layer = first = cost_of(shape, how, DecoderLayer.__call__, keep_input=checkpointing)
+    # with checkpointing TRL lets the embeddings' output ask for a gradient; with trained embeddings it does anyway
+    if not checkpointing and how.method != "full":
+        first = cost_of(shape, how, DecoderLayer.__call__, keep_input=False, first=True)
+    return first, layer, cost_of(shape, how, _head, keep_input=False)
+
+
+def mask_bytes(shape: ModelShape, how: LayerSettings) -> int:
+    """Attention masks, which are made once for all layers together."""
+    pairs = how.batch_size * how.max_length**2  # of tokens
+    if how.kernel == "eager":  # Gemma 2 has a mask with a window and one without
+        return pairs * how.compute * (2 if shape.model_type == "gemma2" else 1)
+    return pairs if how.masked else 0
+
+
+def moments_of_a_step(shape: ModelShape, settings: Settings, how: LayerSettings, trained: Trained) -> dict[str, Moment]:
+    """The moments in which a step's peak can lie, by the names of `phases.MOMENTS`, in the order in which they come."""
+    full = settings.method == "full"
+    x = rounded(how.tokens * shape.hidden_size * how.between)  # what one layer hands to the next
+    table = shape.vocab_size * shape.hidden_size * trained.width if full else 0
+    make = _with_checkpointing if settings.gradient_checkpointing else _without_checkpointing
+    moments = make(shape, how, trained, table, x)
+    if full:
+        # the head's gradient is there; if it shares its weight with the embeddings, theirs is made beside it
+        of_embeddings = table if shape.tie_word_embeddings else 0
+        moments["embeddings backward"] = Moment(Peak(x + of_embeddings), trained.gradients)
+    moments["optimizer step"] = Moment(Peak(trained.temporaries), trained.gradients)
+    if settings.accumulation > 1:  # the gradients of the passes before are there, and each new one is added to its own
+        moments = {name: replace(moment, gradients=trained.gradients) for name, moment in moments.items()}
+    return moments
+
+
+def _gradients_above_the_first_layer(shape: ModelShape, how: LayerSettings, trained: Trained, table: int) -> int:
+    """Gradients that are there when the first layer's turn comes."""
+    of_layers = trained.width * shape.linear_parameters if how.method == "full" else trained.gradients
+    layers = shape.num_hidden_layers
+    return table + (layers - 1) * (of_layers // layers)
+
+
+def _with_checkpointing(shape: ModelShape, how: LayerSettings, trained: Trained, table: int, x: int) -> dict:
+    _, layer, head = _costs(shape, how, True)
+    copies = (
+        trained.parameters * how.compute if how.autocast and trained.width != how.compute else 0
+    )  # autocast's cache
+    kept = rounded(how.tokens * shape.hidden_size * how.stream) + (shape.num_hidden_layers - 1) * x
+    loss = replace(head.forward, total=head.forward.total + x)  # the last layer's output is there
+    # a layer is run again with the gradient of its output waiting
+    forward_again = replace(layer.forward, total=layer.forward.total + x)
+    again = max(layer.backward, forward_again, key=lambda peak: peak.total)
+    return {
+        "loss": Moment(loss, 0, kept, copies),
+        "loss backward": Moment(head.backward, 0, kept),
+        "last layer backward": Moment(again, table, kept),
+        "first layer backward": Moment(again, _gradients_above_the_first_layer(shape, how, trained, table), x),
+    }
+
+
+def _without_checkpointing(shape: ModelShape, how: LayerSettings, trained: Trained, table: int, x: int) -> dict:
+    first, layer, head = _costs(shape, how, False)
+    kept = first.kept + (shape.num_hidden_layers - 1) * layer.kept
+    loss = replace(head.forward, total=head.forward.total + x)  # the last layer's output is there
+    return {
+        "loss": Moment(loss, 0, kept),
+        "loss backward": Moment(head.backward, 0, kept),
+        "last layer backward": Moment(layer.backward, table, kept - layer.kept),
+        "first layer backward": Moment(first.backward, _gradients_above_the_first_layer(shape, how, trained, table)),
+    }

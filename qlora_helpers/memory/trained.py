@@ -1,0 +1,139 @@
+"""What a run trains: its tensors, their gradients, and what the optimizer keeps for them."""
+
+from dataclasses import dataclass
+
+from qlora_helpers.memory.shape import ModelShape
+from qlora_helpers.memory.tape import rounded
+from qlora_helpers.settings import DTYPES, Settings
+from qlora_helpers.units import MIB
+
+FLOAT32 = 4
+# bitsandbytes keeps the state of a tensor in 32 bits below this many elements (optim/optimizer.py, min_8bit_size) ...
+SMALLEST_8BIT = 4_096
+# ... and pages none below this many (optim/optimizer.py, get_state_buffer).
+SMALLEST_PAGED = 100_000
+# Managed memory is given out in pieces of this size (measured on an H200: data/measured/h200_peaks.json, 70B: 49 of them).
+PAGE_POOL = 128 * MIB
+# torch serves requests below this size from memory of their own (c10/cuda/CUDACachingAllocator.cpp, kSmallSize), which
+# large tensors cannot use: both pools keep the most that each of them ever held.
+SMALL_REQUEST = MIB
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What an optimizer keeps for each trained parameter.
+
+    Args:
+        bits: of one state: 8 or 32; 0 for the parameter's own dtype.
+        paged: large states lie in managed memory.
+        temporaries: further copies of all parameters during the step (torch's foreach form takes a square root of each).
+    """
+
+    bits: int = 0
+    paged: bool = False
+    temporaries: int = 0
+
+
+OPTIMIZERS = {
+    "adamw_torch": Optimizer(temporaries=1),
+    "adamw_torch_fused": Optimizer(),
+    "adamw_bnb_8bit": Optimizer(bits=8),
+    "adamw_8bit": Optimizer(bits=8),
+    "paged_adamw_32bit": Optimizer(bits=32, paged=True),
+    "paged_adamw_8bit": Optimizer(bits=8, paged=True),
+}
+
+
+@dataclass(frozen=True)
+class TrainedTensor:
+    """Trained tensors of one size.
+
+    Args:
+        elements: of one of them.
+        count: how many there are.
+        is_embedding: the token embeddings, which transformers treats by themselves.
+    """
+
+    elements: int
+    count: int
+    is_embedding: bool = False
+
+
+@dataclass(frozen=True)
+class Trained:
+    """All that is trained, in bytes unless said otherwise.
+
+    Attributes:
+        parameters: how many.
+        width: of one of them, and of one of its gradients.
+        adapters: of the adapters; 0 where the model's own weights are trained.
+        states: of the optimizer, in torch's tensors.
+        paged: of the optimizer, in managed memory.
+        temporaries: of the optimizer, during its step.
+        share_of_small: the share of the parameters in tensors of the allocator's small pool.
+    """
+
+    parameters: int
+    width: int
+    adapters: int
+    states: int
+    paged: int
+    temporaries: int
+    share_of_small: float
+
+    @property
+    def gradients(self) -> int:
+        return self.parameters * self.width
+
+    @property
+    def resident_pages(self) -> int:
+        """Managed memory that the paged states take on the card, if all of them lie there."""
+        return -(-self.paged // PAGE_POOL) * PAGE_POOL
+
+
+def trained_tensors(shape: ModelShape, settings: Settings) -> list[TrainedTensor]:
+    """Every trained tensor: the two matrices of each adapter, or all weights."""
+    layers = shape.num_hidden_layers
+    if settings.method != "full":
+        return [
+            TrainedTensor(settings.rank * side, layers)
+            for linear in shape.targets(settings.target_modules)
+            for side in (linear.in_features, linear.out_features)
+        ]
+    table = shape.vocab_size * shape.hidden_size
+    tensors = [TrainedTensor(linear.weights, layers) for linear in shape.linears]
+    tensors.append(TrainedTensor(table, 1, is_embedding=True))
+    if not shape.tie_word_embeddings:
+        tensors.append(TrainedTensor(table, 1))
+    norms_and_biases = shape.parameters - sum(tensor.elements * tensor.count for tensor in tensors)
+    tensors.append(TrainedTensor(shape.hidden_size, norms_and_biases // shape.hidden_size))
+    tensors.append(TrainedTensor(norms_and_biases % shape.hidden_size, 1))
+    return tensors
+
+
+def what_is_trained(shape: ModelShape, settings: Settings) -> Trained:
+    """What is trained in a run, and what the optimizer keeps for it."""
+    full, kind = settings.method == "full", OPTIMIZERS[settings.optimizer]
+    width = DTYPES[settings.compute_dtype if full else settings.adapter_dtype]
+    tensors = trained_tensors(shape, settings)
+    parameters = sum(tensor.elements * tensor.count for tensor in tensors)
+    states = paged = temporaries = small = 0
+    for tensor in tensors:
+        on_gpu, in_pages = _state_bytes(tensor, kind, width)
+        states, paged = states + on_gpu, paged + in_pages
+        temporaries += kind.temporaries * tensor.count * rounded(tensor.elements * width)
+        small += tensor.elements * tensor.count if tensor.elements * width < SMALL_REQUEST else 0
+    adapters = 0 if full else parameters * width
+    return Trained(parameters, width, adapters, states, paged, temporaries, small / parameters)
+
+
+def _state_bytes(tensor: TrainedTensor, kind: Optimizer, width: int) -> tuple[int, int]:
+    """Bytes of the two states of all tensors of a size: in torch's tensors, and in managed memory."""
+    # transformers keeps the states of embeddings in 32 bits (Trainer.create_optimizer)
+    if kind.bits == 8 and tensor.elements >= SMALLEST_8BIT and not tensor.is_embedding:
+        state, scales = tensor.elements, 2 * rounded(-(-tensor.elements // 256) * FLOAT32)  # two per block of 256
+    else:
+        state, scales = tensor.elements * (FLOAT32 if kind.bits else width), 0
+    if kind.paged and tensor.elements >= SMALLEST_PAGED:
+        return tensor.count * scales, tensor.count * 2 * state
+    return tensor.count * (2 * rounded(state) + scales), 0

@@ -1,0 +1,68 @@
+"""Checks of a value that somebody has passed: each returns it, or raises a ValueError with its name, itself and what is allowed.
+
+Only what the field means is checked here. What does not go together, and what a model or a GPU does not allow, is checked
+where it is known.
+"""
+
+import math
+import operator
+from collections.abc import Collection, Iterable
+from numbers import Real
+
+
+def refuse(name: str, value: object, allowed: str) -> ValueError:
+    """The error for a value that is not allowed; `allowed` begins with "must be" or names the cure."""
+    return ValueError(f"{name}={value!r}: {allowed}")
+
+
+def whole(name: str, value: object, at_least: int = 1, among: Collection[int] = (), otherwise: str = "") -> int:
+    """A whole number: an int, or what converts to one without loss, such as a numpy integer.
+
+    Args:
+        at_least: the least that is allowed.
+        among: if there are any, only these are allowed.
+        otherwise: what else is allowed, for the error; such as "None for no checkpoints".
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or number < at_least or (among and number not in among):
+        kind = f"one of {', '.join(map(str, among))}" if among else f"a whole number, {at_least} or more"
+        raise refuse(name, value, f"must be {kind}{otherwise and f', or {otherwise}'}")
+    return number
+
+
+def number(
+    name: str,
+    value: object,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float = math.inf,
+    otherwise: str = "",
+) -> float:
+    """A finite number between two bounds; of the lower ones one is given."""
+    held = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and value < below
+    if above is not None:
+        held, bound = held and value > above, f"more than {above:g}"
+    else:
+        held, bound = held and value >= at_least, f"{at_least:g} or more"
+    if not held:
+        less = "" if below == math.inf else f" and less than {below:g}"
+        raise refuse(name, value, f"must be a number, {bound}{less}{otherwise and f', or {otherwise}'}")
+    return value if isinstance(value, int | float) else float(value)  # such as a numpy number
+
+
+def one_of(name: str, value: object, known: Iterable[str], otherwise: str = "") -> str:
+    """One of some names."""
+    known = list(known)
+    if not isinstance(value, str) or value not in known:
+        raise refuse(name, value, f"choose one of {', '.join(known)}{otherwise and f', or {otherwise}'}")
+    return value
+
+
+def switch(name: str, value: object) -> bool:
+    """True or False, and nothing that merely counts as one of them."""
+    if not isinstance(value, bool):
+        raise refuse(name, value, "must be True or False")
+    return value
