@@ -124,10 +124,27 @@ def share_that_ends(model, tokenizer, chats: list[Chat], max_new_tokens: int = 2
     return ended / len(chats)
 
 
-def exact_match(model, tokenizer, chats: list[Chat]) -> float:
-    """The share of chats whose last answer the model generates word for word."""
+def exact_match(model, tokenizer, chats: list[Chat], max_new_tokens: int | None = None) -> float:
+    """The share of chats whose last answer the model generates word for word.
+
+    Args:
+        max_new_tokens: after so many tokens an answer is cut off; by default as many as the longest right answer needs.
+
+    Raises:
+        ValueError: there are no chats; or a right answer is longer than `max_new_tokens`, so it would count as wrong.
+    """
+    if not chats:
+        raise ValueError("chats=[]: a share of none is not defined. Pass at least one chat")
     questions, wanted = zip(*map(split_question, chats), strict=True)
-    generated = answer(model, tokenizer, list(questions))
+    needed = [len(ids) for ids in tokenizer(list(wanted), add_special_tokens=False)["input_ids"]]
+    longest = max(needed)
+    if max_new_tokens is not None and max_new_tokens < longest:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens}: the right answer of chat {needed.index(longest) + 1} has {longest} tokens, so "
+            "it would always count as wrong. Pass more, or leave it out"
+        )
+    # one more for the end, and one since a text can begin with another token after a question than by itself
+    generated = answer(model, tokenizer, list(questions), max_new_tokens or longest + 2)
     return sum(got == want for got, want in zip(generated, wanted, strict=True)) / len(chats)
 
 
