@@ -207,9 +207,39 @@ def readme_tables() -> dict[str, str]:
         "lessons": "\n".join(table),
         "results": "\n".join(results),
         "commands": commands_table(),
+        "map": map_table(),
         "t4": t4_table(),
         "memory": memory_errors.markdown_table(),
     }
+
+
+# The modules that a lesson is about: what it shows, and not all that it uses.
+HELPERS = {
+    "01_memory_maths": ("memory/catalogue", "memory/shape"),
+    "02_nf4_vs_int4": ("quantize", "models/weights"),
+    "03_double_quantisation": ("quantize",),
+    "04_qlora_run": ("training/run", "training/trainer", "training/checkpoints", "chats", "evaluation"),
+    "05_will_it_fit": ("memory/prediction", "memory/layers", "memory/search", "memory/measurement"),
+    "06_adapters_and_merging": ("adapters/files", "adapters/merge", "adapters/file_merge", "adapters/drift"),
+    "07_does_it_cost_quality": ("statistics", "evaluation"),
+    "08_stability": ("training/spikes", "training/faulty_runs", "training/callbacks"),
+    "09_out_of_memory": ("memory/out_of_memory", "memory/timeline", "memory/ladder", "memory/merge_memory"),
+}
+
+
+def map_table() -> str:
+    """Where each lesson's source lies, and the modules that it is about, with their tests."""
+    table = ["| lesson | source | helpers | tests |", "|---|---|---|---|"]
+    for name, helpers in HELPERS.items():
+        modules = [f"[{helper}](qlora_helpers/{helper}.py)" for helper in helpers]
+        tests = []
+        for helper in helpers:
+            room, _, module = helper.rpartition("/")
+            test = f"{room}/test_{module}.py".lstrip("/")
+            tests.append(f"[{test.removesuffix('.py')}](tests/{test})")
+        source = f"[{name}.py](notebooks/source/{name}.py)"
+        table.append(f"| {int(name[:2])} | {source} | {', '.join(modules)} | {', '.join(tests)} |")
+    return "\n".join(table)
 
 
 COMMANDS = {

@@ -15,17 +15,13 @@
 import json
 
 from qlora_helpers import evaluation
-from qlora_helpers.adapters.drift import drift, logits
-from qlora_helpers.adapters.file_merge import merge_files
 from qlora_helpers.adapters.files import WrongBase, describe, load_adapter
-from qlora_helpers.adapters.merge import load_base, merge
 from qlora_helpers.chats import read_chats, split_question
 from qlora_helpers.course import plots
 from qlora_helpers.course.checks import check, exercise
 from qlora_helpers.hardware import detect
 from qlora_helpers.memory import find_gpu, find_shape, predict_merge
 from qlora_helpers.models.loading import load_model, load_tokenizer
-from qlora_helpers.models.saving import save_model
 from qlora_helpers.models.weights import bytes_by_part, linear_layers
 from qlora_helpers.paths import data_path
 from qlora_helpers.quantize import NF4, dequantize, quantize
@@ -135,6 +131,8 @@ print(f"two merged copies {copies / GB:.1f} GB, one base with two adapters {one_
 # up in another order, and the last bits would differ.
 
 # %% tags=["nbval-check-output"]
+from qlora_helpers.adapters.merge import load_base, merge
+
 cpu = detect("cpu")
 stored = load_file(sentences / "adapter_model.safetensors")
 deltas = {}
@@ -170,6 +168,10 @@ check("one layer merged into 4 bits", theirs, rounded(decoded[name] + deltas[nam
 # seen. So there are three bases to merge into. A fourth way quantises the third once more. What does each change?
 
 # %%
+from qlora_helpers.adapters.drift import drift, logits
+from qlora_helpers.models.saving import save_model
+
+
 def row(model):
     scores = evaluation.exact_match(model, tokenizer, test_chats), evaluation.loss(model, tokenizer, test_chats[:100])
     speed = evaluation.seconds_per_token(model, tokenizer, questions[0], tokens=8) * 1000
@@ -295,6 +297,8 @@ for model in ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-2-70b-hf"):
 # time: `merge_files` copies the base's files, and overwrites in the copy what the adapter changes.
 
 # %% tags=["nbval-check-output"]
+from qlora_helpers.adapters.file_merge import merge_files
+
 transformers.utils.logging.disable_progress_bar()
 by_file = merge_files(data_path("tiny-llama"), sentences, new_run_folder("lesson-06") / "by-file")
 plain = transformers.AutoModelForCausalLM.from_pretrained(by_file, dtype=torch.float32)

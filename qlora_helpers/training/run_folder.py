@@ -153,12 +153,18 @@ def move_aside(folder: Path, name: str = "--output") -> Path:
 
 
 def runs_folder() -> Path:
-    """Where runs go: the folder that QLORA_RUNS names, else Google Drive if it is mounted, else beside `data/`."""
+    """Where runs go: the folder that QLORA_RUNS names, else Google Drive if it is mounted, else `runs/`.
+
+    That is in the course's folder; in the working folder if the package is used without the course.
+    """
     if named := os.environ.get("QLORA_RUNS"):
         return Path(named)
     if DRIVE.is_dir():
         return DRIVE / "qlora-runs"
-    return data_path().parent / "runs"
+    try:
+        return data_path().parent / "runs"
+    except FileNotFoundError:
+        return Path("runs").absolute()
 
 
 def new_run_folder(name: str) -> Path:

@@ -1,28 +1,24 @@
 """The runs that die on purpose: what is planned, that the script measures it, and the committed table."""
 
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 
 from data.scripts.measure import out_of_memory as measure_oom
+from data.scripts.measure.memory_plan import settings_of
 from qlora_helpers.memory import ModelShape, cures, find_gpu, predict
 from qlora_helpers.memory.out_of_memory import PLACES, read_message
 from qlora_helpers.memory.phases import IN_A_STEP
 from qlora_helpers.memory.timeline import Timeline
 from qlora_helpers.memory.trained import PAGE_POOL
 from qlora_helpers.paths import data_path
-from qlora_helpers.settings import Settings
 from qlora_helpers.units import GIB
 from tests.support.main_functions import call
 
 PLAN = measure_oom.all_rows()
 RUNS = [row for row in PLAN if row["what"] == "run" and row["cap_bytes"]]
 H200 = find_gpu("h200")
-
-
-def settings_of(row):
-    return Settings(**{field.name: row[field.name] for field in fields(Settings)})
 
 
 def capped(row):

@@ -98,6 +98,27 @@ def test_the_readme_counts_the_entries_of_the_troubleshooting_page():
     assert said in " ".join(README.split())
 
 
+def test_each_lesson_uses_the_helpers_that_the_map_names_and_their_tests_do():
+    assert list(build.HELPERS) == build.lessons()
+    for name, helpers in build.HELPERS.items():
+        source = (build.SOURCES / f"{name}.py").read_text(encoding="utf-8")
+        for helper in helpers:
+            room, _, module = helper.rpartition("/")
+            test = (ROOT / "tests" / room / f"test_{module}.py").read_text(encoding="utf-8")
+            for text in (source, test):
+                assert re.search(rf"qlora_helpers(\.{room})?(\.| import .*){module}\b", text) or (
+                    # the names that the room itself gives out
+                    room == "memory" and "from qlora_helpers.memory import" in text
+                ), f"{name}: {helper}"
+
+
+def test_the_environment_variables_of_the_readme_are_those_that_the_package_reads():
+    read = set()
+    for path in (ROOT / "qlora_helpers").rglob("*.py"):
+        read |= set(re.findall(r"\bQLORA_[A-Z]+\b", path.read_text(encoding="utf-8")))
+    assert set(re.findall(r"^\| `(QLORA_[A-Z]+)`", README, re.M)) == read >= {"QLORA_GEAR", "QLORA_RUNS"}
+
+
 def test_every_lesson_has_a_summary():
     assert list(json.loads((ROOT / "notebooks" / "scripts" / "lessons.json").read_text())) == build.lessons()
 
