@@ -19,9 +19,16 @@ from notebooks.scripts import ROOT
 AVAILABLE = "forkserver" in multiprocessing.get_all_start_methods()  # not on Windows
 
 
+GPU_GEARS = ("t4", "ampere")
+
+
 def context() -> BaseContext:
-    """The one server of this process, started by the first call. Windows has none: there each process imports for itself."""
-    if not AVAILABLE:
+    """The one server of this process, started by the first call.
+
+    Windows has none: there each process imports for itself. So does one that QLORA_GEAR sends to a GPU: the libraries touch it
+    when they are imported, and CUDA cannot be used in a process that was forked after that.
+    """
+    if not AVAILABLE or os.environ.get("QLORA_GEAR") in GPU_GEARS:
         return multiprocessing.get_context("spawn")
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(["notebooks.scripts.warm_libraries"])
