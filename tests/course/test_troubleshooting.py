@@ -958,10 +958,10 @@ def test_a_page_is_taken_apart(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("**Cure.** B.", ""), r"entry 'One': \*\*Cure.\*\* is there 0 times"),
-        (("B.", "**Cure.** B."), r"entry 'One': \*\*Cure.\*\* is there 2 times"),
+        (("**Cure.** B.", ""), r"entry 'One': \*\*Cure.\*\* occurs 0 times"),
+        (("B.", "**Cure.** B."), r"entry 'One': \*\*Cure.\*\* occurs 2 times"),
         (("```text\nan error of some length\n```", ""), "neither a message in a fenced block nor a symptom"),
-        (("## One", "# One"), "no entry, which is a heading"),
+        (("## One", "# One"), "no entry: no heading begins with"),
     ],
 )
 def test_a_page_of_another_form_is_refused(change, message, tmp_path):
@@ -1017,7 +1017,7 @@ def test_the_doctor_names_further_messages_of_the_text(capsys):
     paste = f"`torch_dtype` is deprecated! Use `dtype` instead!\n{OUT_OF_MEMORY}"
     status, text, _ = doctor(capsys, "--error", paste)
     assert status == 0 and text.startswith("CUDA out of memory (OOM)\n")
-    assert "The text holds other entries' messages, too:\n- `torch_dtype` is deprecated" in text
+    assert "The text also contains messages of other entries:\n- `torch_dtype` is deprecated" in text
 
 
 def test_the_doctor_refuses_an_empty_text(capsys):

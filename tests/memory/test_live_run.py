@@ -206,8 +206,8 @@ def test_full_fine_tuning(tmp_path):
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        ({"use_dora": True}, "something else than plain LoRA: .*magnitude"),
-        ({"modules_to_save": ["lm_head"]}, "something else than plain LoRA: .*lm_head"),
+        ({"use_dora": True}, "something other than plain LoRA: .*magnitude"),
+        ({"modules_to_save": ["lm_head"]}, "something other than plain LoRA: .*lm_head"),
         ({"layers_to_transform": [0, 1]}, "in some decoder layers only"),
         ({"rank_pattern": {"q_proj": 2}}, r"rank differs between layers: \[2, 8\]"),
     ],
