@@ -295,7 +295,7 @@ def _memory(report: Report) -> None:
     report.fact("memory", f"{total / GB:.1f} GB, {available / GB:.1f} GB of it free, {os.cpu_count()} cores")
     timings = COURSE / "notebooks" / "scripts" / "timings.json"
     if not timings.is_file():
-        report.notice("the lessons are not beside the package", "work in a copy of the course's repository")
+        report.notice("the lessons are not next to the package", "work in a copy of the course's repository")
         return
     needs = {name: lesson["gigabytes"] for name, lesson in json.loads(timings.read_text()).items()}
     most = max(needs.values())

@@ -106,7 +106,7 @@ class Measurement:
         """Begin a phase; see `phase`. `clean` frees unused memory first, so that no earlier phase is counted."""
         if self.running:
             raise RuntimeError(
-                f"the phase {name!r} cannot begin while {self.running!r} is measured: end that one first"
+                f"the phase {name!r} cannot begin while {self.running!r} is being measured: end that one first"
             )
         if clean:
             gc.collect()

@@ -52,7 +52,7 @@ def test_run_reports_its_figures_and_overwrites_nothing(tmp_path, monkeypatch, c
     # the only thing on stderr is the progress bar
     assert all("step" in line for line in first.stderr.replace("\r", "\n").splitlines() if line.strip())
 
-    # the next two in this process, which has the libraries loaded, and without asking
+    # the next two run in this process, which has the libraries loaded, and without asking the questions
     monkeypatch.chdir(tmp_path)
     assert main(["run", "--resume"]) == 2
     assert "finished. Leave out --resume" in capsys.readouterr().err
@@ -91,7 +91,7 @@ def test_the_options_are_the_fields_of_settings_with_their_texts(capsys):
         assert "of LoRA: its result is scaled by alpha / rank" in text or command == "memory"
 
 
-# ---- memory: in this process, which is quicker; main() is what the command runs
+# ---- memory: run in this process, which is quicker; the command runs main()
 
 
 def report(capsys, *arguments):

@@ -1,4 +1,4 @@
-"""What the doctor finds on a machine where something is wrong; that it never fails itself, and is quick without torch."""
+"""What the doctor finds on a machine where something is wrong; it never fails itself, and is quick without torch."""
 
 import importlib.metadata
 import json
@@ -30,7 +30,7 @@ def found(probe):
 
 @pytest.fixture
 def versions(monkeypatch):
-    """Other versions than the installed ones; None for what is not installed."""
+    """Versions to pretend instead of the installed ones; None for a package that is not installed."""
     other, installed = {}, importlib.metadata.version
 
     def version(name):
@@ -215,7 +215,7 @@ def test_a_full_disk_is_a_problem(monkeypatch):
 
 
 def test_too_little_memory_names_the_lessons_that_need_more(monkeypatch):
-    few = sorted(set(NEEDS.values()))[-2]  # enough for all but those that need most
+    few = sorted(set(NEEDS.values()))[-2]  # enough for all but those that need the most
     short = [int(name[:2]) for name, need in NEEDS.items() if need > few]
     monkeypatch.setattr(doctor, "_memory_bytes", lambda: (int(few * GB), int(few * GB)))
     ((kind, text, _),) = found(doctor._memory)

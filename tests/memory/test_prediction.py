@@ -1,4 +1,4 @@
-"""The memory predictor: against measured runs, and what it refuses."""
+"""The memory predictor: how it compares with measured runs, and what it refuses."""
 
 import json
 import subprocess
