@@ -1,11 +1,15 @@
 """python -m qlora_helpers run | memory | doctor | preflight"""
 
+from __future__ import annotations
+
 import argparse
 import os
 import signal
 import sys
 
 from qlora_helpers.commands import doctor, memory, preflight, run
+
+__all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "run": (run, "the full QLoRA run, with a report"),

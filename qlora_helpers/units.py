@@ -1,5 +1,9 @@
 """Units of memory. GiB is a power of two, as GPU tools count; GB, a power of ten, is what disks and model files are sold in."""
 
+from __future__ import annotations
+
+__all__ = ["GB", "GIB", "KIB", "MIB", "in_words"]
+
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 GB = 10**9
 

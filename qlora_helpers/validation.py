@@ -1,13 +1,17 @@
-"""Checks of a value that somebody has passed: each returns it, or raises a ValueError with its name, itself and what is allowed.
+"""Checks of a value from outside: each returns it, or raises a ValueError with its name, the value and what is allowed.
 
-Only what the field means is checked here. What does not go together, and what a model or a GPU does not allow, is checked
-where it is known.
+Only what a single field means is checked here. What depends on other fields, a model or a GPU is checked where that is
+known.
 """
+
+from __future__ import annotations
 
 import math
 import operator
 from collections.abc import Collection, Iterable
 from numbers import Real
+
+__all__ = ["number", "one_of", "refuse", "switch", "whole"]
 
 
 def refuse(name: str, value: object, allowed: str) -> ValueError:
@@ -20,8 +24,8 @@ def whole(name: str, value: object, at_least: int = 1, among: Collection[int] = 
 
     Args:
         at_least: the least that is allowed.
-        among: if there are any, only these are allowed.
-        otherwise: what else is allowed, for the error; such as "None for no checkpoints".
+        among: if given, only these are allowed.
+        otherwise: what else is allowed, for the message, such as "None for no checkpoints".
     """
     try:
         number = operator.index(value)
@@ -41,7 +45,7 @@ def number(
     below: float = math.inf,
     otherwise: str = "",
 ) -> float:
-    """A finite number between two bounds; of the lower ones one is given."""
+    """A finite number within its bounds; one of the lower bounds, `above` or `at_least`, must be given."""
     held = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and value < below
     if above is not None:
         held, bound = held and value > above, f"more than {above:g}"
@@ -54,7 +58,7 @@ def number(
 
 
 def one_of(name: str, value: object, known: Iterable[str], otherwise: str = "") -> str:
-    """One of some names."""
+    """One of the known names."""
     known = list(known)
     if not isinstance(value, str) or value not in known:
         raise refuse(name, value, f"choose one of {', '.join(known)}{otherwise and f', or {otherwise}'}")

@@ -1,8 +1,10 @@
 """`python -m qlora_helpers doctor`: what this machine has, what stands in the way of the lessons, and the cure.
 
-Each probe looks at one thing. A probe that fails is itself a finding, so that the doctor answers on a machine where much
-is broken; torch is imported in a process of its own, which may crash. Nothing here needs a library.
+Each probe looks at one thing. A probe that fails is itself a finding, so that the doctor answers even on a machine where
+much is broken; torch is imported in a separate process, which may crash. Nothing here needs an installed package.
 """
+
+from __future__ import annotations
 
 import argparse
 import functools
@@ -26,16 +28,18 @@ from qlora_helpers.safe_folders import probe_writing
 from qlora_helpers.training.run_folder import runs_folder
 from qlora_helpers.units import GB, GIB
 
+__all__ = ["Finding", "Report", "add_arguments", "command", "examine"]
+
 RUNS_BYTES = 10**9  # lesson 4 writes 17 MB with the shipped model, and 0.3 GB with one of 1.5B on a GPU
-HUB_MODEL = "Qwen/Qwen2.5-1.5B-Instruct"  # what lesson 4 fetches on a GPU
-TOOLS = {  # needed by some commands alone, and not by the package
+HUB_MODEL = "Qwen/Qwen2.5-1.5B-Instruct"  # what lesson 4 downloads on a GPU
+TOOLS = {  # needed by some commands only, and not by the package
     "jupyterlab": "the lessons cannot be opened in JupyterLab (`make lab`)",
     "ipykernel": "no notebook can run in this environment",
     "nbval": "`make test` cannot check the lessons",
     "pytest": "`make test` cannot run",
     "jupytext": "`make notebooks` cannot build the lessons",
 }
-SECONDS = 180  # for torch, which a cold disk gives slowly
+SECONDS = 180  # for importing torch, which is slow from a cold disk
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Report:
     """What was found.
 
     Attributes:
-        facts: what this machine has: (name, value), in the order of looking.
+        facts: what this machine has: (name, value), in the order in which it was looked at.
         findings: what is not as the course needs it.
     """
 
@@ -83,19 +87,19 @@ class Report:
 
 
 def examine(torch: bool = True) -> Report:
-    """Look at this machine; nothing that goes wrong meanwhile is raised.
+    """Look at this machine; errors on the way are reported, not raised.
 
     Args:
-        torch: also import torch, for the GPU and the gear, which takes seconds. Without it all takes half a second.
+        torch: also import torch, for the GPU and the gear, which takes seconds. Everything else takes half a second.
     """
     report = Report()
     for probe in (_python, _packages, _tools, _kernel, _course, _runs, _memory, *[_torch] * torch):
         try:
             probe(report)
-        except Exception as error:  # whatever it is, it is said, and the other probes go on
+        except Exception as error:  # whatever it is, it is reported, and the other probes still run
             report.problem(
-                f"{probe.__doc__.split(':')[0]} could not be looked at: {type(error).__name__}: {error}",
-                "repair what this names, and ask the doctor again",
+                f"{probe.__doc__.split(':')[0]} could not be examined: {type(error).__name__}: {error}",
+                "repair what this names, and run the doctor again",
             )
     return report
 
@@ -107,7 +111,7 @@ def _pip(*arguments: str) -> str:
 
 
 def _here(path: Path) -> str:
-    """A path as it is typed in the working folder."""
+    """A path as one would type it in the working folder."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
@@ -127,7 +131,7 @@ def _ranges() -> tuple[str, list[str]]:
 
 
 def _python(report: Report) -> None:
-    """The Python: its version, and where it lies."""
+    """The Python: its version, and where it is."""
     version = platform.python_version()
     report.fact("Python", f"{version} on {platform.system()} {platform.machine()}, {sys.executable}")
     oldest = re.search(r">=\s*(\d+)\.(\d+)", _ranges()[0])
@@ -151,7 +155,7 @@ def _packages(report: Report) -> None:
         specifier = _requirement(line).specifier
         try:
             fits = specifier.contains(version, prereleases=True)
-        except ValueError:  # no version at all
+        except ValueError:  # not a version
             fits = False
         if not fits:
             report.problem(f"{name} {version} is not in the range {specifier}", _pip(wanted))
@@ -164,7 +168,7 @@ def _packages(report: Report) -> None:
 
 
 def _version(name: str) -> str | None:
-    """The version of an installed package; None if it is not there, or its data are damaged."""
+    """The version of an installed package; None if it is not there, or its metadata is damaged."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -175,7 +179,7 @@ def _version(name: str) -> str | None:
 def _requirement(line: str):
     try:
         from packaging.requirements import Requirement
-    except ImportError:  # it comes with torch's companions; pip has a copy
+    except ImportError:  # comes with other packages, and may be missing; pip has a copy
         from pip._vendor.packaging.requirements import Requirement
     return Requirement(line)
 
@@ -208,19 +212,19 @@ def _kernel(report: Report) -> None:
                 f"work there, or {_pip('--no-deps', '-e', _here(COURSE))}",
             )
     if importlib.util.find_spec("ipykernel") is None or importlib.util.find_spec("jupyter_client") is None:
-        return  # said by the probe of the tools
+        return  # reported by the probe of the tools
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 
     cure = f"{_here(Path(sys.executable))} -m ipykernel install --sys-prefix"
     try:
         spec = KernelSpecManager().get_kernel_spec("python3")
     except NoSuchKernel:
-        report.problem("Jupyter knows no kernel `python3`, in which the lessons run", cure)
+        report.problem("Jupyter has no kernel `python3`, which the lessons need", cure)
         return
     program = spec.argv[0]
     report.fact("kernel", f"python3 starts {program}")
     if re.fullmatch(r"python(3(\.\d+)?)?", program):
-        return  # Jupyter takes the Python that itself runs in
+        return  # Jupyter uses the Python that it runs in itself
     found = shutil.which(program)
     if found is None:
         report.problem(
@@ -249,7 +253,7 @@ def _course(report: Report) -> None:
             return
         if path.stat().st_size < 1000:
             report.problem(
-                f"{path} has {path.stat().st_size} bytes, so it was not fetched in whole", "get the repository again"
+                f"{path} has {path.stat().st_size} bytes, so its download is not complete", "get the repository again"
             )
 
 
@@ -286,28 +290,29 @@ def _runs(report: Report) -> None:
 def _memory(report: Report) -> None:
     """The main memory: what there is, and what each lesson needs."""
     if importlib.util.find_spec("psutil") is None:
-        return  # said by the probe of the packages
+        return  # reported by the probe of the packages
     total, available = _memory_bytes()
     report.fact("memory", f"{total / GB:.1f} GB, {available / GB:.1f} GB of it free, {os.cpu_count()} cores")
     timings = COURSE / "notebooks" / "scripts" / "timings.json"
     if not timings.is_file():
-        report.notice("the lessons are not beside the package", "work in a copy of the course's repository")
+        report.notice("the lessons are not next to the package", "work in a copy of the course's repository")
         return
     needs = {name: lesson["gigabytes"] for name, lesson in json.loads(timings.read_text()).items()}
     most = max(needs.values())
     if most > total / GB:
         report.problem(
-            f"{total / GB:.1f} GB of main memory are too few for {_lessons(needs, total / GB)}", "use a larger machine"
+            f"{total / GB:.1f} GB of main memory is too little for {_lessons(needs, total / GB)}",
+            "use a larger machine",
         )
     elif most > available / GB:
         report.notice(
-            f"{available / GB:.1f} GB of main memory are free, too few for {_lessons(needs, available / GB)}",
+            f"{available / GB:.1f} GB of main memory is free, too little for {_lessons(needs, available / GB)}",
             "close other programs, and shut down the kernels of other notebooks",
         )
 
 
 def _memory_bytes() -> tuple[int, int]:
-    """Main memory of this machine or container, and what of it is free, in bytes."""
+    """Main memory of this machine or container, and how much of it is free, in bytes."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -335,15 +340,15 @@ else:
               ("gear", "chosen_by", "gpu_name", "gpu_bytes", "capability", "native_bfloat16")}
     found["dtype"] = str(hardware.compute_dtype)
     if hardware.gpu_name:
-        torch.ones(1, device="cuda") * 2  # a GPU that torch was not built for is seen, and fails here
+        torch.ones(1, device="cuda") * 2  # a GPU that torch was not built for is found, and fails here
 print("found", json.dumps(found))
 """
 
 
 def _torch(report: Report) -> None:
-    """torch and the GPU: whether torch can be imported, and what it sees. In a process of its own, which may crash."""
+    """torch and the GPU: whether torch can be imported, and what it finds. In a separate process, which may crash."""
     if importlib.util.find_spec("torch") is None:
-        return  # said by the probe of the packages
+        return  # reported by the probe of the packages
     cure = "install torch again: " + _pip(
         "--force-reinstall", next(line for line in _ranges()[1] if line.startswith("torch>"))
     )
@@ -352,12 +357,12 @@ def _torch(report: Report) -> None:
             [sys.executable, "-c", ASK_TORCH, str(COURSE)], capture_output=True, text=True, timeout=SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
-        report.problem(f"torch was not imported within {SECONDS} s", "ask again when the disk is quiet, or " + cure)
+        report.problem(f"torch was not imported within {SECONDS} s", "try again when the disk is not busy, or " + cure)
         return
     answer = [line for line in done.stdout.splitlines() if line.startswith("found ")]
     if not answer:
         if done.returncode < 0:
-            why = f"the process died of {signal.Signals(-done.returncode).name}"
+            why = f"the process was killed by {signal.Signals(-done.returncode).name}"
         else:
             why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         if "no kernel image" in done.stderr:
@@ -366,7 +371,7 @@ def _torch(report: Report) -> None:
         return
     found = json.loads(answer[-1].removeprefix("found "))
     if "refused" in found:
-        report.problem(found["refused"], "set QLORA_GEAR so, or unset it")
+        report.problem(found["refused"], "set QLORA_GEAR accordingly, or unset it")
         return
     if found["gpu_name"]:
         major, minor = found["capability"]
@@ -376,7 +381,7 @@ def _torch(report: Report) -> None:
         native = found["native_bfloat16"]
         report.fact("bfloat16", "native" if native else "emulated only, so slow: the course uses float16")
         if (major, minor) < (7, 5):
-            report.problem(f"{found['gpu_name']} is older than compute capability 7.5", "set QLORA_GEAR=cpu")
+            report.problem(f"{found['gpu_name']} has a compute capability below 7.5", "set QLORA_GEAR=cpu")
     else:
         report.fact("GPU", f"none that torch {found['torch']} can see")
     report.fact("gear", f"{found['gear']} (by {found['chosen_by']}), matrix products in {found['dtype']}")
@@ -391,7 +396,7 @@ def _torch(report: Report) -> None:
 
 
 def _hub(report: Report) -> None:
-    """The Hub's cache: room for the model that lesson 4 fetches on a GPU."""
+    """The Hub's cache: room for the model that lesson 4 downloads on a GPU."""
     from qlora_helpers.memory import find_shape
 
     cache = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
@@ -399,7 +404,7 @@ def _hub(report: Report) -> None:
     needed, free = 2 * find_shape("Qwen/Qwen2.5-1.5B").parameters, shutil.disk_usage(parent).free
     if free < needed and not any(cache.glob(f"hub/models--{HUB_MODEL.replace('/', '--')}/snapshots/*")):
         report.notice(
-            f"lesson 4's last part fetches {needed / GB:.1f} GB into {cache}, which has {free / GB:.1f} GB free",
+            f"lesson 4's last part downloads {needed / GB:.1f} GB into {cache}, which has {free / GB:.1f} GB free",
             "set HF_HOME to a folder on another disk",
         )
 
@@ -411,7 +416,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--error",
         metavar="TEXT",
-        help=f"look an error up in {troubleshooting.PAGE}: its message or a whole traceback; - reads it from standard input",
+        help=f"look up an error in {troubleshooting.PAGE}: its message or a whole traceback; - reads it from standard input",
     )
 
 

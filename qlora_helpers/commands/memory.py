@@ -1,5 +1,7 @@
 """`python -m qlora_helpers memory`: will it fit, what takes the memory, and what helps."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import textwrap
@@ -15,6 +17,8 @@ from qlora_helpers.memory.search import largest_batch, longest_sequence
 from qlora_helpers.memory.shape import ModelShape
 from qlora_helpers.settings import GPU_RUN, MEMORY_SETTINGS, Settings
 from qlora_helpers.units import GIB, MIB
+
+__all__ = ["add_arguments", "as_dict", "as_text", "command"]
 
 WIDTH, BAR = 100, 60  # characters
 
@@ -50,7 +54,7 @@ def _of_memory(settings: Settings) -> dict:
 
 
 def as_dict(prediction: Prediction) -> dict:
-    """A prediction with all that follows from it, as JSON can hold it: sizes in bytes, whole numbers."""
+    """A prediction with all that follows from it, in a form that JSON can hold: sizes in bytes, as whole numbers."""
     shape, settings, gpu = prediction.shape, prediction.settings, prediction.gpu
     return {
         "model": shape.name,
@@ -88,7 +92,7 @@ def as_dict(prediction: Prediction) -> dict:
 
 
 def _amount(size: int) -> str:
-    """Bytes in words; small ones in MiB, so that what is not nothing does not read 0.0."""
+    """Bytes in words; small ones in MiB, so that they do not read 0.0."""
     return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / MIB:.1f} MiB"
 
 
@@ -199,12 +203,12 @@ def as_text(prediction: Prediction, found: dict) -> str:
 
 
 def _close(prediction: Prediction) -> bool:
-    """Whether the verdict hangs on less than 1 GiB or a tenth of what the run takes, whichever is less."""
+    """Whether the verdict depends on less than 1 GiB or a tenth of what the run takes, whichever is less."""
     return abs(prediction.spare_bytes) < min(GIB, prediction.device_bytes / 10)
 
 
 def _limit(found: dict) -> str:
-    """Why the longest sequence is not longer, where memory is not the reason."""
+    """Why the longest sequence is not longer, if memory is not the reason."""
     longest = found["max_position_embeddings"]
     if longest and found["longest_sequence"] > longest - 128:
         return f"; the model takes {longest:,}"
@@ -226,7 +230,7 @@ def _print_known(as_json: bool) -> None:
     for name, shape in models.items():
         longest = f"{shape.max_position_embeddings:,}" if shape.max_position_embeddings else "not stated"
         print(f"{name:40}{shape.parameters:18,}{longest:>18}")
-    print("and any other of these families by its folder or config.json\n")
+    print("and any other model of these families, by its folder or config.json\n")
     print(f"{'gpu':10}{'name':28}{'usable':>12}{'compute capability':>20}")
     for key, gpu in gpus.items():
         print(f"{key:10}{gpu.name:28}{_gib(gpu.usable_bytes):>12}{'{}.{}'.format(*gpu.compute_capability):>20}")

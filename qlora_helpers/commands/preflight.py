@@ -1,11 +1,13 @@
-"""Before class: is this machine ready, and do the lessons give here what they show?
+"""Before class: is this machine ready, and do the lessons give the results here that they show?
 
     make preflight              # all lessons
     make preflight LESSON=03    # one of them
 
-Each lesson is held against its source, then run by nbval as learners get it: every cell must run, and the output of each
-cell with the tag nbval-check-output must be what the notebook stores. One row a lesson says what came of it.
+Each lesson is compared with its source, then run by nbval as learners get it: every cell must run, and the output of each
+cell with the tag nbval-check-output must be what the notebook stores. One row per lesson shows the result.
 """
+
+from __future__ import annotations
 
 import argparse
 import contextlib
@@ -17,21 +19,24 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import TextIO
 
 from qlora_helpers.commands import doctor
 from qlora_helpers.paths import COURSE
 
-SHOWN = ("Python", "torch", "memory", "GPU", "gear")  # of what the doctor knows
+__all__ = ["CannotStart", "add_arguments", "chosen", "command", "differences", "preflight", "run_lessons"]
+
+SHOWN = ("Python", "torch", "memory", "GPU", "gear")  # which of the doctor's facts are printed
 NOTEBOOKS = COURSE / "notebooks"
 NEEDED = {"pytest": "pytest", "nbval": "nbval", "xdist": "pytest-xdist", "jupytext": "jupytext", "nbformat": "nbformat"}
 NOT_CHECKED = (
-    "Not checked: figures (only that they are drawn), cells that are not compared (they must only run), the solved and the "
+    "Not checked: figures (only that they are drawn), cells that are not compared (they only have to run), the solved and the "
     "Colab editions, the helpers' own tests, what runs on a GPU (the lessons run in the cpu gear here). For these there are "
     "make test, make test-all and make test-colab."
 )
 
 
-UNREADABLE = "is no notebook that can be read"
+UNREADABLE = "is not a readable notebook"
 
 
 class CannotStart(ValueError):
@@ -39,10 +44,10 @@ class CannotStart(ValueError):
 
 
 def chosen(lessons: list[str]) -> list[str]:
-    """The names of the lessons that are asked for by number or by name; all without any.
+    """The names of the lessons that are chosen by number or name; all if none is chosen.
 
     Raises:
-        CannotStart: this is no copy of the repository, a package is missing, or there is no such lesson.
+        CannotStart: this is not a copy of the repository, a package is missing, or there is no such lesson.
     """
     if not (COURSE / "conftest.py").exists() or not NOTEBOOKS.is_dir():
         raise CannotStart(f"{COURSE} is not a copy of the course's repository: run this in one")
@@ -52,12 +57,12 @@ def chosen(lessons: list[str]) -> list[str]:
     names = [name for name in there if not lessons or name in lessons or name[:2] in {n.zfill(2) for n in lessons}]
     known = {part for name in there for part in (name, name[:2], name[:2].lstrip("0"))}
     if wrong := [lesson for lesson in lessons if lesson not in known]:
-        raise CannotStart(f"LESSON={' '.join(wrong)}: there is none of that number. There are {', '.join(there)}")
+        raise CannotStart(f"LESSON={' '.join(wrong)}: there is no such lesson. There are {', '.join(there)}")
     return names
 
 
 def differences(name: str) -> list[str]:
-    """What in a learner's notebook is not what its source gives, in words: text, code, tags; and what was never run."""
+    """How a learner's notebook differs from what its source gives, in words: text, code, tags; and what was never run."""
     sys.path[:0] = [str(COURSE)]  # it can be run from any folder
     try:
         from notebooks.scripts import build
@@ -68,10 +73,10 @@ def differences(name: str) -> list[str]:
     path = NOTEBOOKS / f"{name}.ipynb"
     try:
         stored = nbformat.read(path, as_version=4).cells
-    except Exception as error:  # a download that was cut off, a merge's marks
+    except Exception as error:  # an incomplete download, or conflict markers of a merge
         return [f"{path.name} {UNREADABLE}: {str(error).splitlines()[0]}"]
     if not (build.SOURCES / f"{name}.py").exists():
-        return [f"its source {build.SOURCES.name}/{name}.py is not here, so its text cannot be held against it"]
+        return [f"its source {build.SOURCES.name}/{name}.py is not here, so the text cannot be compared with it"]
     given = build.build_edition(name, "learner", json.loads(build.TIMINGS.read_text(encoding="utf-8"))).cells
     found = []
     if len(stored) != len(given):
@@ -99,7 +104,7 @@ def differences(name: str) -> list[str]:
 
 
 def _around(line: str, other: str, room: int = 24) -> tuple[str, str]:
-    """Two lines that differ, cut to where they do."""
+    """Two lines that differ, cut down to where they do."""
     start = _alike(line, other)
     end = _alike(line[start:][::-1], other[start:][::-1])
 
@@ -111,7 +116,7 @@ def _around(line: str, other: str, room: int = 24) -> tuple[str, str]:
 
 
 def _alike(one: str, other: str) -> int:
-    """How many characters two texts share at their beginnings."""
+    """How many characters two texts share at the beginning."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
@@ -169,14 +174,14 @@ class _Table:
 
 
 class _TableOfWorkers(_Table):
-    """The same where workers run the lessons: they collect, so they know how many cells there are."""
+    """The same if workers run the lessons: they collect, so they know how many cells there are."""
 
     def pytest_xdist_node_collection_finished(self, node, ids):
         self.count(ids)
 
 
-def run_lessons(names: list[str], out=None) -> bool:
-    """Run the lessons through nbval, two at a time, and print the table. Whether all is as it should be."""
+def run_lessons(names: list[str], out: TextIO | None = None) -> bool:
+    """Run the lessons through nbval, two at a time, and print the table. Returns whether all is as it should be."""
     import pytest
 
     out = out or os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding=sys.stdout.encoding)
@@ -231,5 +236,5 @@ def command(args: argparse.Namespace) -> int:
     return preflight(args.lessons)
 
 
-if __name__ == "__main__":  # so that it runs where another command's module is broken
+if __name__ == "__main__":  # so that it runs even if another command's module is broken
     sys.exit(preflight(sys.argv[1:]))

@@ -1,5 +1,7 @@
 """`python -m qlora_helpers run`: the full QLoRA run of the shipped model, with a report."""
 
+from __future__ import annotations
+
 import argparse
 import importlib.metadata
 import json
@@ -17,8 +19,10 @@ from qlora_helpers.settings import Settings
 from qlora_helpers.training.run_folder import check_output, is_finished, move_aside, steps_saved  # none needs torch
 from qlora_helpers.units import GIB
 
+__all__ = ["SAVE_STEPS", "VARIED", "add_arguments", "command"]
+
 SAVE_STEPS = 100
-# what a run of the shipped model can vary; how often it saves changes nothing of what it learns
+# what a run of the shipped model can vary; how often it saves does not change what it learns
 VARIED = (
     "method", "steps", "batch_size", "accumulation", "max_length", "learning_rate", "warmup_steps", "schedule",
     "max_grad_norm", "rank", "alpha", "dropout", "target_modules", "gradient_checkpointing", "optimizer", "seed",
@@ -26,7 +30,7 @@ VARIED = (
 
 
 def _how_to_resume(args: argparse.Namespace) -> str:
-    """The command line that goes on with a run, for the shell that began it."""
+    """The command line that continues a run, quoted for the shell."""
     python = Path(sys.executable)
     if python.is_relative_to(Path.cwd()):
         python = python.relative_to(Path.cwd())
@@ -36,16 +40,16 @@ def _how_to_resume(args: argparse.Namespace) -> str:
 
 
 def _where_to_begin(args: argparse.Namespace) -> Settings:
-    """Look at the output folder, say what will happen there, and give the settings of the run. Needs no library.
+    """Look at the output folder, say what will happen there, and return the settings of the run. Needs no torch.
 
     Raises:
-        ValueError, OSError: the run cannot be there; the message names the argument.
+        ValueError, OSError: the run cannot go there; the message names the argument.
     """
     folder, changed = args.output, given(args)
     new = Settings(save_steps=SAVE_STEPS, **changed)
     record = check_output(folder)
     if record is None:
-        if args.resume:  # no error: a script may repeat `run --resume` until it is done
+        if args.resume:  # not an error: a script may repeat `run --resume` until it is done
             print(f"There is nothing to resume in {folder}: this is a new run.")
         return new
     if not args.resume:
@@ -63,13 +67,13 @@ def _where_to_begin(args: argparse.Namespace) -> Settings:
         if name in begun and begun[name] != value:
             option = option_of(name)
             raise ValueError(
-                f"{option}={value}: the run in --output={str(folder)!r} was begun with {begun[name]}. Leave out {option} to go "
-                "on with it, or leave out --resume to begin another"
+                f"{option}={value}: the run in --output={str(folder)!r} was begun with {begun[name]}. Leave out {option} to "
+                "continue it, or leave out --resume to begin another"
             )
     if saved := steps_saved(folder):
-        print(f"Going on with the run in {folder} after step {saved} of {record['steps']}.")
+        print(f"Continuing the run in {folder} after step {saved} of {record['steps']}.")
     else:
-        print(f"The run in {folder} was stopped before its first checkpoint: it begins again at step 1.")
+        print(f"The run in {folder} was stopped before its first checkpoint: it starts again at step 1.")
     return replace(new, **begun)
 
 
@@ -78,28 +82,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, default=Path("runs/latest"), help="folder for the adapter and report.json"
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the last whole checkpoint in the output folder"
+        "--resume", action="store_true", help="continue from the last complete checkpoint in the output folder"
     )
     add_settings(parser, VARIED, Settings())
 
 
 def command(args: argparse.Namespace) -> int:
-    """Train and print the report, or say where it stopped and how to go on.
+    """Train and print the report, or say where it stopped and how to continue.
 
     Raises:
-        ValueError, OSError: the run cannot be in the output folder; the message names the argument.
+        ValueError, OSError: the run cannot go into the output folder; the message names the argument.
     """
     settings = _where_to_begin(args)
     try:
         return _load_and_run(args, settings)
-    except KeyboardInterrupt as stop:  # while it trains an Interrupted, which says where
+    except KeyboardInterrupt as stop:  # during training it is an Interrupted, which says where
         trained = is_finished(args.output)
         where = (
             f"after the training; what was trained is in {args.output}"
             if trained
             else "before the first step of training"
         )
-        how = "" if trained else f" To go on:\n  {_how_to_resume(args)}"
+        how = "" if trained else f" To continue:\n  {_how_to_resume(args)}"
         print(f"\nStopped {getattr(stop, 'where', where)}.{how}", file=sys.stderr)
         return 128 + getattr(stop, "signal", signal.SIGINT)
 
@@ -155,7 +159,7 @@ def _load_and_run(args: argparse.Namespace, settings: Settings) -> int:
 def _refuse_before_anything_is_asked(
     args: argparse.Namespace, model, chats: list, settings: Settings, hardware
 ) -> None:
-    """What `train` would refuse, before minutes are spent on questions."""
+    """Refuse what `train` would refuse, before minutes are spent on questions."""
     from qlora_helpers.training.checkpoints import record_of, where_to_start
     from qlora_helpers.training.trainer import check_settings
 

@@ -1,4 +1,6 @@
-"""Options of the command line that are fields of `Settings`: the same names, the same texts, and checked by it alone."""
+"""Options of the command line that are fields of `Settings`: with its names and texts, and checked only by it."""
+
+from __future__ import annotations
 
 import argparse
 import re
@@ -8,18 +10,20 @@ from dataclasses import fields
 
 from qlora_helpers.settings import Settings
 
+__all__ = ["TYPES", "add_settings", "as_words", "given", "option_of"]
+
 TYPES = {field.name: field.type for field in fields(Settings)}
 
 
 def _texts() -> dict[str, str]:
-    """What the docstring of `Settings` says of each field."""
+    """What the docstring of `Settings` says about each field."""
     listed = textwrap.dedent(re.search(r"Attributes:\n(.*?)\n\n", Settings.__doc__, re.DOTALL)[1])
     entries = re.findall(r"^(\w+): (.*(?:\n .*)*)", listed, re.MULTILINE)
     return {name: " ".join(text.split()).replace("`", "") for name, text in entries}
 
 
 def _value(text: str) -> object:
-    """A number, None, or the text itself: whether the field takes it is for `Settings` to say."""
+    """A number, None, or the text itself: `Settings` decides whether the field accepts it."""
     if text.lower() == "none":
         return None
     for kind in (int, float):
@@ -40,7 +44,7 @@ def option_of(name: str) -> str:
 
 
 def add_settings(parser: argparse.ArgumentParser, names: Iterable[str], defaults: Settings) -> None:
-    """Add an option for each of these fields. One that is not given leaves no trace: see `given`."""
+    """Add an option for each of these fields. An option that is not given sets nothing: see `given`."""
     texts = _texts()
     for name in names:
         default = getattr(defaults, name)
@@ -58,7 +62,7 @@ def given(args: argparse.Namespace) -> dict[str, object]:
 
 
 def as_words(changed: dict[str, object]) -> list[str]:
-    """Fields as they are typed, such as ["--steps", "50", "--no-double-quant"]."""
+    """Fields as typed on the command line, such as ["--steps", "50", "--no-double-quant"]."""
     words = []
     for name, value in changed.items():
         if TYPES[name] is bool:

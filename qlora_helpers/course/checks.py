@@ -1,14 +1,18 @@
 """Checks for the numbers in a lesson, and for what a learner computes in an exercise.
 
-`check` raises when a number is not what the lesson says. When it holds it prints one line that is the same on every
-machine: for an exact quantity its value, for a measured or trained one the bound, never digits that vary.
+`check` raises when a number is not what the lesson says. Otherwise it prints one line that is the same on every machine:
+for an exact quantity its value, for a measured or trained one the bound, never digits that vary.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+__all__ = ["CheckFailed", "check", "exercise"]
 
 
 class CheckFailed(AssertionError):
@@ -29,7 +33,7 @@ def _exactly_equal(name: str, got: Any, want: Any) -> bool:
         raise ValueError(
             f"check({name!r}): got is on {got.device}, want on {want.device}. Two devices add up in different orders, so "
             "floats computed on both differ in their last bits: compute both on one device, or pass rel= or abs=. What was "
-            "only stored or gathered there can be brought back by .cpu()"
+            "only stored or gathered there can be brought back with .cpu()"
         )
     return got.dtype == want.dtype and torch.equal(got, want)
 
@@ -45,16 +49,16 @@ def check(
     at_least: float | None = None,
     at_most: float | None = None,
 ) -> None:
-    """Hold a number against what it should be; say exactly how it is held.
+    """Compare a number with what it should be, and say exactly how it was compared.
 
     Use one of: `want` with `rel` (a relative tolerance), `want` with `abs` (an absolute one), `want` with
     `exact=True`, or a bound: `at_least`, `at_most` or both. `exact=True` is for counts and texts, for codes and values
-    gathered from a table, and for floats that the same operations have made on the same device.
+    gathered from a table, and for floats that the same operations produced on the same device.
 
     Raises:
-        CheckFailed: it does not hold; the message has both values and the tolerance.
-        ValueError: none or several of the ways are asked for, or a tolerance is not a positive number; or two tensors on
-            different devices should be exactly equal.
+        CheckFailed: the check fails; the message has both values and the tolerance.
+        ValueError: none or more than one of these ways is used, a tolerance is not a positive number, or two tensors on
+            different devices are to be exactly equal.
     """
     bounded = at_least is not None or at_most is not None
     ways = [rel is not None, abs is not None, exact, bounded]
@@ -93,7 +97,7 @@ def exercise(name: str, answer: Any, right: Callable[[Any], str] | Any, hint: st
     Args:
         answer: what the learner computed; `...` means not solved yet. A function is passed to `right`.
         right: the expected value (a number, a string or a tensor), or a function of the answer that returns an empty
-            string if it is right and otherwise what was expected and what came.
+            string if it is right, and otherwise says what was expected and what was given.
         hint: shown with a missing or wrong answer.
         rel: relative tolerance for a number.
     """
@@ -109,7 +113,7 @@ def exercise(name: str, answer: Any, right: Callable[[Any], str] | Any, hint: st
 
 
 def _difference(answer: Any, right: Any, rel: float) -> str:
-    """Empty if the two agree; otherwise what was expected of the answer, and what came."""
+    """Empty if the two agree; otherwise what was expected, and what was given."""
     if isinstance(right, torch.Tensor):
         if not isinstance(answer, torch.Tensor):
             return f"expected a tensor of shape {tuple(right.shape)}, and got {type(answer).__name__}."

@@ -1,9 +1,12 @@
 """The course's figures: one style, readable on a light and on a dark page, each shown with its alt text."""
 
+from __future__ import annotations
+
 import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -13,6 +16,33 @@ from matplotlib.figure import Figure
 
 from qlora_helpers.memory import phases
 from qlora_helpers.units import GIB
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from qlora_helpers.memory.timeline import Timeline
+
+__all__ = [
+    "BLUE",
+    "COLOURS",
+    "FORMAT_COLOURS",
+    "GREEN",
+    "ORANGE",
+    "PHASE_COLOURS",
+    "PURPLE",
+    "RED",
+    "SKY",
+    "STYLE",
+    "YELLOW",
+    "LivePlot",
+    "code_histogram",
+    "decision_tree",
+    "figure",
+    "memory_timeline",
+    "show",
+    "stacked_bars",
+    "weights_and_levels",
+]
 
 # Okabe and Ito's colours, which people with colour blindness can tell apart (jfly.uni-koeln.de/color).
 BLUE, ORANGE, GREEN, RED, PURPLE, YELLOW, SKY = (
@@ -55,15 +85,17 @@ STYLE = {
 OF_AXES = ("sharex", "sharey", "squeeze", "width_ratios", "height_ratios", "subplot_kw", "gridspec_kw")
 
 
-def figure(rows: int = 1, columns: int = 1, **options):
-    """A new figure in the course's style and its axes, as `pyplot.subplots` gives them; the style stays on.
+def figure(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Axes | np.ndarray]:
+    """A new figure in the course's style, with its axes as `pyplot.subplots` gives them; the style stays in effect.
 
     The figure does not belong to pyplot: no backend is chosen, no window opens, and nothing need be closed.
 
     Args:
-        options: of `matplotlib.figure.Figure` and of its `subplots`.
+        options: for `matplotlib.figure.Figure` and its `subplots`.
     """
-    matplotlib.rcParams.update(STYLE)  # not only while it is made: titles and legends look it up when they are added
+    matplotlib.rcParams.update(
+        STYLE
+    )  # not only while the figure is made: titles and legends look the style up when they are added
     of_axes = {name: options.pop(name) for name in OF_AXES if name in options}
     fig = Figure(**options)
     return fig, fig.subplots(rows, columns, **of_axes)
@@ -88,8 +120,8 @@ def show(fig: Figure, alt: str) -> None:
     display(_as_html(fig, alt))
 
 
-def stacked_bars(ax, names: Sequence[str], parts: Mapping[str, Sequence[float]], unit: str) -> None:
-    """Horizontal bars, one per name, each the sum of its parts; the total stands behind each bar."""
+def stacked_bars(ax: Axes, names: Sequence[str], parts: Mapping[str, Sequence[float]], unit: str) -> None:
+    """Horizontal bars, one per name, each the sum of its parts, with the total at its end."""
     left = np.zeros(len(names))
     for (part, values), colour in zip(parts.items(), COLOURS, strict=False):
         ax.barh(names, values, left=left, label=part, color=colour)
@@ -103,8 +135,8 @@ def stacked_bars(ax, names: Sequence[str], parts: Mapping[str, Sequence[float]],
     ax.legend(loc="lower right", fontsize=9)
 
 
-def code_histogram(ax, share: Sequence[float], values: Sequence[float], name: str) -> None:
-    """How often each code is used, drawn where its value lies between -1 and 1."""
+def code_histogram(ax: Axes, share: Sequence[float], values: Sequence[float], name: str) -> None:
+    """How often each code is used, drawn at its value between -1 and 1."""
     ax.vlines(values, 0, np.asarray(share) * 100, color=FORMAT_COLOURS.get(name, BLUE), linewidth=5)
     ax.set_xlim(-1.08, 1.08)
     ax.set_ylim(0, 15)
@@ -113,7 +145,7 @@ def code_histogram(ax, share: Sequence[float], values: Sequence[float], name: st
     ax.set_title(name)
 
 
-def weights_and_levels(ax, weights: torch.Tensor, levels: torch.Tensor, name: str) -> None:
+def weights_and_levels(ax: Axes, weights: torch.Tensor, levels: torch.Tensor, name: str) -> None:
     """A histogram of scaled weights, with the levels of a format as lines below it."""
     ax.hist(weights.flatten().numpy(), bins=120, range=(-1, 1), density=True, color="#BBBBBB")
     ax.vlines(levels.numpy(), -0.28, -0.06, color=FORMAT_COLOURS.get(name, BLUE), linewidth=2)
@@ -133,7 +165,7 @@ PHASE_COLOURS = {
 }
 
 
-def memory_timeline(ax, timeline, unit: int = GIB) -> None:
+def memory_timeline(ax: Axes, timeline: Timeline, unit: int = GIB) -> None:
     """Bytes in tensors against time, filled in the colour of each phase, with a mark at the peak.
 
     Args:
@@ -162,8 +194,8 @@ def memory_timeline(ax, timeline, unit: int = GIB) -> None:
     ax.set_xlabel("seconds within the step")
 
 
-def decision_tree(ax, root: str, branches: Sequence[tuple[str, str]]) -> None:
-    """A question at the left, its answers one below the other, and behind each what to do. The axes are only a canvas."""
+def decision_tree(ax: Axes, root: str, branches: Sequence[tuple[str, str]]) -> None:
+    """A question on the left, its answers one below the other, and to the right of each what to do. The axes are a canvas."""
     ax.set_axis_off()
     ax.set_xlim(0, 1)
     ax.set_ylim(len(branches) - 0.4, -0.6)
@@ -177,14 +209,14 @@ def decision_tree(ax, root: str, branches: Sequence[tuple[str, str]]) -> None:
 
 
 class LivePlot:
-    """A loss curve that is redrawn in place while a run goes on. Pass `update` as `train(..., on_loss=...)`."""
+    """A loss curve that is redrawn in place during a run. Pass `update` as `train(..., on_loss=...)`."""
 
-    def __init__(self, steps: int, title: str):
+    def __init__(self, steps: int, title: str) -> None:
         self.steps, self.title = steps, title
         self.handle: DisplayHandle | None = None
 
     def update(self, history: list[tuple[int, float]]) -> None:
-        """Redraw with the (step, loss) pairs so far; at every second one and at the end, since drawing takes time, too."""
+        """Redraw with the (step, loss) pairs so far: every second time and at the end, since drawing takes time."""
         if len(history) % 2 and history[-1][0] < self.steps:
             return
         fig, ax = figure()

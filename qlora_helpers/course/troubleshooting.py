@@ -1,19 +1,21 @@
 """Find the entry of TROUBLESHOOTING.md that fits a pasted error. Needs neither torch nor any other library.
 
 An entry quotes the message as it is printed; `…` in it stands for anything. A pasted text is looked up in three steps,
-and the first that answers counts:
+and the first step that finds an entry decides:
 
 1. *The message is in the text.* White space, quotation marks, colours, frames and the case of letters are ignored, so
    that a message is found in a long traceback, and wherever the terminal broke its lines. Of several messages the one
-   that ends last counts, for that is where a traceback has its error; of those that end there, the longest.
+   that ends last counts, because a traceback ends with its error; of those that end there, the longest.
 2. *Much of the message is in the text, or the text is a piece of one message.* A run of 24 characters counts if only one
    entry has it; there must be eight of them.
-3. *Most of the text's words are in the entry*, counted by how rare they are among the entries. Two of them must be in its
-   heading or message, which tell what it is about, or it must have one name_like_this. This is for one's own words ("the
-   model never stops") and for a traceback's last line alone.
+3. *Most of the text's words are in the entry*, weighted by how rare they are among the entries. Two of them must be in its
+   heading or message, which tell what it is about, or the entry must share one name_like_this. This is for descriptions
+   ("the model never stops") and for the last line of a traceback.
 
-If none answers, there is no entry, and that is said.
+If no step finds one, the answer has no entry.
 """
+
+from __future__ import annotations
 
 import math
 import re
@@ -24,14 +26,16 @@ from pathlib import Path
 
 from qlora_helpers.paths import COURSE
 
+__all__ = ["PAGE", "Answer", "Entry", "find", "page_path", "read_entries", "report", "search"]
+
 PAGE = "TROUBLESHOOTING.md"
 PARTS = ("What it means", "Cure", "Where")
 ANYTHING = "…"
 RUN = 24  # characters in a row that two texts do not share by chance
-RUNS = 8  # so many of them, 31 characters if they are one piece: fewer are a phrase such as "Config.__init__() got an unexpected"
-SHORTEST = 8  # a text of fewer characters says too little to be a piece of a message
-ENOUGH = 0.65  # of a text's words, by their weight, to be taken for a description of an entry …
-AHEAD = 0.1  # … if the next best entry has so much less of them
+RUNS = 8  # how many are needed, 31 characters if they are one piece: fewer can be a phrase such as "Config.__init__() got an unexpected"
+SHORTEST = 8  # a text with fewer characters says too little to be a piece of a message
+ENOUGH = 0.65  # of a text's words, by weight, must be in an entry that it describes …
+AHEAD = 0.1  # … and this much more than in the next best entry
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,9 @@ class Entry:
 
     Attributes:
         heading: its heading on the page.
-        group: where it strikes, the heading above.
+        group: where it occurs; the heading above.
         messages: what is printed, one or more wordings; `…` stands for anything. Empty if nothing is printed.
-        symptom: what one sees where nothing is printed; else "".
+        symptom: what is seen if nothing is printed; else "".
         meaning, cure, where: the three parts, as Markdown.
     """
 
@@ -65,13 +69,13 @@ class Entry:
         return tuple(re.findall(r"[\w.-]+/[\w.-]+ #\d+", " ".join(self.where.split())))
 
     def occurs_in(self, text: str) -> bool:
-        """Whether the text holds one of the messages, or the symptom in the page's words."""
+        """Whether the text contains one of the messages, or the symptom in the page's words."""
         return _where_it_ends(self, _plain(text)) is not None
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a text was found to be.
+    """What was found for a text.
 
     Attributes:
         entry: the entry, or None.
@@ -83,7 +87,7 @@ class Answer:
 
 
 def page_path() -> Path:
-    """Where TROUBLESHOOTING.md lies: beside this package, else in or above the working folder.
+    """Where TROUBLESHOOTING.md is: next to this package, else in or above the working folder.
 
     Raises:
         FileNotFoundError: it is in none of these.
@@ -106,7 +110,7 @@ def read_entries(path: str | Path | None = None) -> tuple[Entry, ...]:
 
     Raises:
         FileNotFoundError: there is no page.
-        ValueError: the page holds no entry, one heading twice, or an entry that lacks a part; the message names it.
+        ValueError: the page has no entry, the same heading twice, or an entry that lacks a part; the message names it.
     """
     path = Path(path) if path else page_path()
     group, heading, body, entries = "", None, [], []
@@ -124,7 +128,7 @@ def read_entries(path: str | Path | None = None) -> tuple[Entry, ...]:
         else:
             body.append(line)
     if not entries:
-        raise ValueError(f"path={str(path)!r}: no entry, which is a heading that begins with '## '")
+        raise ValueError(f"path={str(path)!r}: no entry: no heading begins with '## '")
     for name, times in Counter(entry.heading for entry in entries).items():
         if times > 1:
             raise ValueError(f"{path.name}: {times} entries have the heading {name!r}")
@@ -132,16 +136,16 @@ def read_entries(path: str | Path | None = None) -> tuple[Entry, ...]:
 
 
 def _entry(heading: str, group: str, body: str) -> Entry:
-    """Take an entry's text apart: what one sees, then each part behind its name in bold."""
+    """Take an entry's text apart: what is seen, then each part after its name in bold."""
     marks = [f"**{part}.**" for part in PARTS]
     for mark in marks:
         if body.count(mark) != 1:
-            raise ValueError(f"{PAGE}, entry {heading!r}: {mark} is there {body.count(mark)} times, not once")
+            raise ValueError(f"{PAGE}, entry {heading!r}: {mark} occurs {body.count(mark)} times, not once")
     sight, meaning, cure, where = re.split("|".join(map(re.escape, marks)), body)
     messages = tuple(text.strip("\n") for text in re.findall(r"^```\w*\n(.*?)^```$", sight, re.M | re.S))
     symptom = " ".join(line[1:].strip() for line in sight.splitlines() if line.startswith(">"))
     if not messages and not symptom:
-        raise ValueError(f"{PAGE}, entry {heading!r}: neither a message in a fenced block nor a symptom behind '>'")
+        raise ValueError(f"{PAGE}, entry {heading!r}: neither a message in a fenced block nor a symptom after '>'")
     return Entry(heading, group, messages, symptom, meaning.strip(), cure.strip(), where.strip())
 
 
@@ -151,10 +155,10 @@ def find(text: str, entries: tuple[Entry, ...] | None = None) -> Entry | None:
 
 
 def search(text: str, entries: tuple[Entry, ...] | None = None) -> Answer:
-    """Look a pasted text up, in the three steps that this module's docstring tells.
+    """Look up a pasted text, in the three steps that this module's docstring describes.
 
     Args:
-        text: an error message, a whole traceback, a piece of one, or a description in one's own words.
+        text: an error message, a whole traceback, a piece of one, or a description in the reader's own words.
         entries: where to look; by default the page's.
 
     Raises:
@@ -188,15 +192,15 @@ def search(text: str, entries: tuple[Entry, ...] | None = None) -> Answer:
 
 
 def _plain(text: str) -> str:
-    """A text without what differs between two prints of one message: white space, quotes, colours, frames, case."""
+    """A text without what can differ when a message is printed again: white space, quotes, colours, frames, case."""
     text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
-    text = re.sub(r"^(?:E {2,}|(?:> )+)", "", text, flags=re.M)  # pytest's and a quoted mail's margin
+    text = re.sub(r"^(?:E {2,}|(?:> )+)", "", text, flags=re.M)  # the margin of pytest or of a quoted mail
     return re.sub(r"[\s\"'`´‘’“”│┃╭╮╰╯─━]+", "", text).lower()
 
 
 @cache
 def _literals(message: str) -> tuple[str, ...]:
-    """What stands between the `…` of a message, without the error's class if the rest says enough: that may change."""
+    """The text between the `…` of a message, without the error's class if the rest says enough: the class may change."""
     rest = re.sub(r"^[\w.]*(?:Error|Exception|Warning): *", "", message)
     literals, short = (tuple(filter(None, map(_plain, part.split(ANYTHING)))) for part in (message, rest))
     return short if sum(map(len, short)) >= 2 * SHORTEST else literals
@@ -207,7 +211,7 @@ def _sights(entry: Entry) -> tuple[str, ...]:
 
 
 def _where_it_ends(entry: Entry, plain: str) -> tuple[int, int] | None:
-    """Behind which character of the text the last of the entry's messages ends, and how long it is without its `…`."""
+    """Where in the text the last of the entry's messages ends, and how long it is without its `…`."""
     found = []
     for message in _sights(entry):
         literals, position = _literals(message), 0
@@ -225,7 +229,7 @@ def _where_it_ends(entry: Entry, plain: str) -> tuple[int, int] | None:
 
 
 def _shared_runs(plain: str, entries: tuple[Entry, ...]) -> Counter:
-    """For each entry, how many runs of RUN characters its messages and the text share, and no other entry has."""
+    """For each entry, how many runs of RUN characters its messages share with the text and no other entry has."""
     owners: dict[str, set[Entry]] = {}
     for entry in entries:
         for message in _sights(entry):
@@ -238,7 +242,7 @@ def _shared_runs(plain: str, entries: tuple[Entry, ...]) -> Counter:
 
 
 def _pieces(text: str, plain: str, entries: tuple[Entry, ...]) -> Counter:
-    """The entries of which a short text is a piece; a single short word is none."""
+    """The entries that a short text is a piece of; a single short word does not count."""
     if len(plain) < SHORTEST or (len(re.findall(r"\w+", text)) < 2 and len(plain) < RUN):
         return Counter()
     return Counter(
@@ -274,13 +278,13 @@ def _stem(word: str) -> str:
 
 @cache
 def _seen_words(entry: Entry) -> set[str]:
-    """The words of an entry's heading and of what one sees."""
+    """The words of an entry's heading and of what is seen."""
     return _words(" ".join((entry.heading, *_sights(entry))))
 
 
 @cache
 def _vocabulary(entry: Entry) -> dict[str, float]:
-    """What each word of an entry counts: one for names_like_this, in its heading and in what one sees; else a half."""
+    """How much each word of an entry counts: 1 for names_like_this, and in its heading or in what is seen; else 0.5."""
     explanation = {word: 1.0 if "_" in word else 0.5 for word in _words(f"{entry.meaning} {entry.cure}")}
     return explanation | dict.fromkeys(_seen_words(entry), 1.0)
 
@@ -288,7 +292,8 @@ def _vocabulary(entry: Entry) -> dict[str, float]:
 def _shares_of_words(text: str, entries: tuple[Entry, ...]) -> Counter:
     """For each entry, the share of the text's words that it has; a word weighs more the fewer entries have it.
 
-    Of a long text only the lines that name an error or a warning count. One word is not enough, but for a name_like_this.
+    Of a long text only the lines that name an error or a warning count, and the last line. One word is not enough, unless it
+    is a name_like_this.
     """
     lines = text.strip().splitlines()
     if len(text.split()) > 60:
@@ -313,7 +318,7 @@ def report(answer: Answer) -> str:
     if answer.entry is None:
         lines = [f"No entry of {PAGE} fits this text."]
         if answer.others:
-            lines += ["", "Nearest, but perhaps about something else:"]
+            lines += ["", "The nearest entries, which may be about something else:"]
             lines += [f"- {entry.heading}" for entry in answer.others]
         lines += ["", "Paste more of it: the last line of a traceback, with the lines above it."]
         return "\n".join(lines)
@@ -322,7 +327,7 @@ def report(answer: Answer) -> str:
     blocks = [entry.heading, *(f"{name}\n{text}" for name, text in parts)]
     if answer.others:
         blocks.append(
-            "The text holds other entries' messages, too:\n" + "\n".join(f"- {e.heading}" for e in answer.others)
+            "The text also contains messages of other entries:\n" + "\n".join(f"- {e.heading}" for e in answer.others)
         )
     blocks.append(f"From {PAGE}, under “{entry.group}”.")
     return "\n\n".join(blocks)

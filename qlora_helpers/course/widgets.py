@@ -1,5 +1,7 @@
 """The course's sliders. Each draws the same figure as the cell before it, for values that the learner picks."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -12,12 +14,14 @@ from qlora_helpers.memory.trained import OPTIMIZERS
 from qlora_helpers.quantize import INT4, NF4, dequantize, quantize
 from qlora_helpers.units import GIB
 
+__all__ = ["fit_explorer", "memory_slider", "outlier_slider"]
+
 
 def memory_slider(parameters: Mapping[str, int]) -> ipywidgets.Widget:
-    """Move the bits per weight and the model; see the bytes of the weights beside three cards.
+    """Move the bits per weight and the model; see the bytes of the weights against three cards.
 
     Args:
-        parameters: of each model, by its name.
+        parameters: their number in each model, by its name.
     """
 
     def draw(model: str, bits: float):

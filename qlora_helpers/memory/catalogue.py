@@ -1,12 +1,20 @@
 """The models that are known by name (`models.json`), and the shape of any other from its config."""
 
+from __future__ import annotations
+
 import difflib
 import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qlora_helpers.memory.shape import ModelShape
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["TABLE", "find_shape", "known_config", "known_models"]
 
 TABLE = Path(__file__).with_name("models.json")
 
@@ -30,16 +38,16 @@ def known_config(model: str) -> dict:
     return dict(known_models()[_hub_name(model)])
 
 
-def find_shape(model) -> ModelShape:
+def find_shape(model: ModelShape | PretrainedConfig | dict | str | Path) -> ModelShape:
     """The shape of a model, with its name set.
 
     Args:
         model: a Hub name such as "Qwen/Qwen2.5-7B" or the part after its slash, in any case; or what
             `ModelShape.from_config` takes: a folder, a config.json, a dict or a transformers config. A folder that has
-            a config.json goes before a Hub name, as in transformers. A ModelShape is given back as it is.
+            a config.json takes precedence over a Hub name, as in transformers. A ModelShape is returned unchanged.
 
     Raises:
-        ValueError: no such model is known, or its family is not.
+        ValueError: the model or its family is not known.
         FileNotFoundError: there is no such config.json.
     """
     if isinstance(model, ModelShape):
@@ -56,7 +64,7 @@ def find_shape(model) -> ModelShape:
 
 @cache
 def _names() -> dict[str, str]:
-    """From each name in lower case, whole and without its owner, to the name as the Hub spells it."""
+    """The name as the Hub spells it, for each name in lower case, with and without its owner."""
     names = {}
     for name in known_models():
         names.setdefault(name.lower(), name)
@@ -65,7 +73,7 @@ def _names() -> dict[str, str]:
 
 
 def _is_path(model: str) -> bool:
-    # A folder that only happens to be called like a model, such as one for its checkpoints, is none.
+    # A folder that merely has a model's name, such as one for its checkpoints, is not the path of a model.
     named = Path(model)
     return (
         model.endswith(".json")
@@ -77,7 +85,7 @@ def _is_path(model: str) -> bool:
 def _hub_name(model: str) -> str:
     if found := _names().get(model.lower()):
         return found
-    # Compared without the owner: whose copy of a model it is says little about its shape.
+    # Compared without the owner, who says little about the shape of a model.
     short = {name: full for name, full in _names().items() if "/" not in name}
     close = difflib.get_close_matches(model.lower().rpartition("/")[2], short, n=3, cutoff=0.5)
     hint = f"; the closest known names are {', '.join(short[name] for name in close)}" if close else ""

@@ -1,4 +1,4 @@
-"""Measured beside predicted: what a run really takes, phase by phase, and what `qlora_helpers.memory` said before.
+"""Measured against predicted: what a run really takes, phase by phase, and what `qlora_helpers.memory` said before.
 
 measurement = Measurement()
 with measurement.phase("load"):
@@ -9,6 +9,8 @@ trainer.train()
 print(compare(predict(shape_of(trainer), settings_of(trainer), "t4"), measurement))
 """
 
+from __future__ import annotations
+
 import torch
 
 from qlora_helpers.memory import Prediction
@@ -16,15 +18,17 @@ from qlora_helpers.memory.measurement import Measurement
 from qlora_helpers.memory.phases import LOAD, STEADY_STEPS
 from qlora_helpers.units import in_words
 
-TOLERANCE = 0.10  # a prediction that is farther off is marked
+__all__ = ["OUTSIDE", "TOLERANCE", "compare"]
+
+TOLERANCE = 0.10  # a prediction that is further off is marked
 OUTSIDE = ("optimizer (paged)", "CUDA context")  # parts of a prediction that are not in torch's allocator
 
 
 def compare(prediction: Prediction, measurement: Measurement) -> str:
-    """A table of what was predicted beside what was measured, its parts, and the phases.
+    """A table of predicted and measured sizes, the parts of the predicted peak, and the measured phases.
 
-    Predicted and measured peaks are those of the steady steps, the card's memory is that at their end. The difference
-    is that of the prediction, in per cent of what was measured; one of more than 10 % is marked.
+    Both peaks are those of the steady steps; the memory on the card is that at their end. The difference is predicted
+    minus measured, in per cent of what was measured; one of more than 10 % is marked.
 
     Raises:
         ValueError: no steady step was measured.

@@ -1,4 +1,6 @@
-"""The GPUs that people fine-tune on: usable memory, compute capability, and what the CUDA libraries take of it."""
+"""The GPUs that people fine-tune on: usable memory, compute capability, and what the CUDA libraries take."""
+
+from __future__ import annotations
 
 import difflib
 import json
@@ -9,8 +11,10 @@ from pathlib import Path
 
 from qlora_helpers.units import GIB, MIB
 
-# torch gives each thread that runs products a workspace of cuBLAS: 32 MiB on Hopper, 8.125 MiB elsewhere
-# (aten/src/ATen/cuda/CUDABlas.cpp, default_cublas_workspace_config). Forward and backward pass are two threads.
+__all__ = ["CONTEXT_BYTES", "GPU", "TABLE", "find_gpu", "known_gpus"]
+
+# torch gives each thread that runs matrix products a cuBLAS workspace: 32 MiB on Hopper, 8.125 MiB elsewhere
+# (aten/src/ATen/cuda/CUDABlas.cpp, default_cublas_workspace_config). The forward and backward passes are two threads.
 WORKSPACE_HOPPER, WORKSPACE = 32 * MIB, 8_519_680
 # The CUDA context with the kernels and libraries that a run loads, measured on an H200 (data/measured/h200_peaks.json):
 # what the card shows as used, less what torch reserved, for runs without paged states. Not measured on other cards.
@@ -62,7 +66,7 @@ def known_gpus() -> dict[str, GPU]:
 
 
 def _plain(name: str) -> str:
-    """Without what is written or left out at will: "NVIDIA GeForce RTX 4090" and "4090" are the same."""
+    """A name without its optional words: "NVIDIA GeForce RTX 4090" and "4090" are the same GPU."""
     words = re.sub(r"nvidia|geforce|tesla|quadro|rtx|gb\b", " ", name.lower())
     return "".join(c for c in words if c.isalnum())
 
@@ -71,7 +75,7 @@ def find_gpu(gpu: str | GPU) -> GPU:
     """A GPU by its short name, such as "t4" or "a100-80".
 
     Raises:
-        ValueError: no such name.
+        ValueError: no GPU is known by this name.
     """
     if isinstance(gpu, GPU):
         return gpu
@@ -81,5 +85,5 @@ def find_gpu(gpu: str | GPU) -> GPU:
             str(gpu), known_gpus(), 2
         )
         meant = f" (perhaps {' or '.join(near)})" if near else ""
-        raise ValueError(f"gpu is {gpu!r}{meant}; known are {', '.join(known_gpus())}")
+        raise ValueError(f"gpu is {gpu!r}{meant}; known GPUs are {', '.join(known_gpus())}")
     return found

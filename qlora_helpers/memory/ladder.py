@@ -1,5 +1,7 @@
 """The cheapest changes that make a run fit."""
 
+from __future__ import annotations
+
 import itertools
 import math
 from collections.abc import Iterator
@@ -14,7 +16,9 @@ from qlora_helpers.memory.trained import OPTIMIZERS
 from qlora_helpers.settings import GPU_RUN, Settings
 from qlora_helpers.units import GIB
 
-SHORTEST = 256  # tokens: no cure cuts sequences to less
+__all__ = ["LADDER", "LOWEST_RANK", "SHORTEST", "Change", "cures"]
+
+SHORTEST = 256  # tokens: no cure makes sequences shorter
 LOWEST_RANK = 4  # no cure lowers the rank below it
 
 
@@ -23,12 +27,12 @@ class Change:
     """A change to a run that does not fit.
 
     Args:
-        what: is changed, in words.
+        what: what changes, in words.
         price: what it costs, in words.
-        settings: with the change, and the run fits; None where only another model or GPU helps.
-        prediction: for these settings. Where they are None: with all other changes at once, so that its `spare_bytes` say how
-            much is missing all the same.
-        steps: what and price of each change that this one is made of; where `settings` is None, of those that are not
+        settings: with the change, so that the run fits; None if only another model or GPU helps.
+        prediction: for these settings. If they are None: with all other changes at once, so that its `spare_bytes` says how
+            much is still missing.
+        steps: `what` and `price` of each change that this one combines; if `settings` is None, of those that are not
             enough.
     """
 
@@ -39,7 +43,7 @@ class Change:
     steps: tuple[tuple[str, str], ...]
 
 
-# ---- The ladder. A rung yields (what, price, changed settings) from mild to strong, and nothing where it does not apply.
+# ---- The ladder. A rung yields (what, price, changed settings) from mild to strong, or nothing if it does not apply.
 
 Rung = Iterator[tuple[str, str, Settings]]
 
@@ -81,7 +85,7 @@ def _8bit_optimizer(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
 
 
 def _16bit_compute(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
-    # not for "full": there it would be the trained weights that lose bits
+    # not for "full": there the trained weights would lose bits
     if settings.compute_dtype == "float32" and settings.method != "full":
         name = "bfloat16" if gpu.compute_capability >= (8, 0) else "float16"
         yield (
@@ -142,7 +146,7 @@ def _qlora(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
 
 
 def _with_adapters(settings: Settings, method: str) -> Settings:
-    """The run by another method. What its own method does not use was not checked, and was not meant: it takes the usual values."""
+    """The run with another method. Fields that its own method does not use were never checked, so they take the usual values."""
     unused = {"double_quant", "block_size"}
     if settings.method == "full":
         unused |= {"adapter_dtype", "rank", "dropout", "target_modules", "upcast_fp32"}
@@ -152,7 +156,7 @@ def _with_adapters(settings: Settings, method: str) -> Settings:
 def _shorter(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
     def cut(tokens: int) -> tuple[str, str, Settings]:
         what = f"sequences of {tokens:,} tokens instead of {settings.max_length:,}"
-        return what, "what is longer is cut off", replace(settings, max_length=tokens)
+        return what, "longer ones are cut off", replace(settings, max_length=tokens)
 
     enough = longest_sequence(shape, settings, gpu)
     if SHORTEST <= enough < settings.max_length:
@@ -165,15 +169,15 @@ LADDER = (  # by price, the cheapest first
     _no_upcast, _fused_attention, _fused_optimizer, _8bit_optimizer, _16bit_compute, _double_quant, _checkpointing,
     _smaller_batch, _lower_rank, _fewer_layers, _lora, _qlora, _shorter,
 )  # fmt: skip
-STRONGEST = 1_000_000  # a level above all that a rung has
+STRONGEST = 1_000_000  # a level above the highest of any rung
 
 
 def _apply(
     shape: ModelShape, settings: Settings, gpu: GPU, levels: dict
 ) -> tuple[tuple[tuple[str, str], ...], Settings, Prediction]:
-    """The run with each rung at a level: 0 leaves it out, 1 is its mildest change, too high a level its strongest."""
+    """The run with each rung at a level: 0 leaves it out, 1 is its mildest change, and a level that is too high is its strongest."""
     notes = {}
-    # The method goes first: on a full fine-tuning the rungs of the adapters apply only behind it.
+    # The method goes first: in full fine-tuning the rungs for adapters apply only after it.
     for rung in sorted(LADDER, key=lambda rung: rung not in (_lora, _qlora)):
         for what, price, changed in itertools.islice(rung(shape, settings, gpu), levels.get(rung, 0)):
             notes[rung] = (what, price, changed)
@@ -183,12 +187,12 @@ def _apply(
 
 
 def cures(shape: ModelShape, settings: Settings, gpu: str | GPU) -> list[Change]:
-    """What makes a run fit that does not, the cheapest first; nothing for a run that fits.
+    """What makes a run fit, the cheapest first; an empty list if it fits already.
 
-    All single changes that are enough, each as mild as it may be. Before them a combination, if it needs only changes that
-    are cheaper than the cheapest of them, or if no single one is enough. It has the cheap changes rather than the dear
-    ones, and none that could be left out or be milder. If not even all changes together are enough, one entry without a
-    run says how much is missing.
+    The list has every single change that is enough, each as mild as possible. A combination comes first if all its changes
+    are cheaper than the cheapest of these, or if no single one is enough. It prefers cheap changes to expensive ones, and
+    none of them could be left out or be milder. If not even all changes together are enough, one entry without settings
+    says how much is missing.
 
     Raises:
         ValueError: as `predict` does.
@@ -218,9 +222,9 @@ def cures(shape: ModelShape, settings: Settings, gpu: str | GPU) -> list[Change]
     else:
         if found:
             return found
-        price = f"nothing else is enough: with all other changes {-prediction.spare_bytes / GIB:.2f} GiB are missing"
+        price = f"nothing else is enough: with all other changes it is still {-prediction.spare_bytes / GIB:.2f} GiB too much"
         return [Change("a smaller model, or a GPU with more memory", price, None, prediction, notes)]
-    # Take back what is not needed, the dearest first. The strongest level fits, so each search ends.
+    # Take back what is not needed, the most expensive first. The strongest level fits, so each search ends.
     for rung in reversed(list(levels)):
         levels[rung] = next(level for level in itertools.count() if fits(levels | {rung: level}))
     notes, changed, prediction = _apply(shape, settings, gpu, levels)

@@ -1,8 +1,10 @@
 """A decoder layer of each known family, written with the tape's sized tensors, as transformers, PEFT and bitsandbytes run it.
 
-Read beside `modeling_llama.py` and its siblings in transformers, `tuners/lora/` in PEFT and `autograd/_functions.py` in
-bitsandbytes. `tests/memory/test_layers.py` runs the libraries' own layers on fake tensors and compares the two.
+Best read side by side with `modeling_llama.py` and its siblings in transformers, `tuners/lora/` in PEFT and
+`autograd/_functions.py` in bitsandbytes. `tests/memory/test_layers.py` runs the libraries' own layers on fake tensors and compares the two.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -11,28 +13,31 @@ from qlora_helpers.memory.shape import Linear, ModelShape
 from qlora_helpers.memory.tape import Tape, Tensor
 from qlora_helpers.settings import BLOCK_SIZES, DTYPES, Settings
 
+__all__ = ["DEQUANTISED", "EAGER_ONLY", "FLOAT32", "TILE", "DecoderLayer", "LayerSettings"]
+
 FLOAT32 = 4
 EAGER_ONLY = ("gemma2", "gptj")  # transformers offers no sdpa for these families
-DEQUANTISED, TILE = "dequantised weight", "logits tile"  # kinds of memory that a tape counts by themselves
+DEQUANTISED, TILE = "dequantised weight", "logits tile"  # kinds of memory that a tape counts separately
 
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """What a layer needs to know of a run: made of its `Settings`, the model and the GPU; widths are bytes of one number.
+    """What a layer needs to know about a run, made from its `Settings`, the model and the GPU.
 
-    What the method does not use has one fixed value, so that equal layers compare equal.
+    Fields that the method does not use have a fixed value, so that equal layers compare equal.
 
     Args:
-        compute: of 16-bit (or, without autocast, float32) products.
-        stream: of embeddings, norms' weights and the residual stream: 4 if they were made float32.
-        wide_norms: LayerNorm gives float32 under autocast, and bitsandbytes' layers give back what they are given, so that the
+        compute: width in bytes of matrix products: 16-bit, or float32 without autocast.
+        stream: width of embeddings, norm weights and the residual stream: 4 if they were made float32.
+        wide_norms: LayerNorm gives float32 under autocast, and bitsandbytes' layers return the dtype of their input, so the
             residual stream is float32 from the first layer on.
-        adapter: of LoRA's weights.
-        weight: of linear weights that are not in 4 bits.
-        autocast: a mixed-precision context is on; float16: in float16.
+        adapter: width of LoRA's weights.
+        weight: width of linear weights that are not in 4 bits.
+        autocast: a mixed-precision context is on.
+        float16: products are in float16.
         adapted: names of the layers that have an adapter.
-        kernel: "flash", "efficient" (keys and values repeated for it), "math" or "eager".
-        masked: the kernel is given a mask, sequence x sequence.
+        kernel: "flash", "efficient" (keys and values are repeated for it), "math" or "eager".
+        masked: the kernel is given a mask of sequence x sequence elements.
     """
 
     batch_size: int
@@ -49,17 +54,17 @@ class LayerSettings:
     block_size: int
     rank: int
     dropout: bool
-    adapted: frozenset
+    adapted: frozenset[str]
     kernel: str
     masked: bool = False
 
     @classmethod
-    def of(cls, shape: ModelShape, settings: Settings, gpu: GPU) -> "LayerSettings":
-        """How a run on a GPU runs the layers of a model. The settings' `compute_dtype` is set."""
+    def of(cls, shape: ModelShape, settings: Settings, gpu: GPU) -> LayerSettings:
+        """How a run on a GPU runs the layers of a model. The settings' `compute_dtype` must be set."""
         compute = DTYPES[settings.compute_dtype]
         lora, four_bit = settings.method != "full", settings.method == "qlora"
         upcast = settings.upcast_fp32 and lora
-        # beyond the window transformers makes a mask, which FlashAttention does not take
+        # for sequences longer than the window transformers makes a mask, which FlashAttention does not take
         masked = shape.sliding_window is not None and settings.max_length > shape.sliding_window
         targets = shape.targets(settings.target_modules) if lora else ()
         return cls(
@@ -93,16 +98,15 @@ class LayerSettings:
 
 
 def _kernel(shape: ModelShape, settings: Settings, gpu: GPU, masked: bool) -> str:
-    """The attention kernel that serves a run."""
+    """The attention kernel that a run uses."""
     if shape.model_type in EAGER_ONLY:
         return "eager"
     if settings.attention != "sdpa":
         return settings.attention
     if gpu.compute_capability < (8, 0) or masked:
         return "efficient"
-    if (
-        settings.compute_dtype == "float32"
-    ):  # FlashAttention takes 16 bits only, and the next kernel no shared key heads
+    # FlashAttention takes 16 bits only, and the memory-efficient kernel takes no shared key heads
+    if settings.compute_dtype == "float32":
         return "math" if shape.num_key_value_heads != shape.num_attention_heads else "efficient"
     return "flash"
 
@@ -110,7 +114,7 @@ def _kernel(shape: ModelShape, settings: Settings, gpu: GPU, masked: bool) -> st
 class DecoderLayer:
     """One decoder layer on a tape: call it with its input."""
 
-    def __init__(self, shape: ModelShape, how: LayerSettings, tape: Tape):
+    def __init__(self, shape: ModelShape, how: LayerSettings, tape: Tape) -> None:
         self.shape, self.how, self.tape = shape, how, tape
         self.linears = {linear.name.rsplit(".")[-1]: linear for linear in shape.linears}
 
@@ -154,7 +158,7 @@ class DecoderLayer:
         return self.tape.apply(elements, width, (a, b), backward)
 
     def dropout(self, x: Tensor) -> Tensor:
-        """Saves its mask, a byte per element."""
+        """Saves its mask, one byte per element."""
         if not self.how.dropout:
             return x
         new, elements, width = self.tape.new, x.elements, x.width
@@ -173,9 +177,9 @@ class DecoderLayer:
     # ---- linear layers
 
     def product(self, x: Tensor, out: int, weights: int, held: int, trained: bool) -> Tensor:
-        """x @ W.T, with a weight held in `held` bytes an element: another width than that of the product makes a copy.
+        """x @ W.T, with a weight held in `held` bytes per element; if the product has another width, the weight is copied.
 
-        The copy is saved for the gradient of x; x itself only for that of a trained weight.
+        The copy is saved for the gradient of x; x itself is saved only for the gradient of a trained weight.
         """
         new, into, width, rows = self.tape.new, x.elements, self.how.compute, self.how.tokens
         copy = new(weights, width) if held != width else None
@@ -195,7 +199,7 @@ class DecoderLayer:
         return make(rows * out, width, (x,), backward)
 
     def product_4bit(self, x: Tensor, linear: Linear) -> Tensor:
-        """bitsandbytes' `MatMul4Bit`: the weight is dequantised forward and again backward, and nothing is saved."""
+        """bitsandbytes' `MatMul4Bit`: the weight is dequantised in the forward and again in the backward pass; nothing is saved."""
         new, into, width = self.tape.new, x.elements, self.how.compute
         needs = x.node is not None
 
@@ -208,7 +212,7 @@ class DecoderLayer:
         def backward(g):
             if not needs:
                 return (None,)
-            weight = dequantised()  # held until the product is there
+            weight = dequantised()  # held until the product is done
             gradient = new(into, width)
             del weight
             return (gradient,)
@@ -249,7 +253,7 @@ class DecoderLayer:
     # ---- norms
 
     def rms_norm(self, x: Tensor, row: int) -> Tensor:
-        """RMSNorm as in Llama: in float32, whose input and inverse root are saved."""
+        """RMSNorm as in Llama: in float32; its input and the inverse root are saved."""
         new, elements, how = self.tape.new, x.elements, self.how
         before, rows, gemma = x.width, elements // row, self.shape.model_type == "gemma2"
         wide = self.cast(x, FLOAT32)
@@ -273,7 +277,7 @@ class DecoderLayer:
         return self.cast(out, before) if gemma else out
 
     def weighted(self, x: Tensor, row: int, width: int) -> Tensor:
-        """x times the norm's weight; a trained weight needs x kept."""
+        """x times the norm's weight; for a trained weight x is kept."""
         new, elements, of_x, trained = self.tape.new, x.elements, x.width, self.how.method == "full"
         saved = x if trained else None
 
@@ -306,7 +310,7 @@ class DecoderLayer:
     # ---- attention
 
     def rotary(self, x: Tensor, share: float = 1.0) -> Tensor:
-        """x * cos + rotate_half(x) * sin, on a share of each head; cos and sin are kept once per model, and small."""
+        """x * cos + rotate_half(x) * sin, on a share of each head; cos and sin are small and kept once per model."""
         new, elements, width = self.tape.new, x.elements, x.width
         part = int(elements * share)
         needs = x.node is not None
@@ -316,7 +320,7 @@ class DecoderLayer:
         rotated = new(part, width)
         del half
 
-        def back_to_x(g):  # the gradients of the two halves, each laid into zeros
+        def back_to_x(g):  # the gradients of the two halves, each written into zeros
             half = new(part // 2, width)
             first = new(part, width)
             second = new(part, width)
@@ -362,7 +366,7 @@ class DecoderLayer:
         new, width, heads, tokens = self.tape.new, q.width, self.shape.num_attention_heads, self.how.tokens
         of_q, of_k, grouped = q.elements, k.elements, k.elements != q.elements
         flash = self.how.kernel == "flash"
-        # FlashAttention's backward pass accumulates in float32, rows rounded to 128 and heads to 32
+        # FlashAttention's backward pass accumulates in float32, with rows rounded up to 128 and head sizes to 32
         rounded = self.how.batch_size * heads * (-(-self.how.max_length // 128) * 128)
         logsumexp = new(heads * tokens, FLOAT32)
         mask = new(self.how.batch_size * self.how.max_length**2, width) if self.how.masked else None
@@ -403,7 +407,7 @@ class DecoderLayer:
         return self.tape.apply(elements, width, (a, b), backward)
 
     def keeping_result(self, x: Tensor, width: int, softmax: bool = False) -> Tensor:
-        """An operation whose gradient needs its result: tanh, or softmax, which backward takes one more temporary."""
+        """An operation whose gradient needs its result: tanh, or softmax, whose backward pass takes one more temporary."""
         new, elements, before = self.tape.new, x.elements, x.width
         out = new(elements, width)
         if x.node is None:
@@ -418,13 +422,13 @@ class DecoderLayer:
         return Tensor(out.buffer, elements, width, self.tape.apply(0, width, (x,), backward).node)
 
     def softmax(self, x: Tensor) -> Tensor:
-        """In float32. torch reads float16 directly; bfloat16 it casts before."""
+        """In float32. torch reads float16 directly and casts bfloat16 first."""
         if not self.how.float16:
             x = self.cast(x, FLOAT32)
         return self.keeping_result(x, FLOAT32, softmax=True)
 
     def _math(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """torch's math kernel: in float32, quadratic."""
+        """torch's math kernel: in float32, with memory quadratic in the sequence."""
         new = self.tape.new
         before = q.width
         q, k, v = (self.cast(x, FLOAT32) for x in (q, k, v))
@@ -486,7 +490,7 @@ class DecoderLayer:
         return self.add(x, out)
 
     def _split(self, x: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """Slices of a fused projection; their gradients are laid into zeros of its size."""
+        """Slices of a fused projection; their gradients are written into zeros of its size."""
         new, elements, width = self.tape.new, x.elements, x.width
         return tuple(
             Tensor(
@@ -533,7 +537,7 @@ class DecoderLayer:
         q, k, v = (self.linear(normed, name) for name in ("q_proj", "k_proj", "v_proj"))
         share = shape.rotary_dim / shape.head_dim if shape.rotary_dim else 1.0  # none stated: the whole head
         k, q = self.rotary(k, share), self.rotary(q, share)
-        # GPT-J makes queries and keys float32 before it attends
+        # GPT-J casts queries and keys to float32 before attention
         mixed = self._eager(self.cast(q, FLOAT32), self.cast(k, FLOAT32), v)
         del q, k, v
         attended = self.linear(mixed, "out_proj")
@@ -542,7 +546,7 @@ class DecoderLayer:
         return self.add(self.add(attended, out), x)
 
     def _gelu_new(self, x: Tensor) -> Tensor:
-        """GELU written out in Python: each of its steps makes a tensor. Under autocast `pow` gives float32."""
+        """GELU written out in Python: each step makes a tensor. Under autocast `pow` gives float32."""
         x = self.cast(x, FLOAT32) if self.how.autocast else x
         cube = self.activation(x)  # saves x
         inner = self.scale(self.add(x, self.scale(cube)))

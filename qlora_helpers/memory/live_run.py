@@ -1,5 +1,9 @@
 """The shape and the settings of a run that is ready to start, read from its model and its trainer."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import bitsandbytes as bnb
 import torch
 from peft import PeftModel
@@ -10,6 +14,12 @@ from qlora_helpers.memory.layers import EAGER_ONLY
 from qlora_helpers.models.attention import REPEATED_KV
 from qlora_helpers.settings import Settings
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainingArguments
+    from trl import SFTTrainer
+
+__all__ = ["NOT_PREDICTED", "settings_of", "shape_of"]
+
 # settings of TrainingArguments and SFTConfig that change the step in ways the predictor does not know
 NOT_PREDICTED = ("use_liger_kernel", "activation_offloading", "packing", "padding_free", "deepspeed", "fsdp")
 
@@ -18,27 +28,31 @@ def _model_of(trainer_or_model):
     return getattr(trainer_or_model, "model", None) if hasattr(trainer_or_model, "args") else trainer_or_model
 
 
-def shape_of(trainer_or_model) -> ModelShape:
+def shape_of(trainer_or_model: SFTTrainer | PreTrainedModel | PeftModel) -> ModelShape:
     """The shape of a live model, with or without adapters, or of a trainer's.
 
     Raises:
-        ValueError: its architecture is none that the predictor knows.
+        ValueError: the predictor does not know its architecture.
     """
     model = _model_of(trainer_or_model)
     return ModelShape.from_config((model.get_base_model() if isinstance(model, PeftModel) else model).config)
 
 
-def settings_of(trainer_or_model, args=None, max_length: int | None = None) -> Settings:
+def settings_of(
+    trainer_or_model: SFTTrainer | PreTrainedModel | PeftModel,
+    args: TrainingArguments | None = None,
+    max_length: int | None = None,
+) -> Settings:
     """The settings that the predictor needs, read from a run that is ready to start.
 
     Args:
-        trainer_or_model: a trainer, which has its arguments; or a model, adapters attached.
+        trainer_or_model: a trainer, which has its own arguments; or a model with its adapters attached.
         args: the `TrainingArguments` or `SFTConfig`; needed with a model, by default those of the trainer.
-        max_length: tokens of a full sequence; by default the arguments' `max_length`.
+        max_length: tokens in a full sequence; by default the arguments' `max_length`.
 
     Raises:
-        ValueError: the run cannot be told from what is given, or is of a kind that the predictor does not know: the
-            message says which.
+        ValueError: something about the run is missing, or the predictor does not know this kind of run; the message says
+            what.
     """
     model = _model_of(trainer_or_model)
     args = args or getattr(trainer_or_model, "args", None)
@@ -73,7 +87,7 @@ def settings_of(trainer_or_model, args=None, max_length: int | None = None) -> S
         compute_dtype=compute,
         batch_size=args.per_device_train_batch_size,
         max_length=max_length,
-        # prepare_model_for_kbit_training switches it on in the model alone
+        # prepare_model_for_kbit_training switches it on only in the model
         gradient_checkpointing=bool(args.gradient_checkpointing or base.is_gradient_checkpointing),
         optimizer=str(getattr(args.optim, "value", args.optim)),
         upcast_fp32=upcast,
@@ -92,7 +106,9 @@ def _the_only(values, what: str):
     """The one value that all layers agree on."""
     values = set(values)
     if len(values) != 1:
-        raise ValueError(f"{what} differs between layers: {sorted(values)}. Only the same in all of them is predicted")
+        raise ValueError(
+            f"{what} differs between layers: {sorted(values)}. Only one value for all of them is predicted"
+        )
     return values.pop()
 
 
@@ -125,11 +141,13 @@ def _lora_of(model, shape: ModelShape) -> dict:
     ]
     if not layers or others:
         found = others[0] if others else type(model).__name__
-        raise ValueError(f"model trains something else than plain LoRA: {found}. This is not predicted")
+        raise ValueError(f"model trains something other than plain LoRA: {found}. This is not predicted")
     adapter = _the_only((name for _, layer in layers for name in layer.r), "the adapter's name")
     targets = [linear for linear in shape.linears if any(name.endswith(f".{linear.name}") for name, _ in layers)]
     if len(layers) != shape.num_hidden_layers * len(targets):
-        raise ValueError("model has adapters in some decoder layers only, or beside the decoder: this is not predicted")
+        raise ValueError(
+            "model has adapters in some decoder layers only, or outside the decoder: this is not predicted"
+        )
     return {
         "rank": _the_only((layer.r[adapter] for _, layer in layers), "rank"),
         "dropout": _the_only((getattr(layer.lora_dropout[adapter], "p", 0.0) for _, layer in layers), "dropout"),
@@ -141,7 +159,7 @@ def _lora_of(model, shape: ModelShape) -> dict:
 
 
 def _attention_of(config, shape: ModelShape) -> str:
-    """The predictor's name for the attention that a model runs on this machine."""
+    """The predictor's name for the attention that a model uses on this machine."""
     used = config._attn_implementation
     if used == "eager":
         return "eager"
@@ -153,7 +171,7 @@ def _attention_of(config, shape: ModelShape) -> str:
         raise ValueError(f"attention is {used!r}: this is not predicted; sdpa, eager and FlashAttention are")
     shared = shape.num_attention_heads != shape.num_key_value_heads
     if shared and torch.cuda.is_available():
-        # only FlashAttention and cuDNN know shared key heads (qlora_helpers.models.attention)
+        # only FlashAttention and cuDNN support shared key heads (qlora_helpers.models.attention)
         switched_on = torch.backends.cuda.flash_sdp_enabled() or torch.backends.cuda.cudnn_sdp_enabled()
         if not switched_on or torch.cuda.get_device_capability() < (8, 0):
             return "math"

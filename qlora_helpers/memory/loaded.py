@@ -1,10 +1,14 @@
-"""Bytes of the model as it is loaded, before there are adapters."""
+"""Bytes of the model after loading, before adapters are attached."""
+
+from __future__ import annotations
 
 from dataclasses import replace
 
 from qlora_helpers.memory.shape import ModelShape
 from qlora_helpers.memory.tape import rounded
 from qlora_helpers.settings import DTYPES, Settings
+
+__all__ = ["loaded_bytes", "weights_by_part"]
 
 FLOAT32 = 4
 NESTED_BLOCK = 256  # constants per second-level block, bitsandbytes
@@ -13,7 +17,7 @@ NESTED_BLOCK = 256  # constants per second-level block, bitsandbytes
 def weights_by_part(shape: ModelShape, settings: Settings) -> dict[str, int]:
     """Bytes of the model's weights when training begins, by part.
 
-    "16-bit weights" are all that are not in 4 bits, also where the run has made them float32.
+    "16-bit weights" are all weights that are not in 4 bits, even if the run has made them float32.
     """
     width = FLOAT32 if settings.upcast_fp32 and settings.method != "full" else DTYPES[settings.compute_dtype]
     rest = (shape.embedding_parameters + shape.small_parameters) * width + shape.buffer_bytes
@@ -29,7 +33,7 @@ def weights_by_part(shape: ModelShape, settings: Settings) -> dict[str, int]:
 
 
 def _constant_bytes(weights: int, settings: Settings) -> int:
-    """What bitsandbytes keeps beside the 4-bit weights of one layer: scales and codebooks."""
+    """What bitsandbytes keeps besides the 4-bit weights of one layer: scales and codebooks."""
     blocks = -(-weights // settings.block_size)
     codebook = rounded(16 * FLOAT32)
     if not settings.double_quant:
@@ -43,6 +47,6 @@ def loaded_bytes(shape: ModelShape, settings: Settings, method: str | None = Non
     """Bytes of the model right after loading.
 
     Args:
-        method: load it for this method instead of the settings' own.
+        method: load the model for this method instead of that of the settings.
     """
     return sum(weights_by_part(shape, replace(settings, method=method or settings.method, upcast_fp32=False)).values())

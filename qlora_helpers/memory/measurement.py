@@ -1,5 +1,7 @@
 """The memory that a run really takes, measured phase by phase."""
 
+from __future__ import annotations
+
 import gc
 import threading
 import time
@@ -7,6 +9,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -16,7 +19,13 @@ from qlora_helpers.hardware import detect
 from qlora_helpers.memory.phases import FIRST_STEP, STEADY_STEPS
 from qlora_helpers.units import in_words
 
-LOOK_EVERY = 0.01  # seconds between two looks at the main memory
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+__all__ = ["LOOK_EVERY", "Measurement", "MemoryCallback", "Phase"]
+
+LOOK_EVERY = 0.01  # seconds between two samples of main memory
 
 
 @dataclass(frozen=True)
@@ -24,13 +33,13 @@ class Phase:
     """What one phase took, in bytes; the GPU's figures are None where none was measured.
 
     Attributes:
-        allocated_bytes: in torch's tensors when the phase ended, garbage collected.
+        allocated_bytes: in torch's tensors when the phase ended, after garbage collection.
         peak_allocated_bytes, peak_reserved_bytes: the most in torch's tensors, and the most that its allocator held for
-            them; both since the phase began. What was there before the phase counts.
+            them, both during the phase. What was there before it counts, too.
         device_used_bytes: in use on the whole card when the phase ended (`torch.cuda.mem_get_info`): this process with
             its CUDA context and paged states, and whatever else runs there.
-        resident_bytes: the most main memory that this process was seen to hold, file pages mapped into it included. It
-            is looked at every 10 ms; a shorter peak is missed.
+        resident_bytes: the most main memory that this process was seen to hold, mapped file pages included. It is
+            sampled every 10 ms; a shorter peak can be missed.
     """
 
     allocated_bytes: int | None
@@ -41,16 +50,16 @@ class Phase:
 
 
 class _ResidentMemory:
-    """The most main memory of this process, looked at by a thread.
+    """The most main memory of this process, sampled by a thread.
 
-    The kernel's own peak cannot be set back without spoiling `hardware.peak_memory_bytes` for everyone else.
+    The kernel's own peak cannot be reset without spoiling `hardware.peak_memory_bytes` for everyone else.
     """
 
     def __init__(self):
         self.process = psutil.Process()
         self.highest = 0
         self.look()
-        # The thread holds no reference: it also ends when a run fails and nobody asks any more.
+        # The thread holds no strong reference, so it also ends when a run fails and drops its measurement.
         threading.Thread(target=self._watch, args=(weakref.ref(self),), daemon=True).start()
 
     def look(self) -> int:
@@ -72,7 +81,7 @@ class Measurement:
         on_gpu: read the GPU's figures, too; by default if this machine's gear uses one.
     """
 
-    def __init__(self, on_gpu: bool | None = None):
+    def __init__(self, on_gpu: bool | None = None) -> None:
         self.on_gpu = detect().device == "cuda" if on_gpu is None else on_gpu
         self.phases: dict[str, Phase] = {}
         self.running: str | None = None
@@ -83,7 +92,7 @@ class Measurement:
         """Measure what runs inside the `with`; it is not recorded if it fails.
 
         Raises:
-            RuntimeError: another phase is running. There is one peak at a time to read.
+            RuntimeError: another phase is running; only one peak can be read at a time.
         """
         self.begin(name)
         try:
@@ -94,10 +103,10 @@ class Measurement:
         self.end()
 
     def begin(self, name: str, clean: bool = True) -> None:
-        """Begin a phase; see `phase`. `clean` gives unused memory back first, so that no phase before is counted."""
+        """Begin a phase; see `phase`. `clean` frees unused memory first, so that no earlier phase is counted."""
         if self.running:
             raise RuntimeError(
-                f"the phase {name!r} cannot begin while {self.running!r} is measured: end that one first"
+                f"the phase {name!r} cannot begin while {self.running!r} is being measured: end that one first"
             )
         if clean:
             gc.collect()
@@ -118,7 +127,7 @@ class Measurement:
             allocated = torch.cuda.memory_allocated()
             free, total = torch.cuda.mem_get_info()
             used = total - free
-        self.phases.pop(name, None)  # so that its new place is the last one
+        self.phases.pop(name, None)  # so that it moves to the end
         self.phases[name] = Phase(allocated, *peaks, used, resident)
 
     def drop(self) -> None:
@@ -135,34 +144,42 @@ class Measurement:
 
 
 class MemoryCallback(TrainerCallback):
-    """Measures training: the first step that changes the weights, and all steps behind it.
+    """Measures training: the first step that changes the weights, and all steps after it.
 
     The optimizer makes its states in the first step, so the peak of a run is that of the steady steps. Steps whose
-    gradients overflowed float16 change nothing; those before the first that does belong to it.
+    gradients overflow float16 change nothing; those at the beginning count towards the first step.
     """
 
-    def __init__(self, measurement: Measurement | None = None):
+    def __init__(self, measurement: Measurement | None = None) -> None:
         self.measurement = measurement or Measurement()
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if self.measurement.running in (FIRST_STEP, STEADY_STEPS):
-            self.measurement.drop()  # training before this one failed
+            self.measurement.drop()  # an earlier training failed
         self.measurement.begin(FIRST_STEP)
         self.steps = 0
 
-    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer | None = None,
+        **kwargs: object,
+    ) -> None:
         if getattr(optimizer, "step_was_skipped", False):
             return
         self.steps += 1
         if self.steps == 1:
             self.measurement.end()
-            self.measurement.begin(STEADY_STEPS, clean=False)  # the allocator goes on as it would
+            self.measurement.begin(STEADY_STEPS, clean=False)  # leaves the allocator as it is
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if self.steps > 1:
             self.measurement.end()
         else:
             self.measurement.drop()
-
-
-# Side by side

@@ -1,4 +1,6 @@
-"""What it takes to merge an adapter into its base, in each of the ways of `qlora_helpers.adapters.merge`."""
+"""The memory that it takes to merge an adapter into its base, in each way that `qlora_helpers.adapters.merge` has."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
@@ -7,22 +9,24 @@ from qlora_helpers.memory.loaded import loaded_bytes
 from qlora_helpers.memory.shape import ModelShape
 from qlora_helpers.settings import DTYPES, GPU_RUN, Settings
 
-# Bytes for each weight of the layer at work. PEFT computes B A and B A alpha / r in the adapter's float32. Into 4 bits there
-# are then the dequantised weight (2), the scaled difference (4), their sum (4) and its copy on the device (4), from which
-# the packed weight (1/2) and the scales before and after their mean is taken off (2 x 4/64) are made.
+__all__ = ["MergeMemory", "predict_merge"]
+
+# Bytes per weight of the layer being merged. PEFT computes B A and B A alpha / r in the adapter's float32. A merge into 4 bits
+# then holds the dequantised weight (2), the scaled difference (4), their sum (4) and its copy on the device (4), from which it
+# makes the packed weight (1/2) and the scales before and after their mean is subtracted (2 x 4/64).
 _INTO_16_BITS = 4 + 4
 _INTO_4_BITS = 2 + 4 + 4 + 4 + 0.5 + 2 * 4 / 64
 
 
 @dataclass(frozen=True)
 class MergeMemory:
-    """Bytes on the device that does the merge; in main memory if that is a CPU.
+    """Bytes on the device that does the merge, or in main memory if that is a CPU.
 
     Attributes:
         base_bytes: the base that the adapter is added to.
         base_peak_bytes: the most while the base is loaded, or loaded and dequantised.
         adapter_bytes: the adapter's weights.
-        peak_bytes: the most of all, until the merged model stands.
+        peak_bytes: the most overall, until the merged model is complete.
         merged_bytes: the merged model.
     """
 
@@ -42,7 +46,7 @@ def predict_merge(shape: ModelShape, into: str, settings: Settings | None = None
             layers, and 16-bit weights in bfloat16.
 
     Raises:
-        ValueError: `into` is none of these, or the run trained no adapter.
+        ValueError: `into` is not one of these, or the run trained no adapter.
     """
     settings = settings or GPU_RUN
     if settings.method == "full":

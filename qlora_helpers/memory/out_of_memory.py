@@ -1,4 +1,4 @@
-"""An out-of-memory error, read: what each number of its message says, and where in a run it came.
+"""Read an out-of-memory error: what each number in its message says, and where in the run it happened.
 
 try:
     trainer.train()
@@ -7,6 +7,8 @@ except torch.OutOfMemoryError as error:
     print(place_of(error))
 """
 
+from __future__ import annotations
+
 import re
 import traceback
 from dataclasses import dataclass
@@ -14,13 +16,14 @@ from dataclasses import dataclass
 from qlora_helpers.memory.phases import BACKWARD, EVALUATION, FORWARD, LOAD, MERGING, SAVING, STEP
 from qlora_helpers.units import GIB, KIB, MIB
 
-# Where a run can be out of memory, in the order in which it comes there. A traceback does not tell the loss from the rest of
-# the forward pass.
+__all__ = ["PLACES", "Message", "place_of", "read_message"]
+
+# Where a run can run out of memory, in order. A traceback does not tell the loss from the rest of the forward pass.
 PLACES = (LOAD, FORWARD, BACKWARD, STEP, EVALUATION, SAVING, MERGING)
 
 UNITS = {"bytes": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB}
 SIZE = r"(\d+(?:\.\d+)?) (bytes|KiB|MiB|GiB)"
-# c10/cuda/CUDACachingAllocator.cpp, where the message is put together
+# as written in c10/cuda/CUDACachingAllocator.cpp
 NUMBERS = {
     "asked_bytes": rf"Tried to allocate {SIZE}",
     "total_bytes": rf"has a total capacity of {SIZE}",
@@ -34,16 +37,16 @@ NUMBERS = {
 
 @dataclass(frozen=True)
 class Message:
-    """The numbers of torch's message, in bytes, as far as it rounds them (two digits behind the point).
+    """The numbers in torch's message, in bytes, as exact as it gives them (two decimal places).
 
     Attributes:
         asked_bytes: of the one request that failed. It is the last straw, not the load.
         total_bytes: what the card has.
-        free_bytes: what nobody has taken, on the whole card.
-        process_bytes: what this process has taken of it, the CUDA context included; None where the driver does not say.
+        free_bytes: what is free on the whole card.
+        process_bytes: what this process has taken, CUDA context included; None if the driver does not say.
         allowed_bytes: the cap, if `torch.cuda.set_per_process_memory_fraction` has set one, else None.
-        allocated_bytes: what lies in torch's tensors.
-        unallocated_bytes: what torch holds beside that, in holes that are too small for the request.
+        allocated_bytes: what is in torch's tensors.
+        unallocated_bytes: what torch holds besides that, too fragmented for the request.
     """
 
     asked_bytes: int
@@ -61,14 +64,14 @@ class Message:
 
     @property
     def limit_bytes(self) -> int:
-        """What torch may hold: the cap, or all that is free beside what it holds."""
+        """What torch may hold: the cap, or what it holds plus all that is free."""
         return self.allowed_bytes if self.allowed_bytes is not None else self.reserved_bytes + self.free_bytes
 
     @property
     def missing_bytes(self) -> int:
-        """How much more torch must be allowed to hold for this one request; the next may fail all the same.
+        """How much more torch must be allowed to hold for this one request; the next may still fail.
 
-        Negative where there is room, but not in one piece: memory is fragmented.
+        Negative if there is room, but not in one piece: memory is fragmented.
         """
         return self.reserved_bytes + self.asked_bytes - self.limit_bytes
 
@@ -83,7 +86,7 @@ def read_message(text: str) -> Message:
     """Read an out-of-memory message of torch 2.1 or newer, alone or within other text.
 
     Raises:
-        ValueError: it is none, or an older one that has not these numbers.
+        ValueError: it is not such a message, or an older one without these numbers.
     """
     text = " ".join(str(text).split())
     found = {}
@@ -99,8 +102,8 @@ def read_message(text: str) -> Message:
     return Message(**found)
 
 
-# Functions by which a place is known, with the end of the file's path that they lie in. The outermost decides: what is
-# computed again for the gradients is part of the backward pass, and a forward pass in an evaluation is evaluation.
+# Functions that identify a place, with the end of the path of their file. The outermost decides: what is computed again for
+# the gradients is part of the backward pass, and a forward pass in an evaluation is evaluation.
 _SIGNS = (
     (MERGING, r"(merge_and_unload|merge_adapter|_unload_and_optionally_merge|dequantize)$", r"(peft|transformers)/"),
     (SAVING, r"(_save_checkpoint|save_model|save_pretrained|save_adapter)$", r""),
@@ -114,7 +117,7 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line \d+, in (?P<function>\S+)')
 
 
 def place_of(error: BaseException | str) -> str | None:
-    """Where in a run an error came: one of `PLACES`, or None where the traceback does not tell.
+    """Where in a run an error happened: one of `PLACES`, or None if the traceback does not tell.
 
     Args:
         error: a caught exception, or the text of a traceback.

@@ -1,4 +1,20 @@
-"""The phases of a run and of a training step, by the names that everything here uses."""
+"""The phases of a run and of a training step, under the names that are used everywhere here."""
+
+__all__ = [
+    "BACKWARD",
+    "BETWEEN",
+    "EVALUATION",
+    "FIRST_STEP",
+    "FORWARD",
+    "IN_A_STEP",
+    "LOAD",
+    "LOSS",
+    "MERGING",
+    "MOMENTS",
+    "SAVING",
+    "STEADY_STEPS",
+    "STEP",
+]
 
 LOAD = "load"
 FORWARD = "forward"  # the embeddings and the decoder
@@ -9,10 +25,10 @@ EVALUATION = "evaluation"
 SAVING = "saving"
 MERGING = "merging"
 
-IN_A_STEP = (FORWARD, LOSS, BACKWARD, STEP)  # in the order in which they come
+IN_A_STEP = (FORWARD, LOSS, BACKWARD, STEP)  # in order
 BETWEEN = "between steps"
 
-# The moments of a step in which its peak can lie, and the phase that each belongs to.
+# The moments of a step at which its peak can occur, and the phase that each belongs to.
 MOMENTS = {
     "loss": LOSS,
     "loss backward": BACKWARD,

@@ -1,9 +1,11 @@
 """Predict the peak memory of a fine-tuning run, part by part, from the shape of the model: no GPU, no torch, no download.
 
-The step that is predicted is that of TRL's SFTTrainer (1.15 and 1.16) with PEFT, bitsandbytes and transformers 5, on full
+The predicted step is that of TRL's SFTTrainer (1.15 and 1.16) with PEFT, bitsandbytes and transformers 5, on full
 sequences without padding, from the second step on. What autograd keeps is not fitted: `layers` runs one decoder layer with
-sized tensors, and `step` puts the step together. What cannot be derived is named here, with where it was measured.
+sized tensors, and `step` puts the step together. What cannot be derived is a constant here, with the place where it was measured.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
@@ -16,13 +18,15 @@ from qlora_helpers.memory.step import Moment, mask_bytes, moments_of_a_step
 from qlora_helpers.memory.trained import OPTIMIZERS, Trained, what_is_trained
 from qlora_helpers.settings import Settings
 
+__all__ = ["OPTIMIZER", "Prediction", "on_gpu", "predict"]
+
 # Main memory of a process that has loaded the libraries, without a model: Llama-3.1-8B was loaded, tensor by tensor, in
-# 1.62 GB, of which its largest tensor is 1.05 (data/measured/t4_gear.json).
+# 1.62 GB, of which 1.05 GB is its largest tensor (data/measured/t4_gear.json).
 HOST_PROCESS = 571_000_000
-# What torch's allocator cannot give out again, as a share of what comes and goes within a step: holes between tensors of
-# unlike sizes. Chosen by the calibration rows of data/measured/memory.json, whose own shares lie from 0.01 to 0.3.
-HOLES_WITH_CHECKPOINTING, HOLES = 0.14, 0.025
-OPTIMIZER = "paged_adamw_8bit"  # what training takes on a GPU where the settings name none
+# Fragmentation: memory that torch's allocator cannot reuse between tensors of different sizes, as a share of what comes and
+# goes within a step. Chosen from the calibration rows of data/measured/memory.json, whose own shares range from 0.01 to 0.3.
+FRAGMENTATION_WITH_CHECKPOINTING, FRAGMENTATION = 0.14, 0.025
+OPTIMIZER = "paged_adamw_8bit"  # what training uses on a GPU if the settings name none
 
 
 @dataclass(frozen=True)
@@ -31,18 +35,18 @@ class Prediction:
 
     Attributes:
         settings: of the run, with what they leave to the GPU filled in.
-        loaded_bytes: in torch's tensors after the model is loaded, adapters not yet there.
+        loaded_bytes: in torch's tensors after the model is loaded, before adapters are attached.
         peak_allocated_bytes, peak_reserved_bytes: the most in torch's tensors within a steady step, and the most that
             torch's allocator holds for them.
         device_bytes: on the card: what torch reserves, the CUDA context, and the paged optimizer states.
-        host_bytes_to_load: of main memory while the model is loaded, file pages that the system may drop aside.
+        host_bytes_to_load: main memory while the model is loaded, without file pages that the system may drop.
         disk_bytes: of the model's files in 16 bits.
-        peak_phase: the moment of the step in which the peak lies, one of `phases.MOMENTS`.
-        phases: the most in torch's tensors at each of these moments of a steady step, in the order in which they come.
-        parts: what is alive at the peak, in order. They add up to `peak_allocated_bytes`, but for two that lie outside of
+        peak_phase: the moment of the step at which the peak occurs, one of `phases.MOMENTS`.
+        phases: the most in torch's tensors at each of these moments of a steady step, in order.
+        parts: what is alive at the peak, in order. They add up to `peak_allocated_bytes`, except for two that are outside
             torch's allocator: "optimizer (paged)" and "CUDA context". Without checkpointing "checkpointed activations" and
-            "recomputed layer" are called "activations" and "layer at work". "16-bit weights" are all that are not in 4
-            bits, also where the run has made them float32.
+            "recomputed layer" are called "activations" and "layer at work". "16-bit weights" are all weights that are not
+            in 4 bits, even if the run has made them float32.
     """
 
     shape: ModelShape
@@ -61,9 +65,9 @@ class Prediction:
 
     @property
     def spare_bytes(self) -> int:
-        """Memory of the card that is left; negative where the run does not fit. Paged optimizer states count as lying on it.
+        """Memory left on the card; negative if the run does not fit. Paged optimizer states count as being on the card.
 
-        The driver may move them to main memory if the card is full, at the price of time; that is not counted on here.
+        The driver may move them to main memory when the card is full, which costs time; the prediction does not rely on it.
         """
         return self.gpu.usable_bytes - self.device_bytes
 
@@ -75,7 +79,7 @@ class Prediction:
 def on_gpu(settings: Settings, gpu: GPU) -> Settings:
     """The settings with what they leave open filled in: the dtype that the GPU computes in, and the optimizer.
 
-    torch trains no float16 weights with loss scaling, so full fine-tuning is in float32 where there is no bfloat16.
+    torch does not train float16 weights with loss scaling, so full fine-tuning is in float32 if there is no bfloat16.
     """
     best = "bfloat16"
     if gpu.compute_capability < (8, 0):
@@ -99,11 +103,11 @@ def predict(shape: ModelShape, settings: Settings, gpu: str | GPU = "h200") -> P
 
     Args:
         shape: of the model.
-        settings: of the run; how often it steps and how it learns does not matter.
+        settings: of the run; the number of steps, the learning rate and its schedule do not matter.
         gpu: a name that `gpus.find_gpu` knows, or a GPU.
 
     Raises:
-        ValueError: a setting does not go with this model, or the GPU is not known.
+        ValueError: a setting does not suit this model, or the GPU is not known.
     """
     if not isinstance(shape, ModelShape):
         raise validation.refuse("shape", shape, f"give a ModelShape, such as find_shape({str(shape)!r})")
@@ -138,7 +142,7 @@ def predict(shape: ModelShape, settings: Settings, gpu: str | GPU = "h200") -> P
 def _other_parts(
     name: str, moment: Moment, trained: Trained, masks: int, gpu: GPU, checkpointing: bool
 ) -> dict[str, int]:
-    """What is alive at the peak beside the model's weights."""
+    """What is alive at the peak besides the model's weights."""
     work, in_step = moment.at_work, name == "optimizer step"
     at_work = masks if in_step else masks + moment.copies + work.total - work.tile - work.dequantised
     return {
@@ -156,14 +160,14 @@ def _other_parts(
 
 
 def _reserved_bytes(standing: int, moments: dict[str, Moment], trained: Trained, checkpointing: bool) -> int:
-    """The most that torch's allocator holds for its tensors: what is in them, and the holes between them."""
-    holes = HOLES_WITH_CHECKPOINTING if checkpointing else HOLES
+    """The most that torch's allocator holds for its tensors: what is in them, and fragmentation."""
+    fragmentation = FRAGMENTATION_WITH_CHECKPOINTING if checkpointing else FRAGMENTATION
 
     def held(name: str) -> float:
         moment = moments[name]
-        # the small pool is fullest at the optimizer's step, when the gradients and the temporaries are there
+        # the small pool is fullest at the optimizer step, when the gradients and the temporaries are there
         still_to_come = max(trained.gradients + trained.temporaries - moment.gradients, 0)
         later = 0 if name == "optimizer step" else trained.share_of_small * still_to_come
-        return standing + moment.total + later + holes * (moment.total - moment.gradients)
+        return standing + moment.total + later + fragmentation * (moment.total - moment.gradients)
 
     return int(max(map(held, moments)))

@@ -1,10 +1,15 @@
 """From "does it fit?" to "what fits?": the largest batch, the longest sequence, and a table of models and GPUs.
 
-Memory only grows with batch and sequence, so bisection finds where it ends: each search asks `predict` tens of times.
+Memory only grows with batch size and sequence length, so bisection finds the limit. Each search calls `predict` tens of
+times.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qlora_helpers import validation
 from qlora_helpers.memory.catalogue import find_shape
@@ -14,7 +19,12 @@ from qlora_helpers.memory.shape import ModelShape
 from qlora_helpers.settings import GPU_RUN, Settings
 from qlora_helpers.units import GIB
 
-STEP = 128  # tokens: sequences are looked for in multiples of it
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["LONGEST", "STEP", "Suggestion", "largest_batch", "longest_sequence", "suggest", "what_fits"]
+
+STEP = 128  # tokens: sequence lengths are tried in multiples of it
 LONGEST = 131_072  # tokens: where the search ends for a model whose config states no limit
 
 
@@ -45,7 +55,7 @@ def largest_batch(shape: ModelShape, settings: Settings, gpu: str | GPU) -> int:
 def longest_sequence(shape: ModelShape, settings: Settings, gpu: str | GPU) -> int:
     """The longest `max_length` with which the run fits at its batch size, in tokens: a multiple of 128; 0 if none fits.
 
-    It ends at the model's `max_position_embeddings`; at 131,072 where the config does not state it.
+    The search ends at the model's `max_position_embeddings`, or at 131,072 if the config does not state it.
 
     Raises:
         ValueError: as `predict` does.
@@ -85,7 +95,7 @@ def suggest(shape: ModelShape, gpu: str | GPU, settings: Settings = GPU_RUN, eff
         effective_batch: sequences per optimizer step.
 
     Raises:
-        ValueError: not even a batch of 1 fits, or `effective_batch` is no positive whole number.
+        ValueError: not even a batch of 1 fits, or `effective_batch` is not a positive whole number.
     """
     wanted = validation.whole("effective_batch", effective_batch)
     gpu = find_gpu(gpu)
@@ -95,23 +105,25 @@ def suggest(shape: ModelShape, gpu: str | GPU, settings: Settings = GPU_RUN, eff
             return Suggestion(batch, wanted // batch, prediction)
     missing = -prediction.spare_bytes / GIB
     raise ValueError(
-        f"gpu is {gpu.name}: not even a batch of 1 fits, {missing:.2f} GiB are missing. "
+        f"gpu is {gpu.name}: not even a batch of 1 fits; {missing:.2f} GiB more would be needed. "
         "cures(shape, settings, gpu) says what would help"
     )
 
 
 def what_fits(
-    models: Iterable, gpus: Iterable[str | GPU], settings: Settings = GPU_RUN
+    models: Iterable[ModelShape | PretrainedConfig | dict | str | Path],
+    gpus: Iterable[str | GPU],
+    settings: Settings = GPU_RUN,
 ) -> list[tuple[ModelShape, tuple[Prediction | None, ...]]]:
-    """A table of models and GPUs: one row per model, in it one prediction per GPU.
+    """A table of models and GPUs: one row per model, with one prediction per GPU.
 
     Args:
         models: what `find_shape` takes.
-        gpus: names or GPUs; their order is that of the columns.
+        gpus: names or GPUs, in the order of the columns.
         settings: the same for all.
 
     Returns:
-        Rows of a shape and its predictions; None stands where the run's sequences are too long for the model.
+        Rows of a shape and its predictions, with None if the run's sequences are too long for the model.
 
     Raises:
         ValueError: as `find_shape`, `find_gpu` and `predict` do.

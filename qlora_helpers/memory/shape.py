@@ -1,21 +1,30 @@
-"""The shape of a model, from its config: what its layers are, and how many parameters each of them has.
+"""The shape of a model, from its config: its layers, and how many parameters each of them has.
 
-Names and counts are those of transformers; `tests/memory/test_shape.py` holds them against models on the "meta"
-device, and the trainable ones against PEFT.
+Names and counts are those of transformers. `tests/memory/test_shape.py` checks them against models on the "meta"
+device, and the trainable parameters against PEFT.
 """
 
+from __future__ import annotations
+
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Real
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qlora_helpers import validation
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["FAMILIES", "Linear", "ModelShape"]
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer of a decoder layer: its name in transformers, its two sides, and whether it has a bias."""
+    """A linear layer of a decoder layer: its name in transformers, its input and output sizes, and whether it has a bias."""
 
     name: str
     in_features: int
@@ -27,7 +36,7 @@ class Linear:
         return self.in_features * self.out_features
 
 
-# What each family's config calls its fields, where the name differs from ours.
+# What GPT-J's config calls these fields.
 _GPTJ_NAMES = {
     "hidden_size": "n_embd",
     "num_hidden_layers": "n_layer",
@@ -37,7 +46,7 @@ _GPTJ_NAMES = {
 }
 
 # transformers' default for each field that a config leaves out (configuration_*.py of 5.17 and 5.23).
-# A tuple names the field that a missing one is taken from.
+# None: it follows from other fields.
 _LLAMA = {
     "vocab_size": 32_000, "hidden_size": 4_096, "intermediate_size": 11_008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": False,
@@ -70,9 +79,9 @@ NULL_MEANS_SOMETHING = ("num_key_value_heads", "rotary_dim", "sliding_window")
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a decoder model is made of. Make one with `ModelShape.from_config`; sizes are numbers of elements.
+    """What a decoder model is made of. Make one with `ModelShape.from_config`; sizes count elements.
 
-    `max_position_embeddings` is None where the config does not state it.
+    `max_position_embeddings` is None if the config does not state it.
     """
 
     model_type: str
@@ -87,21 +96,21 @@ class ModelShape:
     attention_bias: bool = False
     mlp_bias: bool = False
     max_position_embeddings: int | None = None
-    rotary_dim: int = 0  # elements of a head that are rotated; 0 where it is the whole head
+    rotary_dim: int = 0  # elements of a head that are rotated; 0 for the whole head
     use_parallel_residual: bool = False
-    sliding_window: int | None = None  # tokens that attention looks back; longer sequences need a mask
+    sliding_window: int | None = None  # how many tokens attention looks back; longer sequences need a mask
     name: str = field(default="", compare=False)
 
     @classmethod
-    def from_config(cls, config) -> "ModelShape":
+    def from_config(cls, config: dict | PretrainedConfig | str | Path) -> ModelShape:
         """The shape of a model, from its config.
 
         Args:
             config: a dict as in a `config.json`, a transformers `PretrainedConfig`, the path of a `config.json`, or the
-                path of a model's folder. Fields that are missing take transformers' defaults; `model_type` must be there.
+                path of a model's folder. Missing fields take transformers' defaults; `model_type` must be there.
 
         Raises:
-            ValueError: the family is not one that is known here, or a field is no positive whole number.
+            ValueError: the family is not known here, or a field is not a positive whole number.
             FileNotFoundError: there is no such file.
         """
         config, name = _as_dict(config)
@@ -110,7 +119,7 @@ class ModelShape:
             raise validation.refuse(
                 "model_type",
                 family,
-                f"known are {', '.join(FAMILIES)}. The layers of another family would be a guess",
+                f"known families are {', '.join(FAMILIES)}. The layers of any other would be a guess",
             )
         fields_of = _Fields(family, config)
         sizes = fields_of.sizes()
@@ -128,22 +137,22 @@ class ModelShape:
 
     @property
     def query_width(self) -> int:
-        """Elements of all heads' queries for one token."""
+        """Elements of one token's queries, over all heads."""
         return self.num_attention_heads * self.head_dim
 
     @property
     def key_value_width(self) -> int:
-        """Elements of all heads' keys for one token; the values have as many."""
+        """Elements of one token's keys, over all heads; its values have the same number."""
         return self.num_key_value_heads * self.head_dim
 
     @property
     def has_layer_norm(self) -> bool:
-        """LayerNorm, with a weight and a bias, where the others have RMSNorm."""
+        """Whether the norms are LayerNorm, with a weight and a bias. The other families have RMSNorm."""
         return self.model_type in ("gpt_neox", "gptj")
 
     @cached_property
     def linears(self) -> tuple[Linear, ...]:
-        """The linear layers of one decoder layer, in the order in which they run: what QLoRA stores in 4 bits."""
+        """The linear layers of one decoder layer, in the order they run: what QLoRA stores in 4 bits."""
         h, i, q, kv = self.hidden_size, self.intermediate_size, self.query_width, self.key_value_width
         if self.model_type == "gpt_neox":
             bias = self.attention_bias
@@ -163,7 +172,7 @@ class ModelShape:
                 Linear("mlp.gate_up_proj", h, 2 * i),
                 Linear("mlp.down_proj", i, h),
             )
-        # Mistral and Gemma 2 state attention_bias or not; Qwen2 has it on q, k and v always, and never on o.
+        # Mistral has no biases, whatever its config says. Qwen2 always has them on q, k and v, and never on o.
         bias = self.attention_bias and self.model_type != "mistral"
         mlp_bias = self.mlp_bias and self.model_type == "llama"
         return (
@@ -190,11 +199,11 @@ class ModelShape:
 
     @property
     def small_parameters(self) -> int:
-        """Norms and biases."""
+        """Parameters of norms and biases."""
         h = self.hidden_size
         per_layer = sum(linear.out_features for linear in self.linears if linear.bias)
         last = h
-        if self.has_layer_norm:  # LayerNorm has a weight and a bias; GPT-J has one of them
+        if self.has_layer_norm:  # a weight and a bias each; GPT-J has one norm per layer, GPT-NeoX two
             per_layer += 2 * h * (1 if self.model_type == "gptj" else 2)
             last = 2 * h
         else:
@@ -205,12 +214,12 @@ class ModelShape:
 
     @property
     def largest_tensor(self) -> int:
-        """Elements of the largest tensor of the model's files."""
+        """Elements of the largest tensor in the model's files."""
         return max(self.vocab_size * self.hidden_size, *(linear.weights for linear in self.linears))
 
     @property
     def buffer_bytes(self) -> int:
-        """Tables that are no parameters: GPT-J keeps float32 sines for every position in every layer."""
+        """Tables that are not parameters: GPT-J keeps float32 sines for every position in every layer."""
         if self.model_type != "gptj":
             return 0
         positions = self.max_position_embeddings or 2_048
@@ -221,11 +230,11 @@ class ModelShape:
         """All parameters, as transformers' `num_parameters()` counts them."""
         return self.linear_parameters + self.embedding_parameters + self.small_parameters
 
-    def targets(self, target_modules) -> tuple[Linear, ...]:
+    def targets(self, target_modules: str | Collection[str]) -> tuple[Linear, ...]:
         """The linear layers of a decoder layer that PEFT adapts for `target_modules`.
 
         Args:
-            target_modules: "all-linear", or a list of names such as ["q_proj", "v_proj"], matched as PEFT does: the whole
+            target_modules: "all-linear", or a list of names such as ["q_proj", "v_proj"], matched as in PEFT: the whole
                 name or its last parts.
 
         Raises:
@@ -247,7 +256,7 @@ class ModelShape:
             )
         return found
 
-    def lora_parameters(self, rank: int, target_modules="all-linear") -> int:
+    def lora_parameters(self, rank: int, target_modules: str | Collection[str] = "all-linear") -> int:
         """Trainable parameters of LoRA: rank * (in + out) for each adapted layer."""
         sides = sum(linear.in_features + linear.out_features for linear in self.targets(target_modules))
         return self.num_hidden_layers * rank * sides
@@ -262,7 +271,7 @@ _SIZES = (
 
 
 def _as_dict(config) -> tuple[dict, str]:
-    """A config in any of the forms that `ModelShape.from_config` takes, and the name of its folder if it has one."""
+    """A config in any form that `ModelShape.from_config` takes, as a dict; and the name of its folder if it has one."""
     name = ""
     if isinstance(config, str | Path):
         path = Path(config)
@@ -272,7 +281,7 @@ def _as_dict(config) -> tuple[dict, str]:
         try:
             name, config = path.resolve().parent.name, json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"config: {path} is no JSON ({error})") from error
+            raise ValueError(f"config: {path} is not JSON ({error})") from error
     elif hasattr(config, "to_dict"):
         config = config.to_dict()
     if not isinstance(config, dict):
@@ -289,13 +298,13 @@ class _Fields:
 
     def __getitem__(self, key: str):
         for stated in (self.names.get(key, key), key):
-            # a null means the default, but for these three: as many as there are heads; the whole head; no window
+            # null means the default, except in three fields: as many as attention heads; the whole head; no window
             if self.config.get(stated) is not None or (stated in self.config and key in NULL_MEANS_SOMETHING):
                 return self.config[stated]
         return _DEFAULTS[self.family].get(key)
 
     def sizes(self) -> dict[str, int | None]:
-        """All sizes, each a positive whole number, or None where the family does without it or it follows from others."""
+        """All sizes, each a positive whole number, or None if the family has none or it follows from others."""
         sizes = {key: self[key] for key in _SIZES}
         if sizes["intermediate_size"] is None:
             sizes["intermediate_size"] = 4 * sizes["hidden_size"]  # GPT-J's default
@@ -312,7 +321,7 @@ class _Fields:
         }
 
     def rotary_dim(self, sizes: dict) -> int:
-        """Elements of a head that are rotated; 0 where it is the whole head."""
+        """Elements of a head that are rotated; 0 for the whole head."""
         if self.family != "gpt_neox":
             return sizes["rotary_dim"] or 0
         share = (self.config.get("rope_parameters") or {}).get("partial_rotary_factor") or self["rotary_pct"]
@@ -322,9 +331,9 @@ class _Fields:
 
 
 def _complete_heads(family: str, sizes: dict) -> None:
-    """Put in the size of a head where it follows from others, and make sure that the heads divide."""
+    """Fill in the head size where it follows from other fields, and check that the heads divide evenly."""
     hidden, heads, key_heads = sizes["hidden_size"], sizes["num_attention_heads"], sizes["num_key_value_heads"]
-    if sizes["head_dim"] is None or family in ("gpt_neox", "gptj"):  # these two know no head_dim
+    if sizes["head_dim"] is None or family in ("gpt_neox", "gptj"):  # these two have no head_dim
         if hidden % heads:
             cure = f"must be a multiple of num_attention_heads={heads}, since the config states no head_dim"
             raise validation.refuse("hidden_size", hidden, cure)

@@ -1,5 +1,8 @@
-"""What a training step takes beside what stands throughout it: each piece of the model run on a tape, and the step's moments."""
+"""What a training step takes beyond what is there throughout: each piece of the model, run on a tape, and the step's moments."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -9,28 +12,30 @@ from qlora_helpers.memory.tape import Tape, Tensor, rounded
 from qlora_helpers.memory.trained import Trained
 from qlora_helpers.settings import Settings
 
+__all__ = ["TILE_TOKENS", "TILE_VOCABULARY", "Cost", "Moment", "Peak", "cost_of", "mask_bytes", "moments_of_a_step"]
+
 # TRL's fused output head works on tiles (trl/kernels/chunked_logprob.py, trl/trainer/utils.py).
 TILE_TOKENS, TILE_VOCABULARY = 4_096, 32_768
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The most that a piece of the step takes, in bytes, and what of it is of a kind that is shown by itself."""
+    """The most that a piece of the step takes, in bytes, and how much of it is of each kind that is shown separately."""
 
     total: int
     dequantised: int = 0
     tile: int = 0
 
     @classmethod
-    def of(cls, tape: Tape, without: int) -> "Peak":
+    def of(cls, tape: Tape, without: int) -> Peak:
         return cls(tape.peak - without, tape.peak_of.get(DEQUANTISED, 0), tape.peak_of.get(TILE, 0))
 
 
 @dataclass(frozen=True)
 class Cost:
-    """A piece of the model: bytes that its forward pass keeps, and its peaks on the way forward and on the way back.
+    """A piece of the model: the bytes that its forward pass keeps, and the peaks of its forward and backward pass.
 
-    Its input is in none of them; the gradient of its output is in `backward`.
+    None of them includes the input of the piece; `backward` includes the gradient of its output.
     """
 
     kept: int
@@ -40,10 +45,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Moment:
-    """A moment of the step: bytes that are there beside what stands throughout it.
+    """A moment of the step: bytes beyond those that are there throughout the step.
 
     Args:
-        at_work: what the piece of the model takes that is run.
+        at_work: what the running piece of the model takes.
         gradients: of trained weights.
         activations: checkpoints, or all that the layers have kept.
         copies: of adapters in 16 bits, which autocast holds during the forward pass.
@@ -59,13 +64,19 @@ class Moment:
         return self.at_work.total + self.gradients + self.activations + self.copies
 
 
-def cost_of(shape: ModelShape, how: LayerSettings, apply, keep_input: bool, first: bool = False) -> Cost:
-    """Run a piece of the model on a tape, forward and back.
+def cost_of(
+    shape: ModelShape,
+    how: LayerSettings,
+    apply: Callable[[DecoderLayer, Tensor], Tensor],
+    keep_input: bool,
+    first: bool = False,
+) -> Cost:
+    """Run a piece of the model on a tape, forward and backward.
 
     Args:
-        apply: from a `DecoderLayer` and its input to the result, such as `DecoderLayer.__call__`.
+        apply: maps a `DecoderLayer` and its input to the result, such as `DecoderLayer.__call__`.
         keep_input: the input stays whether or not a gradient needs it.
-        first: the input asks for no gradient.
+        first: the input requires no gradient.
     """
     tape = Tape()
     layer = DecoderLayer(shape, how, tape)
@@ -96,7 +107,7 @@ def _head(layer: DecoderLayer, x: Tensor) -> Tensor:
     scored = how.batch_size * max(how.max_length - 1, 1)  # the last token of a sequence predicts nothing
     whole = how.tokens * h
 
-    def unpick(g):  # the gradient is laid into zeros twice: for the tokens that count, and for all but the last
+    def unpick(g):  # the gradient is written into zeros twice: for the tokens that count, and for all but the last
         picked = new(scored * h, width)
         gradient = new(whole, width)
         del picked
@@ -123,7 +134,7 @@ def _head(layer: DecoderLayer, x: Tensor) -> Tensor:
         # all of these are alive until the function returns
         wide = new(scored * h, FLOAT32)
         wide_weight = new(shape.vocab_size * h, FLOAT32) if trained else None
-        taken = tile(2)  # a piece is dropped after the next is made
+        taken = tile(2)  # a piece is freed only after the next is made
         of_hidden = wide if width == FLOAT32 else new(scored * h, width)
         if trained:
             tape.keep_weight_gradient(new(shape.vocab_size * h, how.weight))
@@ -135,16 +146,16 @@ def _head(layer: DecoderLayer, x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def _costs(shape: ModelShape, how: LayerSettings, checkpointing: bool) -> tuple[Cost, Cost, Cost]:
-    """The cost of the first decoder layer, of each further one, and of the head."""
+    """The cost of the first decoder layer, of each other one, and of the head."""
     layer = first = cost_of(shape, how, DecoderLayer.__call__, keep_input=checkpointing)
-    # with checkpointing TRL lets the embeddings' output ask for a gradient; with trained embeddings it does anyway
+    # with checkpointing TRL makes the embeddings' output require a gradient; with trained embeddings it does anyway
     if not checkpointing and how.method != "full":
         first = cost_of(shape, how, DecoderLayer.__call__, keep_input=False, first=True)
     return first, layer, cost_of(shape, how, _head, keep_input=False)
 
 
 def mask_bytes(shape: ModelShape, how: LayerSettings) -> int:
-    """Attention masks, which are made once for all layers together."""
+    """Bytes of attention masks, which are made once for all layers."""
     pairs = how.batch_size * how.max_length**2  # of tokens
     if how.kernel == "eager":  # Gemma 2 has a mask with a window and one without
         return pairs * how.compute * (2 if shape.model_type == "gemma2" else 1)
@@ -152,24 +163,24 @@ def mask_bytes(shape: ModelShape, how: LayerSettings) -> int:
 
 
 def moments_of_a_step(shape: ModelShape, settings: Settings, how: LayerSettings, trained: Trained) -> dict[str, Moment]:
-    """The moments in which a step's peak can lie, by the names of `phases.MOMENTS`, in the order in which they come."""
+    """The moments at which a step's peak can occur, in order, under the names of `phases.MOMENTS`."""
     full = settings.method == "full"
     x = rounded(how.tokens * shape.hidden_size * how.between)  # what one layer hands to the next
     table = shape.vocab_size * shape.hidden_size * trained.width if full else 0
     make = _with_checkpointing if settings.gradient_checkpointing else _without_checkpointing
     moments = make(shape, how, trained, table, x)
     if full:
-        # the head's gradient is there; if it shares its weight with the embeddings, theirs is made beside it
+        # the head's gradient is there; if the head shares its weight with the embeddings, theirs is made besides
         of_embeddings = table if shape.tie_word_embeddings else 0
         moments["embeddings backward"] = Moment(Peak(x + of_embeddings), trained.gradients)
     moments["optimizer step"] = Moment(Peak(trained.temporaries), trained.gradients)
-    if settings.accumulation > 1:  # the gradients of the passes before are there, and each new one is added to its own
+    if settings.accumulation > 1:  # the gradients of earlier passes are there, and new ones are added to them
         moments = {name: replace(moment, gradients=trained.gradients) for name, moment in moments.items()}
     return moments
 
 
 def _gradients_above_the_first_layer(shape: ModelShape, how: LayerSettings, trained: Trained, table: int) -> int:
-    """Gradients that are there when the first layer's turn comes."""
+    """Bytes of the gradients that are there when the backward pass reaches the first layer."""
     of_layers = trained.width * shape.linear_parameters if how.method == "full" else trained.gradients
     layers = shape.num_hidden_layers
     return table + (layers - 1) * (of_layers // layers)
@@ -182,7 +193,7 @@ def _with_checkpointing(shape: ModelShape, how: LayerSettings, trained: Trained,
     )  # autocast's cache
     kept = rounded(how.tokens * shape.hidden_size * how.stream) + (shape.num_hidden_layers - 1) * x
     loss = replace(head.forward, total=head.forward.total + x)  # the last layer's output is there
-    # a layer is run again with the gradient of its output waiting
+    # a layer is run again while the gradient of its output is held
     forward_again = replace(layer.forward, total=layer.forward.total + x)
     again = max(layer.backward, forward_again, key=lambda peak: peak.total)
     return {

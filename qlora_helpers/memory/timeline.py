@@ -1,18 +1,21 @@
 """Where memory goes within a training step: bytes against time, with the phase that each moment belongs to.
 
-On a GPU the allocator's own history tells (`torch.cuda.memory`). On a CPU torch keeps none: there every storage that an
-operation makes is counted until it is freed.
+On a GPU it comes from the allocator's own history (`torch.cuda.memory`). On a CPU torch keeps none, so every storage that
+an operation makes is counted until it is freed.
 
 timeline = record_step(trainer)  # trains, and records the last step
 """
+
+from __future__ import annotations
 
 import functools
 import time
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +25,21 @@ from transformers import TrainerCallback
 from qlora_helpers.memory.phases import BACKWARD, BETWEEN, EVALUATION, FORWARD, LOSS, SAVING, STEP
 from qlora_helpers.memory.tape import rounded
 
-MOST_ENTRIES = 2_000_000  # of the allocator's history
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from trl import SFTTrainer
+
+__all__ = [
+    "MOST_ENTRIES",
+    "AllocatorHistory",
+    "PhaseTracker",
+    "StorageHistory",
+    "Timeline",
+    "from_history",
+    "record_step",
+]
+
+MOST_ENTRIES = 2_000_000  # in the allocator's history
 
 
 class PhaseTracker(TrainerCallback):
@@ -35,21 +52,21 @@ class PhaseTracker(TrainerCallback):
         on_change: called with the name of each phase as it begins.
     """
 
-    def __init__(self, on_change: Callable[[str], None] | None = None):
+    def __init__(self, on_change: Callable[[str], None] | None = None) -> None:
         self.phase = BETWEEN
         self.on_change = on_change
         self._held = False
 
     def enter(self, phase: str) -> None:
-        """Begin a phase; ignored inside of `hold`."""
+        """Begin a phase; ignored inside `hold`."""
         if not self._held and phase != self.phase:
             self.phase = phase
             if self.on_change:
                 self.on_change(phase)
 
     @contextmanager
-    def hold(self, phase: str):
-        """A phase that whatever runs inside belongs to. It stays the phase if that fails."""
+    def hold(self, phase: str) -> Iterator[None]:
+        """Count whatever runs inside as this phase, which stays the phase if that fails."""
         self.enter(phase)
         was, self._held = self._held, True
         try:
@@ -58,11 +75,11 @@ class PhaseTracker(TrainerCallback):
             self._held = was
         self.enter(BETWEEN)
 
-    def attach(self, trainer) -> "PhaseTracker":
+    def attach(self, trainer: SFTTrainer) -> PhaseTracker:
         """Watch a trainer that has not started yet; returns itself."""
         model = trainer.accelerator.unwrap_model(trainer.model)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        # of the decoder: older PEFT calls the base's forward() itself, which no hook sees
+        # hooks of the decoder: older PEFT calls the base's forward() directly, which no hook sees
         base.base_model.register_forward_pre_hook(lambda *_: self.enter(FORWARD))
         base.base_model.register_forward_hook(lambda *_: self.enter(LOSS))
         self._wrap_backward(trainer.accelerator)
@@ -93,7 +110,9 @@ class PhaseTracker(TrainerCallback):
 
         setattr(trainer, name, watched)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self.enter(BETWEEN)
 
 
@@ -103,7 +122,7 @@ class Timeline:
 
     Attributes:
         seconds: of each point, from the first.
-        levels: bytes in tensors behind each point: a level lasts until the next point.
+        levels: bytes in tensors after each point; a level lasts until the next point.
         marks: name and first point of each phase, in order.
     """
 
@@ -111,14 +130,14 @@ class Timeline:
     levels: tuple[int, ...]
     marks: tuple[tuple[str, int], ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.seconds) != len(self.levels) or not self.levels:
             raise ValueError(
-                f"seconds has {len(self.seconds)} points and levels {len(self.levels)}: as many, at least 1"
+                f"seconds has {len(self.seconds)} points and levels {len(self.levels)}: both must have the same number, at least 1"
             )
         firsts = [first for _, first in self.marks]
         if firsts != sorted(firsts) or not firsts or firsts[0] != 0 or firsts[-1] >= len(self.levels):
-            raise ValueError(f"marks is {self.marks!r}: phases in order, the first at point 0")
+            raise ValueError(f"marks is {self.marks!r}: must be phases in order, the first at point 0")
 
     @property
     def peak(self) -> int:
@@ -141,10 +160,10 @@ class Timeline:
         """The most bytes within a phase; 0 if there is none of that name."""
         return max((max(self.levels[a : b + 1]) for name, a, b in self.spans() if name == phase), default=0)
 
-    def thinned(self, bins: int) -> "Timeline":
-        """A shorter one: of each of so many equal times the first, lowest, highest and last point, and each mark."""
+    def thinned(self, bins: int) -> Timeline:
+        """A shorter timeline: the first, lowest, highest and last point of each of `bins` equal intervals, and every mark."""
         if bins < 1:
-            raise ValueError(f"bins is {bins!r}: at least 1")
+            raise ValueError(f"bins is {bins!r}: must be at least 1")
         length = self.seconds[-1] / bins or 1.0
         groups: dict[int, list[int]] = {}
         for point, second in enumerate(self.seconds):
@@ -162,7 +181,7 @@ class Timeline:
         )
 
     def to_json(self) -> dict:
-        """Microseconds and KiB in place of seconds and bytes: whole numbers, and a quarter of the digits."""
+        """Microseconds and KiB instead of seconds and bytes: whole numbers, and a quarter of the digits."""
         return {
             "microseconds": [round(second * 1e6) for second in self.seconds],
             "kib": [round(level / 1024) for level in self.levels],
@@ -170,7 +189,7 @@ class Timeline:
         }
 
     @classmethod
-    def from_json(cls, content: dict) -> "Timeline":
+    def from_json(cls, content: dict) -> Timeline:
         return cls(
             tuple(microseconds / 1e6 for microseconds in content["microseconds"]),
             tuple(kib * 1024 for kib in content["kib"]),
@@ -183,8 +202,8 @@ def from_history(entries: Iterable[dict], marks: list[tuple[str, int, float]], s
 
     Args:
         entries: `torch.cuda.memory._snapshot()["device_traces"][0]`: "alloc" and "free_requested" with their sizes.
-        marks: of each phase its name, the number of entries that came before it, and the microseconds for which the
-            run stood still there.
+        marks: for each phase its name, the number of entries before it, and the microseconds for which the run was
+            halted there.
         start: bytes in tensors before the first entry.
     """
     seconds, levels, found, level = [], [], [], start
@@ -211,23 +230,23 @@ def from_history(entries: Iterable[dict], marks: list[tuple[str, int, float]], s
 class AllocatorHistory:
     """Records what torch's allocator does on the GPU, and where phases begin."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.marks: list[tuple[str, int, float]] = []
         self.held: list[int] = []  # bytes in tensors at each mark, by torch's own count
 
     def begin(self) -> None:
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()  # so that torch's own peak is that of the recorded time
+        torch.cuda.reset_peak_memory_stats()  # so that torch's own peak is that of the recording
         self.marks, self.held, self.start = [], [], torch.cuda.memory_allocated()
         torch.cuda.memory._record_memory_history(context=None, stacks="python", max_entries=MOST_ENTRIES)
-        self.before = len(self._entries())  # of a recording before this one
+        self.before = len(self._entries())  # entries of earlier recordings
 
     @staticmethod
     def _entries() -> list[dict]:
         return torch.cuda.memory._snapshot()["device_traces"][0]
 
     def mark(self, phase: str) -> None:
-        """A phase begins. Its place is counted in entries, so the clocks of CPU and allocator need not agree."""
+        """Mark the beginning of a phase. Its place is counted in entries, so the clocks of CPU and allocator need not agree."""
         before = time.perf_counter()
         entries = len(self._entries()) - self.before
         self.held.append(torch.cuda.memory_allocated())
@@ -250,7 +269,7 @@ class _Storages(TorchDispatchMode):
         self.levels: list[int] = []
 
     def know(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Count tensors that are there already."""
+        """Count tensors that already exist."""
         for tensor in tensors:
             self._count(tensor)
         self.seconds, self.levels = [time.perf_counter()], [self.live]
@@ -280,9 +299,13 @@ class _Storages(TorchDispatchMode):
 
 
 class StorageHistory:
-    """The same as `AllocatorHistory` on a CPU, by counting storages."""
+    """The counterpart of `AllocatorHistory` on a CPU, which counts storages.
 
-    def __init__(self, tensors: Callable[[], Iterable[torch.Tensor]]):
+    Args:
+        tensors: called at the beginning, gives the tensors that already exist.
+    """
+
+    def __init__(self, tensors: Callable[[], Iterable[torch.Tensor]]) -> None:
         self.tensors = tensors
 
     def begin(self) -> None:
@@ -301,7 +324,7 @@ class StorageHistory:
 
 
 def _tensors_of(trainer) -> list[torch.Tensor]:
-    """Weights with the constants of 4-bit ones, buffers, and the optimizer's states."""
+    """Weights, the constants of the 4-bit ones, buffers, and the optimizer states."""
     found = [*trainer.model.parameters(), *trainer.model.buffers()]
     for parameter in trainer.model.parameters():
         state = getattr(parameter, "quant_state", None)
@@ -316,7 +339,7 @@ def _tensors_of(trainer) -> list[torch.Tensor]:
 
 
 class _Recorder(TrainerCallback):
-    """Begins with a step and ends with it."""
+    """Records one step, from its beginning to its end."""
 
     def __init__(self, history, step: int):
         self.history, self.step, self.timeline, self.running = history, step, None, False
@@ -336,12 +359,12 @@ class _Recorder(TrainerCallback):
             self.timeline = self.history.end()
 
 
-def record_step(trainer, step: int | None = None) -> Timeline:
+def record_step(trainer: SFTTrainer, step: int | None = None) -> Timeline:
     """Train, and record one step.
 
     Args:
         trainer: one that is ready to start, on a GPU or on a CPU.
-        step: which, counted from 1; by default the last. The first makes the optimizer's states.
+        step: which one, counted from 1; by default the last. The first makes the optimizer states.
 
     Raises:
         ValueError: training has no such step.
@@ -349,7 +372,7 @@ def record_step(trainer, step: int | None = None) -> Timeline:
     last = trainer.args.max_steps
     step = step or last
     if not 1 <= step <= last:
-        raise ValueError(f"step is {step!r}; the trainer's max_steps is {last}: choose one from 1 to it")
+        raise ValueError(f"step is {step!r}; the trainer's max_steps is {last}: choose a step from 1 to {last}")
     on_gpu = next(trainer.model.parameters()).device.type == "cuda"
     history = AllocatorHistory() if on_gpu else StorageHistory(lambda: _tensors_of(trainer))
     recorder = _Recorder(history, step)

@@ -1,5 +1,7 @@
 """What a run trains: its tensors, their gradients, and what the optimizer keeps for them."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 from qlora_helpers.memory.shape import ModelShape
@@ -7,15 +9,27 @@ from qlora_helpers.memory.tape import rounded
 from qlora_helpers.settings import DTYPES, Settings
 from qlora_helpers.units import MIB
 
+__all__ = [
+    "OPTIMIZERS",
+    "PAGE_POOL",
+    "SMALLEST_8BIT",
+    "SMALLEST_PAGED",
+    "Optimizer",
+    "Trained",
+    "TrainedTensor",
+    "trained_tensors",
+    "what_is_trained",
+]
+
 FLOAT32 = 4
 # bitsandbytes keeps the state of a tensor in 32 bits below this many elements (optim/optimizer.py, min_8bit_size) ...
 SMALLEST_8BIT = 4_096
 # ... and pages none below this many (optim/optimizer.py, get_state_buffer).
 SMALLEST_PAGED = 100_000
-# Managed memory is given out in pieces of this size (measured on an H200: data/measured/h200_peaks.json, 70B: 49 of them).
+# Managed memory is allocated in pieces of this size (measured on an H200: data/measured/h200_peaks.json, 70B: 49 of them).
 PAGE_POOL = 128 * MIB
-# torch serves requests below this size from memory of their own (c10/cuda/CUDACachingAllocator.cpp, kSmallSize), which
-# large tensors cannot use: both pools keep the most that each of them ever held.
+# torch serves requests below this size from a pool of their own (c10/cuda/CUDACachingAllocator.cpp, kSmallSize), which
+# large tensors cannot use: each of the two pools keeps the most that it ever held.
 SMALL_REQUEST = MIB
 
 
@@ -25,8 +39,8 @@ class Optimizer:
 
     Args:
         bits: of one state: 8 or 32; 0 for the parameter's own dtype.
-        paged: large states lie in managed memory.
-        temporaries: further copies of all parameters during the step (torch's foreach form takes a square root of each).
+        paged: large states are in managed memory.
+        temporaries: extra copies of all parameters during the step (torch's foreach version takes a square root of each).
     """
 
     bits: int = 0
@@ -49,9 +63,9 @@ class TrainedTensor:
     """Trained tensors of one size.
 
     Args:
-        elements: of one of them.
-        count: how many there are.
-        is_embedding: the token embeddings, which transformers treats by themselves.
+        elements: of one tensor.
+        count: how many tensors there are.
+        is_embedding: the token embeddings, which transformers treats differently.
     """
 
     elements: int
@@ -64,13 +78,13 @@ class Trained:
     """All that is trained, in bytes unless said otherwise.
 
     Attributes:
-        parameters: how many.
-        width: of one of them, and of one of its gradients.
-        adapters: of the adapters; 0 where the model's own weights are trained.
-        states: of the optimizer, in torch's tensors.
-        paged: of the optimizer, in managed memory.
-        temporaries: of the optimizer, during its step.
-        share_of_small: the share of the parameters in tensors of the allocator's small pool.
+        parameters: how many there are.
+        width: of one parameter, and of its gradient.
+        adapters: the adapters; 0 if the model's own weights are trained.
+        states: optimizer states in torch's tensors.
+        paged: optimizer states in managed memory.
+        temporaries: what the optimizer takes during its step.
+        share_of_small: the share of the parameters that is in the allocator's small pool.
     """
 
     parameters: int
@@ -87,7 +101,7 @@ class Trained:
 
     @property
     def resident_pages(self) -> int:
-        """Managed memory that the paged states take on the card, if all of them lie there."""
+        """Managed memory that the paged states take if all of them are on the card."""
         return -(-self.paged // PAGE_POOL) * PAGE_POOL
 
 
@@ -128,7 +142,7 @@ def what_is_trained(shape: ModelShape, settings: Settings) -> Trained:
 
 
 def _state_bytes(tensor: TrainedTensor, kind: Optimizer, width: int) -> tuple[int, int]:
-    """Bytes of the two states of all tensors of a size: in torch's tensors, and in managed memory."""
+    """Bytes of the two states of all tensors of one size: in torch's tensors, and in managed memory."""
     # transformers keeps the states of embeddings in 32 bits (Trainer.create_optimizer)
     if kind.bits == 8 and tensor.elements >= SMALLEST_8BIT and not tensor.is_embedding:
         state, scales = tensor.elements, 2 * rounded(-(-tensor.elements // 256) * FLOAT32)  # two per block of 256

@@ -52,7 +52,7 @@ def test_run_reports_its_figures_and_overwrites_nothing(tmp_path, monkeypatch, c
     # the only thing on stderr is the progress bar
     assert all("step" in line for line in first.stderr.replace("\r", "\n").splitlines() if line.strip())
 
-    # the next two in this process, which has the libraries loaded, and without asking
+    # the next two run in this process, which has the libraries loaded, and without asking the questions
     monkeypatch.chdir(tmp_path)
     assert main(["run", "--resume"]) == 2
     assert "finished. Leave out --resume" in capsys.readouterr().err
@@ -91,7 +91,7 @@ def test_the_options_are_the_fields_of_settings_with_their_texts(capsys):
         assert "of LoRA: its result is scaled by alpha / rank" in text or command == "memory"
 
 
-# ---- memory: in this process, which is quicker; main() is what the command runs
+# ---- memory: run in this process, which is quicker; the command runs main()
 
 
 def report(capsys, *arguments):
@@ -229,7 +229,7 @@ def test_memory_takes_a_folder_and_no_longer_a_sequence_than_its_model(capsys):
     [
         (("Qwen/Qwen2.5-8B",), ("Qwen/Qwen2.5-8B", "Qwen/Qwen2.5-7B", "config.json")),
         (("nowhere/config.json",), ("nowhere",)),
-        (("qwen2.5-7b", "--gpu", "t5"), ("t5", "known are", "t4")),
+        (("qwen2.5-7b", "--gpu", "t5"), ("t5", "known GPUs are", "t4")),
         (("qwen2.5-7b", "--batch-size", 0), ("batch_size", "0")),
         (("qwen2.5-7b", "--method", "dora"), ("method", "dora", "qlora")),
         (("qwen2.5-7b", "--target-modules", "nothing"), ("nothing", "q_proj")),

@@ -1,4 +1,4 @@
-"""What the doctor finds on a machine where something is wrong; that it never fails itself, and is quick without torch."""
+"""What the doctor finds on a machine where something is wrong; it never fails itself, and is quick without torch."""
 
 import importlib.metadata
 import json
@@ -30,7 +30,7 @@ def found(probe):
 
 @pytest.fixture
 def versions(monkeypatch):
-    """Other versions than the installed ones; None for what is not installed."""
+    """Versions to pretend instead of the installed ones; None for a package that is not installed."""
     other, installed = {}, importlib.metadata.version
 
     def version(name):
@@ -73,7 +73,7 @@ def test_a_probe_that_fails_is_a_finding_and_the_others_go_on(monkeypatch):
     monkeypatch.setattr(doctor, "_memory_bytes", damaged)
     monkeypatch.setattr(doctor, "runs_folder", damaged)
     texts = [finding.text for finding in examine(torch=False).problems]
-    assert [text.partition(" could not be looked at: ")[2] for text in texts] == [
+    assert [text.partition(" could not be examined: ")[2] for text in texts] == [
         "RuntimeError: the disk is on fire"
     ] * 4
     assert texts[0].startswith("The Python could not") and texts[3].startswith("The main memory could not")
@@ -215,7 +215,7 @@ def test_a_full_disk_is_a_problem(monkeypatch):
 
 
 def test_too_little_memory_names_the_lessons_that_need_more(monkeypatch):
-    few = sorted(set(NEEDS.values()))[-2]  # enough for all but those that need most
+    few = sorted(set(NEEDS.values()))[-2]  # enough for all but those that need the most
     short = [int(name[:2]) for name, need in NEEDS.items() if need > few]
     monkeypatch.setattr(doctor, "_memory_bytes", lambda: (int(few * GB), int(few * GB)))
     ((kind, text, _),) = found(doctor._memory)
@@ -231,7 +231,10 @@ def test_too_little_memory_names_the_lessons_that_need_more(monkeypatch):
 @pytest.mark.parametrize(
     ("program", "said"),
     [
-        ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "torch does not work: the process died of SIGILL"),
+        (
+            "import os, signal; os.kill(os.getpid(), signal.SIGILL)",
+            "torch does not work: the process was killed by SIGILL",
+        ),
         ("raise ImportError('libcudart.so.13: cannot open')", "ImportError: libcudart.so.13: cannot open"),
         ("import time; time.sleep(9)", "torch was not imported within 0.2 s"),
     ],
@@ -253,11 +256,11 @@ def test_a_gpu_that_is_too_old_is_a_problem(capability, wrong, monkeypatch):
     answer = json.dumps(ANSWER | {"capability": capability})
     monkeypatch.setattr(doctor, "ASK_TORCH", f"print('found', {answer!r})")
     problems = [text for kind, text, _ in found(doctor._torch) if kind == "problem"]
-    assert problems == ["Tesla P100 is older than compute capability 7.5"] * wrong
+    assert problems == ["Tesla P100 has a compute capability below 7.5"] * wrong
 
 
 def test_a_disk_without_room_for_the_model_of_lesson_4_is_a_notice(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(2 * GB))
     ((kind, text, cure),) = found(doctor._hub)
-    assert kind == "notice" and text.startswith("lesson 4's last part fetches 3.1 GB") and "HF_HOME" in cure
+    assert kind == "notice" and text.startswith("lesson 4's last part downloads 3.1 GB") and "HF_HOME" in cure

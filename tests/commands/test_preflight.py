@@ -1,4 +1,4 @@
-"""What an instructor sees before class: a course of small lessons, all but the first with a fault each."""
+"""What an instructor sees before class: a course of small lessons, each but the first with one fault."""
 
 import json
 import os
@@ -90,7 +90,7 @@ def course(tmp_path_factory):
         "def find_spikes(losses: list[tuple[int, float]]) -> list[Spike]:\n",
         "def find_spikes(losses: list[tuple[int, float]]) -> list[Spike]:\n    raise RuntimeError('no')\n",
     )
-    for name in ("01_good", "02_wrong_digit", "03_wrong_text", "06_no_source"):  # these do without the broken helper
+    for name in ("01_good", "02_wrong_digit", "03_wrong_text", "06_no_source"):  # these do not use the broken helper
         for path in (folder / "notebooks" / f"{name}.ipynb", folder / "notebooks" / "source" / f"{name}.py"):
             change(path, "from qlora_helpers.training.spikes import find_spikes", "find_spikes = print")
     cut = folder / "notebooks" / "05_cut_off.ipynb"
@@ -127,7 +127,7 @@ def test_each_fault_is_red_and_named_with_lesson_and_cell(red):
         ("04_broken_helper", "lesson 04, cell [1], line 3: RuntimeError: no"),
         (
             "05_cut_off",
-            "lesson 05, 05_cut_off.ipynb is no notebook that can be read: Notebook does not appear to be JSON",
+            "lesson 05, 05_cut_off.ipynb is not a readable notebook: Notebook does not appear to be JSON",
         ),
         ("06_no_source", "lesson 06, its source source/06_no_source.py is not here"),
     ):
@@ -171,9 +171,7 @@ def test_what_is_not_compared_is_named(course, monkeypatch):
 
 
 def test_a_lesson_that_is_not_there_is_an_error():
-    with pytest.raises(
-        preflight.CannotStart, match=r"LESSON=44: there is none of that number\. There are 01_memory_maths"
-    ):
+    with pytest.raises(preflight.CannotStart, match=r"LESSON=44: there is no such lesson\. There are 01_memory_maths"):
         preflight.chosen(["44"])
     assert preflight.chosen(["3", "09"]) == ["03_double_quantisation", "09_out_of_memory"]
 

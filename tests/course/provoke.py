@@ -1,4 +1,4 @@
-"""Provoke the libraries' own errors and warnings, and hold what is printed against TROUBLESHOOTING.md."""
+"""Provoke the libraries' own errors and warnings, and compare what is printed with TROUBLESHOOTING.md."""
 
 import contextlib
 import io
@@ -26,7 +26,7 @@ ENTRIES = read_entries(ROOT / PAGE)
 def seen(provoke) -> str:
     """All that a call prints: its traceback, its warnings and what the libraries log."""
     stream = io.StringIO()
-    transformers_logging.warning_once.cache_clear()  # else a message that another test has met is not printed again
+    transformers_logging.warning_once.cache_clear()  # else a message that another test has triggered is not printed again
     handler = logging.StreamHandler(stream)
     loggers = [logging.getLogger(name) for name in ("transformers", "trl", "peft", "bitsandbytes")]
     for logger in loggers:
@@ -47,13 +47,13 @@ def seen(provoke) -> str:
 
 
 def is_entry(heading: str, text: str) -> None:
-    """The text holds the message that the page quotes, and the finder leads from it to this entry."""
+    """The text contains the message that the page quotes, and the finder leads from it to this entry."""
     entry = next(entry for entry in ENTRIES if entry.heading == heading)
     assert not entry.messages or entry.occurs_in(text), f"{entry.messages} is not in:\n{text}"
     assert find(text, ENTRIES).heading == heading, text
 
 
-# ---- The means: the shipped model in 4 bits, a random one, chats, settings for a CPU
+# ---- The tools: the shipped model in 4 bits, a random one, chats, settings for a CPU
 
 CHAT = [
     {"role": "user", "content": "Where does Carl Kirkcroft live?"},

@@ -1,4 +1,4 @@
-"""check() holds numbers the way it says; exercise() tells a learner what is the matter and never raises."""
+"""check() compares numbers the way it says; exercise() tells a learner what is wrong and never raises."""
 
 import math
 

@@ -89,7 +89,7 @@ def test_the_device_is_not_supported(monkeypatch):
 
 @pytest.mark.skipif(not bnb.functional.has_avx512bf16(), reason="needs a CPU with AVX512-BF16; bitsandbytes sees none")
 def test_bitsandbytes_misses_an_optional_package(monkeypatch):
-    """Its module is run a second time, under another name; a second process would take seconds."""
+    """Its module is run again under another name, because a second process would take seconds."""
     monkeypatch.setitem(sys.modules, "kernels", None)  # as if it were not installed
     monkeypatch.setattr(bnb._ops, "register_kernel", lambda *names: lambda function: function)
     origin = importlib.util.find_spec("bitsandbytes.backends.cpu.ops").origin
@@ -124,8 +124,8 @@ def test_bitsandbytes_is_used_without_its_library():
 def test_torchao_is_too_old(monkeypatch, tmp_path):
     stand_in(tmp_path, "torchao", "0.10.0", imports=["torchao"])
     monkeypatch.syspath_prepend(tmp_path)
-    is_torchao_available.cache_clear()  # else PEFT remembers that it found none
-    get_peft_model(four_bit(), LoraConfig(**LORA))  # layers in 4 bits are matched before it is looked for
+    is_torchao_available.cache_clear()  # else PEFT remembers that it found no torchao
+    get_peft_model(four_bit(), LoraConfig(**LORA))  # layers in 4 bits are matched before torchao is looked for
     in_32_bit = lambda: get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))  # noqa: E731
     is_entry("Found an incompatible version of torchao", seen(in_32_bit))
 
@@ -141,7 +141,7 @@ def test_modules_lie_on_the_cpu_or_the_disk(elsewhere):
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_the_hub_refuses_a_gated_model(status, monkeypatch):
-    """The Hub's answer is made here; what is said about it is the libraries'."""
+    """The Hub's answer is made up; what the libraries say about it is real."""
     from huggingface_hub.utils import _http
     from transformers.utils import hub
 
@@ -265,7 +265,7 @@ def test_long_texts_are_cut_in_silence(tmp_path):
 def test_the_text_begins_with_two_bos_tokens(tmp_path):
     tokens = tokenizer()
     bos = tokens.bos_token_id
-    assert tokens("a")["input_ids"][0] == bos  # the tokenizer adds one, as Llama's does
+    assert tokens("a")["input_ids"][0] == bos  # the tokenizer adds one, like Llama's
     text = tokens.apply_chat_template(CHAT, tokenize=False)
     as_text = trainer_of(tmp_path, data=Dataset.from_list([{"text": text}])).train_dataset[0]["input_ids"]
     as_chat = trainer_of(tmp_path).train_dataset[0]["input_ids"]
@@ -326,7 +326,7 @@ def test_every_answer_is_cut_off(tmp_path):
 
 
 def test_two_gpus_in_one_process(tmp_path):
-    """The trainer is told that it sees two; what it says about that is its own."""
+    """The trainer is told that there are two; what it says about that is real."""
     args = settings(tmp_path)
     assert args.n_gpu < 2
     args._n_gpu = 2
@@ -380,7 +380,7 @@ def test_nothing_is_trainable(adapter, tmp_path):
     heading = "element 0 of tensors does not require grad and does not have a grad_fn"
     model = PeftModel.from_pretrained(random_llama(), adapter)
     is_entry(heading, seen(lambda: plain_trainer(tmp_path, model).train()))
-    layer = torch.nn.Linear(2, 2)  # trainable, and its input is not
+    layer = torch.nn.Linear(2, 2)  # trainable, but its input requires no gradient
     checkpoint = lambda: torch.utils.checkpoint.checkpoint(layer, torch.ones(2), use_reentrant=True)  # noqa: E731
     is_entry(heading, seen(checkpoint))
 
@@ -611,7 +611,7 @@ def functions_of(path: str) -> dict[str, ast.FunctionDef]:
 
 
 def entries_shown_by(function: ast.FunctionDef) -> set[str]:
-    """The headings that a test hands to `is_entry`."""
+    """The headings that a test passes to `is_entry`."""
     headings = set()
     names = {
         node.targets[0].id: node.value.value
@@ -775,7 +775,7 @@ def test_running_out_of_memory_is_told_apart_by_where_it_happened(where, heading
     assert found(text) == heading
 
 
-# As they stand in public reports, of other versions than ours.
+# As they are in public reports, for other versions than ours.
 REPORTED = {
     "a notebook": (
         "SFTTrainer got",
@@ -800,7 +800,7 @@ TypeError: SFTTrainer.__init__() got an unexpected keyword argument 'dataset_tex
                         the quantized model. If you want to dispatch the model on the CPU or the disk while keeping
                         these modules in 32-bit, you need to set `load_in_8bit_fp32_cpu_offload=True` and pass a custom""",
     ),
-    "a progress bar behind it": (
+    "a progress bar after it": (
         "Attempting to unscale",
         """    raise ValueError("Attempting to unscale FP16 gradients.")
 ValueError: Attempting to unscale FP16 gradients.
@@ -834,7 +834,7 @@ torch.cuda.OutOfMemoryError: CUDA out of memory. Tried to allocate 250.00 MiB (G
 def test_what_stands_in_public_reports_is_found(kind, capsys):
     heading, text = REPORTED[kind]
     assert heading in found(text)
-    assert doctor(capsys, "--error", text)[0] == 0  # also if it begins with dashes
+    assert doctor(capsys, "--error", text)[0] == 0  # even if it begins with dashes
 
 
 # What people paste or type; the second is a piece of the entry's heading.
@@ -958,10 +958,10 @@ def test_a_page_is_taken_apart(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("**Cure.** B.", ""), r"entry 'One': \*\*Cure.\*\* is there 0 times"),
-        (("B.", "**Cure.** B."), r"entry 'One': \*\*Cure.\*\* is there 2 times"),
+        (("**Cure.** B.", ""), r"entry 'One': \*\*Cure.\*\* occurs 0 times"),
+        (("B.", "**Cure.** B."), r"entry 'One': \*\*Cure.\*\* occurs 2 times"),
         (("```text\nan error of some length\n```", ""), "neither a message in a fenced block nor a symptom"),
-        (("## One", "# One"), "no entry, which is a heading"),
+        (("## One", "# One"), "no entry: no heading begins with"),
     ],
 )
 def test_a_page_of_another_form_is_refused(change, message, tmp_path):
@@ -1017,7 +1017,7 @@ def test_the_doctor_names_further_messages_of_the_text(capsys):
     paste = f"`torch_dtype` is deprecated! Use `dtype` instead!\n{OUT_OF_MEMORY}"
     status, text, _ = doctor(capsys, "--error", paste)
     assert status == 0 and text.startswith("CUDA out of memory (OOM)\n")
-    assert "The text holds other entries' messages, too:\n- `torch_dtype` is deprecated" in text
+    assert "The text also contains messages of other entries:\n- `torch_dtype` is deprecated" in text
 
 
 def test_the_doctor_refuses_an_empty_text(capsys):

@@ -1,8 +1,8 @@
-"""The memory of a real training step, counted on fake tensors: the libraries' own code, no GPU, no numbers.
+"""The memory of a real training step, counted on fake tensors: the libraries' own code, no GPU, no values.
 
-transformers, PEFT, bitsandbytes' place in a layer, autograd, checkpointing and TRL's fused output head run as they do on a
-GPU, on tensors that have a shape and a dtype and no memory. Every storage that is made is counted, rounded to 512 bytes,
-until it is freed. What a CUDA build does otherwise than this machine's is put in its place, each with its reason below.
+transformers, PEFT, a stand-in for bitsandbytes' layer, autograd, checkpointing and TRL's fused output head run as they do
+on a GPU, on tensors that have a shape and a dtype and no memory. Every storage that is made is counted, rounded up to 512
+bytes, until it is freed. Where a CUDA build differs from this machine's, it is imitated, with the reason given below.
 """
 
 import inspect
@@ -30,7 +30,7 @@ def _rounded(size: int) -> int:
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive, and the most that were."""
+    """Counts the bytes of all storages that are alive, and their peak."""
 
     def __init__(self):
         super().__init__()
@@ -54,7 +54,7 @@ class Ledger(TorchDispatchMode):
 
     @staticmethod
     def _inside(name: str, args: tuple) -> int:
-        """What a CUDA kernel takes for itself, which no operation shows."""
+        """What a CUDA kernel takes internally, which no operation shows."""
         if (
             "flash_attention_backward" in name
         ):  # aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_bwd
@@ -69,7 +69,7 @@ class Ledger(TorchDispatchMode):
 
 
 class _Product4bit(torch.autograd.Function):
-    """bitsandbytes' MatMul4Bit on a GPU: dequantise (scales first), multiply; once more on the way back."""
+    """bitsandbytes' MatMul4Bit on a GPU: dequantise (scales first), multiply; and again in the backward pass."""
 
     @staticmethod
     def _weight(layer, dtype):
@@ -105,7 +105,7 @@ class _Fake4bit(bitsandbytes.nn.Linear4bit):
 
 
 class _Pick(torch.autograd.Function):
-    """`hidden_states[mask]` with every token scored: on a GPU a copy, and zeros to lay its gradient into."""
+    """`hidden_states[mask]` with every token scored: on a GPU a copy, and zeros to write its gradient into."""
 
     @staticmethod
     def forward(ctx, hidden):
@@ -118,7 +118,7 @@ class _Pick(torch.autograd.Function):
 
 
 def _fused_head():
-    """TRL's `add_fused_lm_head`, whose tiles are folded by a Triton kernel on a GPU and so take nothing beside the tile."""
+    """TRL's `add_fused_lm_head`, whose tiles are folded by a Triton kernel on a GPU and so take nothing besides the tile."""
     source = inspect.getsource(trl_utils.add_fused_lm_head)
     picks = "hidden_states[mask] if compact else hidden_states.reshape(-1, hidden_states.size(-1))"
     assert picks in source, "TRL's fused head has changed: look at what it does with the masked tokens"
@@ -172,7 +172,7 @@ def _as_on_a_gpu(kernel: str):
         patch.setattr(chunked_logprob, "_forward_tile", lambda *args, **kwargs: None)
         patch.setattr(chunked_logprob, "_backward_tile", lambda *args, **kwargs: None)
         patch.setattr(chunked_logprob, "_addmm_fp32", lambda *args: None)
-        # a full batch needs no mask; transformers cannot see that in a tensor without numbers
+        # a full batch needs no mask; transformers cannot see that in a tensor without values
         patch.setitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "sdpa", lambda *args, **kwargs: None)
         yield
 
@@ -236,7 +236,7 @@ def _made_real(model, adapter_dtype: torch.dtype) -> None:
 
 
 def transient_peak(config: dict, run) -> int:
-    """The most bytes that one forward and backward pass takes beside the model, adapters included in the model.
+    """The most bytes that one forward and backward pass takes besides the model and its adapters.
 
     Args:
         config: as `AutoConfig.for_model` takes it.

@@ -1,4 +1,4 @@
-"""The configs of known models, against their published parameter counts."""
+"""The configs of known models, checked against their published parameter counts."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from qlora_helpers.memory import known_config
 from qlora_helpers.models.meta import meta_model
 from qlora_helpers.models.weights import linear_layers
 
-PUBLISHED = {  # parameters in all; in the linear layers of the decoder
+PUBLISHED = {  # all parameters; those in the linear layers of the decoder
     "Llama-3.2-1B": (1_235_814_400, 973_078_528),
     "Mistral-7B-v0.1": (7_241_732_096, 6_979_321_856),
     "Llama-3.1-8B": (8_030_261_248, 6_979_321_856),

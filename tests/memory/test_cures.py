@@ -1,4 +1,4 @@
-"""The largest batch, the longest sequence and the cures: what is said to fit does, and one more does not."""
+"""The largest batch, the longest sequence and the cures: what should fit does, and one more does not."""
 
 import json
 from dataclasses import replace
@@ -34,7 +34,7 @@ WASTEFUL = replace(
     compute_dtype="float32", double_quant=False, rank=64, batch_size=12, gradient_checkpointing=False,
     optimizer="adamw_torch", upcast_fp32=True, attention="eager",
 )  # fmt: skip
-RUNGS = [  # the fields that a cure changes, by the cure's price
+RUNGS = [  # the fields that a cure changes, the cheapest cure first
     {"upcast_fp32"}, {"attention"}, {"optimizer"}, {"optimizer"}, {"compute_dtype"}, {"double_quant"},
     {"gradient_checkpointing"}, {"batch_size"}, {"rank"}, {"target_modules"}, {"method"}, {"max_length"},
 ]  # fmt: skip
@@ -45,13 +45,13 @@ def card(usable_bytes, like="l4"):
 
 
 def changed(run, other):
-    """The fields that differ; a smaller batch brings its accumulation with it."""
+    """The fields that differ, without the accumulation that a smaller batch brings with it."""
     return {name for name, value in vars(run).items() if getattr(other, name) != value} - {"accumulation"}
 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """How often the predictor is asked."""
+    """Every call of the predictor."""
     calls = []
 
     def count(*arguments):
@@ -111,7 +111,7 @@ def test_folders_files_and_configs_are_taken(tmp_path, monkeypatch):
 
 
 def test_a_config_object_is_taken_with_its_name():
-    """One like transformers'; `ModelShape.from_config` is held against the real ones in test_memory_architectures."""
+    """One like transformers'; tests/memory/test_shape.py checks `ModelShape.from_config` with a real one."""
     config = json.loads((data_path("tiny-llama") / "config.json").read_text())
     shape = find_shape(SimpleNamespace(to_dict=lambda: config, name_or_path="me/mine"))
     assert shape == find_shape(data_path("tiny-llama"))
@@ -208,23 +208,23 @@ def test_a_run_that_fits_needs_no_cure():
 
 
 def single_rungs(run, found):
-    """The rung of each cure; a cure of none, or of two, fails."""
+    """The rung of each cure; fails for a cure that is not exactly one rung."""
     places = []
     for change in found:
         names = changed(run, change.settings)
         after = places[-1] + 1 if places else 0
-        assert names in RUNGS[after:], (names, "is no single change, or out of order")
+        assert names in RUNGS[after:], (names, "is not a single change, or is out of order")
         places.append(RUNGS.index(names, after))
     return places
 
 
 def test_all_cures_are_offered_in_the_order_of_their_price():
-    """On a card that lacks one byte, whatever saves anything is a cure by itself."""
+    """On a card that is one byte too small, whatever saves anything is a cure on its own."""
     run = replace(WASTEFUL, compute_dtype="bfloat16")
     gpu = card(predict(QWEN_7B, run, "l4").device_bytes - 1)
     found = cures(QWEN_7B, run, gpu)
     single_rungs(run, found)
-    # torch's fused optimizer saves something only where the optimizer's step leaves its mark: once or twice "optimizer"
+    # torch's fused optimizer saves something only if the optimizer step matters, so "optimizer" can come once or twice
     assert [names for names, _ in groupby(changed(run, change.settings) for change in found)] == [
         {"upcast_fp32"}, {"attention"}, {"optimizer"}, {"double_quant"}, {"gradient_checkpointing"}, {"batch_size"},
         {"rank"}, {"target_modules"}, {"max_length"},
@@ -341,11 +341,11 @@ def test_a_combination_of_cheaper_changes_is_offered_before_the_single_ones():
 
 
 def test_full_fine_tuning_falls_back_to_qlora_whose_own_fields_are_the_usual_ones():
-    run = replace(GPU_RUN, method="full", rank=0, block_size=7, upcast_fp32=True)  # unused, and so not checked
+    run = replace(GPU_RUN, method="full", rank=0, block_size=7, upcast_fp32=True)  # unused, so not checked
     (change,) = cures(LLAMA_8B, run, "t4")
     assert change.settings == GPU_RUN
     assert "QLoRA instead of full fine-tuning" in change.what
-    # where QLoRA alone is not enough, its adapters can be made smaller, too
+    # if QLoRA alone is not enough, its adapters can be made smaller, too
     gpu = card(predict(LLAMA_8B, replace(GPU_RUN, max_length=256), "l4").device_bytes - 1)
     (change,) = cures(LLAMA_8B, run, gpu)
     assert change.prediction.fits

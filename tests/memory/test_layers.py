@@ -1,4 +1,4 @@
-"""The predictor's tape against the libraries' own step on fake tensors: not fitted, so they must agree."""
+"""The predictor's tape, checked against the libraries' own step on fake tensors: nothing is fitted, so they must agree."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from qlora_helpers.memory import ModelShape, find_gpu, predict
 from qlora_helpers.settings import GPU_RUN, Settings
 from tests.memory.fake_step import transient_peak
 
-# widths like real ones, and few layers
+# realistic widths, and few layers
 LLAMA = {
     "model_type": "llama", "vocab_size": 40_000, "hidden_size": 512, "intermediate_size": 1_536, "num_hidden_layers": 3,
     "num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": False,
@@ -41,14 +41,14 @@ RUNS = {
 
 
 def predicted(config: dict, run: Settings) -> int:
-    """What the predictor says about the same: without weights, adapters, states, workspace."""
+    """The predictor's figure for the same: without weights, adapters, optimizer states and workspace."""
     gpu = replace(find_gpu("h200"), workspace_bytes=0)
     found = predict(ModelShape.from_config(config), run, gpu)
     standing = ("4-bit weights", "quantisation constants", "16-bit weights", "adapters", "optimizer (GPU)")
     return found.peak_allocated_bytes - sum(found.parts[part] for part in standing)
 
 
-# all ways for one family, and for each other one those in which its layers can differ from it most
+# all runs for one family; for each other family those in which its layers can differ most from it
 CASES = [("llama", how) for how in RUNS]
 CASES += [(family, how) for family in CONFIGS if family != "llama" for how in ("qlora", "lora, no checkpointing")]
 
@@ -66,7 +66,7 @@ def test_the_tape_agrees_with_the_libraries_own_step(family, how):
 
 
 def test_the_count_of_fake_tensors_can_disagree():
-    """A predictor that forgot dropout's copies would be found."""
+    """A predictor that forgot the copies made by dropout would be found out."""
     run = replace(RUN, gradient_checkpointing=False)
     counted = transient_peak(LLAMA, run)
     assert predicted(LLAMA, replace(run, dropout=0.0)) != pytest.approx(counted, rel=0.05)

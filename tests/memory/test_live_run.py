@@ -1,4 +1,4 @@
-"""What a run takes is recorded by phase, its settings are read from the live run, and a wrong prediction is marked."""
+"""A run's memory is recorded by phase, its settings are read from the live run, and a wrong prediction is marked."""
 
 import re
 import threading
@@ -59,7 +59,7 @@ def test_the_main_memory_of_a_phase_is_its_peak_not_its_end():
     with measurement.phase("before"):
         pass
     with measurement.phase("much"):
-        much = np.ones(40 * MIB)  # 320 MiB, given back to the system at once
+        much = np.ones(40 * MIB)  # 320 MiB, returned to the system at once
         time.sleep(0.1)
         del much
     with measurement.phase("after"):
@@ -69,7 +69,7 @@ def test_the_main_memory_of_a_phase_is_its_peak_not_its_end():
 
 
 def looking():
-    """Threads that look at the main memory, half a second after they should have ended."""
+    """How many threads sample main memory, half a second after they should have ended."""
     time.sleep(0.5)
     return sum("_watch" in thread.name for thread in threading.enumerate())
 
@@ -92,14 +92,14 @@ def test_one_phase_at_a_time():
     measurement = Measurement(on_gpu=False)
     with (
         measurement.phase("load"),
-        pytest.raises(RuntimeError, match="'more' cannot begin while 'load' is measured"),
+        pytest.raises(RuntimeError, match="'more' cannot begin while 'load' is being measured"),
         measurement.phase("more"),
     ):
         pass
 
 
 def steps(callback, skipped=()):
-    """Call a callback as a trainer does, for as many steps as there are flags."""
+    """Call a callback as a trainer does, with one step for each flag."""
     callback.on_train_begin(None, None, None)
     for flag in skipped:
         callback.on_step_end(None, None, None, optimizer=SimpleNamespace(step_was_skipped=flag))
@@ -180,7 +180,7 @@ def test_single_quantisation_is_seen(tmp_path):
 
 
 def arguments(tmp_path, **options):
-    """Arguments of a GPU's run: made here, bf16 would be refused."""
+    """Arguments of a run on a GPU: TrainingArguments would refuse bf16 on this machine."""
     made = vars(TrainingArguments(str(tmp_path), use_cpu=True, optim="adamw_torch"))
     return SimpleNamespace(**made | {"max_length": 64} | options)
 
@@ -206,8 +206,8 @@ def test_full_fine_tuning(tmp_path):
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        ({"use_dora": True}, "something else than plain LoRA: .*magnitude"),
-        ({"modules_to_save": ["lm_head"]}, "something else than plain LoRA: .*lm_head"),
+        ({"use_dora": True}, "something other than plain LoRA: .*magnitude"),
+        ({"modules_to_save": ["lm_head"]}, "something other than plain LoRA: .*lm_head"),
         ({"layers_to_transform": [0, 1]}, "in some decoder layers only"),
         ({"rank_pattern": {"q_proj": 2}}, r"rank differs between layers: \[2, 8\]"),
     ],
@@ -262,7 +262,7 @@ def prediction(trained):
 
 
 class FakeGPU:
-    """A GPU whose figures are set by hand; it notes what it is asked to give back and to forget."""
+    """A GPU whose figures are set by hand; it records when memory is freed and when its peak is reset."""
 
     def __init__(self, monkeypatch):
         self.allocated = self.peak = self.reserved = self.used = 0
@@ -279,7 +279,7 @@ class FakeGPU:
             monkeypatch.setattr(torch.cuda, name, answer)
 
     def run_as(self, prediction, off=0.0):
-        """A run that takes what was predicted, but `off` of the peak; the first step has a higher one."""
+        """A run that takes what was predicted, with a peak that is `off`; the first step has a higher one."""
         measurement = Measurement(on_gpu=True)
         with measurement.phase("load"):
             self.allocated = prediction.loaded_bytes
@@ -307,12 +307,12 @@ def test_the_gpu_s_figures_are_read_at_the_end_of_each_phase(gpu, prediction):
     assert steady.peak_allocated_bytes == prediction.peak_allocated_bytes
     assert steady.peak_reserved_bytes == prediction.peak_reserved_bytes
     assert steady.device_used_bytes == prediction.device_bytes
-    # between the steps nothing is given back: the allocator goes on as it would
+    # between the steps nothing is freed: the allocator is left as it is
     assert gpu.calls == ["empty", "reset", "empty", "reset", "reset"]
 
 
 def difference(table, row):
-    """The per cent and the mark of a row."""
+    """The percentage and the mark in a row."""
     found = re.search(rf"^{row} .*iB +([+-][\d.]+) %(.*)$", table, re.M)
     return float(found[1]), found[2].strip()
 

@@ -6,14 +6,14 @@ import torch
 from qlora_helpers.memory.out_of_memory import PLACES, place_of, read_message
 from qlora_helpers.units import GIB, MIB
 
-# put together as c10/cuda/CUDACachingAllocator.cpp does, with a cap
+# as c10/cuda/CUDACachingAllocator.cpp writes it, with a cap
 CAPPED = (
     "CUDA out of memory. Tried to allocate 112.00 MiB. GPU 0 has a total capacity of 139.80 GiB of which 124.06 GiB is free. "
     "Process 4242 has 15.73 GiB memory in use. 15.00 GiB allowed; Of the allocated memory 14.87 GiB is allocated by PyTorch, "
     "and 96.50 MiB is reserved by PyTorch but unallocated. If reserved but unallocated memory is large try setting "
     "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation."
 )
-# instantX-research/InstantID #72, with the spelling that torch had before 2.2 put right
+# instantX-research/InstantID #72, with the spelling of torch before 2.2 corrected
 REPORTED = (
     "torch.cuda.OutOfMemoryError: CUDA out of memory. Tried to allocate 14.00 MiB. GPU 0 has a total capacity of 4.00 GiB "
     "of which 0 bytes is free. Of the allocated memory 6.97 GiB is allocated by PyTorch, and 184.73 MiB is reserved by "
@@ -32,7 +32,7 @@ def test_every_number_of_a_message_under_a_cap_is_read():
     assert found.asked_bytes == 112 * MIB
     assert found.total_bytes == pytest.approx(139.80 * GIB, abs=1)
     assert found.free_bytes == pytest.approx(124.06 * GIB, abs=1)
-    assert found.process_bytes is None  # "Process 4242" may be another one
+    assert found.process_bytes is None  # "Process 4242" may be another process
     assert found.allowed_bytes == found.limit_bytes == 15 * GIB
     assert found.allocated_bytes == pytest.approx(14.87 * GIB, abs=1)
     assert found.unallocated_bytes == 96.5 * MIB

@@ -1,4 +1,4 @@
-"""The memory predictor: against measured runs, and what it refuses."""
+"""The memory predictor: how it compares with measured runs, and what it refuses."""
 
 import json
 import subprocess
@@ -150,7 +150,7 @@ def test_what_does_not_go_with_the_model_is_refused():
     ):
         predict(LLAMA, replace(GPU_RUN, max_length=200_000))
     predict(replace(LLAMA, max_position_embeddings=None), replace(GPU_RUN, max_length=200_000))
-    with pytest.raises(ValueError, match="gpu is 'gtx'; known are t4"):
+    with pytest.raises(ValueError, match="gpu is 'gtx'; known GPUs are t4"):
         predict(LLAMA, GPU_RUN, "gtx")
 
 

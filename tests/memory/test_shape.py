@@ -1,4 +1,4 @@
-"""Shapes of models, counted by formula, against transformers and PEFT on the "meta" device."""
+"""Model shapes counted by formula, checked against transformers and PEFT on the "meta" device."""
 
 import json
 
@@ -12,7 +12,7 @@ from qlora_helpers.models.meta import meta_model
 from qlora_helpers.models.weights import linear_layers
 
 KNOWN = json.loads(catalogue.TABLE.read_text())["models"]
-# one of each family is small enough to wrap it in PEFT several times
+# one of each family, small enough to be wrapped in PEFT several times
 EXAMPLES = {
     "llama": "HuggingFaceTB/SmolLM2-135M", "mistral": "mistralai/Mistral-7B-v0.1", "qwen2": "Qwen/Qwen2.5-0.5B",
     "qwen3": "Qwen/Qwen3-0.6B", "gemma2": "google/gemma-2-2b", "phi3": "microsoft/Phi-3-mini-4k-instruct",
@@ -24,7 +24,7 @@ PARTIAL = {
 
 
 def with_two_layers(config: dict) -> dict:
-    """Layers are all alike: two are enough to count, and quicker to build."""
+    """All layers are alike: two are enough to count, and quicker to build."""
     return config | {"n_layer" if config["model_type"] == "gptj" else "num_hidden_layers": 2}
 
 
@@ -107,7 +107,7 @@ def test_a_null_is_as_many_heads_as_there_are_or_no_window():
 
 
 def test_what_is_wrong_with_a_config_is_said(tmp_path):
-    with pytest.raises(ValueError, match="model_type='mamba': known are llama"):
+    with pytest.raises(ValueError, match="model_type='mamba': known families are llama"):
         ModelShape.from_config({"model_type": "mamba"})
     with pytest.raises(ValueError, match="model_type=None"):
         ModelShape.from_config({"hidden_size": 64})
@@ -122,7 +122,7 @@ def test_what_is_wrong_with_a_config_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file"):
         ModelShape.from_config(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
         ModelShape.from_config(tmp_path)
 
 

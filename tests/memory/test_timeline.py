@@ -1,4 +1,4 @@
-"""Timelines of a step: from the allocator's history, from counted storages, and what can be asked of them."""
+"""Timelines of a step: from the allocator's history, from counted storages, and their methods."""
 
 import pytest
 import torch
@@ -84,7 +84,7 @@ def test_the_allocator_s_history_becomes_a_timeline():
         entry("alloc", 1_000, 0),
         entry("segment_alloc", 2_097_152, 5),  # not a tensor
         entry("alloc", 512, 10),
-        # here the run stood still for 100 microseconds, while it was asked how many entries there are
+        # here the run was halted for 100 microseconds, while the entries were counted
         entry("alloc", 2_048, 120),
         entry("free_requested", 1_000, 130),
         entry("free_completed", 1_000, 131),
@@ -154,7 +154,7 @@ def test_a_real_step_is_recorded_on_a_cpu(recorded):
     for line in recorded.values():
         assert [name for name, _ in line.marks] == [BETWEEN, *IN_A_STEP]
         assert all(level > 0 for level in line.levels)
-        # the model, its adapters and the optimizer's states are there before and after
+        # the model, its adapters and the optimizer states are there before and after
         assert line.levels[-1] == pytest.approx(line.levels[0], rel=0.02)
 
 

@@ -127,7 +127,7 @@ def test_the_printed_command_goes_on_to_the_same_end(quick, tmp_path, monkeypatc
         assert main(["run", "--output", "a run", "--steps", "4"]) == 130
     told = capsys.readouterr().err
     said, command = told[told.index("Stopped") :].splitlines()
-    assert said == "Stopped after step 2 of 4, which is saved. To go on:"
+    assert said == "Stopped after step 2 of 4, which is saved. To continue:"
     python, *words = shlex.split(command)
     assert words == ["-m", "qlora_helpers", "run", "--resume", "--output", "a run", "--steps", "4"]
     assert os.path.samefile(python, sys.executable)
@@ -144,7 +144,7 @@ def test_an_interrupt_before_the_training_is_a_sentence_and_the_command(quick, m
     monkeypatch.setattr(models, "load_tokenizer", stop)
     assert main(["run", "--output", "new"]) == 130
     said, command = capsys.readouterr().err.strip().splitlines()
-    assert said == "Stopped before the first step of training. To go on:"
+    assert said == "Stopped before the first step of training. To continue:"
     assert command.endswith("-m qlora_helpers run --resume --output new")
 
 

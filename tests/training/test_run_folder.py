@@ -165,9 +165,9 @@ def test_other_steps_are_refused_before_anything_is_loaded(here, capsys):
         (None, [], 300, ""),
         (None, ["--steps", "8"], 8, ""),
         (None, ["--resume"], 300, "There is nothing to resume in latest: this is a new run."),
-        ((), ["--resume"], 6, "The run in latest was stopped before its first checkpoint: it begins again at step 1."),
-        ((2, 4), ["--resume"], 6, "Going on with the run in latest after step 4 of 6."),
-        ((2, 4), ["--resume", "--steps", "6"], 6, "Going on with the run in latest after step 4 of 6."),
+        ((), ["--resume"], 6, "The run in latest was stopped before its first checkpoint: it starts again at step 1."),
+        ((2, 4), ["--resume"], 6, "Continuing the run in latest after step 4 of 6."),
+        ((2, 4), ["--resume", "--steps", "6"], 6, "Continuing the run in latest after step 4 of 6."),
         ((2, 4), [], 300, "The run that was in latest is now in latest-until-"),
     ],
 )
