@@ -181,7 +181,7 @@ def exact_match(
             f"max_new_tokens={max_new_tokens}: the right answer of chat {needed.index(longest) + 1} has {longest} tokens, so "
             "it would always count as wrong. Pass more, or leave it out"
         )
-    # one more for the EOS token, and one since a text may be tokenized differently after a question than alone
+    # one more for the EOS token, and one since a text may begin with other tokens after a question than alone
     generated = answer(model, tokenizer, list(questions), max_new_tokens or longest + 2)
     return sum(got == want for got, want in zip(generated, wanted, strict=True)) / len(chats)
 

@@ -11,7 +11,7 @@ import sys
 __all__ = ["say_if_slowed", "wait_passively"]
 
 VARIABLE = "OMP_WAIT_POLICY"
-too_late = False  # whether torch was loaded before the variable was set, and spins as usual
+too_late = False  # whether torch was loaded before the variable was set, so that its threads spin
 
 
 def wait_passively() -> None:

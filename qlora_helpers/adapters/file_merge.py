@@ -88,7 +88,7 @@ def _overwrite(path: Path, key: str, value: torch.Tensor) -> None:
         begin, end = json.loads(file.read(length))[key]["data_offsets"]
         data = value.contiguous().flatten().view(torch.uint8).numpy()
         if end - begin != data.nbytes:
-            raise ValueError(f"{key} takes {end - begin} bytes in {path}, but its new value {data.nbytes}")
+            raise ValueError(f"{key} takes {end - begin} bytes in {path}, but its new value takes {data.nbytes}")
         file.seek(8 + length + begin)
         file.write(data)
 

@@ -115,7 +115,7 @@ def save_adapter(model: PeftModel, folder: str | Path, name: str = "default", ov
     """
     if name not in model.peft_config:
         raise KeyError(f"name={name!r}: this model's adapters are {', '.join(sorted(model.peft_config))}")
-    # PEFT looks there whether the vocabulary has grown; it would look up a mere name on the Hub
+    # PEFT checks there whether the vocabulary has grown; it would look up a bare name on the Hub
     model.peft_config[name].base_model_name_or_path = model.config.name_or_path
     with whole_folder(folder, overwrite) as part:
         PeftModel.save_pretrained(model, part, selected_adapters=[name])

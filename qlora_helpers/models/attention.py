@@ -2,8 +2,8 @@
 
 With grouped-query attention, several query heads share a key and a value head. Where no mask is needed, transformers
 leaves the sharing to torch (`scaled_dot_product_attention(..., enable_gqa=True)`). FlashAttention supports that, but
-does not run below compute capability 8.0. torch's memory-efficient kernel does not support it. That leaves the math
-kernel, which stores a sequence x sequence matrix for every head (huggingface/transformers #48633).
+needs compute capability 8.0; torch's memory-efficient kernel does not support it. So a T4 is left with the math kernel,
+which stores a sequence x sequence matrix for every head (huggingface/transformers #48633).
 
 The function here repeats keys and values for the query heads that share them, so that the memory-efficient kernel can
 be used. This costs a copy of keys and values, linear in the sequence length. The result is the same.

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 
-from qlora_helpers.settings import AS_OTHERS_RUN
+from qlora_helpers.settings import AS_OTHERS_RUN, Settings
 from qlora_helpers.training.run_folder import RECORD, RESULT, numbered_checkpoints, trainer_state
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
     from qlora_helpers.chats import Chat
-    from qlora_helpers.settings import Settings
 
 __all__ = [
     "PARTS",
