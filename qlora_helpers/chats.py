@@ -1,14 +1,31 @@
-"""Read and check chat data: JSONL, one chat a line, in the `messages` format.
+"""Read and check chat data: JSONL, one chat per line, in the `messages` format.
 
     {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
 
 Every bad line is reported with its file, its number and what is wrong. Nothing is dropped silently.
 """
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "Chat",
+    "ChatError",
+    "count_tokens",
+    "fault_in",
+    "lengths_of",
+    "read_chats",
+    "split_question",
+    "tokenized",
+]
 
 ROLES = ("system", "user", "assistant")
 Chat = list[dict[str, str]]
@@ -16,11 +33,11 @@ FORM = '{"messages": [...]}'
 
 
 class ChatError(ValueError):
-    """A chat file with bad lines; the message names each of them."""
+    """A chat file with bad lines; the message names them."""
 
 
 def fault_in(chat: object) -> str | None:
-    """What is wrong with one line of a chat file, already decoded; None if nothing is."""
+    """What is wrong with one decoded line of a chat file; None if nothing is."""
     if not isinstance(chat, dict) or not isinstance(chat.get("messages"), list) or not chat["messages"]:
         return f"no messages: expected {FORM} with at least one message"
     previous = None
@@ -37,14 +54,16 @@ def fault_in(chat: object) -> str | None:
         if not content.strip():
             return f"message {number} ({role}) is an empty {'answer' if role == 'assistant' else 'message'}"
         if role == "assistant" and previous != "user":
-            return f"message {number} is an answer to no question"
+            return f"message {number} is an answer without a question"
         previous = role
     if previous != "assistant":
         return "the last message is not an answer: there is nothing to learn from this chat"
     return None
 
 
-def read_chats(path: str | Path, tokenizer=None, max_length: int | None = None) -> list[Chat]:
+def read_chats(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, max_length: int | None = None
+) -> list[Chat]:
     """Read a chat file and check every line.
 
     Args:
@@ -57,7 +76,7 @@ def read_chats(path: str | Path, tokenizer=None, max_length: int | None = None) 
 
     Raises:
         ChatError: bad lines, each named with file, line number and reason (the first 20 of them), or no chat at all.
-        ValueError: `max_length` without a tokenizer, or no number of tokens.
+        ValueError: `max_length` without a tokenizer, or not a positive whole number.
         OSError: the file cannot be read.
     """
     if max_length is not None and tokenizer is None:
@@ -69,11 +88,11 @@ def read_chats(path: str | Path, tokenizer=None, max_length: int | None = None) 
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        cure = "name a JSONL file, one chat a line"
+        cure = "name a JSONL file, one chat per line"
         raise type(error)(f"path={str(path)!r} cannot be read ({error.strerror}): {cure}") from error
     chats: dict[int, Chat] = {}
     faults: dict[int, str] = {}
-    # by bytes: str.splitlines would also split at characters such as U+2028, which JSON allows within a text
+    # as bytes: str.splitlines would also split at characters such as U+2028, which JSON allows inside a string
     for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
             continue
@@ -100,11 +119,11 @@ def read_chats(path: str | Path, tokenizer=None, max_length: int | None = None) 
 
 
 def _too_long(chats: dict[int, Chat], tokenizer, max_length: int) -> dict[int, str]:
-    """What is wrong with the chats that the tokenizer's template refuses or that are too long, by line number."""
+    """What is wrong with the chats that are too long or that the chat template refuses, by line number."""
     faults, lengths = {}, {}
     try:
         lengths = dict(zip(chats, lengths_of(list(chats.values()), tokenizer), strict=True))
-    except jinja2.TemplateError:  # which of them is it?
+    except jinja2.TemplateError:  # find out which chat it is
         for number, chat in chats.items():
             try:
                 lengths[number] = count_tokens(chat, tokenizer)
@@ -118,13 +137,13 @@ def _too_long(chats: dict[int, Chat], tokenizer, max_length: int) -> dict[int, s
     return faults
 
 
-def lengths_of(chats: list[Chat], tokenizer) -> list[int]:
-    """Tokens of each chat after the tokenizer's chat template; one call for all is twice as fast as one for each."""
+def lengths_of(chats: list[Chat], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The number of tokens of each chat in the chat template; one call for all is twice as fast as one for each."""
     return [len(ids) for ids in tokenizer.apply_chat_template(chats, return_dict=True)["input_ids"]] if chats else []
 
 
-def tokenized(chats: list[Chat], tokenizer) -> list[dict[str, list[int]]]:
-    """Each chat after the tokenizer's chat template: "input_ids", and as "assistant_masks" a 1 for each token of an answer."""
+def tokenized(chats: list[Chat], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]]]:
+    """Each chat in the chat template: its "input_ids", and "assistant_masks" with a 1 for each token of an answer."""
     if not chats:
         return []
     encoded = tokenizer.apply_chat_template(chats, return_dict=True, return_assistant_tokens_mask=True)
@@ -132,8 +151,8 @@ def tokenized(chats: list[Chat], tokenizer) -> list[dict[str, list[int]]]:
     return [{"input_ids": ids, "assistant_masks": masks} for ids, masks in pairs]
 
 
-def count_tokens(chat: Chat, tokenizer) -> int:
-    """Tokens of a chat after the tokenizer's chat template."""
+def count_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The number of tokens of a chat in the chat template."""
     return len(tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"])
 
 

@@ -1,7 +1,9 @@
 """What a model knows and how it answers: recall of facts, generated answers, exact match, loss.
 
-Every score here is greedy: the most likely next token, one after another, nothing drawn at random.
+All answers are decoded greedily: always the most likely next token, no sampling.
 """
+
+from __future__ import annotations
 
 import json
 import math
@@ -10,15 +12,35 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from qlora_helpers.chats import Chat, lengths_of, split_question
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "answer",
+    "commonest_answer_rate",
+    "evaluating",
+    "exact_match",
+    "loss",
+    "read_facts",
+    "recall",
+    "seconds_per_token",
+    "share_that_ends",
+    "standard_error",
+]
+
+MOST_LOGITS = 2**27  # in one batch: 256 MiB in 16 bits
+
 
 @contextmanager
-def evaluating(model):
-    """Evaluation mode (no dropout) without gradients; the mode that was on comes back afterwards."""
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout), without gradients; the previous mode is restored afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -29,12 +51,17 @@ def evaluating(model):
 
 
 def read_facts(path: str | Path) -> list[dict[str, str]]:
-    """Read `recall.jsonl`: facts with a `prompt`, its right next word `answer`, and the `attribute` it is about."""
+    """Read `recall.jsonl`: facts, each with a `prompt`, the correct next word (`answer`), and its `attribute`."""
     return [json.loads(line) for line in Path(path).read_bytes().splitlines()]
 
 
-def recall(model, tokenizer, facts: list[dict[str, str]], batch_size: int = 500) -> float:
-    """The share of facts whose right word is the model's most likely next token.
+def recall(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: list[dict[str, str]],
+    batch_size: int = 500,
+) -> float:
+    """The share of facts whose answer is the model's most likely next token.
 
     Raises:
         ValueError: an answer is not a single token of this tokenizer.
@@ -48,8 +75,8 @@ def recall(model, tokenizer, facts: list[dict[str, str]], batch_size: int = 500)
                 raise ValueError(f"answer={fact['answer']!r} is {len(ids)} tokens of this tokenizer; recall needs one")
         prompts = tokenizer([fact["prompt"] for fact in batch], padding=True, return_tensors="pt").to(model.device)
         with evaluating(model):
-            likeliest = model(**prompts, logits_to_keep=1).logits[:, -1].argmax(-1)
-        right += int((likeliest == torch.tensor(answers, device=model.device).flatten()).sum())
+            predicted = model(**prompts, logits_to_keep=1).logits[:, -1].argmax(-1)
+        right += int((predicted == torch.tensor(answers, device=model.device).flatten()).sum())
     return right / len(facts)
 
 
@@ -61,13 +88,13 @@ def standard_error(share: float, count: int) -> float:
 def _generated(
     model, tokenizer, questions: list[Chat], max_new_tokens: int, batch_size: int, adapters: list[str] | None = None
 ) -> Iterator[torch.Tensor]:
-    """The new tokens of each batch of questions, (questions, up to max_new_tokens); what follows an end is padding."""
+    """The new tokens of each batch, (questions, up to max_new_tokens); what follows an EOS token is padding."""
     for start in range(0, len(questions), batch_size):
         rendered = [
             tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
             for question in questions[start : start + batch_size]
         ]
-        # the template has put the first token there already: adding special tokens would double it
+        # the template has already added the BOS token: adding special tokens would double it
         batch = tokenizer(rendered, padding=True, add_special_tokens=False, return_tensors="pt").to(model.device)
         chosen = {} if adapters is None else {"adapter_names": adapters[start : start + batch_size]}
         with evaluating(model):
@@ -76,7 +103,7 @@ def _generated(
                 **chosen,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                # a model's own generation_config.json may ask for these; greedy answers have no use for them
+                # a model's generation_config.json may set these; they have no place in greedy decoding
                 temperature=None,
                 top_p=None,
                 top_k=None,
@@ -88,8 +115,8 @@ def _generated(
 
 
 def answer(
-    model,
-    tokenizer,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
     questions: list[Chat],
     max_new_tokens: int = 16,
     batch_size: int = 250,
@@ -98,8 +125,8 @@ def answer(
     """Generate an answer to each chat that ends with a question.
 
     Args:
-        adapters: for each question the name of the adapter that answers it, "__base__" for none, all in one batch; by
-            default the active one answers.
+        adapters: for each question, the name of the adapter that answers it, or "__base__" for none; a batch may mix
+            them. By default the active adapter answers all.
 
     Raises:
         ValueError: `adapters` is not as long as `questions`.
@@ -112,10 +139,16 @@ def answer(
     return texts
 
 
-def share_that_ends(model, tokenizer, chats: list[Chat], max_new_tokens: int = 24, batch_size: int = 250) -> float:
-    """The share of chats whose last question the model answers and then stops, within `max_new_tokens` tokens.
+def share_that_ends(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    chats: list[Chat],
+    max_new_tokens: int = 24,
+    batch_size: int = 250,
+) -> float:
+    """The share of chats in which the model ends its answer to the last question within `max_new_tokens` tokens.
 
-    Stopping is to generate `tokenizer.eos_token`. A model that does not would go on until it is cut off.
+    An answer ends with `tokenizer.eos_token`. A model that does not generate it continues until it is cut off.
     """
     questions = [split_question(chat)[0] for chat in chats]
     ended = 0
@@ -124,17 +157,22 @@ def share_that_ends(model, tokenizer, chats: list[Chat], max_new_tokens: int = 2
     return ended / len(chats)
 
 
-def exact_match(model, tokenizer, chats: list[Chat], max_new_tokens: int | None = None) -> float:
+def exact_match(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    chats: list[Chat],
+    max_new_tokens: int | None = None,
+) -> float:
     """The share of chats whose last answer the model generates word for word.
 
     Args:
-        max_new_tokens: after so many tokens an answer is cut off; by default as many as the longest right answer needs.
+        max_new_tokens: an answer is cut off after this many; by default as many as the longest right answer needs.
 
     Raises:
         ValueError: there are no chats; or a right answer is longer than `max_new_tokens`, so it would count as wrong.
     """
     if not chats:
-        raise ValueError("chats=[]: a share of none is not defined. Pass at least one chat")
+        raise ValueError("chats=[]: there is nothing to score. Pass at least one chat")
     questions, wanted = zip(*map(split_question, chats), strict=True)
     needed = [len(ids) for ids in tokenizer(list(wanted), add_special_tokens=False)["input_ids"]]
     longest = max(needed)
@@ -143,15 +181,15 @@ def exact_match(model, tokenizer, chats: list[Chat], max_new_tokens: int | None 
             f"max_new_tokens={max_new_tokens}: the right answer of chat {needed.index(longest) + 1} has {longest} tokens, so "
             "it would always count as wrong. Pass more, or leave it out"
         )
-    # one more for the end, and one since a text can begin with another token after a question than by itself
+    # one more for the EOS token, and one since a text may begin with other tokens after a question than alone
     generated = answer(model, tokenizer, list(questions), max_new_tokens or longest + 2)
     return sum(got == want for got, want in zip(generated, wanted, strict=True)) / len(chats)
 
 
 def commonest_answer_rate(train: list[Chat], test: list[Chat]) -> float:
-    """The exact match of knowing nothing: always giving the commonest answer to this wording of a question.
+    """The exact match of knowing nothing: of always giving the most common answer to a question's wording.
 
-    For questions about the people of the invented world: the answer begins with the person's two names.
+    Only for questions about the people of the invented world: the answer begins with the person's two names.
     """
 
     def anonymous(chat: Chat) -> tuple[str, str]:
@@ -169,14 +207,16 @@ def commonest_answer_rate(train: list[Chat], test: list[Chat]) -> float:
     return right / len(test)
 
 
-MOST_LOGITS = 2**27  # in one batch: 256 MiB in 16 bits
-
-
-def loss(model, tokenizer, chats: list[Chat], batch_size: int | None = None) -> float:
+def loss(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    chats: list[Chat],
+    batch_size: int | None = None,
+) -> float:
     """Mean cross-entropy of the assistant's tokens, in nats per token: what training minimises.
 
     Args:
-        batch_size: chats at once; by default up to 250, and fewer where a large vocabulary makes large logits.
+        batch_size: chats per batch; by default up to 250, fewer where a large vocabulary makes the logits large.
     """
     if batch_size is None:
         longest = max(lengths_of(chats, tokenizer))
@@ -200,8 +240,10 @@ def loss(model, tokenizer, chats: list[Chat], batch_size: int | None = None) -> 
     return total / count
 
 
-def seconds_per_token(model, tokenizer, question: Chat, tokens: int = 32) -> float:
-    """Seconds for each new token of one greedy answer of exactly so many tokens, after a first answer to warm up."""
+def seconds_per_token(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, question: Chat, tokens: int = 32
+) -> float:
+    """Seconds per new token of a greedy answer of exactly `tokens` tokens, after a short one to warm up."""
     encoded = tokenizer.apply_chat_template(
         question, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     ).to(model.device)

@@ -1,4 +1,4 @@
-"""What this machine can do, and which of the course's gears that means.
+"""What this machine can do, and which of the course's gears it runs.
 
 The same lessons run in three gears: `cpu` (the shipped model in float32), `t4` (a GPU without native bfloat16, in
 float16) and `ampere` (bfloat16, from compute capability 8.0). The environment variable QLORA_GEAR overrides the choice.
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+__all__ = ["GEARS", "Hardware", "detect", "peak_memory_bytes"]
+
 GEARS = {"cpu": torch.float32, "t4": torch.float16, "ampere": torch.bfloat16}  # gear: compute dtype
 
 
@@ -21,8 +23,8 @@ class Hardware:
     Attributes:
         gear: "cpu", "t4" or "ampere".
         chosen_by: "gear" (the argument), "QLORA_GEAR" or "detection".
-        gpu_name, gpu_bytes, capability: of the first GPU; None, 0 and None without one.
-        native_bfloat16: whether the GPU computes in bfloat16 itself; emulation does not count.
+        gpu_name, gpu_bytes, capability: of the first GPU; None, 0 and None if there is none.
+        native_bfloat16: whether the GPU has bfloat16 in hardware; emulation does not count.
         cores: processor cores that this process may use.
         host_bytes: main memory.
     """
@@ -38,6 +40,7 @@ class Hardware:
 
     @property
     def device(self) -> str:
+        """torch's name of the device: "cpu" or "cuda"."""
         return "cpu" if self.gear == "cpu" else "cuda"
 
     @property
@@ -50,13 +53,13 @@ def detect(gear: str | None = None) -> Hardware:
     """Look at the machine and choose the gear.
 
     Args:
-        gear: take this one; by default QLORA_GEAR decides, and without it the machine.
+        gear: use this one; by default QLORA_GEAR decides, or the machine if it is not set.
 
     Raises:
-        ValueError: `gear` or QLORA_GEAR names no gear, or one that this machine cannot run.
+        ValueError: `gear` or QLORA_GEAR is not the name of a gear, or this machine cannot run it.
     """
     has_gpu = torch.cuda.is_available()
-    # a T4 answers True to the plain call, since emulation counts there
+    # the plain call is True on a T4, since it counts emulation
     native = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     asked_by = "gear" if gear else "QLORA_GEAR"
     wanted = gear or os.environ.get("QLORA_GEAR", "").strip()
@@ -81,7 +84,7 @@ def detect(gear: str | None = None) -> Hardware:
 
 
 def peak_memory_bytes() -> int:
-    """The most main memory that this process has held so far, in bytes (its peak resident set)."""
+    """The peak main memory of this process so far, in bytes (its peak resident set size)."""
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
     import resource

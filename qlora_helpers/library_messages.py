@@ -1,17 +1,19 @@
-"""Keep five harmless messages of the libraries out of the lessons, each by its own words; all others are shown."""
+"""Hide five harmless messages of the libraries, each recognised by its words; all others are shown."""
 
 import logging
 import warnings
+
+__all__ = ["quieten"]
 
 # bitsandbytes at import, on a CPU with AVX512-BF16: an optional package that this course does not use.
 _BITSANDBYTES = "Failed to load CPU gemm_4bit_forward"
 # transformers, for its own default arguments and for TRL's: a renamed option that the course does not set.
 _RENAMED = r"`(is_)?gradient_checkpointing` is deprecated"
-# transformers, when the trainer gives the model the tokenizer's special tokens: news, not a warning.
+# transformers, when the trainer gives the model the tokenizer's special tokens: information, not a warning.
 _ALIGNED = "The tokenizer has new PAD/BOS/EOS tokens"
-# transformers, when a model is dequantised as it was asked to be.
+# transformers, when a model is dequantised as requested.
 _DEQUANTISED = "The modules are dequantized in"
-# transformers, when two checkpoints are less than a second apart, as on a fast GPU: it goes by their numbers then.
+# transformers, when two checkpoints are less than a second apart, as on a fast GPU: it then sorts them by number.
 _NO_SECOND_APART = "mtime may not be reliable on this filesystem"
 
 

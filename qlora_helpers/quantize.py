@@ -1,7 +1,7 @@
 """Block-wise absmax quantisation from scratch: codebooks, encode, decode, double quantisation.
 
 The arithmetic follows bitsandbytes 0.50 on a CPU operation by operation, so that packed bytes, scales and decoded
-values are equal to the last bit (`tests/test_quantize.py` compares them, and names the one exception: in its CUDA builds
+values are bit-identical (`tests/test_quantize.py` compares them, and names the one exception: in its CUDA builds
 bitsandbytes rounds float16 ties on the CPU away from zero instead of to even). Only torch is needed.
 
 Source of the formats: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314, section 3.
@@ -13,7 +13,23 @@ from statistics import NormalDist
 
 import torch
 
-NESTED_BLOCK_SIZE = 256  # scales that share one second-level scale; bitsandbytes fixes this number too
+__all__ = [
+    "FP4",
+    "INT3",
+    "INT4",
+    "INT4_SYMMETRIC",
+    "NF4",
+    "Codebook",
+    "NestedAbsmax",
+    "Quantized",
+    "dequantize",
+    "dynamic_map_values",
+    "float4_values",
+    "normal_float_values",
+    "quantize",
+]
+
+NESTED_BLOCK_SIZE = 256  # scales that share one second-level scale; fixed in bitsandbytes, too
 SMALLEST_ABSMAX = 1e-38  # keeps 1 / absmax finite for a block of zeros
 
 
@@ -23,7 +39,7 @@ class Codebook:
 
     Attributes:
         name: for tables and plots.
-        bits: bits of one code.
+        bits: bits per code.
         values: float32 tensor; `values[code]` is the value of a code. It need not be sorted (FP4 is not).
     """
 
@@ -39,8 +55,8 @@ def normal_float_values() -> torch.Tensor:
     """The 16 values of NF4: quantiles of the normal distribution, scaled so that the largest is 1.
 
     Eight values on the positive side, seven on the negative one, and an exact zero. The precision of each step is part
-    of the definition: quantiles placed in float32, the inverse normal CDF in double, the result stored and divided by
-    its maximum in float32. Float64 throughout changes the last bit of several values.
+    of the definition: probabilities in float32, the inverse normal CDF in double, the result stored and divided by its
+    maximum in float32. With float64 throughout, several values would differ in the last bit.
     """
 
     def tail(count: int) -> list[float]:
@@ -54,14 +70,14 @@ def normal_float_values() -> torch.Tensor:
 def float4_values() -> torch.Tensor:
     """The 16 values of bitsandbytes' FP4: a sign bit and eight magnitudes, divided by the largest, in code order.
 
-    The magnitudes stand in bitsandbytes' own order (0, 1/16, 8, 12, 4, 6, 2, 3), not by size.
+    The magnitudes are in bitsandbytes' own order (0, 1/16, 8, 12, 4, 6, 2, 3), not by size.
     """
     magnitudes = torch.tensor([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0])
     return torch.cat([magnitudes, -magnitudes]) / 12.0
 
 
 def dynamic_map_values() -> torch.Tensor:
-    """The 256 values of bitsandbytes' signed 8-bit "dynamic" format, sorted; it stores the scales' second level.
+    """The 256 values of bitsandbytes' signed 8-bit "dynamic" format, sorted; double quantisation uses it for scales.
 
     Seven decades, from 1e-6 to 1; decade i holds 2**i midpoints on each side of zero, so that large values get most of
     the codes. Zero and 1.0 complete the 256. Source: Dettmers, arXiv 1511.04561, and bitsandbytes' `create_dynamic_map`.
@@ -76,8 +92,8 @@ def dynamic_map_values() -> torch.Tensor:
 
 NF4 = Codebook("NF4", 4, normal_float_values())
 FP4 = Codebook("FP4", 4, float4_values())
-INT4 = Codebook("INT4", 4, torch.linspace(-1, 1, 16))  # 16 equal steps; zero is not among them
-INT4_SYMMETRIC = Codebook("INT4 symmetric", 4, torch.arange(-7, 8) / 7)  # 15 steps with a zero; one code unused
+INT4 = Codebook("INT4", 4, torch.linspace(-1, 1, 16))  # 16 equally spaced values without a zero
+INT4_SYMMETRIC = Codebook("INT4 symmetric", 4, torch.arange(-7, 8) / 7)  # 15 values with a zero; one code is unused
 INT3 = Codebook("INT3", 3, torch.linspace(-1, 1, 8))
 
 
@@ -98,14 +114,14 @@ class NestedAbsmax:
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """A quantised tensor and all that is needed to decode it.
+    """A quantised tensor and everything needed to decode it.
 
     Attributes:
         codes: uint8, one code per value, in the shape of the weight.
         absmax: the scale of each block: float32, or uint8 codes under double quantisation (`scales()` decodes them).
         nested: how the 8-bit scales are decoded; None without double quantisation.
         codebook, block_size: what it was quantised with.
-        dtype: the weight's dtype, to which `dequantize` returns.
+        dtype: the weight's dtype, which `dequantize` restores.
     """
 
     codes: torch.Tensor
@@ -117,13 +133,14 @@ class Quantized:
 
     @property
     def shape(self) -> torch.Size:
+        """The shape of the weight."""
         return self.codes.shape
 
     @property
     def packed(self) -> torch.Tensor:
         """The codes, two to a byte, the first in the high half: uint8, (ceil(values / 2),).
 
-        An odd last value is joined by the code of zero. A 3-bit code takes a half byte here too.
+        An odd last value is paired with the code of zero. A 3-bit code takes half a byte here, too.
         """
         flat = self.codes.flatten()
         if flat.numel() % 2:
@@ -141,7 +158,7 @@ class Quantized:
     def bits_per_parameter(self) -> float:
         """Bits per value: the code, its share of the scales, its share of the second-level scales.
 
-        The codebooks and the offset, a constant number of bytes per tensor, count in `nbytes` only.
+        The codebooks and the offset, a constant number of bytes per tensor, are only counted in `nbytes`.
         """
         bits = self.codebook.bits * self.codes.numel() + 8 * self.absmax.nbytes
         if self.nested is not None:
@@ -193,7 +210,7 @@ def quantize(
         raise TypeError(f"weight is {found}: pass a tensor of float32, bfloat16 or float16")
     if weight.device.type != "cpu":
         raise ValueError(
-            f"weight is on {weight.device}: pass weight.cpu(); equality with bitsandbytes is shown for CPUs"
+            f"weight is on {weight.device}: pass weight.cpu(); equality with bitsandbytes is only tested on a CPU"
         )
     if weight.numel() == 0:
         raise ValueError(f"weight of shape {tuple(weight.shape)} holds no values: there is nothing to quantise")
@@ -207,9 +224,9 @@ def quantize(
     full = flat.numel() // block_size * block_size
     blocks = flat[:full].view(-1, block_size)
     absmax = blocks.abs().amax(dim=1)
-    # bitsandbytes multiplies by the reciprocal, which rounds otherwise than a division does
+    # bitsandbytes multiplies by the reciprocal, which rounds differently from a division
     scaled = torch.clamp(blocks * (1.0 / absmax.clamp(min=SMALLEST_ABSMAX).unsqueeze(1)), -1, 1).view(-1)
-    if full < flat.numel():  # ... and divides in a last block that is not full
+    if full < flat.numel():  # ... but divides in a last block that is not full
         last = flat[full:].abs().max().clamp(min=SMALLEST_ABSMAX)
         absmax = torch.cat([absmax, last.unsqueeze(0)])
         scaled = torch.cat([scaled, torch.clamp(flat[full:] / last, -1, 1)])
@@ -258,7 +275,7 @@ def _quantize_absmax(absmax: torch.Tensor) -> tuple[torch.Tensor, NestedAbsmax]:
     padded = torch.nn.functional.pad(centred, (0, -count % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
     second_level = padded.abs().amax(dim=1)
     scaled = (padded * (1.0 / second_level.unsqueeze(1))).clamp(-1, 1)
-    # a block of equal scales gives 0 * inf = NaN, which bitsandbytes sends to code 0
+    # a block of equal scales gives 0 * inf = NaN, which bitsandbytes maps to code 0
     step = ((scaled + 1) * 0.5 * 65535 + 0.5).nan_to_num(0).long()
     codes = table[step].flatten()[:count]
     return codes, NestedAbsmax(second_level, offset, values)

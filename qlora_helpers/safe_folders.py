@@ -1,4 +1,4 @@
-"""Folders that are there in whole or not at all, whatever happens while they are written."""
+"""Folders that appear complete or not at all, whatever happens while they are written."""
 
 import shutil
 import tempfile
@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-OLD = ".being-replaced"  # behind the name of a folder while a new one takes its place; not .old, which may be a user's own
+__all__ = ["probe_writing", "settle", "whole_folder"]
+
+OLD = ".being-replaced"  # suffix of a folder while a new one replaces it; not .old, which a user may have used
 
 
 def probe_writing(folder: Path) -> None:
-    """Write a file into a folder, which is gone at once.
+    """Write a temporary file into a folder, and delete it at once.
 
     Raises:
-        OSError: that is not allowed there, or its disk is full.
+        OSError: writing is not allowed there, or the disk is full.
     """
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(b"0" * 4096)
@@ -22,10 +24,10 @@ def probe_writing(folder: Path) -> None:
 
 @contextmanager
 def whole_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Write a folder that will be there in whole or not at all, whatever happens in between.
+    """Write a folder that appears complete or not at all, whatever happens in between.
 
-    Yields a new folder beside it to write into; it gets its name when the block has ended without an error. An old folder
-    stays until then, and is put back by `settle` if the process is killed between the two renames.
+    Yields a new folder beside it to write into, which gets the name `folder` when the block ends without an error. An
+    old folder stays until then; if the process is killed between the two renames, `settle` puts it back.
 
     Raises:
         FileExistsError: `folder` holds files, and `overwrite` is not set.
@@ -40,11 +42,11 @@ def whole_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
         raise FileExistsError(f"{said} is there already: name a new one, or pass overwrite=True")
     try:
         if part.exists():
-            shutil.rmtree(part)  # a kill came while it was written
+            shutil.rmtree(part)  # left by a kill
         part.mkdir(parents=True)
     except OSError as error:
         raise type(error)(
-            f"{said} cannot be written to ({error.strerror}): name a folder of your own; set QLORA_RUNS for those of new runs"
+            f"{said} cannot be written to ({error.strerror}): name a folder of your own; set QLORA_RUNS for new runs"
         ) from error
     try:
         yield part
@@ -58,15 +60,15 @@ def whole_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def settle(folder: str | Path) -> Path:
-    """Finish what a kill has cut off while `whole_folder` replaced a folder: the old one comes back, or is removed.
+    """Clean up after a kill inside `whole_folder`: put the old folder back, or remove it if the new one is there.
 
     Returns:
-        The folder; of a link, the one that it leads to.
+        The folder; for a link, its target.
     """
     folder = Path(folder)
     if folder.is_symlink() or folder.name in ("", ".."):
         folder = folder.resolve()
-    if not folder.name:  # the root of a disk, which nothing replaces
+    if not folder.name:  # the root of a disk, which cannot be replaced
         return folder
     old = folder.with_name(f"{folder.name}{OLD}")
     if old.exists():

@@ -1,15 +1,27 @@
-"""The settings of a run: one description, which training follows, the predictor predicts and the command line reads."""
+"""The settings of a run: one description for training, the memory predictor and the command line."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from qlora_helpers import validation
 
+__all__ = [
+    "AS_OTHERS_RUN",
+    "ATTENTION",
+    "BLOCK_SIZES",
+    "DTYPES",
+    "GPU_RUN",
+    "MEMORY_SETTINGS",
+    "METHODS",
+    "SCHEDULES",
+    "Settings",
+]
+
 METHODS = ("qlora", "lora", "full")
-DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # with the bytes of one number
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # with the bytes per element
 ATTENTION = ("sdpa", "math", "eager")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes'
-# Names of transformers for each. Its own "constant" has no warm-up, whatever warmup_steps says.
+# transformers' name for each. Its own "constant" has no warm-up, whatever warmup_steps says.
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
@@ -18,43 +30,45 @@ class Settings:
     """The settings of a fine-tuning run. The defaults are those of the course's run with the shipped model.
 
     Attributes:
-        method: "qlora" trains adapters in a frozen 4-bit base, "lora" in an unquantised one, "full" all weights of an
-            unquantised model.
+        method: "qlora" trains adapters on a frozen 4-bit base, "lora" on an unquantised one; "full" trains all weights
+            of an unquantised model.
         steps: optimizer steps.
         batch_size: sequences that go through the model at once.
-        accumulation: batches that make one optimizer step.
-        max_length: the longest sequence in tokens. Training refuses a longer chat; it does not cut it. The predictor takes
-            every sequence to be that long.
-        learning_rate: the peak; linear warm-up over `warmup_steps`, then as `schedule` says.
-        warmup_steps: optimizer steps of the warm-up.
+        accumulation: batches per optimizer step (gradient accumulation).
+        max_length: the longest sequence in tokens. Training refuses a longer chat; it does not truncate it. The
+            predictor assumes that every sequence is this long.
+        learning_rate: the peak, after a linear warm-up over `warmup_steps`; then it follows `schedule`.
+        warmup_steps: optimizer steps of warm-up.
         schedule: after the warm-up: "linear" or "cosine" decay to zero, or "constant".
-        max_grad_norm: longer gradients are clipped to this length; None for no clipping.
-        rank: of LoRA's two matrices. Like the next three it is that of `peft.LoraConfig`, and not used by "full".
-        alpha: of LoRA: its result is scaled by alpha / rank.
-        dropout: of LoRA: the share of a layer's inputs that its adapter does not see, drawn anew at each step.
+        max_grad_norm: gradients with a larger norm are clipped to this one; None for no clipping.
+        rank: of the LoRA matrices. This and the next three are as in `peft.LoraConfig`; "full" does not use them.
+        alpha: LoRA's output is scaled by alpha / rank.
+        dropout: LoRA dropout, the share of a layer's inputs that its adapter does not see, drawn anew at each step.
         target_modules: the layers that get adapters: "all-linear", or names such as "q_proj" and "v_proj".
-        gradient_checkpointing: keep each layer's input only, and compute the rest again in the backward pass.
+        gradient_checkpointing: keep only each layer's input, and recompute the rest in the backward pass.
         optimizer: a name that transformers' `optim` takes; None for paged 8-bit AdamW on a GPU and AdamW on a CPU.
         compute_dtype: of matrix products, and of all weights that are not in 4 bits; None for what the GPU does best:
-            bfloat16, and below compute capability 8.0 float16. Training takes it from the machine's gear.
-        double_quant: the scales of 4-bit weights are in 8 bits.
-        save_steps: write a checkpoint every so many steps; None for none.
-        save_minutes: write a checkpoint at the first step after every so many minutes; None for none.
-        keep_checkpoints: how many of the newest are kept. With two, a kill while one is written leaves the other.
-        log_steps: log loss and gradient norm every so many steps; None for twenty times in a run. On a GPU logging waits
-            for the step to end.
-        seed: of the adapters' first values, the order of the chats, and dropout.
+            bfloat16, or float16 below compute capability 8.0. Training takes it from the machine's gear.
+        double_quant: store the scales of 4-bit weights in 8 bits.
+        save_steps: write a checkpoint every N steps; None for none.
+        save_minutes: write a checkpoint at the end of a step when N minutes have passed since the last one; None for
+            none.
+        keep_checkpoints: how many of the newest to keep. With two, a kill while one is being written leaves the other.
+        log_steps: log loss and gradient norm every N steps; None for twenty times per run. On a GPU, logging waits for
+            the step to end.
+        seed: for the adapters' initial values, the order of the chats, and dropout.
         adapter_dtype: of LoRA's weights. Plain TRL makes them bfloat16 in a 4-bit model; this course trains float32 ones.
-        block_size: 4-bit weights that share a scale. transformers has no option for another than 64.
-        attention: "sdpa", "math" (torch's own kernel, which is what a T4 is left with for grouped-query attention) or
-            "eager". Below compute capability 8.0 "sdpa" means this course's gear, which keeps to the memory-efficient
-            kernel. Gemma 2 and GPT-J have no "sdpa" in transformers: there it means "eager".
+        block_size: 4-bit weights that share a scale. transformers has no option for any other than 64.
+        attention: "sdpa", "math" (torch's math kernel, the only one that a T4 has for grouped-query attention) or
+            "eager". Below compute capability 8.0, "sdpa" means this course's gear, which always uses the
+            memory-efficient kernel. transformers has no "sdpa" for Gemma 2 and GPT-J: for these it means "eager".
         upcast_fp32: `peft.prepare_model_for_kbit_training` was called.
 
-    The last four describe how others run: the predictor takes any value, training only the default.
+    The last four describe runs outside this course: the predictor takes any value, training only the default.
 
     Raises:
-        ValueError: names the field, its value, and what is allowed. Fields that the method does not use are not looked at.
+        ValueError: names the field, its value, and what is allowed. Fields that the method does not use are not
+            checked.
     """
 
     method: str = "qlora"
@@ -84,7 +98,7 @@ class Settings:
     attention: str = "sdpa"
     upcast_fp32: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._hold(validation.one_of, "method", METHODS)
         self._check_the_step()
         if self.method == "qlora":
@@ -95,7 +109,7 @@ class Settings:
         self._check_the_run()
 
     def _hold(self, checked_by, name: str, *how, **options) -> None:
-        """Replace a field by what its check makes of it, such as an int of a numpy integer."""
+        """Check a field and keep what the check returns, such as an int instead of a numpy integer."""
         object.__setattr__(self, name, checked_by(name, getattr(self, name), *how, **options))
 
     def _hold_unless_none(self, checked_by, name: str, *how, **options) -> None:
@@ -107,7 +121,7 @@ class Settings:
             self._hold(validation.whole, name)
         self._hold(validation.switch, "gradient_checkpointing")
         self._hold(validation.one_of, "attention", ATTENTION)
-        self._hold_unless_none(validation.one_of, "compute_dtype", DTYPES, otherwise="None for the GPU's own")
+        self._hold_unless_none(validation.one_of, "compute_dtype", DTYPES, otherwise="None for the GPU's default")
         if not (self.optimizer is None or (isinstance(self.optimizer, str) and self.optimizer)):
             raise validation.refuse("optimizer", self.optimizer, "name one that transformers' optim takes, or None")
 
@@ -131,24 +145,24 @@ class Settings:
         self._hold(validation.number, "warmup_steps", at_least=0)
         self._hold(validation.one_of, "schedule", SCHEDULES)
         self._hold_unless_none(validation.number, "max_grad_norm", above=0, otherwise="None for no clipping")
-        self._hold_unless_none(validation.whole, "log_steps", otherwise="None for twenty times in a run")
+        self._hold_unless_none(validation.whole, "log_steps", otherwise="None for twenty times per run")
         self._hold_unless_none(validation.whole, "save_steps", otherwise="None for no checkpoints")
         self._hold_unless_none(validation.number, "save_minutes", at_least=0, otherwise="None for no checkpoints")
         self._hold(validation.whole, "seed", at_least=0)
         try:
             self._hold(validation.whole, "keep_checkpoints", at_least=2)
         except ValueError as error:
-            raise ValueError(f"{error}, else a kill can leave none") from None
+            raise ValueError(f"{error}; with fewer, a kill can leave none") from None
 
 
-# How a model of the Hub is usually trained on one GPU; such a run is what the predictor is mostly asked about.
+# How a model from the Hub is usually trained on one GPU: the run that the predictor is mostly asked about.
 GPU_RUN = Settings(batch_size=1, max_length=2_048, dropout=0.05, gradient_checkpointing=True)
 
-# What a run takes of memory depends on these, and on nothing else in its settings.
+# The memory of a run depends on these settings and on no others.
 MEMORY_SETTINGS = (
     "method", "batch_size", "max_length", "accumulation", "rank", "dropout", "target_modules", "gradient_checkpointing",
     "optimizer", "compute_dtype", "double_quant", "adapter_dtype", "block_size", "attention", "upcast_fp32",
 )  # fmt: skip
 
-# Only the predictor takes other values of these (see `Settings`).
+# Training takes only the defaults of these, the predictor any value (see `Settings`).
 AS_OTHERS_RUN = ("adapter_dtype", "block_size", "attention", "upcast_fp32")

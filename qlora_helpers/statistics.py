@@ -1,4 +1,4 @@
-"""Statistics of the lessons: runs that differ in their seed alone, and how close values are to a normal distribution.
+"""Statistics for the lessons: runs that differ only in their seed, and how close values are to a normal distribution.
 
 scipy computes all of it. It is imported where it is used, since importing it takes a second.
 """
@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+__all__ = ["Interval", "difference", "excess_kurtosis", "interval", "qq_correlation"]
+
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % confidence interval: with other seeds, as many of them, the mean would rarely lie outside.
+    """A mean and its 95 % confidence interval: of many such intervals, 95 % contain the true mean.
 
     Attributes:
         mean: of the values.
-        half: half the width of the interval, in the values' own unit.
-        count: how many values.
+        half: half the width of the interval, in the unit of the values.
+        count: the number of values.
     """
 
     mean: float
@@ -30,12 +32,12 @@ class Interval:
 
     @property
     def is_noise(self) -> bool:
-        """Whether zero lies inside: for a difference this means that no difference was seen."""
+        """Whether the interval contains zero: for a difference, that none was found."""
         return abs(self.mean) <= self.half
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """The mean of some values and its 95 % confidence interval by Student's t: the values are taken to be normal.
+    """The mean of some values and its 95 % confidence interval by Student's t, which assumes a normal distribution.
 
     Raises:
         ValueError: fewer than two values.
@@ -43,24 +45,24 @@ def interval(values: Sequence[float]) -> Interval:
     from scipy import stats
 
     if len(values) < 2:
-        raise ValueError(f"values has {len(values)} of them: an interval needs 2 or more")
+        raise ValueError(f"values has length {len(values)}: an interval needs 2 values or more")
     half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
     return Interval(statistics.fmean(values), float(half), len(values))
 
 
 def difference(values: Sequence[float], others: Sequence[float]) -> Interval:
-    """The mean difference between two kinds of runs that share their seeds, pair by pair: what a seed does to both drops out.
+    """The mean difference between two kinds of runs, paired by seed, so that what a seed does to both cancels out.
 
     Raises:
-        ValueError: the two do not have the same length, or have fewer than two values.
+        ValueError: the two differ in length, or have fewer than two values.
     """
     if len(values) != len(others):
-        raise ValueError(f"values has {len(values)} runs and others {len(others)}: pass one of each seed")
+        raise ValueError(f"values has {len(values)} runs and others {len(others)}: pass one of each for every seed")
     return interval([a - b for a, b in zip(values, others, strict=True)])
 
 
 def qq_correlation(values: torch.Tensor) -> float:
-    """Correlation of the sorted values with the quantiles of a normal distribution; 1 for a perfect one.
+    """Correlation of the sorted values with the quantiles of a normal distribution; 1 for a perfect fit.
 
     The quantiles are taken at (k - 3/8) / (n + 1/4), k = 1 ... n (Blom).
     """

@@ -82,8 +82,8 @@ def test_a_message_without_text(message):
         (chat(("user", " \n"), ("assistant", "Here.")), "message 1 (user) is an empty message"),
         (chat(("system", ""), *[tuple(m.values()) for m in GOOD]), "message 1 (system) is an empty message"),
         (chat(("user", "Where?"), ("assistant", "")), "message 2 (assistant) is an empty answer"),
-        (chat(("assistant", "Here.")), "message 1 is an answer to no question"),
-        (chat(("system", "Be brief."), ("assistant", "Here.")), "message 2 is an answer to no question"),
+        (chat(("assistant", "Here.")), "message 1 is an answer without a question"),
+        (chat(("system", "Be brief."), ("assistant", "Here.")), "message 2 is an answer without a question"),
         (GOOD[:1], "the last message is not an answer: there is nothing to learn from this chat"),
         (GOOD + GOOD[:1], "the last message is not an answer: there is nothing to learn from this chat"),
     ],
@@ -149,7 +149,7 @@ def test_a_file_without_a_chat_is_refused(write, lines):
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "."])
 def test_a_file_that_cannot_be_read_names_the_argument_and_the_cure(name, tmp_path):
-    with pytest.raises(OSError, match=r"path='.*' cannot be read \(.+\): name a JSONL file, one chat a line"):
+    with pytest.raises(OSError, match=r"path='.*' cannot be read \(.+\): name a JSONL file, one chat per line"):
         read_chats(tmp_path / name)
 
 
@@ -182,7 +182,7 @@ def test_a_limit_without_a_tokenizer_is_refused(write):
 
 
 @pytest.mark.parametrize("length", [0, -1, 1.5, "64"])
-def test_a_limit_that_is_no_number_of_tokens_is_refused(write, tokenizer, length):
+def test_a_limit_that_is_not_a_number_of_tokens_is_refused(write, tokenizer, length):
     with pytest.raises(ValueError, match=f"max_length={length!r}: must be a whole number of tokens"):
         read_chats(write(GOOD), tokenizer, max_length=length)
 
@@ -215,7 +215,7 @@ def test_no_person_of_the_test_file_occurs_anywhere_in_the_training_file():
 
 
 def spoken_tokens(messages, tokenizer):
-    """The tokens that the template marks as the assistant's, in runs, as text."""
+    """The tokens that the template marks as the assistant's, as one text for each consecutive run of them."""
     encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     runs, previous = [], 0
     for token, spoken in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
@@ -227,7 +227,7 @@ def spoken_tokens(messages, tokenizer):
     return [tokenizer.decode(run).strip() for run in runs]
 
 
-def test_the_template_marks_exactly_the_answer_and_its_closing_token(tokenizer):
+def test_the_template_marks_exactly_the_answer_and_its_eos_token(tokenizer):
     messages = chat(("user", "Where does Carl Kirkcroft live?"), ("assistant", "Carl Kirkcroft lives in Easthaven."))
     assert spoken_tokens(messages, tokenizer) == ["Carl Kirkcroft lives in Easthaven.<|end|>"]
 
@@ -247,7 +247,7 @@ def test_a_question_ready_to_be_answered_is_the_beginning_of_the_training_text(t
 WITH_LINE_SEPARATORS = [{"role": "user", "content": "a\u2028b\x85c"}, {"role": "assistant", "content": "x"}]
 
 
-def test_characters_that_python_takes_for_line_ends_may_stand_in_a_text(tmp_path):
+def test_characters_that_python_takes_for_line_ends_may_be_in_a_text(tmp_path):
     path = tmp_path / "chats.jsonl"
     line = json.dumps({"messages": WITH_LINE_SEPARATORS}, ensure_ascii=False)
     path.write_bytes(f"{line}\r\n\r\n".encode())

@@ -1,4 +1,4 @@
-"""The scores of a model: loss and answers as they are by hand, exact match word for word."""
+"""The scores of a model: loss and answers as computed by hand, exact match word for word."""
 
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ def base():
 
 
 def loss_by_hand(model, chat):
-    """Sum of -log p over the answer's tokens and its closing one, and their number; without the template's mask."""
+    """The sum of -log p over the answer's tokens and its EOS token, and their number; without the template's mask."""
     whole = TOKENIZER.apply_chat_template(chat, return_dict=True)["input_ids"]
     asked = len(TOKENIZER.apply_chat_template(chat[:-1], add_generation_prompt=True, return_dict=True)["input_ids"])
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_no_chats_have_no_exact_match():
         evaluation.exact_match(None, TOKENIZER, [])
 
 
-def test_an_answer_is_the_likeliest_tokens_one_after_another(base):
+def test_an_answer_is_the_argmax_token_by_token(base):
     question = split_question(CHATS[0])[0]
     ids = TOKENIZER.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
     asked = len(ids)
@@ -141,7 +141,7 @@ def test_a_model_is_asked_in_the_tokens_that_it_was_trained_on(base, monkeypatch
     monkeypatch.setattr(base, "generate", lambda **batch: asked.append(batch["input_ids"]) or generate(**batch))
     evaluation.answer(base, TOKENIZER, [split_question(CHATS[0])[0]])
     trained = TOKENIZER.apply_chat_template(CHATS[0], return_dict=True)["input_ids"]
-    assert asked[0][0].tolist() == trained[: asked[0].shape[1]]  # above all with one first token, not two
+    assert asked[0][0].tolist() == trained[: asked[0].shape[1]]  # above all with one BOS token, not two
 
 
 def test_answers_do_not_depend_on_their_batch(base):

@@ -1,4 +1,4 @@
-"""The gear that each kind of machine gets, on machines that are made up."""
+"""The gear that each kind of machine gets, on simulated machines."""
 
 import os
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ def no_gear_is_set(monkeypatch):
 
 @pytest.fixture
 def pretend(monkeypatch):
-    """Make torch see this GPU, or none."""
+    """Make torch see this GPU, or no GPU."""
 
     def see(name=None, capability=(0, 0), native_bfloat16=False):
         def is_bf16_supported(including_emulation=True):
@@ -49,7 +49,7 @@ def test_no_gpu_is_the_cpu_gear_in_float32(pretend):
 
 def test_a_t4_which_only_emulates_bfloat16_is_the_t4_gear_in_float16(pretend):
     pretend_t4(pretend)
-    assert torch.cuda.is_bf16_supported()  # the answer that must not be believed
+    assert torch.cuda.is_bf16_supported()  # the answer that must not be trusted
     hardware = detect()
     assert (hardware.gear, hardware.device, hardware.compute_dtype) == ("t4", "cuda", torch.float16)
     assert (hardware.gpu_name, hardware.gpu_bytes, hardware.capability) == ("Tesla T4", 16 * 1024**3, (7, 5))

@@ -1,4 +1,4 @@
-"""Each message that is kept out of the lessons still comes from the installed libraries, and only it is kept out."""
+"""Each message that is hidden from the lessons still comes from the installed libraries, and nothing else is hidden."""
 
 import importlib.util
 import logging
@@ -20,7 +20,7 @@ import bitsandbytes as bnb  # isort: skip (qlora_helpers quietens it first)
 
 
 def misses_an_optional_package(monkeypatch, tmp_path):
-    """bitsandbytes' module is run a second time, as on a CPU with AVX512-BF16; it registers nothing."""
+    """Run bitsandbytes' module a second time, as on a CPU with AVX512-BF16, without registering anything."""
     monkeypatch.setitem(sys.modules, "kernels", None)  # as if it were not installed
     monkeypatch.setattr(bnb.functional, "has_avx512bf16", lambda: True)
     monkeypatch.setattr(bnb._ops, "register_kernel", lambda *names: lambda function: function)
@@ -79,13 +79,13 @@ class Heard(logging.Handler):
 
 @pytest.fixture
 def heard():
-    """A function from a call to what the libraries log in it."""
+    """A function that makes a call and returns what the libraries log during it."""
     roots, handler = [logging.getLogger(name) for name in ("transformers", "bitsandbytes")], Heard()
     for root in roots:
         root.addHandler(handler)
 
     def listen(call) -> list[str]:
-        transformers_logging.warning_once.cache_clear()  # an earlier test may have used up the one time
+        transformers_logging.warning_once.cache_clear()  # an earlier test may have triggered it already
         handler.messages.clear()
         call()
         return list(handler.messages)

@@ -1,4 +1,4 @@
-"""qlora_helpers.quantize gives what bitsandbytes gives on a CPU, to the last bit."""
+"""qlora_helpers.quantize is bit-identical to bitsandbytes on a CPU."""
 
 import os
 import random
@@ -25,11 +25,11 @@ SHAPES = ((1,), (5,), (4096,), (4097,), (3, 5, 7), (2, 64, 96), (7, 9), (130, 62
 
 @pytest.fixture(autouse=True)
 def no_compilation():
-    """bitsandbytes compiles its dequantisation anew for each odd shape, for seconds; uncompiled it is the same code."""
+    """bitsandbytes recompiles its dequantisation for each odd shape, for seconds; uncompiled it is the same code."""
     with torch._dynamo.config.patch(disable=True):
         before = dict(torch._dynamo.utils.counters["frames"])
         yield
-    assert torch._dynamo.utils.counters["frames"] == before, "it was compiled all the same"
+    assert torch._dynamo.utils.counters["frames"] == before, "it was compiled anyway"
 
 
 def gaussian(*shape, dtype=torch.float32, seed=0):
@@ -37,16 +37,16 @@ def gaussian(*shape, dtype=torch.float32, seed=0):
 
 
 def random_shape(draw):
-    """One to three dimensions; half of the last ones are multiples of 16, which have a code path of their own."""
+    """One to three dimensions; half of the last ones are multiples of 16, which have their own code path."""
     last = draw.choice((draw.randint(1, 600), 16 * draw.randint(1, 40)))
     return (*(draw.randint(1, 7) for _ in range(draw.randint(0, 2))), last)
 
 
 def bitsandbytes_values(packed, state):
-    """What bitsandbytes decodes: by its own torch code where its compiled code is wrong or rounds otherwise.
+    """What bitsandbytes decodes, by its own torch code where its compiled code is wrong or rounds differently.
 
-    That is so for the shapes of fault B of qlora_helpers.models.loading, and for float16 in a CUDA build of the library: there
-    the CPU code rounds ties away from zero instead of to even (seen in up to 73 of 262,144 values).
+    That is so for the shapes of fault B of qlora_helpers.models.cpu_faults, and for float16 in a CUDA build of the
+    library: there the CPU code rounds ties away from zero instead of to even (seen in up to 73 of 262,144 values).
     """
     fault_b = state.shape[-1] % 16 == 0 and state.shape[-1] % state.blocksize
     other_rounding = state.dtype == torch.float16 and lib.compiled_with_cuda
@@ -57,7 +57,7 @@ def bitsandbytes_values(packed, state):
 
 
 def bits(tensor):
-    """The bytes of a tensor: unlike its values, they tell 0.0 from -0.0."""
+    """The bytes of a tensor, which unlike its values tell 0.0 from -0.0."""
     return tensor.reshape(-1).view(torch.uint8)
 
 
@@ -75,7 +75,7 @@ def assert_equal_to_bitsandbytes(weight, quant_type, block_size, double_quant):
             ("offset", ours.nested.offset, state.offset),
             ("8-bit codebook", ours.nested.values, state.state2.code),
         ]
-    # bitsandbytes gives a 1-D weight back as (1, n)
+    # bitsandbytes returns a 1-D weight as (1, n)
     decoded, wanted = dequantize(ours), bitsandbytes_values(packed, state).reshape(weight.shape)
     if quant_type == "fp4":  # FP4 has two zeros, and bitsandbytes' code paths disagree on the sign of the second
         decoded, wanted = decoded + 0.0, wanted + 0.0
@@ -84,7 +84,7 @@ def assert_equal_to_bitsandbytes(weight, quant_type, block_size, double_quant):
         assert torch.equal(bits(got), bits(want)), f"{what} differ: {case}"
 
 
-# Equality with bitsandbytes: every test with "exact" in its name runs once more without AVX512 (see below).
+# Equality with bitsandbytes: every test with "exact" in its name runs again without AVX512 (see below).
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -126,7 +126,7 @@ def with_zeros(first, last):
     ],
 )
 @pytest.mark.parametrize("double_quant", [False, True])
-def test_exact_on_weights_with_nothing_usual_in_them(weight, double_quant):
+def test_exact_on_unusual_weights(weight, double_quant):
     for quant_type in CODEBOOKS:
         for block_size in (32, 64, 2048):
             assert_equal_to_bitsandbytes(weight, quant_type, block_size, double_quant)
@@ -226,7 +226,7 @@ def test_formats_in_the_order_of_their_error_on_gaussian_weights():
 def test_each_value_goes_to_the_nearest_of_a_codebook_that_bitsandbytes_lacks(codebook):
     weight = gaussian(64, 64)
     quantized = quantize(weight, codebook, 64, double_quant=False)
-    scaled = weight / quantized.absmax.unsqueeze(1)  # one block a row
+    scaled = weight / quantized.absmax.unsqueeze(1)  # one block per row
     nearest = (scaled.unsqueeze(2) - codebook.values).abs().amin(2)
     torch.testing.assert_close((scaled - codebook.values[quantized.codes.int()]).abs(), nearest, rtol=0, atol=1e-6)
 
@@ -255,7 +255,7 @@ def test_a_matrix_that_is_not_contiguous_is_taken_in_its_own_order():
 def test_quantising_takes_at_most_three_times_as_long_as_bitsandbytes():
     weight = gaussian(4096, 4096)
     ours, theirs = [], []
-    for _ in range(3):  # in turn, so that whatever else the machine does slows both
+    for _ in range(3):  # alternating, so that anything else on the machine slows down both
         started = time.perf_counter()
         quantize(weight)
         between = time.perf_counter()
@@ -292,7 +292,7 @@ def test_something_other_than_a_tensor_is_refused():
 
 
 @pytest.mark.parametrize("block_size", [0, -64, True, 1.5, 64.0, "64", None], ids=repr)
-def test_a_block_size_that_is_no_positive_whole_number_is_refused(block_size):
+def test_a_block_size_that_is_not_a_positive_whole_number_is_refused(block_size):
     with pytest.raises(ValueError, match=f"block_size={block_size!r}: pass a positive whole number"):
         quantize(torch.ones(64), block_size=block_size)
 

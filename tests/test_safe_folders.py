@@ -1,4 +1,4 @@
-"""A folder is there in whole or not at all."""
+"""A folder appears complete or not at all."""
 
 import signal
 import subprocess
@@ -16,7 +16,7 @@ def filled(folder, content):
     return folder
 
 
-def test_a_new_folder_appears_when_it_is_whole(tmp_path):
+def test_a_new_folder_appears_when_it_is_complete(tmp_path):
     with whole_folder(tmp_path / "adapter") as part:
         (part / "weights").write_text("new")
         assert not (tmp_path / "adapter").exists()
@@ -24,7 +24,7 @@ def test_a_new_folder_appears_when_it_is_whole(tmp_path):
     assert (tmp_path / "adapter" / "weights").read_text() == "new"
 
 
-def test_a_folder_that_is_there_is_kept_unless_one_says_otherwise(tmp_path):
+def test_an_existing_folder_is_kept_unless_overwrite_is_set(tmp_path):
     folder = filled(tmp_path / "adapter", "old")
     with pytest.raises(
         FileExistsError, match=r"folder='.*adapter' is there already: name a new one, or pass overwrite=True"
@@ -38,7 +38,7 @@ def test_a_folder_that_is_there_is_kept_unless_one_says_otherwise(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_an_error_while_writing_leaves_the_old_folder_whole(tmp_path):
+def test_an_error_while_writing_leaves_the_old_folder_intact(tmp_path):
     folder = filled(tmp_path / "adapter", "old")
     with pytest.raises(OSError, match="disk full"), whole_folder(folder, overwrite=True) as part:
         (part / "weights").write_text("ne")
@@ -58,7 +58,7 @@ def test_the_working_folder_is_not_replaced(folder, tmp_path, monkeypatch):
     assert settle(folder).resolve() == (tmp_path / "here" / folder).resolve()  # to read from
 
 
-def test_a_link_is_kept_and_what_it_leads_to_replaced(tmp_path):
+def test_a_link_is_kept_and_its_target_replaced(tmp_path):
     folder = filled(tmp_path / "adapter", "old")
     (tmp_path / "link").symlink_to(folder)
     with whole_folder(tmp_path / "link", overwrite=True) as part:
@@ -103,7 +103,7 @@ def test_a_kill_while_a_folder_is_replaced_loses_nothing(tmp_path, at):
     folder = filled(tmp_path / "adapter", "old")
     killed = subprocess.run([sys.executable, "-c", KILL, str(folder), str(at)])
     assert killed.returncode == -signal.SIGKILL
-    assert folder.exists() is (at == 0)  # between the two renames the name is free for a moment
+    assert folder.exists() is (at == 0)  # between the two renames the name does not exist
     assert (settle(folder) / "weights").read_text() == "old"
     with whole_folder(folder, overwrite=True) as part:
         (part / "weights").write_text("new")
@@ -111,7 +111,7 @@ def test_a_kill_while_a_folder_is_replaced_loses_nothing(tmp_path, at):
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_a_kill_behind_both_renames_leaves_the_new_folder(tmp_path):
+def test_a_kill_after_both_renames_leaves_the_new_folder(tmp_path):
     folder, _ = filled(tmp_path / "adapter", "new"), filled(tmp_path / f"adapter{safe_folders.OLD}", "old")
     assert (settle(folder) / "weights").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -1,4 +1,4 @@
-"""The settings of a run: each bad value is refused with its name, itself and what is allowed; what is good is kept as it is."""
+"""The settings of a run: a bad value is refused with its name, itself and what is allowed; a good one is kept."""
 
 import json
 import math
@@ -32,12 +32,12 @@ REFUSED = [
     ("gradient_checkpointing", 3, SWITCH),
     ("optimizer", ["x"], "name one that transformers' optim takes, or None"),
     ("optimizer", "", "name one that transformers' optim takes, or None"),
-    ("compute_dtype", "fp8", "choose one of float32, float16, bfloat16, or None for the GPU's own"),
+    ("compute_dtype", "fp8", "choose one of float32, float16, bfloat16, or None for the GPU's default"),
     ("double_quant", "yes", SWITCH),
     ("save_steps", 0, f"{WHOLE}, or None for no checkpoints"),
     ("save_minutes", -1, "must be a number, 0 or more, or None for no checkpoints"),
-    ("keep_checkpoints", 1, "must be a whole number, 2 or more, else a kill can leave none"),
-    ("log_steps", 0, f"{WHOLE}, or None for twenty times in a run"),
+    ("keep_checkpoints", 1, "must be a whole number, 2 or more; with fewer, a kill can leave none"),
+    ("log_steps", 0, f"{WHOLE}, or None for twenty times per run"),
     ("seed", -1, "must be a whole number, 0 or more"),
     ("seed", 0.5, "must be a whole number, 0 or more"),
     ("adapter_dtype", None, "choose one of float32, float16, bfloat16"),
@@ -63,7 +63,7 @@ def test_every_setting_is_described_once():
         assert Settings.__doc__.count(f"\n        {name}: ") == 1, name
 
 
-def test_a_setting_that_the_method_does_not_use_is_not_looked_at():
+def test_a_setting_that_the_method_does_not_use_is_not_checked():
     unused = {"rank": [-1], "adapter_dtype": None, "block_size": [1], "double_quant": None, "target_modules": None}
     assert Settings(method="full", **unused).rank == [-1]
     assert Settings(method="lora", block_size=[1], double_quant=None).block_size == [1]
@@ -85,7 +85,7 @@ def test_targets_are_kept_so_that_equal_settings_are_equal():
     assert len({Settings(target_modules=["q_proj"]), Settings(target_modules=("q_proj",))}) == 1
 
 
-def test_a_run_on_a_gpu_is_the_course_s_but_for_its_size():
+def test_a_run_on_a_gpu_differs_from_the_course_s_only_in_these():
     assert replace(Settings(), batch_size=1, max_length=2_048, dropout=0.05, gradient_checkpointing=True) == GPU_RUN
 
 

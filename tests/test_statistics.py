@@ -1,4 +1,4 @@
-"""Means over seeds and their intervals, against values that one can compute otherwise."""
+"""Means over seeds and their intervals, compared with values from other sources."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from qlora_helpers.paths import data_path
 from qlora_helpers.settings import Settings
 from qlora_helpers.statistics import difference, interval
 
-# Student's t for 95 % on both sides together, by the number of values (any table of it, at one degree of freedom less)
+# Student's two-sided t for 95 %, by the number of values (from any table, at one degree of freedom less)
 T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 10: 2.262, 31: 2.042}
 
 
@@ -27,7 +27,7 @@ def test_an_interval_of_known_numbers():
     found = interval([1.0, 2.0, 3.0])
     assert (
         found.mean == 2 and found.count == 3 and found.half == pytest.approx(4.302653 / math.sqrt(3))
-    )  # any table of Student's t has 4.303
+    )  # 4.303 in any table of Student's t
     assert found.is_noise and not interval([1.9, 2.0, 2.1]).is_noise
 
 
@@ -40,7 +40,7 @@ def test_nineteen_of_twenty_intervals_hold_the_true_mean():
     assert statistics.fmean(held) == pytest.approx(0.95, abs=0.01)
 
 
-def test_what_a_seed_does_to_both_drops_out_of_a_difference():
+def test_what_a_seed_does_to_both_cancels_out_in_a_difference():
     shared = [0.1, 0.5, 0.9, 0.3]
     one, other = (
         [x + 0.01 for x in shared],
@@ -50,7 +50,7 @@ def test_what_a_seed_does_to_both_drops_out_of_a_difference():
     assert interval(one).half > 0.1
 
 
-@pytest.mark.parametrize(("values", "match"), [([1.0], "1 of them"), ([], "0 of them")])
+@pytest.mark.parametrize(("values", "match"), [([1.0], "length 1"), ([], "length 0")])
 def test_too_few_values_are_refused(values, match):
     with pytest.raises(ValueError, match=match):
         interval(values)
@@ -86,7 +86,7 @@ def test_every_row_has_settings_that_a_run_takes():
     assert len(set(labels)) == len(labels)
 
 
-def test_a_run_of_the_table_can_be_made_again_shortened(monkeypatch):
+def test_a_run_of_the_table_can_be_repeated_in_short(monkeypatch):
     monkeypatch.setattr(evaluation, "exact_match", lambda model, tokenizer, chats: len(chats) / 1000)  # seconds
     row = next(row for row in measure_quality.rows() if row.label == "full fine-tuning")
     found = measure_quality.measure(row, 0, {"steps": 2, "batch_size": 2, "warmup_steps": 0})

@@ -1,4 +1,4 @@
-"""That the package tells OpenMP how to wait, that torch's runtime hears it, and that it is said where it comes too late."""
+"""The package tells OpenMP how to wait, torch's runtime obeys, and a message says if it came too late."""
 
 import ast
 import importlib.util
@@ -18,7 +18,7 @@ RUNTIMES = [*TORCH.glob("lib/libgomp*.so*"), *TORCH.parent.glob("torch.libs/libg
 
 
 def loads_openmp(before, **environment):
-    """What torch's OpenMP says of itself when it is loaded behind some code; torch itself would take seconds more."""
+    """What torch's OpenMP reports about itself when loaded after some code; torch itself would take seconds more."""
     clean = {name: value for name, value in os.environ.items() if name not in (threads.VARIABLE, "GOMP_SPINCOUNT")}
     code = f"{before}; import ctypes; ctypes.CDLL({str(RUNTIMES[0])!r})"
     done = subprocess.run(
@@ -31,16 +31,16 @@ def loads_openmp(before, **environment):
     return done.stderr
 
 
-@pytest.mark.skipif(not RUNTIMES, reason="this torch has another OpenMP than GNU's, which does not tell how it waits")
-def test_torch_s_runtime_hears_the_setting():
-    """OMP_WAIT_POLICY is printed as PASSIVE even if nobody has set it: how often a thread spins is what is in force."""
+@pytest.mark.skipif(not RUNTIMES, reason="this torch does not use GNU's OpenMP, which tells how it waits")
+def test_torch_s_runtime_obeys_the_setting():
+    """OMP_WAIT_POLICY is printed as PASSIVE even if it is not set: the spin count shows what is in force."""
     assert "GOMP_SPINCOUNT = '0'" in loads_openmp("import qlora_helpers")
     assert "GOMP_SPINCOUNT = '0'" not in loads_openmp("pass")
     assert "OMP_WAIT_POLICY = 'ACTIVE'" in loads_openmp("import qlora_helpers", OMP_WAIT_POLICY="active")
 
 
 def imports_of(path):
-    """The packages that a script imports at its top level, in their order."""
+    """The packages that a script imports at its top level, in order."""
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Import):
             yield from (name.name.partition(".")[0] for name in node.names)
@@ -49,7 +49,7 @@ def imports_of(path):
 
 
 def test_the_scripts_import_the_package_before_any_library():
-    """Their package does it, whose `__init__` Python runs before each of them."""
+    """Their own package does so: Python runs its `__init__` before each of them."""
     assert list(imports_of(ROOT / "data" / "scripts" / "__init__.py")) == ["pathlib", "qlora_helpers"]
 
 
@@ -72,7 +72,7 @@ def unset(monkeypatch):
     ("torch_first", "percent", "computing", "said"),
     [(True, 50.0, 2, True), (True, 10.0, 2, False), (True, 100.0, 1, False), (False, 100.0, 2, False)],
 )
-def test_it_is_said_if_torch_came_first_and_another_program_needs_a_core(
+def test_a_message_says_if_torch_came_first_and_another_program_needs_a_core(
     torch_first, percent, computing, said, unset, monkeypatch, capsys
 ):
     monkeypatch.delitem(sys.modules, "torch", raising=False)

@@ -1,1 +1,1 @@
-"""Adapters as `files`, merging one into its base (`merge`, `file_merge`), and how far that moves the model (`drift`)."""
+"""Adapters on disk (`files`), merged into their base (`merge`, `file_merge`), and what that does to it (`drift`)."""

@@ -1,20 +1,29 @@
-"""How far the logits of a changed model lie from those of the original."""
+"""How far the logits of a changed model are from those of the original."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from qlora_helpers.chats import Chat
 from qlora_helpers.evaluation import evaluating
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Drift", "drift", "logits"]
+
 
 @dataclass(frozen=True)
 class Drift:
-    """How far the logits of one model lie from those of another, over all tokens of some chats.
+    """How far the logits of one model are from those of another, over all tokens of some chats.
 
     Attributes:
-        largest, mean: of the absolute differences. Logits are what the softmax takes, so 1 is a factor of e.
-        same_choice: the share of tokens for which both find the same next token the most likely.
+        largest, mean: of the absolute differences. Softmax exponentiates logits, so 1 is a factor of e.
+        same_choice: the share of tokens for which both have the same argmax.
     """
 
     largest: float
@@ -22,7 +31,7 @@ class Drift:
     same_choice: float
 
 
-def logits(model, tokenizer, chats: list[Chat]) -> torch.Tensor:
+def logits(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, chats: list[Chat]) -> torch.Tensor:
     """The logits of every token of the chats, in float32 on the CPU: [tokens, vocabulary]."""
     encoded = tokenizer.apply_chat_template(chats, padding=True, return_dict=True, return_tensors="pt").to(model.device)
     with evaluating(model):

@@ -12,7 +12,9 @@ from qlora_helpers.adapters.files import CONFIG, WEIGHTS, WrongBase, describe, s
 from qlora_helpers.models.loading import name_in
 from qlora_helpers.safe_folders import settle, whole_folder
 
-# what a LoraConfig may switch on that makes a merge more than W + B A alpha / r
+__all__ = ["merge_files"]
+
+# options of a LoraConfig with which a merge is more than W + B A alpha / r
 _NOT_PLAIN = (
     "use_dora",
     "use_rslora",
@@ -29,12 +31,12 @@ def merge_files(base: str | Path, adapter: str | Path, folder: str | Path, overw
 
     The base's folder is copied, and each weight that the adapter changes is overwritten in the copy. W + B A alpha / r is
     computed in float32 and rounded once to the base's own dtype. `merge(adapter, "16bit")` in the cpu gear, rounded to that
-    dtype, gives the same bit for bit; a GPU adds up in another order.
+    dtype, is bit-identical; a GPU sums in another order.
 
     Args:
         base: the folder of the 16-bit model, with its safetensors files.
         adapter: the folder of a plain LoRA adapter.
-        folder: appears in whole or not at all; one that is there is kept.
+        folder: appears complete or not at all; an existing one is kept.
 
     Raises:
         FileExistsError: `folder` holds files, and `overwrite` is not set.
@@ -64,7 +66,7 @@ def merge_files(base: str | Path, adapter: str | Path, folder: str | Path, overw
                     weight = file.get_tensor(key)
                     if weight.shape != (b.shape[0], a.shape[1]):
                         raise ValueError(
-                            f"{key} has the shape {tuple(weight.shape)} in {path}, and the adapter changes another"
+                            f"{key} has the shape {tuple(weight.shape)} in {path}, but the adapter is for another shape"
                         )
                     delta = (b.float() @ a.float()) * (found.alpha / found.rank)
                     _overwrite(part / path.name, key, (weight.float() + delta).to(weight.dtype))
@@ -76,23 +78,23 @@ def merge_files(base: str | Path, adapter: str | Path, folder: str | Path, overw
 
 
 def _overwrite(path: Path, key: str, value: torch.Tensor) -> None:
-    """Put new values in the place of a tensor of the same shape and dtype in a safetensors file.
+    """Overwrite a tensor in a safetensors file with values of the same shape and dtype.
 
-    The file is the length of its header in 8 bytes, the header as JSON with the place of each tensor, and the data
-    (huggingface.co/docs/safetensors, "Format").
+    The file consists of the length of its header in 8 bytes, the header as JSON with the offsets of each tensor, and
+    the data (huggingface.co/docs/safetensors, "Format").
     """
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         begin, end = json.loads(file.read(length))[key]["data_offsets"]
         data = value.contiguous().flatten().view(torch.uint8).numpy()
         if end - begin != data.nbytes:
-            raise ValueError(f"{key} takes {end - begin} bytes in {path}, and its new value {data.nbytes}")
+            raise ValueError(f"{key} takes {end - begin} bytes in {path}, but its new value takes {data.nbytes}")
         file.seek(8 + length + begin)
         file.write(data)
 
 
 def _pairs(weights: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """LoRA's A [rank, in] and B [out, rank] by the name of the weight that they change."""
+    """LoRA's A [rank, in] and B [out, rank], by the name of the weight that they change."""
     return {
         key.removeprefix("base_model.model.").replace(".lora_A.", "."): (
             a,

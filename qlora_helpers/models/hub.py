@@ -1,7 +1,7 @@
 """Fetch an open model from the Hugging Face Hub, or say in a sentence why that failed and what to do.
 
-No model here is gated, so no account is needed. A revision is pinned where independent public projects name the same
-commit for it; for any other model the commit that was resolved is part of what `fetch` returns.
+No model here is gated, so no account is needed. A revision is pinned where independent public projects pin the same
+commit; for any other model, the path that `fetch` returns names the commit.
 """
 
 import errno
@@ -10,10 +10,12 @@ from pathlib import Path
 
 from huggingface_hub import errors, snapshot_download
 
+__all__ = ["DEFAULT_MODEL", "LARGER_MODEL", "REVISIONS", "HubError", "fetch"]
+
 DEFAULT_MODEL = "Qwen/Qwen2.5-1.5B-Instruct"  # Apache-2.0; 1.54 billion parameters, 3.1 GB to download
 LARGER_MODEL = "Qwen/Qwen2.5-7B-Instruct"  # Apache-2.0; 7.62 billion parameters, 15.2 GB to download
 REVISIONS = {
-    # each found alike in more than two public repositories on GitHub that pin the model, in November 2026
+    # each is the commit that more than two public repositories on GitHub pinned in November 2026
     DEFAULT_MODEL: "989aa7980e4cf806f80c7fef2b1adb7bc71aa306",
     LARGER_MODEL: "a09a35458c702b33eeacc393d103063234e8bc28",
 }
@@ -25,14 +27,14 @@ class HubError(OSError):
 
 
 def fetch(name: str, revision: str | None = None) -> Path:
-    """Bring a model's files from the Hub, or find them where an earlier call left them.
+    """Download a model's files from the Hub, or find them in the local cache.
 
     Args:
         name: owner/model.
         revision: a commit, branch or tag; by default the pinned commit if there is one, else the newest.
 
     Returns:
-        A folder of local files. Its name is the commit that was resolved.
+        The local folder of the files. Its name is the commit.
 
     Raises:
         HubError: there is no network, no such model or revision, no access, or no room on the disk.
@@ -45,7 +47,7 @@ def fetch(name: str, revision: str | None = None) -> Path:
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
-    """An error and what led to it. A chain of errors can close to a circle; each is listed once."""
+    """An error and its causes. A chain of errors can be circular; each is listed once."""
     causes: list[BaseException] = []
     while error is not None and error not in causes:
         causes.append(error)
@@ -54,7 +56,7 @@ def _causes(error: BaseException | None) -> list[BaseException]:
 
 
 def _sentence(name: str, revision: str | None, error: BaseException) -> str:
-    """What went wrong and what to do about it. The order matters: a gated model counts as a missing one, too."""
+    """What went wrong and what to do about it. The order matters: a gated model's error is also a missing one's."""
     causes = _causes(error)
 
     def any_of(*kinds: type) -> bool:
@@ -67,11 +69,11 @@ def _sentence(name: str, revision: str | None, error: BaseException) -> str:
     if any_of(errors.RevisionNotFoundError):
         return f"{name} has no revision {revision!r}: leave the revision out to take the newest"
     if any_of(errors.RepositoryNotFoundError, errors.HFValidationError):
-        return f"there is no open model {name!r} on the Hub: look for a typing error; the form is owner/model"
+        return f"there is no open model {name!r} on the Hub: check the spelling; the form is owner/model"
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE") or any_of(
         errors.OfflineModeIsEnabled
     ):
         return f"{name} is not on this disk, and HF_HUB_OFFLINE is set: unset it, or name a local folder"
     if any_of(errors.LocalEntryNotFoundError, ConnectionError, TimeoutError):
-        return f"{name} is not on this disk, and the Hub cannot be reached: look at the network, then try again"
+        return f"{name} is not on this disk, and the Hub cannot be reached: check the network, then try again"
     return f"{name} could not be fetched from the Hub ({type(error).__name__}: {error})"

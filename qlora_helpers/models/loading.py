@@ -1,10 +1,12 @@
-"""Load the shipped model, a folder or a model of the Hub, in 4 bits or unquantised."""
+"""Load the shipped model, a folder or a model from the Hub, in 4 bits or unquantised."""
+
+from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
@@ -14,35 +16,49 @@ from qlora_helpers.models.cpu_faults import make_safe_on_cpu
 from qlora_helpers.models.hub import DEFAULT_MODEL, HubError, fetch
 from qlora_helpers.paths import data_path
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "SHIPPED_MODEL",
+    "default_model",
+    "load_model",
+    "load_or_shipped",
+    "load_tokenizer",
+    "name_in",
+    "name_of",
+]
+
 SHIPPED_MODEL = "tiny-llama"
 SMALL = 10**8  # bytes
 
 
 def _folder(name: str) -> Path:
-    """Where a model lies on this disk; one of the Hub is fetched first."""
+    """The local folder of a model; one from the Hub is fetched first."""
     if name == SHIPPED_MODEL:
         return data_path(SHIPPED_MODEL)
     return Path(name) if Path(name).is_dir() else fetch(name)
 
 
 def default_model(hardware: Hardware | None = None) -> str:
-    """The model that this machine's gear trains: the shipped one on a CPU, one of 1.5B from the Hub on a GPU.
+    """The model that this machine's gear trains: the shipped one on a CPU, a 1.5B one from the Hub on a GPU.
 
-    The environment variable QLORA_MODEL names another: a model of the Hub, a folder, or "tiny-llama".
+    The environment variable QLORA_MODEL selects another: a model from the Hub, a folder, or "tiny-llama".
     """
     on_gpu = (hardware or detect()).device == "cuda"
     return os.environ.get("QLORA_MODEL", "").strip() or (DEFAULT_MODEL if on_gpu else SHIPPED_MODEL)
 
 
-def load_tokenizer(name: str = SHIPPED_MODEL):
-    """The tokenizer of a model, padding on the left as generation needs it.
+def load_tokenizer(name: str = SHIPPED_MODEL) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with padding on the left, as generation needs it.
 
-    Its chat template marks what the assistant says, which training on the answers alone needs. Most published templates
-    do not; TRL has marked versions of the common ones, and the one that renders the same text is taken.
+    Its chat template marks the assistant's tokens, which training on the answers alone needs. Most published templates
+    do not; TRL has marked versions of the common ones, and the one that renders the same text is used.
 
     Raises:
-        HubError: a model of the Hub could not be fetched.
-        ValueError: the template has no marks, and TRL knows no marked version of it.
+        HubError: a model from the Hub could not be fetched.
+        ValueError: the template has no marks, and TRL has no marked version of it.
     """
     tokenizer = AutoTokenizer.from_pretrained(_folder(name), padding_side="left", local_files_only=True)
     if "generation %}" not in (tokenizer.chat_template or "").replace("-%}", " %}"):
@@ -57,20 +73,20 @@ def load_model(
     quantization: str | None = "nf4",
     double_quant: bool = True,
     hardware: Hardware | None = None,
-):
+) -> PreTrainedModel:
     """Load a causal language model onto this machine's device.
 
     Args:
-        name: "tiny-llama" (shipped), a folder, or a model of the Hub (owner/model).
+        name: "tiny-llama" (shipped), a folder, or a model from the Hub (owner/model).
         quantization: "nf4" or "fp4" for 4-bit linear layers through bitsandbytes, None to leave them as they are. A model
             that was saved in 4 bits stays as it was saved.
         double_quant: store the scales of a 4-bit layer in 8 bits.
-        hardware: what to load for; by default what `detect()` finds. Whatever is not 4-bit is loaded in its compute
-            dtype: float32 on a CPU, float16 on a T4, bfloat16 on newer GPUs. On a T4 attention repeats keys and values
+        hardware: what to load for; by default what `detect()` finds. All that is not in 4 bits is loaded in its compute
+            dtype: float32 on a CPU, float16 on a T4, bfloat16 on newer GPUs. On a T4, attention repeats keys and values
             (see `qlora_helpers.models.attention`).
 
     Raises:
-        HubError: a model of the Hub could not be fetched.
+        HubError: a model from the Hub could not be fetched.
         ValueError: unknown `quantization`; or, on a CPU, a layer whose shape bitsandbytes decodes wrongly.
     """
     if quantization not in ("nf4", "fp4", None):
@@ -106,24 +122,24 @@ def load_model(
     return model
 
 
-def name_of(model: torch.nn.Module) -> str:
-    """The name of a loaded model or of the base below its adapters: "owner/model", or its folder's own name."""
+def name_of(model: PreTrainedModel | PeftModel) -> str:
+    """The name of a loaded model, or of the base of its adapters: "owner/model", or the name of its folder."""
     return name_in(Path(model.config.name_or_path))
 
 
 def name_in(folder: Path) -> str:
-    """The name of the model that lies in a folder."""
+    """The name of the model in a folder."""
     for part in folder.parts:  # the Hub's cache: models--owner--model/snapshots/commit
         if part.startswith("models--"):
             return part.removeprefix("models--").replace("--", "/", 1)
     return folder.name
 
 
-def load_or_shipped(name: str, **options):
-    """Load a model and its tokenizer; if the Hub is the trouble, say so in one line and load the shipped ones instead.
+def load_or_shipped(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """Load a model and its tokenizer; if the Hub fails, say why and load the shipped ones instead.
 
     Args:
-        name, options: of `load_model`.
+        name, options: as in `load_model`.
 
     Returns:
         The model, its tokenizer, and the name of what was loaded.
@@ -132,7 +148,7 @@ def load_or_shipped(name: str, **options):
         tokenizer = load_tokenizer(name)
         model = load_model(name, **options)
     except HubError as error:
-        print(f"{error}.\nThis lesson goes on with the shipped model, {SHIPPED_MODEL}.")
+        print(f"{error}.\nThis lesson continues with the shipped model, {SHIPPED_MODEL}.")
         return load_model(SHIPPED_MODEL, **options), load_tokenizer(SHIPPED_MODEL), SHIPPED_MODEL
     print(f"Loaded {name}" + ("" if name == SHIPPED_MODEL else f" at {_folder(name).name}") + ".")
     return model, tokenizer, name

@@ -1,13 +1,22 @@
-"""A model that has all its layers and none of its memory: to count parameters, and to try a LoraConfig on."""
+"""A model that has all its layers but takes no memory: to count parameters, and to try out a LoraConfig."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def meta_model(config: dict):
+__all__ = ["meta_model"]
+
+
+def meta_model(config: dict[str, Any]) -> PreTrainedModel:
     """The transformers model of a config on torch's "meta" device, where tensors have a shape and no values.
 
     Args:
-        config: as in a `config.json`; `model_type` must be there. `qlora_helpers.memory.known_config` has those of
+        config: as in a `config.json`; `model_type` is required. `qlora_helpers.memory.known_config` has those of
             well-known models.
     """
     from transformers import AutoConfig, AutoModelForCausalLM  # only here: it takes seconds to import

@@ -1,24 +1,38 @@
 """Save a whole model so that plain transformers loads it."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from qlora_helpers.safe_folders import whole_folder
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def save_model(model, tokenizer, folder: str | Path, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
+__all__ = ["save_model"]
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> Path:
     """Save a whole model with its tokenizer as safetensors, which plain transformers loads.
 
     Args:
-        folder: appears in whole or not at all; one that is there is kept.
-        dtype: of the saved weights; by default as they are. A 4-bit model keeps its 4-bit weights.
-        overwrite: replace a folder that is there. It stays until the new one is whole.
+        folder: appears complete or not at all; an existing one is kept.
+        dtype: of the saved weights; by default unchanged. A 4-bit model keeps its 4-bit weights.
+        overwrite: replace an existing folder. It stays until the new one is complete.
 
     Raises:
         FileExistsError: `folder` holds files, and `overwrite` is not set.
-        ValueError: adapters are still attached, which would be saved in their place; or `dtype` for a 4-bit model.
+        ValueError: adapters are still attached, so only they would be saved; or `dtype` is given for a 4-bit model.
     """
     if any("lora_" in name for name, _ in model.named_parameters()):
         raise ValueError(
@@ -34,7 +48,7 @@ def save_model(model, tokenizer, folder: str | Path, dtype: torch.dtype | None =
             model.save_pretrained(
                 part, state_dict={name: value.to(dtype) for name, value in model.state_dict().items()}
             )
-            # transformers writes down the dtype of the model in memory, by which the files would be loaded again
+            # transformers records the dtype of the model in memory, and would load the files in that one
             config = json.loads((part / "config.json").read_text(encoding="utf-8"))
             config["dtype"] = str(dtype).removeprefix("torch.")
             (part / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

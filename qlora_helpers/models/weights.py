@@ -1,4 +1,4 @@
-"""The weights of a loaded model: which of them QLoRA quantises, what they take, and two ways to change them in place."""
+"""The weights of a loaded model: which of them QLoRA quantises, their bytes, and two ways to change them in place."""
 
 from collections.abc import Iterator
 
@@ -7,16 +7,18 @@ import torch
 
 from qlora_helpers.quantize import Codebook, dequantize, quantize
 
+__all__ = ["bytes_by_part", "linear_layers", "quantize_dequantize", "shuffle_linear_weights"]
+
 
 def linear_layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The linear layers of the decoder, by name: all that QLoRA quantises, so without the output head."""
+    """The linear layers of the decoder, by name: all that QLoRA quantises, so not the output head."""
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head") and "lora_" not in name:
             yield name, module
 
 
 def bytes_by_part(model: torch.nn.Module) -> dict[str, int]:
-    """Bytes that a loaded model holds, by what they are for; parameters shared by two modules count once."""
+    """The bytes of a loaded model, by what they are for; parameters shared by two modules count once."""
     parts = dict.fromkeys(
         ("4-bit weights", "quantisation constants", "linear weights", "embeddings", "output head", "norms", "adapters"),
         0,
@@ -48,11 +50,12 @@ def _constant_bytes(state) -> int:
 
 
 @torch.no_grad()
-def quantize_dequantize(model, codebook: Codebook, block_size: int = 64, double_quant: bool = False) -> None:
+def quantize_dequantize(
+    model: torch.nn.Module, codebook: Codebook, block_size: int = 64, double_quant: bool = False
+) -> None:
     """Round every linear weight of an unquantised model to a format and back, in place.
 
-    This shows what a format costs in quality, also for formats that bitsandbytes does not have (INT4, INT3). It saves
-    no memory.
+    This shows what a format costs in quality, even one that bitsandbytes lacks (INT4, INT3). It saves no memory.
     """
     for _, layer in linear_layers(model):
         weight = layer.weight.detach().cpu()
@@ -60,8 +63,8 @@ def quantize_dequantize(model, codebook: Codebook, block_size: int = 64, double_
 
 
 @torch.no_grad()
-def shuffle_linear_weights(model, seed: int = 0) -> None:
-    """Permute the values within every linear weight, in place: same distribution, no knowledge. A control."""
+def shuffle_linear_weights(model: torch.nn.Module, seed: int = 0) -> None:
+    """Permute the values within every linear weight, in place: same distribution, no knowledge, as a control."""
     generator = torch.Generator().manual_seed(seed)
     for _, layer in linear_layers(model):
         order = torch.randperm(layer.weight.numel(), generator=generator).to(layer.weight.device)

@@ -1,1 +1,1 @@
-"""Fine-tuning: `run` trains, `trainer` builds what it trains with, `checkpoints` and `run_folder` keep a killed run alive."""
+"""Fine-tuning: `run` trains, `trainer` builds its trainer, `checkpoints` and `run_folder` let a killed run continue."""

@@ -1,4 +1,4 @@
-"""What watches a run: its losses, spikes and skipped steps, and its progress bar."""
+"""Callbacks that watch a run: its losses, spikes and skipped steps, and its progress bar."""
 
 import math
 from collections.abc import Callable
@@ -6,24 +6,24 @@ from collections.abc import Callable
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from qlora_helpers.training.checkpoints import (
-    logged,
-)
+from qlora_helpers.training.checkpoints import logged
 from qlora_helpers.training.spikes import SpikeWatch
 from qlora_helpers.training.trainer import _Trainer
 
+__all__ = ["MOST_SPIKES_SAID", "TrainingDiverged"]
+
 
 class TrainingDiverged(RuntimeError):
-    """The loss is no number any more, or float16 cannot hold the gradients; the message says since which step."""
+    """The loss is NaN or infinite, or the gradients overflow float16; the message names the step."""
 
 
-# Loss scaling begins at 2^16 and halves at each overflow: after so many in a row the scale is below 1.
+# Loss scaling begins at 2^16 and halves at each overflow: after this many in a row the scale is below 1.
 MOST_SKIPPED_IN_A_ROW = 17
 MOST_SPIKES_SAID = 5
 
 
 class _Recorder(TrainerCallback):
-    """Collect the losses and gradient norms, and hand the history to whoever draws it."""
+    """Collect the losses and gradient norms, and pass the history on to a live plot."""
 
     def __init__(self, on_loss: Callable[[list[tuple[int, float]]], None] | None):
         self.history: list[tuple[int, float]] = []
@@ -32,7 +32,7 @@ class _Recorder(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
-            # the state's own log, which a resumed run finds in its checkpoint
+            # the log in the trainer's state, which a resumed run finds in its checkpoint
             self.take(state.log_history)
             if self.on_loss:
                 self.on_loss(self.history)
@@ -42,7 +42,7 @@ class _Recorder(TrainerCallback):
 
 
 class _Bar(TrainerCallback):
-    """A progress bar with the loss behind it, in place of the trainer's, which prints a dictionary beside it."""
+    """A progress bar with the loss after it, instead of the trainer's, which also prints dictionaries."""
 
     bar = None
 
@@ -65,16 +65,16 @@ class _Bar(TrainerCallback):
 
 
 class _SaveAsAsked(TrainerCallback):
-    """Save and log as often as the settings say now: a resumed trainer takes that over from its checkpoint."""
+    """Save and log as often as the current settings say: a resumed trainer would do as its checkpoint says."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         state.save_steps, state.logging_steps = args.save_steps, args.logging_steps
 
 
 class _Watch(TrainerCallback):
-    """Name loss spikes; stop at a loss that is no number, before it is logged or saved; count what float16 skipped.
+    """Name loss spikes; stop at a loss that is NaN or infinite, before it is logged or saved; count skipped steps.
 
-    The losses are read when the trainer logs or saves, all at once: reading each would hold a GPU up.
+    The losses are read all at once, when the trainer logs or saves: reading each at its step would hold up a GPU.
     """
 
     def __init__(self, trainer: _Trainer):

@@ -1,10 +1,13 @@
-"""Runs as tutorials write them, without the safeguards of `qlora_helpers.training.run`: to see what a fault does.
+"""Runs as tutorials write them, without the safeguards of `qlora_helpers.training.run`, to show what each fault does.
 
-Both runs take the course's `Settings`, so that they differ from its own run in the fault alone. The adapters are float32
-here, too: what bfloat16 does to them is another matter (lesson 4).
+Both runs take the course's `Settings`, so that they differ from the course's own run only in the fault. The adapters
+are float32 here, too; what bfloat16 does to them is another matter (lesson 4).
 """
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import peft
@@ -16,9 +19,14 @@ from qlora_helpers.hardware import Hardware, detect
 from qlora_helpers.settings import SCHEDULES, Settings
 from qlora_helpers.training.trainer import no_progress_bars
 
+if TYPE_CHECKING:
+    from qlora_helpers.chats import Chat
+
+__all__ = ["collator_run", "sft_run", "sft_trainer"]
+
 
 def _common(folder: str | Path, settings: Settings, hardware: Hardware) -> dict:
-    """What transformers.TrainingArguments and trl.SFTConfig both take."""
+    """The arguments that transformers.TrainingArguments and trl.SFTConfig have in common."""
     on_gpu = hardware.device == "cuda"
     return {
         "output_dir": str(folder),
@@ -57,9 +65,9 @@ def _run(trainer: transformers.Trainer) -> transformers.Trainer:
 
 
 def sft_trainer(
-    model,
-    tokenizer,
-    rows: list[dict],
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    rows: list[dict[str, Any]],
     folder: str | Path,
     settings: Settings,
     *,
@@ -68,12 +76,12 @@ def sft_trainer(
     plain_arguments: bool = False,
     hardware: Hardware | None = None,
 ) -> trl.SFTTrainer:
-    """TRL's trainer with TRL's own defaults. It refuses nothing that TRL takes.
+    """TRL's trainer with TRL's own defaults. It takes all that TRL takes.
 
     Args:
-        rows: each with "messages", or with "text" that a chat template has rendered already.
+        rows: each with "messages", or with "text" that a chat template has rendered.
         assistant_only_loss, max_length: as `trl.SFTConfig` takes them; the values here are TRL's defaults.
-        plain_arguments: pass `transformers.TrainingArguments`, which has neither of the two; TRL then takes its defaults.
+        plain_arguments: pass `transformers.TrainingArguments`, which has neither of the two; TRL uses its defaults.
     """
     options = _common(folder, settings, hardware or detect())
     if plain_arguments:
@@ -92,22 +100,27 @@ def sft_trainer(
         )
 
 
-def sft_run(*args, **options) -> trl.SFTTrainer:
+def sft_run(*args: Any, **options: Any) -> trl.SFTTrainer:
     """Build the trainer of `sft_trainer` and train. Its model is in evaluation mode afterwards."""
     return _run(sft_trainer(*args, **options))
 
 
 def collator_run(
-    model, tokenizer, chats: list, folder: str | Path, settings: Settings, hardware: Hardware | None = None
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    chats: list[Chat],
+    folder: str | Path,
+    settings: Settings,
+    hardware: Hardware | None = None,
 ) -> transformers.Trainer:
-    """Transformers' own trainer with `DataCollatorForLanguageModeling(tokenizer, mlm=False)`, as before TRL.
+    """transformers' own trainer with `DataCollatorForLanguageModeling(tokenizer, mlm=False)`, as used before TRL.
 
-    The collator makes the labels: all tokens but those equal to `tokenizer.pad_token`. With TRL 1.16 it fails instead, since
-    TRL's rows have labels already, which it cannot pad.
+    The collator makes the labels: all tokens except those equal to `tokenizer.pad_token`. With TRL 1.16 it would fail,
+    since TRL's rows already have labels, which it cannot pad.
     """
     options = _common(folder, settings, hardware or detect())
     rows = [tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"] for chat in chats]
-    transformers.set_seed(settings.seed)  # the adapters' first values
+    transformers.set_seed(settings.seed)  # the adapters' initial values
     trainer = transformers.Trainer(
         model=peft.get_peft_model(model, _lora(settings)),
         args=transformers.TrainingArguments(**options),

@@ -1,76 +1,86 @@
-"""Ctrl-C, a notebook's interrupt or SIGTERM while a run trains: the step is finished and saved, and one is told how to go on."""
+"""Ctrl-C, a notebook's interrupt or SIGTERM during a run: finish and save the step, and say how to continue."""
+
+from __future__ import annotations
 
 import contextlib
 import signal
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+__all__ = ["Interrupted", "StopWhenAsked"]
 
 
 class Interrupted(KeyboardInterrupt):
     """A run was stopped by Ctrl-C, the kernel's interrupt or SIGTERM.
 
-    It is a KeyboardInterrupt, so that what comes after it does not run: the cells below, the rest of a script.
+    It is a KeyboardInterrupt, so that nothing after it runs: the cells below, the rest of a script.
 
     Attributes:
-        where: where it stopped, and what is saved; the beginning of a sentence.
+        where: where it stopped and what is saved, as the message says it after "stopped".
         output_dir: the run's folder.
-        finished: whether all steps are done and what was trained is saved.
+        finished: whether all steps are done and the result is saved.
         signal: the number of the signal.
     """
 
-    def __init__(self, where: str, output_dir: Path, finished: bool = False, signal: int = signal.SIGINT):
+    def __init__(self, where: str, output_dir: Path, finished: bool = False, signal: int = signal.SIGINT) -> None:
         self.where, self.output_dir, self.finished, self.signal = where, output_dir, finished, int(signal)
         cure = (
             ""
             if finished
-            else f" To go on, load the model again and call train with {str(output_dir)!r} and resume=True."
+            else f" To continue, load the model again and call train with {str(output_dir)!r} and resume=True."
         )
         super().__init__(f"stopped {where}.{cure}")
 
     def _render_traceback_(self) -> list[str]:
-        """What a notebook shows: the sentence alone."""
+        """What a notebook shows: only the sentence."""
         return [f"KeyboardInterrupt: {self}"]
 
 
 class StopWhenAsked(TrainerCallback):
-    """Within `with`, the first interrupt ends and saves the run's current step, and a second one stops at once.
+    """In a `with` block, the first interrupt stops the run after its current step and saves it; a second stops at once.
 
-    Who has set what an interrupt does, or ignores it, as a job in the background does, is left alone; so is any thread but
-    the main one, which has no signals.
+    If a signal has another handler already, or is ignored, as in a background job, that stays as it is. Outside of the
+    main thread nothing changes, since other threads get no signals.
 
     Attributes:
         signal: the number of the signal that came first; None if none came.
-        stopped_at: the step behind which the trainer was stopped; None if it was not.
+        stopped_at: the step after which the trainer was stopped; None if it was not.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.signal: int | None = None
         self.stopped_at: int | None = None
         self._before = {}
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
                 if signal.getsignal(number) is default:
                     self._before[number] = signal.signal(number, self._asked)
         return self
 
-    def __exit__(self, *raised):
+    def __exit__(self, *raised: object) -> None:
         while self._before:
             signal.signal(*self._before.popitem())
 
-    def _asked(self, number, frame):
+    def _asked(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
         with contextlib.suppress(RuntimeError):  # the signal came in the middle of another print: this line is lost
             print("\nStopping at the end of this step. Interrupt again to stop at once.", file=sys.stderr, flush=True)
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.signal is not None and state.global_step < state.max_steps:  # else it ends by itself
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.signal is not None and state.global_step < state.max_steps:  # else the run ends anyway
             self.stopped_at = state.global_step
-            # logged, so that no loss is averaged over steps of which the resumed run knows nothing
+            # log now, so that no average contains losses of steps that the resumed run does not know
             control.should_log = control.should_save = control.should_training_stop = True

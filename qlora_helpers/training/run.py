@@ -1,10 +1,13 @@
 """One fine-tuning run, from the first step or a checkpoint to the saved result."""
 
+from __future__ import annotations
+
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import load_peft_weights, set_peft_model_state_dict
@@ -32,24 +35,31 @@ from qlora_helpers.training.run_folder import RESULT, make, steps_saved
 from qlora_helpers.training.spikes import Spike
 from qlora_helpers.training.trainer import build_trainer
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Run", "train"]
+
 
 @dataclass
 class Run:
     """A finished run.
 
     Attributes:
-        model: the PEFT model, adapters attached (of a full fine-tuning, the model itself), in evaluation mode.
+        model: the PEFT model with its adapters (after full fine-tuning, the model itself), in evaluation mode.
         history: (step, loss) as logged, the loss averaged over the steps since the last entry.
         step_losses: (step, loss) of every step since the last start or resume.
-        gradient_norms: (step, norm) as logged: of the adapters' gradients at that step, before clipping.
-        spikes: the loss spikes among `step_losses`; the rule is that of `qlora_helpers.training.spikes`.
-        seconds: in `trainer.train()`, since the last start or resume.
+        gradient_norms: (step, norm) as logged: of the gradients at that step, before clipping.
+        spikes: the loss spikes among `step_losses`, as `qlora_helpers.training.spikes` defines them.
+        seconds: spent in `trainer.train()` since the last start or resume.
         trainable_parameters, all_parameters: as PEFT counts them.
-        saved_path: the folder with what was trained: `adapter/`, or `model/` of a full fine-tuning.
-        skipped_steps: those whose gradients overflowed float16, since the last start. The loss scale was halved instead of a step.
+        saved_path: the folder of what was trained: `adapter/`, or `model/` after full fine-tuning.
+        skipped_steps: those whose gradients overflowed float16, since the last start or resume. They were skipped and
+            halved the loss scale.
     """
 
-    model: torch.nn.Module
+    model: PreTrainedModel | PeftModel
     history: list[tuple[int, float]] = field(repr=False)
     step_losses: list[tuple[int, float]] = field(repr=False)
     gradient_norms: list[tuple[int, float]] = field(repr=False)
@@ -62,8 +72,8 @@ class Run:
 
 
 def train(
-    model,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     chats: list[Chat],
     output_dir: str | Path,
     settings: Settings | None = None,
@@ -73,29 +83,30 @@ def train(
     progress_bar: bool = False,
     on_loss: Callable[[list[tuple[int, float]]], None] | None = None,
 ) -> Run:
-    """Fine-tune a model on chats, the loss on the assistant's tokens alone; save what was trained.
+    """Fine-tune a model on chats, with the loss on the assistant's tokens alone, and save what was trained.
 
     Args:
-        model: from `load_model`. It is changed: adapters are put into it, or its own weights are trained.
+        model: from `load_model`. It is changed: adapters are added to it, or its own weights are trained.
         chats: each a list of messages (`qlora_helpers.chats.read_chats`).
-        output_dir: gets `run.json`, `checkpoint-N/` as the settings say, and in the end `adapter/`, or `model/` for "full".
-        resume: go on from the last whole checkpoint in `output_dir`, also in another process; from the start if there is
-            none. The run then ends as it would have ended uninterrupted.
+        output_dir: gets `run.json`, `checkpoint-N/` as the settings say, and at the end `adapter/`, or `model/` for
+            "full".
+        resume: continue from the last complete checkpoint in `output_dir`, even in another process; from the start if
+            there is none. The run then ends as it would have ended uninterrupted.
         progress_bar: show one, for a terminal.
         on_loss: called with the history so far each time the loss is logged, for a live plot.
 
     Raises:
-        FileExistsError: `output_dir` holds a run already, and `resume` is not set.
+        FileExistsError: `output_dir` already holds a run, and `resume` is not set.
         OSError: `output_dir` is a file, or cannot be written to.
         ValueError: a chat is too long; the last checkpoint lacks a part; the run in `output_dir` is finished, or was begun
             with other settings, chats, or another model.
-        TrainingDiverged: the loss is no number any more, or float16 cannot hold the gradients.
-        Interrupted: Ctrl-C, a notebook's interrupt or SIGTERM. The step is finished and saved first; a second one stops at
-            once. It is a KeyboardInterrupt.
+        TrainingDiverged: the loss is NaN or infinite, or the gradients overflow float16.
+        Interrupted: Ctrl-C, a notebook's interrupt or SIGTERM. The step is finished and saved first; a second one stops
+            the run at once. It is a KeyboardInterrupt.
     """
     settings, hardware, output_dir = settings or Settings(), hardware or detect(), Path(output_dir)
     if not chats:
-        raise ValueError(f"chats={chats!r}: there is nothing to learn. Pass a list of chats, as read_chats gives")
+        raise ValueError(f"chats={chats!r}: there is nothing to learn. Pass a list of chats, as read_chats returns")
     record = record_of(model, chats, settings, hardware.compute_dtype)
     checkpoint = where_to_start(output_dir, record, resume, float16=hardware.compute_dtype == torch.float16)
     make(output_dir, "output_dir")
@@ -107,12 +118,12 @@ def train(
         say_if_slowed(torch.get_num_threads())
     with stop:
         started = time.perf_counter()
-        _let_it_train(trainer, checkpoint, settings, output_dir, recorder, stop)
+        _train_to_the_end(trainer, checkpoint, settings, output_dir, recorder, stop)
         seconds = time.perf_counter() - started
         model = trainer.model.eval()
         trainable, total, saved_path = _save(model, tokenizer, output_dir / RESULT[settings.method], settings.method)
     _say_what_was_skipped(watch.skipped, settings.steps)
-    if stop.signal is not None:  # it came in the last step, or while what was trained was saved
+    if stop.signal is not None:  # it came in the last step, or while what was trained was being saved
         where = f"after the last of {settings.steps} steps; what was trained is in {saved_path}"
         raise Interrupted(where, output_dir, finished=True, signal=stop.signal)
     return Run(
@@ -139,11 +150,11 @@ def _add_callbacks(trainer, settings: Settings, progress_bar: bool, recorder, st
     trainer.add_callback(stop)
     if settings.save_minutes is not None:
         trainer.add_callback(SaveByTheClock(settings.save_minutes))
-    trainer.add_callback(watch)  # after all that ask for a checkpoint
+    trainer.add_callback(watch)  # after all those that ask for a checkpoint
 
 
 def _save(model, tokenizer, folder: Path, method: str) -> tuple[int, int, Path]:
-    """Save what was trained. Returns how many parameters were, how many there are, and the folder."""
+    """Save what was trained. Returns the numbers of trainable and of all parameters, and the folder."""
     if method == "full":
         return model.num_parameters(), model.num_parameters(), save_model(model, tokenizer, folder)
     return *model.get_nb_trainable_parameters(), save_adapter(model, folder)
@@ -157,19 +168,19 @@ def _say_what_was_skipped(skipped: list[int], steps: int) -> None:
         )
 
 
-def _let_it_train(
+def _train_to_the_end(
     trainer, checkpoint: Path | None, settings, output_dir: Path, recorder: _Recorder, stop: StopWhenAsked
 ):
     """Train from a checkpoint, or from the start, to the last step.
 
     Raises:
-        Interrupted: it did not come to the last step.
+        Interrupted: it was stopped before the end of the last step.
     """
     if checkpoint and steps_done(checkpoint) >= settings.steps:
-        # killed between its last checkpoint and the end; the trainer would train one step more
+        # killed between its last checkpoint and the end: the trainer would train one more step
         if settings.method == "full":
             weights = load_file(checkpoint / WEIGHTS["full"])
-            trainer.model.load_state_dict(weights, strict=False)  # tied weights lie there once
+            trainer.model.load_state_dict(weights, strict=False)  # tied weights are stored once
         else:
             set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint)))
         recorder.take(log_history(checkpoint))

@@ -1,10 +1,12 @@
-"""Where runs go, what a run's folder holds, and whether a run may begin or go on there.
+"""Where runs are stored, what a run's folder holds, and whether a run may start or resume there.
 
-It needs no library, so it is asked before any is loaded.
+No library is needed for this, so it is checked before any is loaded.
 
-A folder is a run's if it has a record, `run.json`, as `qlora_helpers.training.run.train` writes it. Nothing else is renamed,
-removed or written into.
+A folder belongs to a run if it has a record, `run.json`, as `qlora_helpers.training.run.train` writes it. No other
+folder with files in it is renamed, removed or written into.
 """
+
+from __future__ import annotations
 
 import errno
 import json
@@ -12,13 +14,30 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from qlora_helpers.paths import data_path
 from qlora_helpers.safe_folders import probe_writing
 
+__all__ = [
+    "RECORD",
+    "RESULT",
+    "check_output",
+    "is_finished",
+    "make",
+    "move_aside",
+    "new_run_folder",
+    "numbered_checkpoints",
+    "read_record",
+    "runs_folder",
+    "steps_saved",
+    "trainer_state",
+    "unfinished_run_folder",
+]
+
 DRIVE = Path("/content/drive/MyDrive")  # where Colab mounts it
 RECORD = "run.json"  # what a run was begun with
-# by the method: the folder of what a finished run has trained
+# by method: the folder of what a finished run has trained
 RESULT = {"qlora": "adapter", "lora": "adapter", "full": "model"}
 RUN_BYTES = 50 * 10**6  # a run of the shipped model writes 8 MB
 _IN_EVERY_RECORD = {"steps", "chats", "model", "compute_dtype"}
@@ -26,13 +45,13 @@ _CURE = "name a new or an empty folder"
 
 
 def numbered_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, the newest first, whole or not."""
+    """The checkpoints in a folder, newest first, complete or not."""
     found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
     return sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
 
 
-def trainer_state(checkpoint: Path) -> dict | None:
-    """The trainer's state in a checkpoint; None if it was cut off, since this file is written last."""
+def trainer_state(checkpoint: Path) -> dict[str, Any] | None:
+    """The trainer's state in a checkpoint; None if the checkpoint is incomplete, since this file is written last."""
     try:
         return json.loads((checkpoint / "trainer_state.json").read_text())
     except (FileNotFoundError, ValueError):
@@ -40,12 +59,12 @@ def trainer_state(checkpoint: Path) -> dict | None:
 
 
 def steps_saved(folder: Path) -> int:
-    """Optimizer steps behind the newest checkpoint of a folder that was written to its end; 0 if there is none."""
+    """The optimizer steps done at the newest complete checkpoint in a folder; 0 if there is none."""
     states = map(trainer_state, numbered_checkpoints(folder))
     return next((state["global_step"] for state in states if state), 0)
 
 
-def read_record(folder: Path) -> dict | None:
+def read_record(folder: Path) -> dict[str, Any] | None:
     """What the run in a folder was begun with; None if the folder holds no run of this course."""
     try:
         record = json.loads((folder / RECORD).read_text())
@@ -55,28 +74,28 @@ def read_record(folder: Path) -> dict | None:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether what the run trained is there in whole."""
+    """Whether the run has saved what it trained."""
     return any(any((folder / result).glob("*")) for result in set(RESULT.values()))
 
 
-def check_output(folder: Path, name: str = "--output") -> dict | None:
-    """Whether a run may be in a folder: a new one, an empty one, or one that holds a run. Makes the folder.
+def check_output(folder: Path, name: str = "--output") -> dict[str, Any] | None:
+    """Make sure that a run may use a folder: a new one, an empty one, or one that holds a run. Creates the folder.
 
     Args:
-        folder: where the run shall go.
-        name: of the argument that named it, for the error.
+        folder: the folder for the run.
+        name: of the argument, for the error.
 
     Returns:
-        The record of the run that is there; None if none is.
+        The record of the run in it; None if there is none.
 
     Raises:
         NotADirectoryError: it is a file.
-        FileExistsError: it holds files, and no run of this course.
-        OSError: it cannot be made or written into, or its disk is full.
+        FileExistsError: it holds files, but no run of this course.
+        OSError: it cannot be created or written to, or its disk is full.
     """
     said = f"{name}={str(folder)!r}"
     if folder.is_symlink() and not folder.exists():
-        raise FileExistsError(f"{said} is a link to {os.readlink(folder)}, which is not there: {_CURE}")
+        raise FileExistsError(f"{said} is a link to {os.readlink(folder)}, which does not exist: {_CURE}")
     try:
         record = read_record(folder)
         held = (
@@ -86,27 +105,27 @@ def check_output(folder: Path, name: str = "--output") -> dict | None:
         raise type(error)(f"{said} cannot be read ({error.strerror}): {_CURE}") from error
     if record is None and held:
         more = f" and {len(held) - 1} more" if len(held) > 1 else ""
-        raise FileExistsError(f"{said} holds {held[0]!r}{more} and no run of this course: {_CURE}")
+        raise FileExistsError(f"{said} holds {held[0]!r}{more} but no run of this course: {_CURE}")
     make(folder, name)
     free = shutil.disk_usage(folder).free
     if free < RUN_BYTES:
         raise OSError(
-            f"{said}: its disk has {free / 1e6:.0f} MB left, and a run needs {RUN_BYTES / 1e6:.0f} MB. Free some, or name a "
-            "folder on another disk"
+            f"{said}: its disk has {free / 1e6:.0f} MB left, and a run needs {RUN_BYTES / 1e6:.0f} MB. Free some "
+            "space, or name a folder on another disk"
         )
     return record
 
 
 def make(folder: Path, name: str) -> None:
-    """Make a folder for a run, if it is not there, and make sure that it can be written into.
+    """Create a folder for a run, if it does not exist, and make sure that it can be written to.
 
     Args:
-        folder: where the run shall go.
-        name: of the argument that named it, for the error.
+        folder: the folder for the run.
+        name: of the argument, for the error.
 
     Raises:
         NotADirectoryError: it is a file.
-        OSError: it cannot be made or written into.
+        OSError: it cannot be created or written to.
     """
     said = f"{name}={str(folder)!r}"
     if folder.exists() and not folder.is_dir():
@@ -129,13 +148,14 @@ def move_aside(folder: Path, name: str = "--output") -> Path:
         raise ValueError(f"{said} holds no run of this course, so it is not renamed: {_CURE}")
     if folder.is_symlink():
         raise ValueError(
-            f"{said} is a link to {folder.resolve()}, which holds a run. It is not renamed: {_CURE}, or go on with --resume"
+            f"{said} is a link to {folder.resolve()}, which holds a run. It is not renamed: {_CURE}, or "
+            "continue it with --resume"
         )
     whole = folder.resolve()
     if whole in (Path.cwd(), *Path.cwd().parents):
         raise ValueError(
-            f"{said} is the folder you are in, or one above it, and holds a run. It is not renamed: {_CURE}, or go on with "
-            "--resume"
+            f"{said} is the folder you are in, or one above it, and holds a run. It is not renamed: {_CURE}, or "
+            "continue it with --resume"
         )
     stamp = time.strftime("%Y-%m-%d-%H%M%S", time.localtime(whole.stat().st_mtime))
     target, number = whole.with_name(f"{whole.name}-until-{stamp}"), 2
@@ -147,15 +167,15 @@ def move_aside(folder: Path, name: str = "--output") -> Path:
     except OSError as error:
         raise type(error)(
             f"{said} holds a run that cannot be moved aside ({error.strerror or errno.errorcode[error.errno]}): {_CURE}, or "
-            "go on with --resume"
+            "continue it with --resume"
         ) from error
     return folder.with_name(target.name) if folder.name not in ("", "..") else target
 
 
 def runs_folder() -> Path:
-    """Where runs go: the folder that QLORA_RUNS names, else Google Drive if it is mounted, else `runs/`.
+    """The folder for runs: the one that QLORA_RUNS names, else Google Drive if it is mounted, else `runs/`.
 
-    That is in the course's folder; in the working folder if the package is used without the course.
+    `runs/` is in the course's folder, or in the working folder if the package is used without the course.
     """
     if named := os.environ.get("QLORA_RUNS"):
         return Path(named)
@@ -168,13 +188,14 @@ def runs_folder() -> Path:
 
 
 def new_run_folder(name: str) -> Path:
-    """Make a new folder `name-1`, `name-2`, … for a run. Nothing is overwritten: the first number that is free is taken.
+    """Create a new folder `name-1`, `name-2`, … for a run. Nothing is overwritten: the first free number is used.
 
-    It lies in the folder that QLORA_RUNS names; else in Google Drive, if Colab has mounted it; else in the course's `runs/`.
+    It is in the folder that QLORA_RUNS names; else in Google Drive, if Colab has mounted it; else in the course's
+    `runs/`.
 
     Raises:
-        ValueError: `name` is no name of a folder.
-        OSError: the folder cannot be made.
+        ValueError: `name` is not the name of a folder.
+        OSError: the folder cannot be created.
     """
     _check_name(name)
     runs = runs_folder()
@@ -197,7 +218,7 @@ def _check_name(name: str) -> None:
 
 
 def _made(folder: Path) -> bool:
-    """Make a folder; false if another process was quicker."""
+    """Create a folder; False if another process was quicker."""
     try:
         folder.mkdir()
     except FileExistsError:
@@ -206,11 +227,11 @@ def _made(folder: Path) -> bool:
 
 
 def unfinished_run_folder(name: str) -> Path:
-    """The newest folder of this name whose run was begun and not finished; a new one if there is none.
+    """The newest folder of this name whose run was begun but not finished; a new one if there is none.
 
     Raises:
-        ValueError: `name` is no name of a folder.
-        OSError: the folder cannot be made.
+        ValueError: `name` is not the name of a folder.
+        OSError: the folder cannot be created.
     """
     _check_name(name)
     begun = [path for path in runs_folder().glob(f"{name}-*") if path.name.removeprefix(f"{name}-").isdigit()]

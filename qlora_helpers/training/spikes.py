@@ -1,12 +1,12 @@
-"""Loss spikes: steps whose loss lies far above that of the steps before.
+"""Loss spikes: steps whose loss is far above that of the steps before.
 
-The rule is robust, so that neither the fall of the loss nor one odd batch moves it. Of the last `WINDOW` losses it takes
+The rule is robust: neither a falling loss nor one odd batch upsets it. Of the last `WINDOW` losses it takes
 the median (what is usual) and the median distance from it, times 1.4826 (the spread: for normal noise this is the
-standard deviation). A loss is a spike if it lies above the usual one by `SPREADS` spreads, by `SHARE` of the usual one
-and by `NATS`, all three. Nothing is judged before `AT_LEAST` losses are known.
+standard deviation). A loss is a spike if it is above the usual one by more than each of three: `SPREADS` spreads,
+`SHARE` of the usual one, and `NATS`. Before `AT_LEAST` losses are known, nothing is called a spike.
 
-The losses of a spike do not count as usual. Steps that follow each other are one spike. One that lasts a whole window
-is no spike any more but a new level: the rule begins anew there.
+The losses of a spike do not count as usual. Consecutive steps are one spike. If it lasts a whole window, it is no
+longer a spike but a new level: the rule starts over there.
 
 The constants were chosen so that healthy runs of the shipped model with batches of 16, 4 and 1 have none.
 """
@@ -15,6 +15,8 @@ import math
 import statistics
 from collections import deque
 from dataclasses import dataclass
+
+__all__ = ["NATS", "SHARE", "SPREADS", "WINDOW", "Spike", "SpikeWatch", "find_spikes"]
 
 WINDOW = 20
 AT_LEAST = 3
@@ -28,12 +30,12 @@ class Spike:
     """A loss far above that of the steps before.
 
     Attributes:
-        step: the first step of it.
-        loss: its loss.
+        step: its first step.
+        loss: the loss of that step.
         usual: the median of the losses before.
-        limit: the loss from which on it is a spike.
+        limit: a loss above this one is a spike.
         peak: the highest loss while it lasted.
-        steps: so many steps lay above their limit, one after the other.
+        steps: how many steps in a row were above their limit.
     """
 
     step: int
@@ -52,7 +54,7 @@ class Spike:
 class SpikeWatch:
     """Takes the losses one by one; `spikes` has those found so far."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.spikes: list[Spike] = []
         self.before: deque[float] = deque(maxlen=WINDOW)
         self.lasting = False
@@ -61,7 +63,7 @@ class SpikeWatch:
         """Look at the next loss. Returns the spike if one begins here.
 
         Raises:
-            ValueError: the loss is no number: that is no spike but the end of a run.
+            ValueError: the loss is NaN or infinite, which is not a spike but the end of a run.
         """
         if not math.isfinite(loss):
             raise ValueError(f"loss={loss!r} at step {step}: a spike is a finite loss")

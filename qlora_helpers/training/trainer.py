@@ -1,12 +1,15 @@
-"""The trainer of a run: TRL's SFTTrainer with LoRA on a 4-bit base (QLoRA) or on an unquantised one, or with all weights.
+"""The trainer of a run: TRL's SFTTrainer for QLoRA, for LoRA on an unquantised base, or for full fine-tuning.
 
-What is trained is float32 in every run: TRL makes the adapters of a 4-bit base bfloat16, which would confound a comparison,
-break float16 training and not survive a resume.
+Trainable parameters are float32 in every run: TRL makes the adapters of a 4-bit base bfloat16, which would confound a
+comparison, break float16 training and not survive a resume.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import datasets
 import torch
@@ -19,9 +22,15 @@ from qlora_helpers.chats import Chat, tokenized
 from qlora_helpers.hardware import Hardware
 from qlora_helpers.settings import AS_OTHERS_RUN, SCHEDULES, Settings
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["build_trainer", "check_settings", "no_progress_bars"]
+
 
 class _Trainer(SFTTrainer):
-    """An SFTTrainer that keeps the loss of each step, as tensors: reading them at every step would hold the GPU up."""
+    """An SFTTrainer that keeps the loss of each step, as tensors: reading them at every step would hold up the GPU."""
 
     def __init__(self, *args, **kwargs):
         self.step_losses: list[tuple[int, torch.Tensor]] = []
@@ -30,7 +39,7 @@ class _Trainer(SFTTrainer):
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
         step = self.state.global_step + 1
-        if self.step_losses and self.step_losses[-1][0] == step:  # with accumulation each batch has a part of the loss
+        if self.step_losses and self.step_losses[-1][0] == step:  # with accumulation, each batch has part of the loss
             loss_so_far = self.step_losses.pop()[1]
             self.step_losses.append((step, loss_so_far + loss.detach()))
         else:
@@ -38,17 +47,25 @@ class _Trainer(SFTTrainer):
         return loss
 
 
-def build_trainer(model, tokenizer, chats: list[Chat], output_dir: Path, settings: Settings, hardware: Hardware):
-    """The SFTTrainer of a run, what it trains in float32.
+def build_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    chats: list[Chat],
+    output_dir: Path,
+    settings: Settings,
+    hardware: Hardware,
+) -> SFTTrainer:
+    """Build the SFTTrainer of a run, with the trainable parameters in float32.
 
     Raises:
-        ValueError: the model is not of the kind that the settings describe; a setting is one that only the predictor takes;
-            a chat is longer than `settings.max_length` tokens, or the chat template marks no answer in it.
+        ValueError: the model is not of the kind that the settings describe; a setting has a value that only the
+            predictor takes; a chat is longer than `settings.max_length` tokens, or the chat template marks no answer in
+            it.
     """
     check_settings(model, settings, hardware)
     rows = _rows(chats, tokenizer, settings.max_length)
     config = _config(output_dir, settings, hardware)
-    set_seed(settings.seed)  # the adapters' first values are drawn while the trainer is built
+    set_seed(settings.seed)  # the adapters' initial values are drawn while the trainer is built
     with no_progress_bars():
         trainer = _Trainer(
             model=model,
@@ -59,13 +76,13 @@ def build_trainer(model, tokenizer, chats: list[Chat], output_dir: Path, setting
         )
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
-            # after the trainer, which makes adapters bfloat16 itself; float16 gradients could not be unscaled
+            # only now, since the trainer makes adapters bfloat16; float16 gradients could not be unscaled
             parameter.data = parameter.data.float()
     return trainer
 
 
-def check_settings(model, settings: Settings, hardware: Hardware) -> None:
-    """Make sure that the settings describe the run that this model makes on this machine.
+def check_settings(model: PreTrainedModel | PeftModel, settings: Settings, hardware: Hardware) -> None:
+    """Make sure that the settings describe a run of this model on this machine.
 
     Raises:
         ValueError: they do not; the message names the setting and the cure.
@@ -83,11 +100,11 @@ def check_settings(model, settings: Settings, hardware: Hardware) -> None:
     for name in AS_OTHERS_RUN:
         used = Settings.__dataclass_fields__[name].default
         if settings.method != "full" and getattr(settings, name) != used:
-            cure = f"only the predictor takes it; training has {used!r}. Leave it out"
+            cure = f"only the predictor takes it; training uses {used!r}. Leave it out"
             raise validation.refuse(name, getattr(settings, name), cure)
     gear = str(hardware.compute_dtype).removeprefix("torch.")
     if settings.compute_dtype not in (None, gear):
-        cure = f"the {hardware.gear} gear computes in {gear}. Leave it out, or choose another gear by QLORA_GEAR"
+        cure = f"the {hardware.gear} gear computes in {gear}. Leave it out, or choose another gear with QLORA_GEAR"
         raise validation.refuse("compute_dtype", settings.compute_dtype, cure)
 
 
@@ -122,24 +139,26 @@ def _config(output_dir: Path, settings: Settings, hardware: Hardware) -> SFTConf
         max_grad_norm=settings.max_grad_norm or 0.0,  # the trainer takes 0 for no clipping
         optim=settings.optimizer or ("paged_adamw_8bit" if on_gpu else "adamw_torch"),
         max_length=settings.max_length,
-        assistant_only_loss=False,  # the rows say which tokens are the assistant's; TRL would want to find out itself
+        assistant_only_loss=False,  # the rows already mark the assistant's tokens; TRL would look for them itself
         packing=False,  # it is meant for FlashAttention, which a T4 does not have
         gradient_checkpointing=settings.gradient_checkpointing,
         use_cpu=not on_gpu,
         bf16=on_gpu and dtype == torch.bfloat16,
         fp16=on_gpu and dtype == torch.float16,
         logging_steps=settings.log_steps or max(1, settings.steps // 20),
-        disable_tqdm=True,  # else a notebook gets a progress table of the trainer's own
+        disable_tqdm=True,  # else the trainer shows a progress table of its own in a notebook
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
         save_total_limit=settings.keep_checkpoints,
-        logging_nan_inf_filter=False,  # it would show the mean of the losses before in place of a NaN
+        logging_nan_inf_filter=False,  # it would show the mean of earlier losses instead of a NaN
         report_to="none",
         seed=settings.seed,
         dataloader_pin_memory=on_gpu,
     )
     if config.n_gpu > 1:
-        print(f"{config.n_gpu} GPUs are here. This run uses the first one: TRL refuses to split a batch over several.")
+        print(
+            f"{config.n_gpu} GPUs were found. This run uses the first one: TRL refuses to split a batch over several."
+        )
         config._n_gpu = 1
     return config
 
@@ -157,7 +176,7 @@ def _lora(settings: Settings) -> LoraConfig:
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """datasets shows one for each pass over the rows."""
+    """Hide the progress bars of `datasets`, which shows one for each pass over the rows."""
     bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:

@@ -1,4 +1,4 @@
-"""Adapters as files: what is read from them, saved and loaded to the last bit, refused where they do not belong."""
+"""Adapters as files: reading them, saving and loading them to the last bit, and refusing them on another base."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def base(quantization="nf4"):
 
 @pytest.fixture(scope="module")
 def model():
-    """The shipped adapter and a second one, all its B halved, on one 4-bit base."""
+    """The shipped adapter and a second one, with every B halved, on one 4-bit base."""
     model = load_adapter(base(), SHIPPED, "sentences")
     load_adapter(model, SHIPPED, "quiet")
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_the_base_of_an_adapter_that_peft_saved_is_found(said, name):
     [("Qwen/Qwen2.5-7B", "Qwen2.5-7B", True), ("Qwen/Qwen2.5-7B", "someone/Qwen2.5-7B", False),
      ("Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B-Instruct", False), ("tiny-llama", "tiny-llama", True), ("a", "b", False)],
 )  # fmt: skip
-def test_a_copy_in_a_folder_of_one_s_own_is_the_same_model(one, other, same):
+def test_a_local_copy_is_the_same_model(one, other, same):
     assert same_name(one, other) is same_name(other, one) is same
 
 
@@ -118,7 +118,7 @@ def test_a_name_that_torch_uses_is_refused(name, model):
         load_adapter(model, SHIPPED, name)
 
 
-def test_an_adapter_is_not_overwritten_without_a_word(model, tmp_path):
+def test_an_adapter_is_not_overwritten_silently(model, tmp_path):
     folder = save_adapter(model, tmp_path / "a", "sentences")
     with pytest.raises(FileExistsError, match="pass overwrite=True"):
         save_adapter(model, folder, "quiet")
@@ -128,7 +128,7 @@ def test_an_adapter_is_not_overwritten_without_a_word(model, tmp_path):
 
 
 def crash_while_saving(folder):
-    """In a process of its own: die in the middle of the adapter's file."""
+    """Run in a separate process: die in the middle of writing the adapter's file."""
     model = load_adapter(load_model(), SHIPPED)
     whole = peft.peft_model.safe_save_file
 

@@ -1,4 +1,4 @@
-"""Merging: each way held against a formula, what it changes against the measured tables, and nothing lost in files."""
+"""Merging: each way compared with a formula, its effect with the measured tables, and nothing lost in files."""
 
 import json
 import shutil
@@ -210,7 +210,7 @@ def measured():
 def test_the_memory_of_a_merge_is_predicted(into, measured):
     plan, row = predict_merge(LLAMA_8B, into), measured[into]
     assert plan.peak_bytes == pytest.approx(max(row["base_peak_bytes"], row["merge_peak_bytes"]), rel=0.01)
-    if into != "dequantised":  # where memory that nothing needs was not yet given back when it was read
+    if into != "dequantised":  # there, unused memory had not been released yet when it was measured
         assert plan.base_bytes == pytest.approx(row["base_bytes"], rel=0.002)
     assert plan.merged_bytes == pytest.approx(row["bytes"], rel=0.01)
 

@@ -88,7 +88,7 @@ def test_the_options_are_the_fields_of_settings_with_their_texts(capsys):
             main([command, "--help"])
         text = " ".join(capsys.readouterr().out.split())
         assert all(f"{option_of(name)} " in text for name in names)
-        assert "of LoRA: its result is scaled by alpha / rank" in text or command == "memory"
+        assert "LoRA's output is scaled by alpha / rank" in text or command == "memory"
 
 
 # ---- memory: run in this process, which is quicker; the command runs main()

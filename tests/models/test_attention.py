@@ -1,4 +1,4 @@
-"""Attention with repeated keys and values is the attention that transformers computes, and nothing else."""
+"""Attention with repeated keys and values gives the same result as that of transformers."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def model(request):
 
 
 def both(model, **batch):
-    """The model's output and its gradient in the embeddings, as transformers attends and with repeated keys."""
+    """The model's output and the gradient of its embeddings, with transformers' attention and with repeated keys."""
     results = []
     for name in ("sdpa", REPEATED_KV):
         model.set_attn_implementation(name)
@@ -34,7 +34,7 @@ def both(model, **batch):
 
 @pytest.fixture
 def shared_heads(monkeypatch):
-    """The (query heads, key heads, enable_gqa) of every call of torch's attention."""
+    """The (query heads, key heads, enable_gqa) of every call to torch's attention."""
     calls = []
     attention = torch.nn.functional.scaled_dot_product_attention
 
@@ -84,5 +84,5 @@ def test_generating_with_a_cache_gives_the_same_tokens(model):
 @pytest.mark.parametrize(("gear", "wanted"), [("cpu", "sdpa"), ("t4", REPEATED_KV), ("ampere", "sdpa")])
 def test_only_the_t4_gear_repeats(gear, wanted, monkeypatch):
     hardware = Hardware(gear, "gear", None, 0, None, False, 1, 0)
-    monkeypatch.setattr(Hardware, "device", "cpu")  # of another gear, on this machine
+    monkeypatch.setattr(Hardware, "device", "cpu")  # another gear, on this machine
     assert load_model(quantization=None, hardware=hardware).config._attn_implementation == wanted

@@ -1,6 +1,6 @@
-"""The faults of bitsandbytes on CPUs that this package keeps away from learners.
+"""The faults of bitsandbytes on CPUs from which this package protects its users.
 
-A test that shows a fault fails once bitsandbytes has mended it: then drop what keeps the fault away, and the test.
+A test that shows a fault fails once bitsandbytes has fixed it: then remove the protection, and the test.
 """
 
 import pytest
@@ -32,7 +32,7 @@ def relative_error(got, want):
     return ((got - want).norm() / want.norm()).item()
 
 
-# Fault A: the first evaluation repacks the weights in place, and training after it computes wrong gradients.
+# Fault A: the first evaluation repacks the weights in place, and later training computes wrong gradients.
 
 
 def linear4bit(in_features=256, out_features=64):
@@ -59,7 +59,7 @@ def test_fault_a_evaluating_a_plain_layer_spoils_its_gradients():
     before = input_gradient(layer)
     evaluate(layer)
     after = input_gradient(layer)
-    assert after is None or relative_error(after, before) > 0.5  # 0.50.2 sends back none at all
+    assert after is None or relative_error(after, before) > 0.5  # 0.50.2 returns none at all
 
 
 def test_evaluating_a_layer_made_safe_changes_neither_gradients_nor_bytes():
@@ -105,7 +105,7 @@ def test_fault_a_it_would_spoil_them_without_the_switch():
     assert any(relative_error(after[name], before[name]) > 0.5 for name in before)
 
 
-# Fault B: the AVX512 code takes the scale of the wrong block where a row is no whole number of blocks.
+# Fault B: the AVX512 code uses the scale of the wrong block where a row is not a whole number of blocks.
 
 
 def error_of_bitsandbytes(weight, block_size, quant_type="nf4"):
@@ -122,7 +122,7 @@ def test_fault_b_a_row_that_is_no_whole_number_of_blocks_decodes_wrongly(shape, 
     assert error_of_bitsandbytes(weight, block_size, quant_type) > 1.5 * relative_error(ours, weight)
 
 
-def test_a_row_of_whole_blocks_decodes_rightly():
+def test_a_row_of_whole_blocks_decodes_correctly():
     weight = gaussian(256, 384)
     for block_size in (64, 128):
         ours = relative_error(dequantize(quantize(weight, NF4, block_size, double_quant=False)), weight)
@@ -132,7 +132,7 @@ def test_a_row_of_whole_blocks_decodes_rightly():
 @pytest.mark.parametrize("in_features", [96, 32, 66, 200])
 def test_a_layer_that_meets_fault_b_is_refused_by_name(in_features):
     model = torch.nn.ModuleDict({"good": linear4bit(256), "narrow": linear4bit(in_features)})
-    with pytest.raises(ValueError, match=rf"narrow has in_features={in_features}, no multiple of the block size 64"):
+    with pytest.raises(ValueError, match=rf"narrow has in_features={in_features}, not a multiple of the block size 64"):
         make_safe_on_cpu(model)
 
 

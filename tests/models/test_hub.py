@@ -1,4 +1,4 @@
-"""Trouble with the Hub ends in a sentence that says what to do, and a lesson goes on with the shipped model."""
+"""Trouble with the Hub ends in a sentence that says what to do, and a lesson continues with the shipped model."""
 
 import errno
 import socket
@@ -13,7 +13,7 @@ from tests.support.short_runs import CPU
 
 
 def refused(kind, message="as the Hub says it"):
-    """An error of huggingface_hub, made without a connection."""
+    """An error of huggingface_hub, created without a connection."""
     error = kind.__new__(kind)
     Exception.__init__(error, message)
     return error
@@ -27,13 +27,13 @@ def caused_by(cause, error):
 NO_ROUTE = caused_by(socket.gaierror(-2, "Name or service not known"), refused(errors.LocalEntryNotFoundError))
 TROUBLE = {
     "gated": (refused(errors.GatedRepoError), "is gated: its owner must grant you access first. Take an open one"),
-    "wrong name": (refused(errors.RepositoryNotFoundError), "there is no open model 'some/model' on the Hub: look for a"),
-    "wrong form": (refused(errors.HFValidationError), "there is no open model 'some/model' on the Hub: look for a typing"),
+    "wrong name": (refused(errors.RepositoryNotFoundError), "there is no open model 'some/model' on the Hub: check"),
+    "wrong form": (refused(errors.HFValidationError), "there is no open model 'some/model' on the Hub: check the spel"),
     "wrong revision": (refused(errors.RevisionNotFoundError), "has no revision 'abc': leave the revision out"),
     "disk full": (OSError(errno.ENOSPC, "No space left"), "the disk is full. Delete what you do not need, or take a sm"),
     "disk full, deeper": (caused_by(OSError(errno.ENOSPC, "full"), RuntimeError("write")), "the disk is full"),
     "quota": (OSError(errno.EDQUOT, "Quota exceeded"), "the disk is full"),
-    "no network": (NO_ROUTE, "is not on this disk, and the Hub cannot be reached: look at the network, then try again"),
+    "no network": (NO_ROUTE, "is not on this disk, and the Hub cannot be reached: check the network, then try again"),
     "time out": (TimeoutError("read"), "and the Hub cannot be reached"),
     "anything else": (PermissionError(13, "denied"), r"could not be fetched from the Hub \(PermissionError: .*denied"),
 }  # fmt: skip
@@ -60,7 +60,7 @@ def test_offline_is_said_for_real():
         fetch("some/model")
 
 
-def test_an_error_that_is_no_trouble_of_the_hub_is_not_swallowed(monkeypatch):
+def test_an_error_that_is_not_from_the_hub_is_not_swallowed(monkeypatch):
     def fail(*args, **options):
         raise KeyError("a fault of ours")
 
@@ -87,12 +87,12 @@ def test_the_pinned_commit_is_asked_for_unless_another_is_named(monkeypatch, tmp
     assert all(len(commit) == 40 for commit in REVISIONS.values())
 
 
-def test_a_lesson_goes_on_with_the_shipped_model_and_says_why(capsys):
+def test_a_lesson_continues_with_the_shipped_model_and_says_why(capsys):
     model, tokenizer, name = models.load_or_shipped("some/model", hardware=CPU)
     assert name == "tiny-llama" and model.num_parameters() == 2_984_192 and len(tokenizer) == 1_216
     said = capsys.readouterr().out
     assert said.startswith("some/model is not on this disk, and HF_HUB_OFFLINE is set")
-    assert said.endswith("This lesson goes on with the shipped model, tiny-llama.\n")
+    assert said.endswith("This lesson continues with the shipped model, tiny-llama.\n")
 
 
 def test_what_was_loaded_is_said_with_its_commit(capsys, monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""What is loaded, what it weighs, and the two ways to change the weights of an unquantised model."""
+"""What is loaded, its bytes, and the two ways to change the weights of an unquantised model."""
 
 import pytest
 import torch

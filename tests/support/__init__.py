@@ -1,1 +1,1 @@
-"""What the tests of several rooms use."""
+"""Shared by the tests of several rooms."""

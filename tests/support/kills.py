@@ -1,9 +1,9 @@
-"""Kill training processes for real, resume them in fresh ones, and hold the adapter against an uninterrupted run.
+"""Kill training processes for real, resume them in fresh ones, and compare the adapter with an uninterrupted run's.
 
     make test-kills            # 20 runs, each killed one to three times; prints a table
 
-A process is killed with SIGKILL, which it can neither notice nor prevent: at a random moment, or inside the writing of a
-checkpoint (in the middle of the files, with the newest one half written).
+A process is killed with SIGKILL, which it can neither notice nor prevent: at a random moment, or while it writes a
+checkpoint (between its files, with the newest one half written).
 """
 
 import argparse
@@ -27,7 +27,7 @@ PLACES = ("between steps", "inside a save", "inside the last save")
 
 
 def work(folder: Path, kill_in_save: int, told: Connection) -> None:
-    """One process: begin the run in `folder` or go on with it; die while the checkpoint of a step is written."""
+    """One process: begin or resume the run in `folder`; die while the checkpoint of step `kill_in_save` is written."""
     import torch
     from transformers import Trainer
 
@@ -66,18 +66,18 @@ def work(folder: Path, kill_in_save: int, told: Connection) -> None:
 
 
 class Working:
-    """A process that trains, and what it tells: a number for each step that it logs, a text for an error."""
+    """A training process, and what it reports: a number for each step that it logs, a text for an error."""
 
     def __init__(self, folder: Path, kill_in_save: int = 0):
         self.tells, told = forking.context().Pipe(duplex=False)
         self.process = forking.start(work, folder, kill_in_save, told)
-        told.close()  # the worker has it now: when it dies, reading ends
+        told.close()  # only the worker has it now: reading ends when it dies
 
     def told(self) -> Iterator[int]:
         """The steps as they are logged, until the process ends.
 
         Raises:
-            RuntimeError: the run has failed; with its traceback.
+            RuntimeError: the run has failed; the message is its traceback.
         """
         while True:
             try:
@@ -89,7 +89,7 @@ class Working:
             yield said
 
     def end(self) -> int:
-        """Wait for the end. Returns the exit code, which is negative after a signal."""
+        """Wait for the process to end. Returns its exit code, which is negative after a signal."""
         for _ in self.told():
             pass
         self.process.join()
@@ -100,7 +100,7 @@ class Working:
             raise RuntimeError(f"the run ended with {code}")
 
     def kill_at(self, step: int, delay: float) -> bool:
-        """Kill it `delay` seconds after it has logged `step`; whether that ended it."""
+        """Kill it `delay` seconds after it has logged `step`. Returns whether that ended it."""
         for logged in self.told():
             if logged >= step:
                 time.sleep(delay)
@@ -116,7 +116,7 @@ def uninterrupted(folder: Path) -> Path:
 
 
 def trial(folder: Path, where: str, chance: random.Random, times: int = 1, reference: Path | None = None) -> dict:
-    """Begin a run, kill it `times` times in the way that `where` says, let it end, and compare."""
+    """Begin a run, kill it `times` times at the place that `where` names, let it finish, and compare."""
     from qlora_helpers.training.checkpoints import last_whole_checkpoint, steps_done
     from tests.support.short_runs import adapter, differing
 
@@ -135,7 +135,7 @@ def trial(folder: Path, where: str, chance: random.Random, times: int = 1, refer
                 raise RuntimeError(f"the run ended with {code}")
         at.append(max((int(p.name[11:]) for p in (folder / "killed").glob("checkpoint-*")), default=0))
         if (folder / "killed" / "adapter").exists():
-            break  # the kill came too late, and is none
+            break  # the kill came too late and does not count
         killed += hit
     else:
         Working(folder / "killed").finish()
@@ -146,10 +146,10 @@ def trial(folder: Path, where: str, chance: random.Random, times: int = 1, refer
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--workers", type=int, default=2, help="so many runs at a time, each on one thread")
+    parser.add_argument("--workers", type=int, default=2, help="how many runs at a time, each on one thread")
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    # killed processes give nothing back, which the one that looks after semaphores would tell at the end
+    # killed processes leave semaphores behind, about which the resource tracker would warn at the end
     os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"
     failed = 0
     with tempfile.TemporaryDirectory() as scratch:

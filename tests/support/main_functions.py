@@ -1,4 +1,4 @@
-"""The project's scripts, called in a process that has the libraries already: importing them takes ten seconds."""
+"""Call the project's scripts in a process that already has the libraries: importing them takes ten seconds."""
 
 import os
 import sys

@@ -16,7 +16,7 @@ from qlora_helpers.training.trainer import build_trainer
 CPU = Hardware("cpu", "gear", None, 0, None, False, 1, 0)
 TOKENIZER = load_tokenizer()
 CHATS = read_chats(data_path("chats", "train.jsonl"))[:20]  # less than two epochs of the runs below
-# dropout and an order of chats: both need the random state of the checkpoint
+# dropout and the order of chats both need the checkpoint's random state
 SHORT = Settings(steps=6, batch_size=4, warmup_steps=2, rank=4, dropout=0.1, save_steps=3)
 
 
@@ -35,6 +35,6 @@ def adapter(folder):
 
 
 def differing(one, other):
-    """The names of the tensors that are not equal, bit for bit."""
+    """The names of the tensors that are not bit-identical."""
     assert one.keys() == other.keys()
     return [name for name in one if one[name].dtype != other[name].dtype or not torch.equal(one[name], other[name])]

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment goes on as if nothing had happened, or is refused with a sentence."""
+"""A run that is killed at any moment continues as if nothing had happened, or is refused with a clear message."""
 
 import json
 import logging
@@ -41,13 +41,13 @@ def interrupted(finished, tmp_path):
 
 @pytest.fixture
 def steps_taken(monkeypatch):
-    """A list that grows by one entry with each training step: starting all over would end the same, too."""
+    """A list that grows by one with each training step, since starting over would give the same result."""
     taken, step = [], SFTTrainer.training_step
     monkeypatch.setattr(SFTTrainer, "training_step", lambda *args, **options: taken.append(1) or step(*args, **options))
     return taken
 
 
-# Going on
+# Resuming
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one_to_the_last_bit(finished, interrupted, steps_taken):
@@ -59,7 +59,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one_to_the_last_bit(finished, in
     assert len(steps_taken) == 3
 
 
-def test_a_run_killed_while_it_wrote_a_checkpoint_goes_on_from_the_one_before(finished, interrupted, steps_taken):
+def test_a_run_killed_while_it_wrote_a_checkpoint_resumes_from_the_one_before(finished, interrupted, steps_taken):
     shutil.copytree(finished.saved_path.parent / "checkpoint-6", interrupted / "checkpoint-6")
     for name in ("adapter_model.safetensors", "optimizer.pt"):
         (interrupted / "checkpoint-6" / name).write_bytes(b"cut")
@@ -67,10 +67,10 @@ def test_a_run_killed_while_it_wrote_a_checkpoint_goes_on_from_the_one_before(fi
     resumed = run(interrupted, resume=True)
     assert differing(adapter(resumed.saved_path), adapter(finished.saved_path)) == []
     assert len(steps_taken) == 3
-    assert last_whole_checkpoint(interrupted).name == "checkpoint-6"  # written again, in whole
+    assert last_whole_checkpoint(interrupted).name == "checkpoint-6"  # written again, complete
 
 
-def test_a_run_killed_behind_its_last_step_is_not_trained_further(finished, interrupted, steps_taken):
+def test_a_run_killed_after_its_last_step_is_not_trained_further(finished, interrupted, steps_taken):
     shutil.copytree(finished.saved_path.parent / "checkpoint-6", interrupted / "checkpoint-6")
     (interrupted / "adapter.part").mkdir()  # the kill came while the adapter was saved
     (interrupted / "adapter.part" / "adapter_model.safetensors").write_bytes(b"cut")
@@ -115,12 +115,12 @@ def test_a_checkpoint_is_written_when_its_minutes_are_over_and_the_newest_two_ar
 
 
 def test_checkpoints_of_one_second_leave_no_warning_on_the_page(tmp_path):
-    """A fast GPU writes them so. transformers then sorts them by their numbers, and says so."""
+    """A fast GPU writes them that way. transformers then sorts them by number, and says so."""
     for step in (8, 16):
         (tmp_path / f"checkpoint-{step}").mkdir()
     seen, logger = BufferingHandler(100), logging.getLogger("transformers")
     logger.addHandler(seen)
-    logging.Logger.warning_once.cache_clear()  # a test before this one may have used up the one time
+    logging.Logger.warning_once.cache_clear()  # an earlier test may have triggered it already
     try:
         found = sort_checkpoints(str(tmp_path), use_mtime=True)
     finally:
@@ -221,26 +221,28 @@ def test_a_folder_that_holds_a_run_is_refused_unless_it_is_to_be_resumed(left, t
         (SHORT, CHATS[:-1], "chats was '[0-9a-f]{16}' and is now '[0-9a-f]{16}'"),
     ],
 )
-def test_a_run_that_was_begun_otherwise_is_not_gone_on_with(settings, chats, said, interrupted):
-    with pytest.raises(ValueError, match=f"was begun otherwise: {said}. Resume it as it was begun"):
+def test_a_run_that_was_begun_differently_is_not_resumed(settings, chats, said, interrupted):
+    with pytest.raises(ValueError, match=f"was begun differently: {said}. Resume it as it was begun"):
         run(interrupted, settings, chats, resume=True)
     assert (interrupted / "checkpoint-3").exists()
 
 
-def test_another_base_is_not_gone_on_with(interrupted):
+def test_a_run_is_not_resumed_with_another_base(interrupted):
     unquantised = load_model(quantization=None, hardware=CPU)
     said = "quantization was 'nf4, double_quant=True' and is now 'none'"
-    with pytest.raises(ValueError, match=f"was begun otherwise: {said}"):
+    with pytest.raises(ValueError, match=f"was begun differently: {said}"):
         training.train(unquantised, None, CHATS, interrupted, SHORT, hardware=CPU, resume=True)
 
 
 def test_a_damaged_record_is_refused(interrupted):
     (interrupted / "run.json").write_text('{"steps": 6')
-    with pytest.raises(ValueError, match=r"run\.json is damaged, so what the run was is unknown: name a new folder"):
+    with pytest.raises(
+        ValueError, match=r"run\.json is damaged, so it is unknown how the run was begun: name a new folder"
+    ):
         run(interrupted, resume=True)
 
 
-def test_an_adapter_folder_without_its_files_is_no_finished_run(interrupted, finished):
+def test_an_adapter_folder_without_its_files_is_not_a_finished_run(interrupted, finished):
     (interrupted / "adapter").mkdir()
     resumed = run(interrupted, resume=True)
     assert differing(adapter(resumed.saved_path), adapter(finished.saved_path)) == []
@@ -248,12 +250,14 @@ def test_an_adapter_folder_without_its_files_is_no_finished_run(interrupted, fin
 
 def test_checkpoints_of_an_unknown_run_are_refused(interrupted):
     (interrupted / "run.json").unlink()
-    with pytest.raises(ValueError, match=re.escape("has checkpoints and no run.json: what they belong to is unknown")):
+    with pytest.raises(
+        ValueError, match=re.escape("has checkpoints but no run.json: it is unknown which run they belong to")
+    ):
         run(interrupted, resume=True)
 
 
 @pytest.mark.parametrize(("folder", "said"), [("file", "is a file"), ("file/below", r"cannot be written to \(.+\)")])
-def test_a_folder_for_a_run_that_is_none_names_the_argument_and_the_cure(folder, said, tmp_path):
+def test_the_error_for_a_folder_that_cannot_be_used_names_the_argument_and_the_cure(folder, said, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=rf"output_dir='.*{folder}' {said}: name a "):
         run(tmp_path / folder)
@@ -265,7 +269,7 @@ def test_a_run_that_could_not_begin_leaves_its_folder_free(tmp_path):
     assert not (tmp_path / "new" / "run.json").exists()
 
 
-# Real kills, each in a process of its own
+# Real kills, each in its own process
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""All weights trained: what is trained and saved, resumed to the last bit, and refused for a 4-bit model."""
+"""Full fine-tuning: what is trained and saved, resumed to the last bit, and refused for a 4-bit model."""
 
 import dataclasses
 import shutil
@@ -51,7 +51,7 @@ def test_the_whole_model_is_saved_and_plain_transformers_loads_it(finished):
     assert all(torch.equal(p, plain[name]) for name, p in done.model.named_parameters())
 
 
-@pytest.mark.parametrize("last", ["checkpoint-2", "checkpoint-4"])  # amid the run; behind its last step
+@pytest.mark.parametrize("last", ["checkpoint-2", "checkpoint-4"])  # in mid-run; after its last step
 def test_a_killed_run_ends_as_an_uninterrupted_one(last, finished, tmp_path):
     folder, _ = finished
     shutil.copy(folder / "run.json", tmp_path)

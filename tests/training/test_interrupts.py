@@ -1,4 +1,4 @@
-"""Ctrl-C while a run trains: its step is saved, one is told how to go on, and the run ends as if nothing had happened."""
+"""Ctrl-C during a run: its step is saved, a message says how to continue, and the run ends as if uninterrupted."""
 
 import os
 import shlex
@@ -21,7 +21,7 @@ WITHOUT_CHECKPOINTS = Settings(**{**vars(SHORT), "save_steps": None})
 
 
 def interrupting(monkeypatch, at, times=1, number=signal.SIGINT):
-    """Within the step behind `at` finished ones this process gets a signal, `times` times."""
+    """During the step after `at` finished ones, this process gets a signal `times` times."""
     step, came = SFTTrainer.training_step, []
 
     def interrupted(self, *args, **options):
@@ -50,7 +50,7 @@ def test_an_interrupted_step_is_saved_and_the_run_ends_as_if_nothing_had_happene
     with pytest.raises(KeyboardInterrupt) as stopped:
         run(tmp_path, WITHOUT_CHECKPOINTS)
     assert type(stopped.value) is Interrupted and stopped.value.signal == signal.SIGINT
-    assert "stopped after step 2 of 6, which is saved. To go on" in str(stopped.value)
+    assert "stopped after step 2 of 6, which is saved. To continue, load" in str(stopped.value)
     assert f"call train with {str(tmp_path)!r} and resume=True" in str(stopped.value)
     assert stopped.value._render_traceback_() == [f"KeyboardInterrupt: {stopped.value}"]
     assert "Stopping at the end of this step" in capsys.readouterr().err
@@ -64,7 +64,9 @@ def test_an_interrupted_step_is_saved_and_the_run_ends_as_if_nothing_had_happene
 
 def test_a_second_interrupt_stops_at_once(tmp_path, monkeypatch):
     came = interrupting(monkeypatch, at=4, times=2)
-    with pytest.raises(Interrupted, match=r"stopped in step 5 of 6; the last checkpoint is that of step 3. To go on"):
+    with pytest.raises(
+        Interrupted, match=r"stopped in step 5 of 6; the last checkpoint is that of step 3. To continue, "
+    ):
         run(tmp_path)
     assert len(came) == 2 and steps_saved(tmp_path) == 3
 
@@ -83,8 +85,8 @@ def test_an_interrupt_in_the_last_step_lets_the_run_end(finished, tmp_path, monk
     assert differing(adapter(tmp_path / "adapter"), adapter(finished.saved_path)) == []
 
 
-def test_who_ignores_interrupts_is_left_alone(monkeypatch):
-    """As a job in a script's background does, which Ctrl-C must not reach."""
+def test_a_process_that_ignores_interrupts_is_left_alone(monkeypatch):
+    """Such as a background job of a script, which Ctrl-C must not reach."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with StopWhenAsked() as stop:
@@ -120,7 +122,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_printed_command_goes_on_to_the_same_end(quick, tmp_path, monkeypatch, capsys):
+def test_the_printed_command_continues_to_the_same_end(quick, tmp_path, monkeypatch, capsys):
     assert main(["run", "--output", "whole", "--steps", "4"]) == 0
     with monkeypatch.context() as patch:
         interrupting(patch, at=1)
@@ -148,7 +150,7 @@ def test_an_interrupt_before_the_training_is_a_sentence_and_the_command(quick, m
     assert command.endswith("-m qlora_helpers run --resume --output new")
 
 
-def test_an_interrupt_behind_the_training_says_where_the_adapter_is(quick, tmp_path, monkeypatch, capsys):
+def test_an_interrupt_after_the_training_says_where_the_adapter_is(quick, tmp_path, monkeypatch, capsys):
     answers = iter([["nothing"] * 3])
     monkeypatch.setattr(evaluation, "answer", lambda *args: next(answers, None) or stop())
     assert main(["run", "--output", "new", "--steps", "1"]) == 130

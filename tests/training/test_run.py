@@ -1,7 +1,4 @@
-"""Runs of a few steps: what is trained, on what, and what is refused.
-
-The scores by which runs are judged are tested here too.
-"""
+"""Runs of a few steps: what is trained, on what, and what is refused."""
 
 import math
 import re
@@ -54,14 +51,14 @@ def test_training_changes_the_adapters_and_not_the_base(finished):
     plain = dict(load_model(hardware=CPU).named_parameters())
     for name, parameter in finished.model.named_parameters():
         if "lora_B" in name:
-            assert parameter.abs().sum() > 0, f"{name} still has its first value, zero"
+            assert parameter.abs().sum() > 0, f"{name} still has its initial value, zero"
         elif "lora_" not in name:
             assert torch.equal(parameter, plain[name.removeprefix("base_model.model.").replace(".base_layer", "")]), (
                 name
             )
 
 
-def test_the_loss_is_on_the_answers_and_their_closing_tokens_alone(tmp_path):
+def test_the_loss_is_on_the_answers_and_their_eos_tokens_alone(tmp_path):
     batch = next(iter(trainer_of(tmp_path).get_train_dataloader()))
     assert batch["input_ids"].shape[0] == SHORT.batch_size
     trained_on = {TOKENIZER.decode(row[row != -100]).strip() for row in batch["labels"]}
@@ -86,7 +83,7 @@ def test_the_saved_adapter_gives_the_trained_model_back(finished):
         assert torch.equal(again(**batch).logits, finished.model(**batch).logits)
 
 
-def test_the_loss_is_recorded_twenty_times_and_handed_on_each_time(tmp_path):
+def test_the_loss_is_recorded_and_passed_on_twenty_times(tmp_path):
     seen = []
     settings = Settings(steps=40, batch_size=1, warmup_steps=0, rank=4)
     done = run(tmp_path, settings, CHATS[:1], on_loss=lambda history: seen.append(list(history)))
@@ -101,7 +98,7 @@ def test_a_progress_bar_with_the_loss_is_shown_if_it_is_wanted(wanted, tmp_path,
     done = run(tmp_path, Settings(steps=2, batch_size=1, rank=4), progress_bar=wanted)
     shown = capfd.readouterr()
     assert ("2/2" in shown.err) is (f"loss {done.history[-1][1]:.3f}" in shown.err) is wanted
-    assert shown.out == ""  # nor the trainer's own dictionaries
+    assert shown.out == ""  # not even the trainer's own dictionaries
 
 
 def test_gradient_checkpointing_computes_the_same(tmp_path):
@@ -137,7 +134,7 @@ def test_a_chat_that_would_be_cut_is_refused_by_its_number(tmp_path):
         run(tmp_path, settings, [CHATS[0], long])
 
 
-def test_a_chat_of_just_the_length_is_trained_on_in_whole(tmp_path):
+def test_a_chat_of_exactly_the_maximum_length_is_not_truncated(tmp_path):
     settings = Settings(steps=1, batch_size=1, max_length=count_tokens(CHATS[0], TOKENIZER))
     batch = next(iter(trainer_of(tmp_path, settings=settings, chats=CHATS[:1]).get_train_dataloader()))
     assert batch["labels"][0, -1] == TOKENIZER.eos_token_id
@@ -148,14 +145,14 @@ def test_no_chats_are_refused(tmp_path):
         run(tmp_path, chats=[])
 
 
-# The values that it refuses by themselves are in tests/test_settings.py.
+# The values that `Settings` itself refuses are in tests/test_settings.py.
 DESCRIBES_ANOTHER_RUN = [
     ({"method": "lora"}, "method='lora': the model has 4-bit layers. Load it with quantization=None, or use 'qlora'"),
     ({"method": "full"}, "method='full': 4-bit weights cannot be trained. Load the model with quantization=None"),
-    ({"adapter_dtype": "bfloat16"}, "adapter_dtype='bfloat16': only the predictor takes it; training has 'float32'"),
-    ({"block_size": 128}, "block_size=128: only the predictor takes it; training has 64"),
-    ({"attention": "math"}, "attention='math': only the predictor takes it; training has 'sdpa'"),
-    ({"upcast_fp32": True}, "upcast_fp32=True: only the predictor takes it; training has False"),
+    ({"adapter_dtype": "bfloat16"}, "adapter_dtype='bfloat16': only the predictor takes it; training uses 'float32'"),
+    ({"block_size": 128}, "block_size=128: only the predictor takes it; training uses 64"),
+    ({"attention": "math"}, "attention='math': only the predictor takes it; training uses 'sdpa'"),
+    ({"upcast_fp32": True}, "upcast_fp32=True: only the predictor takes it; training uses False"),
     ({"compute_dtype": "float16"}, "compute_dtype='float16': the cpu gear computes in float32"),
 ]
 
@@ -175,7 +172,7 @@ def test_an_unquantised_model_is_not_called_qlora(tmp_path):
 # When it goes wrong
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
+def test_a_loss_of_nan_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
     step = SFTTrainer.training_step
 
     def spoiled(self, *args, **options):
@@ -227,10 +224,10 @@ def test_steps_that_overflow_are_counted_and_too_many_in_a_row_stop_the_run(
 def test_with_several_gpus_one_is_used_and_that_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trainer, "SFTConfig", lambda **options: two_gpus(SFTConfig(**options)))
     assert trainer_of(tmp_path).args.n_gpu == 1
-    assert "2 GPUs are here. This run uses the first one" in capsys.readouterr().out
+    assert "2 GPUs were found. This run uses the first one" in capsys.readouterr().out
 
 
 def two_gpus(config):
-    assert config.n_gpu == 0  # set up, on this CPU
+    assert config.n_gpu == 0  # after its set-up on this CPU
     config._n_gpu = 2
     return config

@@ -1,4 +1,4 @@
-"""Where runs go, and where a run may be: what holds no run is never renamed or written into, and each refusal names the argument and the cure."""
+"""Where runs are stored and may be: a folder without a run is never changed, refusals name the argument and cure."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def run_in(folder, record=OURS, steps=(), finished=False):
 def here(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.delattr("qlora_helpers.commands.run._load_and_run")  # what is refused is refused before anything heavy
+    monkeypatch.delattr("qlora_helpers.commands.run._load_and_run")  # refusals come before anything heavy
     return tmp_path / "here"
 
 
@@ -61,11 +61,11 @@ def everything_below(folder):
     [
         ("file", "--output='file' is a file: name a new or an empty folder"),
         ("file/below", "--output='file/below' cannot be written to (Not a directory): name a folder of your own"),
-        ("mine", "--output='mine' holds 'essay.txt' and no run of this course: name a new or an empty folder"),
-        ("link", "--output='link' holds 'essay.txt' and no run of this course"),
-        ("dangling", "--output='dangling' is a link to nowhere, which is not there"),
-        ("foreign", "--output='foreign' holds 'run.json' and no run of this course"),
-        ("..", "--output='..' holds 'here' and no run of this course"),
+        ("mine", "--output='mine' holds 'essay.txt' but no run of this course: name a new or an empty folder"),
+        ("link", "--output='link' holds 'essay.txt' but no run of this course"),
+        ("dangling", "--output='dangling' is a link to nowhere, which does not exist"),
+        ("foreign", "--output='foreign' holds 'run.json' but no run of this course"),
+        ("..", "--output='..' holds 'here' but no run of this course"),
         (".", "--output='.' holds "),
         ("/", "--output='/' holds "),
     ],

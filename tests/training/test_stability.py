@@ -1,4 +1,4 @@
-"""Loss spikes are named, and only they; clipping and schedule reach the trainer; the faults of lesson 8 are what it says."""
+"""Only loss spikes are named as such; clipping and schedule reach the trainer; lesson 8 is right about its faults."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from qlora_helpers.training.spikes import NATS, SHARE, SPREADS, WINDOW, SpikeWat
 from qlora_helpers.training.trainer import build_trainer
 from tests.support.short_runs import CHATS, CPU, SHORT, TOKENIZER, adapter, differing, run, trainer_of
 
-# of every step: the course's own run (300 steps of 16), and runs of 200 steps with smaller batches
+# the loss of every step: the course's own run (300 steps of 16), and runs of 200 steps with smaller batches
 HEALTHY = json.loads((Path(__file__).parent / "healthy_losses.json").read_text())
 MEASURED = json.loads(data_path("measured", "stability.json").read_text())
 
@@ -51,7 +51,7 @@ def test_a_made_up_spike_is_named_with_its_step():
     assert str(spike) == f"loss spike at step 41: 3, where {spike.usual:.4g} is usual (limit {spike.limit:.4g})"
 
 
-def test_the_limit_is_by_hand_what_the_rule_says():
+def test_the_limit_is_the_rule_computed_by_hand():
     before = [2.0, 2.2, 1.9, 2.1, 2.4]  # median 2.1; distances 0.1, 0.1, 0.2, 0, 0.3: median 0.1
     limit = 2.1 + max(SPREADS * 1.4826 * 0.1, SHARE * 2.1, NATS)
     assert find_spikes(numbered([*before, limit - 1e-6])) == []
@@ -64,12 +64,12 @@ def test_the_limit_is_by_hand_what_the_rule_says():
     [
         [10 * 0.95**step for step in range(100)],  # falling
         noisy(500, level=1.0, spread=0.1),
-        [0.05, 0.04, 0.05, 0.06, 0.05, 0.2],  # four times the usual, and nothing
+        [0.05, 0.04, 0.05, 0.06, 0.05, 0.2],  # four times the usual, yet not a spike
         [1.0, 1.0, 9.0],  # too early to tell
         [],
     ],
 )
-def test_what_is_no_spike(losses):
+def test_what_is_not_a_spike(losses):
     assert find_spikes(numbered(losses)) == []
 
 
@@ -107,7 +107,7 @@ def test_a_level_that_stays_is_one_spike_and_the_new_usual():
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_is_refused(loss):
+def test_a_loss_that_is_nan_or_infinite_is_refused(loss):
     with pytest.raises(ValueError, match=rf"loss={loss!r} at step 3: a spike is a finite loss"):
         SpikeWatch().add(3, loss)
 
@@ -151,7 +151,7 @@ def test_the_loss_of_a_step_is_that_of_all_its_batches(tmp_path):
     assert done.step_losses == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in done.history]
 
 
-def test_many_spikes_are_not_all_said(tmp_path, monkeypatch, capsys):
+def test_many_spikes_are_not_all_printed(tmp_path, monkeypatch, capsys):
     made_up([1.0] * 4 + [9.0, 1.0] * 8, monkeypatch)
     done = run(tmp_path, Settings(steps=20, batch_size=1, rank=4), CHATS[:1])
     assert [spike.step for spike in done.spikes] == list(range(5, 20, 2))
@@ -171,7 +171,7 @@ def test_a_nan_after_a_spike_says_so(tmp_path, monkeypatch):
 # Settings
 
 
-def test_the_defaults_are_what_runs_did_before_they_could_choose(tmp_path):
+def test_the_defaults_are_those_of_runs_before_these_settings_existed(tmp_path):
     arguments = build_trainer(load_model(hardware=CPU), TOKENIZER, CHATS[:1], tmp_path, Settings(), CPU).args
     assert (arguments.lr_scheduler_type, arguments.max_grad_norm, arguments.logging_steps) == ("linear", 1.0, 15)
 
@@ -200,7 +200,7 @@ def test_clipping_bounds_the_step_of_plain_descent_and_none_does_not(tmp_path):
 
     clipped, norm = moved("clipped", 0.01)
     unclipped, same = moved("unclipped", None)
-    assert norm == pytest.approx(same) and norm > 0.1  # logged as it was before clipping, and without
+    assert norm == pytest.approx(same) and norm > 0.1  # logged as before clipping in both
     assert clipped == pytest.approx(1e-3 * 0.01, rel=0.01)
     assert unclipped == pytest.approx(1e-3 * norm, rel=0.01)
 
@@ -214,7 +214,7 @@ def stop_at(step):
 
 
 def interrupted(folder, settings, change):
-    """Begin a run, stop it behind its first checkpoint, and change its record."""
+    """Begin a run, stop it after its first checkpoint, and change its record."""
     with pytest.raises(KeyboardInterrupt):
         run(folder, settings, on_loss=stop_at(4))
     record = json.loads((folder / "run.json").read_text())
@@ -225,7 +225,7 @@ def without_the_new_settings(record):
     return {name: value for name, value in record.items() if name not in ("schedule", "max_grad_norm")}
 
 
-def test_a_run_begun_before_these_settings_goes_on_as_it_would_have(tmp_path):
+def test_a_run_begun_before_these_settings_existed_continues_as_before(tmp_path):
     interrupted(tmp_path / "old", SHORT, without_the_new_settings)
     resumed = run(tmp_path / "old", resume=True)
     whole = run(tmp_path / "whole")
@@ -233,13 +233,13 @@ def test_a_run_begun_before_these_settings_goes_on_as_it_would_have(tmp_path):
     assert resumed.gradient_norms == whole.gradient_norms
 
 
-def test_a_run_begun_before_these_settings_does_not_go_on_with_others(tmp_path):
+def test_a_run_begun_before_these_settings_existed_does_not_continue_with_others(tmp_path):
     interrupted(tmp_path, SHORT, without_the_new_settings)
-    with pytest.raises(ValueError, match=r"begun otherwise: schedule was 'linear' and is now 'cosine'\."):
+    with pytest.raises(ValueError, match=r"begun differently: schedule was 'linear' and is now 'cosine'\."):
         run(tmp_path, replace(SHORT, schedule="cosine"), resume=True)
 
 
-def test_how_often_is_logged_may_change_when_a_run_goes_on(tmp_path):
+def test_the_interval_of_logging_may_change_when_a_run_is_resumed(tmp_path):
     interrupted(tmp_path, SHORT, lambda record: record)
     resumed = run(tmp_path, replace(SHORT, log_steps=3), resume=True)
     assert [step for step, _ in resumed.history] == [1, 2, 3, 6]
@@ -263,7 +263,7 @@ def rows_of(folder, rows, tokenizer=TOKENIZER, **options):
     return sft_trainer(load_model(hardware=CPU), tokenizer, rows, folder, SHORT, hardware=CPU, **options).train_dataset
 
 
-def test_trl_learns_the_question_doubles_the_first_token_and_cuts_the_end_without_a_word(tmp_path, capfd):
+def test_trl_trains_on_the_question_doubles_the_bos_token_and_cuts_the_end_silently(tmp_path, capfd):
     ids = TOKENIZER.apply_chat_template(CHATS[0], return_dict=True)["input_ids"]
     messages = [{"messages": CHATS[0]}]
     assert rows_of(tmp_path, messages)[0]["labels"] == ids
@@ -340,7 +340,7 @@ def test_a_row_measured_again_begins_as_in_the_table(name, tmp_path):
     assert [norm for _, norm in norms] == pytest.approx(stored["gradient_norms"][:3], rel=0.02)
 
 
-def test_datasets_bars_are_as_they_were(tmp_path):
+def test_the_bars_of_datasets_are_left_as_they_were(tmp_path):
     datasets.enable_progress_bars()
     rows_of(tmp_path, [{"messages": CHATS[0]}])
     assert datasets.is_progress_bar_enabled()
