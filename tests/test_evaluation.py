@@ -171,3 +171,14 @@ def test_the_standard_error_of_a_share():
     assert evaluation.standard_error(0.5, 100) == pytest.approx(0.05)
     assert evaluation.standard_error(0.9, 400) == pytest.approx(0.015)
     assert evaluation.standard_error(1.0, 500) == 0
+
+
+def test_the_share_of_answers_that_end(monkeypatch):
+    end = TOKENIZER.eos_token_id
+    batches = [torch.tensor([[7, end, 0], [7, 7, 7]]), torch.tensor([[7, 7, end]])]
+    monkeypatch.setattr(evaluation, "_generated", lambda *args: iter(batches))
+    assert evaluation.share_that_ends(None, TOKENIZER, CHATS[:3]) == 2 / 3
+
+
+def test_the_base_alone_does_not_stop():
+    assert evaluation.share_that_ends(load_model(hardware=CPU), TOKENIZER, CHATS[:4], max_new_tokens=8) == 0

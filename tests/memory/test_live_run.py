@@ -1,135 +1,20 @@
-"""A run's memory is recorded by phase, its settings are read from the live run, and a wrong prediction is marked."""
+"""The settings of a live run, read from its model and its trainer."""
 
-import re
-import threading
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from qlora_helpers.memory import predict
-from qlora_helpers.memory.comparison import compare
 from qlora_helpers.memory.live_run import settings_of, shape_of
-from qlora_helpers.memory.measurement import Measurement, MemoryCallback
 from qlora_helpers.models.loading import load_model
 from qlora_helpers.paths import data_path
 from qlora_helpers.settings import GPU_RUN, Settings
 from qlora_helpers.training.trainer import build_trainer
-from qlora_helpers.units import MIB
 from tests.support.short_runs import CHATS, CPU, TOKENIZER, trainer_of
-
-TWO_STEPS = Settings(steps=2, batch_size=3, rank=4, dropout=0.1, max_length=48)
-
-
-# What is recorded
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Two steps of the shipped model on this CPU, its trainer and what was measured."""
-    measurement = Measurement()
-    with measurement.phase("load"):
-        model = load_model(hardware=CPU)
-    trainer = build_trainer(model, TOKENIZER, CHATS, tmp_path_factory.mktemp("measured"), TWO_STEPS, CPU)
-    trainer.add_callback(MemoryCallback(measurement))
-    trainer.train()
-    return trainer, measurement
-
-
-def test_a_run_is_recorded_phase_by_phase(trained):
-    _, measurement = trained
-    assert list(measurement.phases) == ["load", "first step", "steady steps"]
-    assert measurement.running is None
-
-
-def test_on_a_cpu_there_is_main_memory_and_nothing_else(trained):
-    for phase in trained[1].phases.values():
-        assert phase.resident_bytes > 100 * MIB  # torch alone takes that
-        others = {value for name, value in vars(phase).items() if name != "resident_bytes"}
-        assert others == {None}
-
-
-def test_the_main_memory_of_a_phase_is_its_peak_not_its_end():
-    measurement = Measurement(on_gpu=False)
-    with measurement.phase("before"):
-        pass
-    with measurement.phase("much"):
-        much = np.ones(40 * MIB)  # 320 MiB, returned to the system at once
-        time.sleep(0.1)
-        del much
-    with measurement.phase("after"):
-        pass
-    before, much, after = (phase.resident_bytes for phase in measurement.phases.values())
-    assert much > before + 300 * MIB > after
-
-
-def looking():
-    """How many threads sample main memory, half a second after they should have ended."""
-    time.sleep(0.5)
-    return sum("_watch" in thread.name for thread in threading.enumerate())
-
-
-def test_the_thread_that_looks_ends_with_its_phase_and_with_a_run_that_fails():
-    measurement = Measurement(on_gpu=False)
-    with pytest.raises(ZeroDivisionError), measurement.phase("failing"):
-        assert looking() == 1
-        _ = 1 / 0
-    assert looking() == 0
-    assert measurement.phases == {} and measurement.running is None
-    callback = MemoryCallback(Measurement(on_gpu=False))
-    callback.on_train_begin(None, None, None)  # and then training fails
-    assert looking() == 1
-    del callback
-    assert looking() == 0
-
-
-def test_one_phase_at_a_time():
-    measurement = Measurement(on_gpu=False)
-    with (
-        measurement.phase("load"),
-        pytest.raises(RuntimeError, match="'more' cannot begin while 'load' is being measured"),
-        measurement.phase("more"),
-    ):
-        pass
-
-
-def steps(callback, skipped=()):
-    """Call a callback as a trainer does, with one step for each flag."""
-    callback.on_train_begin(None, None, None)
-    for flag in skipped:
-        callback.on_step_end(None, None, None, optimizer=SimpleNamespace(step_was_skipped=flag))
-    callback.on_train_end(None, None, None)
-
-
-@pytest.mark.parametrize(
-    ("skipped", "phases"),
-    [
-        ([False, False, False], ["first step", "steady steps"]),
-        ([True, True, False, True, False], ["first step", "steady steps"]),
-        ([True, False], ["first step"]),
-        ([True, True], []),
-    ],
-)
-def test_the_first_step_lasts_until_the_weights_change(skipped, phases):
-    callback = MemoryCallback(Measurement(on_gpu=False))
-    steps(callback, skipped)
-    assert list(callback.measurement.phases) == phases and callback.measurement.running is None
-
-
-def test_training_again_replaces_what_a_failed_or_finished_run_has_left():
-    callback = MemoryCallback(Measurement(on_gpu=False))
-    callback.on_train_begin(None, None, None)  # and then it fails
-    for _ in range(2):
-        steps(callback, [False, False])
-        assert list(callback.measurement.phases) == ["first step", "steady steps"]
-
-
-# The settings, read from the live run
 
 
 def test_the_settings_are_those_of_the_run(trained):
@@ -250,100 +135,3 @@ def test_shared_key_heads_without_flash_attention_are_left_with_the_math_kernel(
     for kernel in ("flash", "cudnn"):
         monkeypatch.setattr(torch.backends.cuda, f"{kernel}_sdp_enabled", lambda: flash)
     assert settings_of(model, args).attention == attention
-
-
-# Side by side
-
-
-@pytest.fixture
-def prediction(trained):
-    trainer, _ = trained
-    return predict(shape_of(trainer), settings_of(trainer), "t4")
-
-
-class FakeGPU:
-    """A GPU whose figures are set by hand; it records when memory is freed and when its peak is reset."""
-
-    def __init__(self, monkeypatch):
-        self.allocated = self.peak = self.reserved = self.used = 0
-        self.calls = []
-        for name, answer in {
-            "memory_allocated": lambda: self.allocated,
-            "max_memory_allocated": lambda: self.peak,
-            "max_memory_reserved": lambda: self.reserved,
-            "mem_get_info": lambda: (1_000 * MIB - self.used, 1_000 * MIB),
-            "empty_cache": lambda: self.calls.append("empty"),
-            "reset_peak_memory_stats": lambda: self.calls.append("reset"),
-            "get_device_name": lambda: "Fake",
-        }.items():
-            monkeypatch.setattr(torch.cuda, name, answer)
-
-    def run_as(self, prediction, off=0.0):
-        """A run that takes what was predicted, with a peak that is `off`; the first step has a higher one."""
-        measurement = Measurement(on_gpu=True)
-        with measurement.phase("load"):
-            self.allocated = prediction.loaded_bytes
-        callback = MemoryCallback(measurement)
-        callback.on_train_begin(None, None, None)
-        self.peak = 10 * prediction.peak_allocated_bytes
-        callback.on_step_end(None, None, None)
-        self.peak = round(prediction.peak_allocated_bytes / (1 + off))
-        self.reserved, self.used = prediction.peak_reserved_bytes, prediction.device_bytes
-        callback.on_step_end(None, None, None)
-        callback.on_train_end(None, None, None)
-        return measurement
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    return FakeGPU(monkeypatch)
-
-
-def test_the_gpu_s_figures_are_read_at_the_end_of_each_phase(gpu, prediction):
-    measurement = gpu.run_as(prediction)
-    load, first, steady = measurement.phases.values()
-    assert load.allocated_bytes == prediction.loaded_bytes and load.peak_allocated_bytes == 0
-    assert first.peak_allocated_bytes == 10 * prediction.peak_allocated_bytes
-    assert steady.peak_allocated_bytes == prediction.peak_allocated_bytes
-    assert steady.peak_reserved_bytes == prediction.peak_reserved_bytes
-    assert steady.device_used_bytes == prediction.device_bytes
-    # between the steps nothing is freed: the allocator is left as it is
-    assert gpu.calls == ["empty", "reset", "empty", "reset", "reset"]
-
-
-def difference(table, row):
-    """The percentage and the mark in a row."""
-    found = re.search(rf"^{row} .*iB +([+-][\d.]+) %(.*)$", table, re.M)
-    return float(found[1]), found[2].strip()
-
-
-@pytest.mark.parametrize(
-    ("off", "mark"), [(0.0, ""), (0.098, ""), (0.102, "over 10 %"), (-0.098, ""), (-0.102, "over 10 %")]
-)
-def test_a_difference_of_more_than_10_per_cent_is_marked(off, mark, gpu, prediction):
-    table = compare(prediction, gpu.run_as(prediction, off))
-    assert difference(table, "peak, allocated") == (pytest.approx(100 * off, abs=0.051), mark)
-    for row in ("after loading", "peak, reserved", "on the card"):
-        assert difference(table, row) == (0.0, "")
-    assert table.startswith("qlora, 3 x 48 tokens, predicted for a Tesla T4, measured on a Fake\n")
-
-
-def test_every_part_of_the_prediction_is_listed(gpu, prediction):
-    table = compare(prediction, gpu.run_as(prediction))
-    listed = [line.split("  ")[1] for line in table.splitlines() if line.startswith("  ")]
-    assert [name for name, size in prediction.parts.items() if size] == [n.strip() for n in listed if n.strip()]
-    assert re.search(r"^first step .*iB", table, re.M)
-
-
-def test_on_a_cpu_nothing_stands_beside_the_prediction(trained, prediction):
-    table = compare(prediction, trained[1])
-    assert "No GPU was measured here" in table and "over 10 %" not in table
-    assert re.search(r"^peak, allocated +[\d.]+ MiB +-$", table, re.M)
-    assert re.search(r"^steady steps +(- +){4}[\d.]+ [MG]iB$", table, re.M)
-
-
-def test_a_run_of_one_step_is_not_compared(prediction):
-    callback = MemoryCallback(Measurement(on_gpu=False))
-    steps(callback, [False])
-    with pytest.raises(ValueError, match=r"no 'steady steps' but \['first step'\]: train two steps or more"):
-        compare(prediction, callback.measurement)

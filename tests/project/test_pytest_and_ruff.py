@@ -92,7 +92,7 @@ def test_the_file_and_not_the_test_says_what_comes_first(conftest, request):
     longest, later = conftest.FIRST[0], conftest.FIRST[1]
     items = [
         item("tests/notebooks/test_exactness.py", f"test_a_lesson[{longest}]"),
-        item("tests/training/test_stability.py", f"{conftest.FIRST[-3]}pping"),
+        item("tests/training/test_spikes.py", f"{conftest.FIRST[-3]}pping"),
         item(f"tests/{later}.py", "test_a"),
         item(f"notebooks/solutions/{longest}.ipynb", "Cell 1"),
     ]

@@ -1,204 +1,41 @@
-"""The largest batch, the longest sequence and the cures: what should fit does, and one more does not."""
+"""The cheapest changes that make a run fit: each fits, and none could be milder or left out."""
 
-import json
 from dataclasses import replace
 from itertools import groupby
-from types import SimpleNamespace
 
 import pytest
 
 from qlora_helpers.memory import (
-    ModelShape,
-    catalogue,
     cures,
-    find_gpu,
     find_shape,
-    ladder,
-    largest_batch,
     longest_sequence,
     predict,
-    search,
-    suggest,
-    what_fits,
 )
-from qlora_helpers.paths import data_path
 from qlora_helpers.settings import GPU_RUN
 from qlora_helpers.units import GIB
+from tests.memory.made_up import card
 
 QWEN_7B, LLAMA_8B, LLAMA_70B, GPT_J = map(
     find_shape, ("Qwen/Qwen2.5-7B", "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-70B", "EleutherAI/gpt-j-6b")
 )
+
 RUN = GPU_RUN
+
 WASTEFUL = replace(
     GPU_RUN,  # every cure applies
     compute_dtype="float32", double_quant=False, rank=64, batch_size=12, gradient_checkpointing=False,
     optimizer="adamw_torch", upcast_fp32=True, attention="eager",
 )  # fmt: skip
+
 RUNGS = [  # the fields that a cure changes, the cheapest cure first
     {"upcast_fp32"}, {"attention"}, {"optimizer"}, {"optimizer"}, {"compute_dtype"}, {"double_quant"},
     {"gradient_checkpointing"}, {"batch_size"}, {"rank"}, {"target_modules"}, {"method"}, {"max_length"},
 ]  # fmt: skip
 
 
-def card(usable_bytes, like="l4"):
-    return replace(find_gpu(like), usable_bytes=usable_bytes)
-
-
 def changed(run, other):
     """The fields that differ, without the accumulation that a smaller batch brings with it."""
     return {name for name, value in vars(run).items() if getattr(other, name) != value} - {"accumulation"}
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    """Every call of the predictor."""
-    calls = []
-
-    def count(*arguments):
-        calls.append(arguments)
-        return predict(*arguments)
-
-    for module in (ladder, search):
-        monkeypatch.setattr(module, "predict", count)
-    return calls
-
-
-# ---- shapes by name
-
-
-@pytest.mark.parametrize(
-    ("asked_for", "name"),
-    [
-        ("Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B"),
-        ("qwen/QWEN2.5-7b", "Qwen/Qwen2.5-7B"),
-        ("qwen2.5-7b", "Qwen/Qwen2.5-7B"),
-        ("meta-llama/llama-3.3-70b-INSTRUCT", "meta-llama/Llama-3.3-70B-Instruct"),
-    ],
-)
-def test_a_hub_name_is_found_in_any_case(asked_for, name):
-    assert find_shape(asked_for).name == name
-
-
-def test_an_alias_has_the_shape_of_what_it_stands_for():
-    file = json.loads(catalogue.TABLE.read_text())
-    assert file["aliases"]
-    for alias, name in file["aliases"].items():
-        assert find_shape(alias) == find_shape(name) == ModelShape.from_config(file["models"][name])
-    assert find_shape("meta-llama/Llama-3.1-8B-Instruct") == LLAMA_8B != QWEN_7B
-
-
-def test_a_name_without_its_owner_means_one_shape():
-    known = json.loads(catalogue.TABLE.read_text())["models"]
-    assert {*known} <= {*catalogue.known_models()}
-    for name in catalogue.known_models():
-        assert find_shape(name.rpartition("/")[2]) == find_shape(name)
-
-
-def test_folders_files_and_configs_are_taken(tmp_path, monkeypatch):
-    config = json.loads(catalogue.TABLE.read_text())["models"]["Qwen/Qwen2.5-7B"]
-    folder = tmp_path / "my-model"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    for model in (folder, str(folder), folder / "config.json", str(folder / "config.json")):
-        assert find_shape(model) == QWEN_7B
-        assert find_shape(model).name == "my-model"
-    monkeypatch.chdir(folder)
-    assert find_shape("config.json").name == find_shape(".").name == "my-model"
-    assert find_shape(config) == QWEN_7B
-    assert find_shape(config).name
-    assert find_shape(config | {"_name_or_path": "me/mine"}).name == "me/mine"
-    assert find_shape(QWEN_7B) is QWEN_7B
-
-
-def test_a_config_object_is_taken_with_its_name():
-    """One like transformers'; tests/memory/test_shape.py checks `ModelShape.from_config` with a real one."""
-    config = json.loads((data_path("tiny-llama") / "config.json").read_text())
-    shape = find_shape(SimpleNamespace(to_dict=lambda: config, name_or_path="me/mine"))
-    assert shape == find_shape(data_path("tiny-llama"))
-    assert shape.name == "me/mine"
-    assert find_shape(SimpleNamespace(to_dict=lambda: config)).name
-
-
-def test_a_folder_goes_before_a_hub_name_only_if_it_has_a_config(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "Qwen2.5-7B"
-    folder.mkdir()
-    assert find_shape("Qwen2.5-7B") == QWEN_7B
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    assert find_shape("Qwen2.5-7B").model_type == "llama"
-
-
-def test_an_unknown_model_is_named_with_the_cure_and_its_neighbours(tmp_path):
-    with pytest.raises(ValueError, match=r"'Qwen/Qwen2\.5-8B'.*Qwen/Qwen2\.5-7B.*folder or its config\.json"):
-        find_shape("Qwen/Qwen2.5-8B")
-    with pytest.raises(ValueError, match="'zzzzzz'") as caught:
-        find_shape("zzzzzz")
-    assert "closest" not in str(caught.value)
-    for missing in (tmp_path / "config.json", str(tmp_path / "config.json"), str(tmp_path)):
-        with pytest.raises(FileNotFoundError, match=r"config\.json"):
-            find_shape(missing)
-
-
-# ---- batch and sequence
-
-CASES = [
-    (QWEN_7B, RUN, "t4"),
-    (QWEN_7B, replace(RUN, max_length=512), "h200"),
-    (LLAMA_8B, replace(RUN, gradient_checkpointing=False, max_length=1_024), "l4"),
-    (LLAMA_8B, replace(RUN, attention="math", batch_size=2), "t4"),
-    (GPT_J, replace(RUN, max_length=1_024), "3060"),
-    (find_shape("HuggingFaceTB/SmolLM2-360M"), replace(GPU_RUN, method="full", optimizer="adamw_torch"), "t4"),
-]
-
-
-@pytest.mark.parametrize(("shape", "run", "gpu"), CASES)
-def test_the_largest_batch_fits_and_one_more_does_not(shape, run, gpu, asked):
-    batch = largest_batch(shape, run, gpu)
-    assert 0 < len(asked) < 40
-    assert batch > 0
-    assert predict(shape, replace(run, batch_size=batch), gpu).fits
-    assert not predict(shape, replace(run, batch_size=batch + 1), gpu).fits
-
-
-@pytest.mark.parametrize(("shape", "run", "gpu"), CASES)
-def test_the_longest_sequence_fits_and_128_tokens_more_do_not(shape, run, gpu, asked):
-    tokens = longest_sequence(shape, run, gpu)
-    assert 0 < len(asked) < 20
-    assert tokens > 0
-    assert tokens % 128 == 0
-    assert predict(shape, replace(run, max_length=tokens), gpu).fits
-    limit = shape.max_position_embeddings
-    assert tokens + 128 > limit or not predict(shape, replace(run, max_length=tokens + 128), gpu).fits
-
-
-def test_batch_and_sequence_grow_with_the_card_to_the_byte():
-    needs = predict(QWEN_7B, replace(RUN, batch_size=3), "l4").device_bytes
-    assert largest_batch(QWEN_7B, RUN, card(needs)) == 3
-    assert largest_batch(QWEN_7B, RUN, card(needs - 1)) == 2
-    needs = predict(QWEN_7B, replace(RUN, max_length=1_280), "l4").device_bytes
-    assert longest_sequence(QWEN_7B, RUN, card(needs)) == 1_280
-    assert longest_sequence(QWEN_7B, RUN, card(needs - 1)) == 1_152
-
-
-def test_nothing_fits_on_too_small_a_card():
-    assert largest_batch(LLAMA_70B, RUN, "t4") == 0
-    assert longest_sequence(LLAMA_70B, RUN, "t4") == 0
-
-
-def test_the_longest_sequence_ends_where_the_model_does():
-    assert longest_sequence(replace(QWEN_7B, max_position_embeddings=1_000), RUN, "h200") == 896
-    assert longest_sequence(replace(QWEN_7B, max_position_embeddings=100), RUN, "h200") == 0
-    small = find_shape("HuggingFaceTB/SmolLM2-135M")
-    assert longest_sequence(replace(small, max_position_embeddings=None), RUN, "b200") == 131_072
-    assert longest_sequence(small, RUN, "b200") == 8_192
-
-
-def test_a_sequence_that_is_too_long_for_the_model_is_refused():
-    with pytest.raises(ValueError, match="max_position_embeddings"):
-        largest_batch(GPT_J, replace(RUN, max_length=4_096), "h200")
-
-
-# ---- cures
 
 
 def test_a_run_that_fits_needs_no_cure():
@@ -401,44 +238,3 @@ def test_16_bits_are_those_that_the_card_is_fast_in():
     for name, dtype in (("t4", "float16"), ("l4", "bfloat16")):
         gpu = card(predict(QWEN_7B, run, name).device_bytes - 1, like=name)
         assert cures(QWEN_7B, run, gpu)[0].settings == replace(run, compute_dtype=dtype)
-
-
-# ---- suggestions and tables
-
-
-@pytest.mark.parametrize("effective", [1, 7, 12, 16, 64])
-def test_the_suggested_batch_divides_the_effective_one_and_no_larger_one_does_and_fits(effective):
-    suggestion = suggest(QWEN_7B, "t4", RUN, effective)
-    assert suggestion.batch_size * suggestion.accumulation == effective
-    assert suggestion.prediction == predict(
-        QWEN_7B, replace(RUN, batch_size=suggestion.batch_size, accumulation=suggestion.accumulation), "t4"
-    )
-    assert suggestion.prediction.fits
-    for larger in range(suggestion.batch_size + 1, effective + 1):
-        if effective % larger == 0:
-            accumulated = replace(RUN, batch_size=larger, accumulation=effective // larger)
-            assert not predict(QWEN_7B, accumulated, "t4").fits
-
-
-def test_suggest_has_defaults():
-    assert suggest(QWEN_7B, "h200") == suggest(QWEN_7B, find_gpu("h200"), GPU_RUN, 16)
-
-
-def test_suggest_says_what_is_wrong():
-    missing = -predict(LLAMA_70B, replace(RUN, accumulation=16), "t4").spare_bytes / GIB
-    with pytest.raises(ValueError, match=rf"Tesla T4.*batch of 1.*{missing:.2f} GiB"):
-        suggest(LLAMA_70B, "t4", replace(RUN, batch_size=4))
-    for wrong in (0, -1, 2.0, True, "16"):
-        with pytest.raises(ValueError, match="effective_batch"):
-            suggest(QWEN_7B, "t4", effective_batch=wrong)
-
-
-def test_the_table_has_a_row_per_model_and_a_cell_per_gpu():
-    run = replace(RUN, max_length=4_096)
-    rows = what_fits(["Qwen/Qwen2.5-7B", GPT_J, LLAMA_70B], iter(["t4", find_gpu("h200")]), run)
-    assert [shape.name for shape, _ in rows] == ["Qwen/Qwen2.5-7B", GPT_J.name, LLAMA_70B.name]
-    assert rows[0][1] == (predict(QWEN_7B, run, "t4"), predict(QWEN_7B, run, "h200"))
-    assert rows[1][1] == (None, None)  # GPT-J ends at 2,048
-    assert [cell.fits for cell in rows[2][1]] == [False, True]
-    with pytest.raises(ValueError, match="no such"):
-        what_fits(["no such"], ["t4"])

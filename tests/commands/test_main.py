@@ -1,0 +1,16 @@
+"""The command line as a whole."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a closed pipe is another error on Windows")
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, "-m", "qlora_helpers", "memory", "--list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        started.stdout.close()  # as head does, and long before the first line is written
+        assert started.stderr.read() == ""
+    assert started.returncode == 0

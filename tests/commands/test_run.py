@@ -1,0 +1,75 @@
+"""The command that runs: its report, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from qlora_helpers import evaluation
+from qlora_helpers.__main__ import main
+
+
+def call(*arguments, cwd, **environment):
+    command = [sys.executable, "-m", "qlora_helpers", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False)
+
+
+def test_run_reports_its_figures_and_overwrites_nothing(tmp_path, monkeypatch, capsys):
+    first = call("run", "--steps", 2, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    report = json.loads((tmp_path / "runs" / "latest" / "report.json").read_text())
+    wanted = {
+        "exact_match_before", "exact_match_after", "loss_before", "loss_after", "trainable_parameters",
+        "train_seconds", "total_seconds", "peak_memory_bytes", "adapter_path",
+    }  # fmt: skip
+    assert wanted <= set(report)
+    assert report["trainable_parameters"] == 262_144
+    assert report["loss_after"] < report["loss_before"]
+    assert 0 < report["train_seconds"] < report["total_seconds"]
+    assert report["peak_memory_bytes"] > 2**28
+    assert (tmp_path / report["adapter_path"] / "adapter_model.safetensors").exists()
+    for words in ("4-bit weights", "exact match", "peak memory", report["adapter_path"]):
+        assert words in first.stdout
+    assert len(report["examples"]) == 3
+    # the only thing on stderr is the progress bar
+    assert all("step" in line for line in first.stderr.replace("\r", "\n").splitlines() if line.strip())
+
+    # the next two run in this process, which has the libraries loaded, and without asking the questions
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "--resume"]) == 2
+    assert "finished. Leave out --resume" in capsys.readouterr().err
+
+    monkeypatch.setattr(evaluation, "exact_match", lambda *args: 0.5)
+    monkeypatch.setattr(evaluation, "loss", lambda *args: 1.0)
+    assert main(["run", "--steps", "1"]) == 0
+    kept = [path for path in (tmp_path / "runs").iterdir() if path.name != "latest"]
+    assert len(kept) == 1
+    assert json.loads((kept[0] / "report.json").read_text()) == report
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--steps", "0", "error: steps=0: must be a whole number, 1 or more"),
+        ("--steps", "abc", "error: steps='abc': must be a whole number, 1 or more"),
+        ("--steps", "1.5", "error: steps=1.5: must be a whole number, 1 or more"),
+        ("--rank", "-1", "error: rank=-1: must be a whole number, 1 or more"),
+        ("--schedule", "steep", "error: schedule='steep': choose one of linear, cosine, constant"),
+    ],
+)
+def test_a_bad_setting_is_refused_before_anything_is_loaded(option, value, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr("qlora_helpers.commands.run._load_and_run")
+    assert main(["run", "--output", str(tmp_path / "new"), option, value]) == 2
+    assert capsys.readouterr().err.strip() == said
+    assert not (tmp_path / "new").exists()
+
+
+# ---- memory: run in this process, which is quicker; the command runs main()
+
+
+def report(capsys, *arguments):
+    """Exit status, standard output and standard error of `python -m qlora_helpers memory`."""
+    status = main(["memory", *map(str, arguments)])
+    return status, *capsys.readouterr()

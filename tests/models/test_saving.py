@@ -1,0 +1,42 @@
+"""A saved model is loaded by plain transformers, and overwrites nothing."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qlora_helpers.adapters.drift import drift, logits
+from qlora_helpers.chats import read_chats
+from qlora_helpers.models.loading import load_model
+from qlora_helpers.models.saving import save_model
+from qlora_helpers.paths import data_path
+from tests.support.merged_models import merged_models, weights
+from tests.support.short_runs import CPU, TOKENIZER
+
+CHATS = read_chats(data_path("chats", "test.jsonl"))[:50]
+
+
+@pytest.fixture(scope="module")
+def models():
+    return merged_models()
+
+
+def test_a_saved_model_is_loaded_by_plain_transformers(models, tmp_path):
+    folder = save_model(models["16bit"], TOKENIZER, tmp_path / "merged", dtype=torch.bfloat16)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert plain.dtype == torch.bfloat16 and models["16bit"].dtype == torch.float32
+    for name, weight in weights(plain).items():
+        assert torch.equal(weight, weights(models["16bit"])[name].to(torch.bfloat16)), name
+    four = save_model(models["4bit"], TOKENIZER, tmp_path / "merged-4bit")
+    again = load_model(str(four), hardware=CPU)
+    assert drift(logits(again, TOKENIZER, CHATS), logits(models["4bit"], TOKENIZER, CHATS)).largest < 1e-3
+
+
+def test_a_model_is_not_saved_over_another_nor_with_its_adapters_beside(models, tmp_path):
+    folder = save_model(models["16bit"], TOKENIZER, tmp_path / "merged")
+    with pytest.raises(FileExistsError, match="pass overwrite=True"):
+        save_model(models["dequantised"], TOKENIZER, folder)
+    with pytest.raises(ValueError, match="model has adapters attached: merge them first"):
+        save_model(models["unmerged"], TOKENIZER, tmp_path / "other")
+    with pytest.raises(ValueError, match="the model is 4-bit"):
+        save_model(models["4bit"], TOKENIZER, tmp_path / "other", dtype=torch.bfloat16)
+    assert {path.name for path in tmp_path.iterdir()} == {"merged"}

@@ -1,0 +1,83 @@
+"""The trainer of a run: what it trains, on which tokens, and which chats it refuses."""
+
+import pytest
+import torch
+from bitsandbytes.nn import Params4bit
+from trl import SFTConfig
+
+from qlora_helpers.chats import count_tokens, split_question
+from qlora_helpers.settings import Settings
+from qlora_helpers.training import trainer
+from tests.support.short_runs import CHATS, SHORT, TOKENIZER, differing, run, trainer_of
+
+# What is trained
+
+
+@pytest.mark.parametrize("quantization", ["nf4", None])
+def test_the_adapters_and_nothing_else_are_trained_and_in_float32(quantization, tmp_path):
+    trainer = trainer_of(tmp_path, quantization)
+    trained = {name: p.dtype for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert len(trained) == 4 * 7 * 2  # layers, linears in each, A and B
+    assert all("lora_" in name for name in trained)
+    assert set(trained.values()) == {torch.float32}
+    trainer.create_optimizer()
+    held = {p for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert held == {p for p in trainer.model.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(("quantization", "in_four_bits"), [("nf4", 28), (None, 0)])
+def test_the_base_stays_as_it_was_loaded(quantization, in_four_bits, tmp_path):
+    parameters = list(trainer_of(tmp_path, quantization).model.parameters())
+    assert sum(isinstance(p, Params4bit) for p in parameters) == in_four_bits
+
+
+def test_the_loss_is_on_the_answers_and_their_eos_tokens_alone(tmp_path):
+    batch = next(iter(trainer_of(tmp_path).get_train_dataloader()))
+    assert batch["input_ids"].shape[0] == SHORT.batch_size
+    trained_on = {TOKENIZER.decode(row[row != -100]).strip() for row in batch["labels"]}
+    answers = {split_question(chat)[1] + TOKENIZER.eos_token for chat in CHATS}
+    assert len(trained_on) == SHORT.batch_size and trained_on <= answers
+    spoken = batch["labels"] != -100
+    assert torch.equal(batch["labels"][spoken], batch["input_ids"][spoken])
+
+
+def test_the_first_values_of_the_adapters_follow_from_the_seed_alone(tmp_path):
+    def first_values(seed):
+        model = trainer_of(tmp_path, settings=Settings(rank=4, seed=seed)).model
+        return {name: p for name, p in model.named_parameters() if "lora_A" in name}
+
+    first = first_values(seed=0)
+    torch.rand(1)  # whatever was drawn before
+    assert differing(first_values(seed=0), first) == []
+    assert len(differing(first_values(seed=1), first)) == len(first)
+
+
+# What is refused
+
+
+def test_a_chat_that_would_be_cut_is_refused_by_its_number(tmp_path):
+    length = count_tokens(CHATS[0], TOKENIZER)
+    long = [{"role": "user", "content": "Where? " * 30}, CHATS[0][1]]
+    settings = Settings(steps=1, max_length=length)
+    with pytest.raises(
+        ValueError, match=rf"chat 2 has {count_tokens(long, TOKENIZER)} tokens, over max_length={length}"
+    ):
+        run(tmp_path, settings, [CHATS[0], long])
+
+
+def test_a_chat_of_exactly_the_maximum_length_is_not_truncated(tmp_path):
+    settings = Settings(steps=1, batch_size=1, max_length=count_tokens(CHATS[0], TOKENIZER))
+    batch = next(iter(trainer_of(tmp_path, settings=settings, chats=CHATS[:1]).get_train_dataloader()))
+    assert batch["labels"][0, -1] == TOKENIZER.eos_token_id
+
+
+def test_with_several_gpus_one_is_used_and_that_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer, "SFTConfig", lambda **options: two_gpus(SFTConfig(**options)))
+    assert trainer_of(tmp_path).args.n_gpu == 1
+    assert "2 GPUs were found. This run uses the first one" in capsys.readouterr().out
+
+
+def two_gpus(config):
+    assert config.n_gpu == 0  # after its set-up on this CPU
+    config._n_gpu = 2
+    return config
