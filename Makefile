@@ -1,5 +1,5 @@
-# Each command sets up .venv first, and installs nothing if it is up to date; test-colab has its own environment, and zip
-# needs only git. README.md has a table of what each covers and how long it takes.
+# Each command sets up .venv first, and installs nothing if it is up to date; test-colab has its own environment, and
+# zip needs only git. README.md has a table of what each covers and how long it takes.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 

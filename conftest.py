@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers with more threads than cores are several times slower
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that tries to use the network fails at once
 
-# The longest first, so that both workers finish together. (`--no-loadscope-reorder` keeps pytest-xdist from re-sorting.)
+# Longest first, so that both workers finish together. (`--no-loadscope-reorder` keeps pytest-xdist from re-sorting.)
 FIRST = (
     "04_qlora_run", "08_stability", "06_adapters", "07_does_it", "02_nf4_vs_int4", "test_quality", "test_shipped_model",
     "test_checkpoints", "test_command_line", "09_out_of_memory", "05_will_it_fit", "01_memory_maths", "test_shipped_data",
@@ -40,8 +40,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--everything",
         action="store_true",
-        help="all editions of the notebooks, each as it is, and the tests marked `everything`; without it, each lesson runs "
-        "once: the solved edition, with the learner's unsolved exercises in the same kernel",
+        help="all editions of the notebooks, each as it is, and the tests marked `everything`; without it, each lesson "
+        "runs once: the solved edition, with the learner's unsolved exercises in the same kernel",
     )
 
 
@@ -109,10 +109,11 @@ class Cell(IPyNbCell):
 
 
 class Notebook(IPyNbFile):
-    """A notebook as it is: each cell is run, and the outputs of tagged cells are compared. Its runs have their own folder.
+    """A notebook as it is: each cell is run, and the outputs of tagged cells are compared.
 
-    (A lesson continues an unfinished run that it finds.) Kernels see no GPU, since the stored outputs were made in the
-    cpu gear. Those of the Colab editions run without AVX-512: the checked numbers must hold on such a processor, too.
+    Its runs have their own folder, since a lesson continues an unfinished run that it finds. Kernels see no GPU, since
+    the stored outputs were made in the cpu gear. Those of the Colab editions run without AVX-512: the checked numbers
+    must hold on such a processor, too.
     """
 
     def to_run(self) -> list[tuple[str, nbformat.NotebookNode]]:

@@ -176,7 +176,7 @@ def warn_of_other_versions() -> None:
 
 
 def use_one_gpu() -> None:
-    """Hide all GPUs but the first: with more, the Trainer uses DataParallel, which TRL refuses. Call before torch starts."""
+    """Hide all GPUs but the first: with more, the Trainer uses DataParallel, which TRL refuses. Before torch starts."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return
     try:

@@ -2,7 +2,7 @@
 
     python -m notebooks.scripts.build                 # all lessons
     python -m notebooks.scripts.build 02 04           # some of them
-    python -m notebooks.scripts.build --no-execute 02 # texts only; refused if the code has changed since the last execution
+    python -m notebooks.scripts.build --no-execute 02 # texts only; refused if the code has changed since then
 
 A source is `notebooks/source/NN_title.py` in jupytext's percent format. Three editions are built from it:
 
@@ -11,8 +11,9 @@ A source is `notebooks/source/NN_title.py` in jupytext's percent format. Three e
 - `colab/NN_title.ipynb`: the learners' edition after a badge and a set-up cell.
 
 A lesson is executed once for all three, in one kernel (see `running.py`); the Colab edition's set-up cell has its own
-kernel. This script also writes the tables of README.md. `{{seconds}}` and `{{gigabytes}}` in a source stand for what the
-lesson took when it was last executed, including its solutions; the figures are kept in `notebooks/scripts/timings.json`.
+kernel. This script also writes the tables of README.md. `{{seconds}}` and `{{gigabytes}}` in a source stand for what
+the lesson took when it was last executed, including its solutions; the figures are kept in
+`notebooks/scripts/timings.json`.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Processes and kernels forked from a server that has imported the libraries: this saves each of them eight seconds.
 
-The modules are those in `warm_libraries.py`. A forked process is like a fresh one, except for what its environment would
-have changed during these imports.
+The modules are those in `warm_libraries.py`. A forked process is like a fresh one, except for what its environment
+would have changed during these imports.
 """
 
 import multiprocessing
@@ -20,7 +20,7 @@ AVAILABLE = "forkserver" in multiprocessing.get_all_start_methods()  # not on Wi
 
 
 def context() -> BaseContext:
-    """The one server of this process, started by the first call. Windows has none: there each process does its own imports."""
+    """The one server of this process, started by the first call. On Windows there is none: each process imports anew."""
     if not AVAILABLE:
         return multiprocessing.get_context("spawn")
     found = multiprocessing.get_context("forkserver")
@@ -39,7 +39,7 @@ def context() -> BaseContext:
 
 
 def start(target: Callable, *arguments) -> BaseProcess:
-    """Start `target(*arguments)`, a module-level function, in a new process. Its `exitcode` is negative after a signal."""
+    """Start `target(*arguments)`, a module-level function, in a new process; `exitcode` is negative after a signal."""
     process = context().Process(target=target, args=arguments)
     process.start()
     return process

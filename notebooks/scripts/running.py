@@ -18,7 +18,7 @@ def has_tag(cell: NotebookNode, tag: str) -> bool:
 def in_one_kernel(
     learner: list[NotebookNode], solved: list[NotebookNode]
 ) -> list[tuple[tuple[str, ...], NotebookNode]]:
-    """The order in which one kernel runs the code cells of the learner's and the solved edition: (editions, cell) pairs.
+    """The order in which one kernel runs the code cells of the learner's and the solved edition: (editions, cell).
 
     At an exercise, the learner's cell comes first, followed by the cell that checks the answer; then the solution,
     followed by the same check. All other cells are for both editions.

@@ -1,15 +1,15 @@
 """Colab's packages that no lesson names, in the environment of `make test-colab`: a library that finds one may behave
 differently, or stop.
 
-`colab/looked-for.txt` lists the packages that the course's libraries look for and that Colab has. A package is installed at
-Colab's version if it is small, including its requirements; otherwise it gets a stand-in (tests/colab/stand_in_package.py),
-which can be found, imported and asked for its version. It cannot do what the real package does: using it is an error that
-names it.
+`colab/looked-for.txt` lists the packages that the course's libraries look for and that Colab has. A package is
+installed at Colab's version if it is small, including its requirements; otherwise it gets a stand-in
+(tests/colab/stand_in_package.py), which can be found, imported and asked for its version. It cannot do what the real
+package does: using it is an error that names it.
 
     .venv-colab/bin/python -m tests.colab.environment constraints   print Colab's versions, for pip
     .venv-colab/bin/python -m tests.colab.environment list      make colab/looked-for.txt; only new rows query the index
-    .venv-colab/bin/python -m tests.colab.environment install   install these packages and stand-ins for this Python, also
-                                                                those that a lesson's set-up has removed
+    .venv-colab/bin/python -m tests.colab.environment install   install these packages and stand-ins for this Python,
+                                                                also those that a lesson's set-up has removed
 """
 
 import importlib.metadata
@@ -38,12 +38,12 @@ from tests.colab.optional_imports import looked_for, required
 
 LIST = ROOT / "colab" / "looked-for.txt"
 HEADER = """\
-# Packages that the course's libraries look for but do not require, and that Colab has; made by tests/colab/environment.py.
+# Packages on Colab that the course's libraries look for but do not require; made by tests/colab/environment.py.
 # Package | import names | MB of its wheel and all its requirements, or why it has a stand-in.
 """
 LARGE = 50  # MB; scikit-learn with scipy, which transformers imports if it is installed, is just below this
-# Not pinned to Colab's version: torch and its compiler, which are built for CUDA there; the packages that set up and test
-# this environment; and what colab/requirements.txt replaces there (tests/colab/test_setup.py shows it).
+# Not pinned to Colab's version: torch and its compiler, which are built for CUDA there; the packages that set up and
+# test this environment; and what colab/requirements.txt replaces there (tests/colab/test_setup.py shows it).
 MOVES = {"torch", "triton", "pip", "setuptools", "pytest", "datasets", "pyarrow", "huggingface-hub"}
 STAND_IN = "stand-in"  # in a stand-in's INSTALLER, instead of pip
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--quiet"]
@@ -66,7 +66,7 @@ def libraries() -> list[str]:
 
 
 def optional() -> dict[str, set[str]]:
-    """The packages, beyond the required ones, that the installed libraries look for and Colab has; with the names used."""
+    """Colab's packages that the installed libraries look for but do not require, with the names that they use."""
     always = required(libraries()) | MOVES
     return {name: names for name, names in sorted(looked_for(libraries(), COLAB).items()) if name not in always}
 
@@ -98,7 +98,7 @@ def listed() -> list[Row]:
 
 
 def constraints(folder: Path) -> Path:
-    """A constraints file: Colab's version of everything, except for packages in MOVES, where it is the installed one."""
+    """A constraints file: Colab's version of everything, but the installed version of packages in MOVES."""
     here = {canonicalize_name(d.name): d.version for d in importlib.metadata.distributions()}
     here = {name: version for name, version in here.items() if name in MOVES or name not in COLAB}
     path = folder / "constraints.txt"
@@ -122,7 +122,7 @@ def size_of(address: str) -> int:
 
 
 def megabytes(package: str, *, alone: bool) -> float | None:
-    """The size of a package at Colab's version, alone or with all missing requirements; None if pip cannot install it."""
+    """The size of a package at Colab's version, alone or with missing requirements; None if pip cannot install it."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         command = [*PIP, "install", "--dry-run", "--only-binary=:all:", "--report", report]

@@ -1,8 +1,8 @@
 """What a stand-in imports: it can be found, imported and asked for its version and its names, but does nothing.
 
-Libraries import names from the packages they find, and pass them around, before anything uses them: so a stand-in has every
-name and every submodule. Using a name is an error, of a kind that no library takes for "not installed": otherwise the
-library would behave differently from the real machine. A stand-in cannot show which names the real package has.
+Libraries import names from the packages they find, and pass them around, before anything uses them: so a stand-in has
+every name and every submodule. Using a name is an error, of a kind that no library takes for "not installed": otherwise
+the library would behave differently from the real machine. A stand-in cannot show which names the real package has.
 
 This file is copied beside the stand-ins. They replace packages that are too large for a test environment, or built for
 another torch.

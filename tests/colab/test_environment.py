@@ -1,4 +1,4 @@
-"""The environment of `make test-colab` has the packages that the libraries look for and Colab has; and the search for them."""
+"""The search for Colab's packages that the libraries look for; the environment of `make test-colab` has them."""
 
 import ast
 import importlib.metadata
@@ -59,7 +59,7 @@ def make_library(site: Path, name: str, source: str, needs: tuple[str, ...] = ()
 
 
 def test_names_lead_to_the_packages_of_the_other_machine(tmp_path, monkeypatch):
-    """By their own name, by installed packages, and by the library's extras and advice; requirements are kept separate."""
+    """By their own name, by installed packages, and by the library's extras and advice; requirements are separate."""
     source = "import needed, Some_Thing, yaml, absent\nADVICE = 'pip install other-name'\nimport importlib.metadata\n"
     make_library(tmp_path, "a_library", source, ("needed", "more; extra == 'x'"))
     stand_in(tmp_path, "needed", "1.0", needs=["deeper"])

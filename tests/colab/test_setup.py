@@ -94,7 +94,7 @@ def zipped(course: Path, archive: Path) -> Path:
 
 
 def bare_python(folder: Path) -> tuple[Path, Path]:
-    """A Python without packages, not even pip, so that no mistake here can reach the tests' own; and its package folder."""
+    """A Python without packages, not even pip, so that no mistake can affect the tests' own; and its package folder."""
     venv.create(folder, symlinks=os.name != "nt")
     return folder / ("Scripts" if os.name == "nt" else "bin") / "python", next(folder.glob("[lL]ib/**/site-packages"))
 
@@ -599,8 +599,8 @@ def test_on_colab_the_requirements_fit_beside_what_is_there(tmp_path, record_pro
     """Ask Colab's own pip, in an environment with Colab's packages as stand-ins, for Colab's Python.
 
     A dry run with `--python-version` looks at the installed packages like a real run, and their metadata has their
-    requirements: pip keeps what it would keep on Colab, and changes what it would change there. Only markers on the Python
-    version are evaluated for the running Python. The same call under Python 3.13 gave the same result.
+    requirements: pip keeps what it would keep on Colab, and changes what it would change there. Only markers on the
+    Python version are evaluated for the running Python. The same call under Python 3.13 gave the same result.
 
     Measured in November 2026: bitsandbytes 0.50.2 and trl 1.16.0 are new; datasets 4.0.0 -> 5.2.0, pyarrow 18.1.0 ->
     26.0.1 and huggingface_hub 1.27.0 -> 1.33.0 move; 101 MB in all. torch 2.11.0, numpy 2.1.3, pandas 2.2.3,

@@ -14,7 +14,7 @@ CASES = [(name, "colab", "t4") for name in build.lessons()] + [
 
 
 def compared(notebook) -> dict[str, str]:
-    """The output, by cell id, of the cells that print the same on every machine; cells that query the gear are left out."""
+    """By cell id, the output of cells that print the same on every machine; without cells that query the gear."""
     return {
         cell.id: "".join(output.text for output in cell.outputs if output.output_type == "stream")
         for cell in notebook.cells

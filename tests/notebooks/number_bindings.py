@@ -5,16 +5,16 @@
     python -m tests.notebooks.number_bindings --propose 03 # blocks for new and changed sentences, to check and paste
 
 The texts are the lessons' Markdown and the words in their figures, the lessons' summaries, README.md, and the cards of
-the shipped model and adapter. Each has a file of bindings, `tests/notebooks/numbers/NAME.txt`. A block in it is a sentence,
-followed by a line for each of its numbers:
+the shipped model and adapter. Each has a file of bindings, `tests/notebooks/numbers/NAME.txt`. A block in it is a
+sentence, followed by a line for each of its numbers:
 
     > So 70B in 16 bits takes {a.2} GB: no single card that one can rent cheaply holds it.
       a: printed Llama-3.1-70B 16 bit <#> GB # GiB
 
-`{a.2}` means that the text has a number with two decimals here, `{a}` a whole number, `{a/}` a fraction in words, such as
-half. The value is only in the text, and must be the value of its evidence: equal, or rounded as in the text. A per cent
-sign and units of bytes (GB, MiB) count on both sides. A fraction in words, such as a third, is right if one divided by the
-value rounds to three and is within a tenth of it. The evidence is one of
+`{a.2}` means that the text has a number with two decimals here, `{a}` a whole number, `{a/}` a fraction in words, such
+as half. The value is only in the text, and must be the value of its evidence: equal, or rounded as in the text. A per
+cent sign and units of bytes (GB, MiB) count on both sides. A fraction in words, such as a third, is right if one
+divided by the value rounds to three and is within a tenth of it. The evidence is one of
 
     printed LINE          a line that the lesson prints; the value is at <#>, # is any other number, … any text
     code TEXT             text in the lesson's code cells, without the words in figures
@@ -28,8 +28,9 @@ value rounds to three and is within a tenth of it. The evidence is one of
 preceded by `lesson 03` if it is in another lesson. Several, joined by ` && `, are x, y and z in an expression after
 ` => `: `printed a <#> && printed b <#> => x / y`.
 
-A number that is written in the block's sentence itself, like 70B and 16 above, is not a claim of the lesson (it is a name,
-a format, a quotation, or a count of what the sentence lists). Either a rule gives the reason (NOT_CLAIMS), or a line does:
+A number that is written in the block's sentence itself, like 70B and 16 above, is not a claim of the lesson (it is a
+name, a format, a quotation, or a count of what the sentence lists). Either a rule gives the reason (NOT_CLAIMS), or a
+line does:
 
       - 780: quoted from the paper
       - 73: held by tests/project/test_readme.py::test_the_readme_counts_the_entries_of_the_troubleshooting_page
@@ -233,7 +234,7 @@ class Text:
 
     @functools.cached_property
     def known_names(self) -> set[str]:
-        """Names that this text may use: listed names, names in its lesson (or in all), and names of the project's files."""
+        """Names that this text may use: listed names, names in its lesson (or in all), and the project's file names."""
         listed = re.findall(r"^(\S+)(?: \(only (\w+)\))?", _file("tests/notebooks/numbers/names.txt"), re.M)
         known = {name for name, only in listed if only in ("", self.name)}
         for lesson in [self.lesson] if self.lesson else lesson_names():
@@ -254,7 +255,7 @@ def lesson_names() -> list[str]:
 
 
 def text_of(name: str) -> Text:
-    """A lesson, `lessons` (their summaries), `README`, `tiny-llama` or `adapters` (the shipped model's and adapter's cards)."""
+    """A lesson, `lessons` (their summaries), `README`, or the card `tiny-llama` or `adapters`."""
     if name in lesson_names():
         cells = jupytext.read(LESSONS / f"{name}.py").cells
         parts = [(f"cell {i}", cell.source) for i, cell in enumerate(cells) if cell.cell_type == "markdown"]
@@ -711,8 +712,8 @@ def _from_block(number: Number, block: Block, lesson: str) -> str:
 def propose(text: Text) -> str:
     """Blocks for the sentences that no block matches. Each line has a ? that must be removed by hand.
 
-    What the nearest block says about the same number comes first, so a reworded sentence keeps its bindings; then a line
-    that the lesson prints, or its code. Numbers that stay in the sentence are not claims, by a rule.
+    What the nearest block says about the same number comes first, so a reworded sentence keeps its bindings; then a
+    line that the lesson prints, or its code. Numbers that stay in the sentence are not claims, by a rule.
     """
     blocks = []
     for _, markdown in text.parts:

@@ -39,8 +39,8 @@ DECIDED = {
         "your question": "text",
     },
     "06_adapters_and_merging": {
-        # All rows are in the same batch, so the products with the base are the same; the adapters' are float32, and their
-        # last bits do not decide a word. One answer at a time would also use other kernels for the base.
+        # All rows are in the same batch, so the products with the base are the same; the adapters' are float32, and
+        # their last bits do not decide a word. One answer at a time would also use other kernels for the base.
         "8 answers of a mixed batch, as from each adapter alone": "text",
         "words per answer": "text",
     },

@@ -1,7 +1,7 @@
 """Every keyword argument that the course passes to its libraries exists in the installed versions.
 
-The calls are read from the code, not made, so calls that only a GPU or a long lesson reaches are checked, too. A keyword
-that `**kwargs` silently swallows does not count as existing.
+The calls are read from the code, not made, so calls that only a GPU or a long lesson reaches are checked, too. A
+keyword that `**kwargs` silently swallows does not count as existing.
 """
 
 import ast

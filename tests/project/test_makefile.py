@@ -1,4 +1,4 @@
-"""What the Makefile and .ci/run guard against, tested with a Python, a pip and a ruff that only log how they are called."""
+"""What the Makefile and .ci/run guard against, tested with a Python, a pip and a ruff that only log their calls."""
 
 import os
 import shutil
@@ -12,8 +12,8 @@ from tests import ROOT
 
 pytestmark = pytest.mark.skipif(not shutil.which("make"), reason="there is no make here")
 
-# Replaces python3, .venv/bin/python and .venv/bin/ruff. What FAILS names fails; VERSION is Python's version. A venv that
-# fails already has a Python but no pip, as on Debian without python3-venv.
+# Replaces python3, .venv/bin/python and .venv/bin/ruff. What FAILS names fails; VERSION is Python's version. A venv
+# that fails already has a Python but no pip, as on Debian without python3-venv.
 TOOL = """#!/bin/sh
 echo "$(basename $0) $*" >> "$LOG"
 env | grep -E '^(HF_HUB_OFFLINE|OMP_NUM_THREADS|OMP_WAIT_POLICY|QLORA_RUNS)=' > "$LOG.env"

@@ -1,4 +1,4 @@
-"""Claims about libraries: names, arguments, attributes and defaults in the articles' code, tried on the installed versions."""
+"""Claims about libraries: names, arguments and defaults in the articles' code, tried on the installed versions."""
 
 import importlib.metadata
 import importlib.util

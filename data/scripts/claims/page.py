@@ -3,9 +3,9 @@
     python -m data.scripts.claims            # compute every row that can be computed, name disagreements, write CLAIMS.md
     python -m data.scripts.claims --check    # the same, but write nothing
 
-The table is `data/claims.csv`. For each row that can be computed, a function in `size.py`, `formats.py`, `libraries.py`,
-`quality.py` or `runs.py` finds the value and the verdict without reading the row; the rules for verdicts are in `rules.py`.
-If the two disagree, the row is wrong, or the world has changed.
+The table is `data/claims.csv`. For each row that can be computed, a function in `size.py`, `formats.py`,
+`libraries.py`, `quality.py` or `runs.py` finds the value and the verdict without reading the row; the rules for
+verdicts are in `rules.py`. If the two disagree, the row is wrong, or the world has changed.
 """
 
 import argparse

@@ -4,12 +4,12 @@ The five verdicts:
 
 - right: true as written; a number agrees to half a unit of its last digit.
 - rounded: close enough to work with: a number within 5 %, or a sentence that is true but incomplete.
-- outdated: written for an older version; the installed library refuses it, warns that it will be removed, or can do more.
+- outdated: written for an older version; today's library refuses it, warns that it will be removed, or can do more.
 - wrong: not true.
 - depends: true in one setting and not in another; both are shown.
 
-A function that judges a claim is registered under the claim's id. It never reads the table: the claimed number is in its
-code, because it is what is tested; everything else is computed.
+A function that judges a claim is registered under the claim's id. It never reads the table: the claimed number is in
+its code, because it is what is tested; everything else is computed.
 """
 
 from collections.abc import Callable, Collection
@@ -80,7 +80,7 @@ def number(claimed: str, value: float, unit: str = "", digits: int = 0, shown: C
 
 
 def by_setting(*outcomes: bool, value: str = "", claimed: str = "", shown: Collection[str] = ()) -> Finding:
-    """Judge a sentence by its outcome in one or more settings: true in all is right, in none wrong, otherwise it depends."""
+    """Judge a sentence by its outcomes in one or more settings: right if all hold, wrong if none does, else depends."""
     if not outcomes:
         raise ValueError("by_setting() needs the outcome of at least one setting")
     verdict = "right" if all(outcomes) else "depends" if any(outcomes) else "wrong"
@@ -104,7 +104,7 @@ def refusal(function: Callable, /, *args, **keywords) -> str:
 
 
 def still_taken(function: Callable, keyword: str, /, *args, **others) -> Finding:
-    """Judge a library's keyword: right if the installed version takes it, outdated if it raises a TypeError about it."""
+    """Judge a library's keyword: right if the installed version takes it, outdated if it raises a TypeError for it."""
     said = refusal(function, *args, **others)
     if not said:
         return Finding("right")

@@ -65,7 +65,7 @@ def loaded_in_4_bits():
 
 
 def base(quantization: str | None = "nf4"):
-    """A new copy of the shipped model. In 4 bits it is copied, since quantising it each time takes six times as long."""
+    """The shipped model, new for each caller. In 4 bits it is a copy: quantising again takes six times as long."""
     return copy.deepcopy(loaded_in_4_bits()) if quantization else load_model(quantization=None, hardware=detect("cpu"))
 
 

@@ -1,7 +1,7 @@
 """Make the small model that ships with the course: corpus, tokenizer, training and chat sets, all from one seed.
 
     python -m data.scripts.make.tiny_llama                          # as shipped; a few minutes on a GPU, many hours on a CPU
-    python -m data.scripts.make.tiny_llama --people 200 --steps 300 --out runs/tiny   # a toy version, a minute or two on a CPU
+    python -m data.scripts.make.tiny_llama --people 200 --steps 300 --out runs/tiny   # a toy, a minute or two on a CPU
 
 The corpus is never written to disk: every row of every batch is one document, assembled on the device from the
 sentences in `invented_world.py`. Needs only torch, transformers and tokenizers.

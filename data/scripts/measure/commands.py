@@ -2,8 +2,8 @@
 
     python -m data.scripts.measure.commands test preflight --runs 3
 
-Each run becomes one row in `data/measured/commands.json` and replaces the old rows of its command; README.md shows them.
-Use an idle machine: the script refuses to start while the cores are busy.
+Each run becomes one row in `data/measured/commands.json` and replaces the old rows of its command; README.md shows
+them. Use an idle machine: the script refuses to start while the cores are busy.
 """
 
 import argparse

@@ -5,12 +5,12 @@
     python -m data.scripts.measure.memory --row "llama-3.2-1b qlora" --table FILE   # only the rows with these words
     python -m data.scripts.measure.memory --dry                # the same code with tiny models on a CPU, writes nothing
 
-Every row runs in its own process. Models have real shapes and random weights, which are made on the GPU when transformers'
-`from_pretrained` asks for them: it quantises, ties and allocates as it does with files. Then TRL's unmodified SFTTrainer
-trains on full sequences without padding for four steps.
+Every row runs in its own process. Models have real shapes and random weights, which are made on the GPU when
+transformers' `from_pretrained` asks for them: it quantises, ties and allocates as it does with files. Then TRL's
+unmodified SFTTrainer trains on full sequences without padding for four steps.
 
-A row describes itself by `model`, `config` (as `AutoConfig.for_model` takes it), and the `MEMORY_SETTINGS` of its `Settings`.
-What was measured, in bytes unless noted:
+A row describes itself by `model`, `config` (as `AutoConfig.for_model` takes it), and the `MEMORY_SETTINGS` of its
+`Settings`. What was measured, in bytes unless noted:
     loaded_bytes                allocated by torch after the model is loaded, before there are adapters
     trainer_bytes               allocated after the trainer is built and the adapters have their training dtype
     first_steps_peak_bytes      peak allocated in steps 1 and 2
@@ -18,7 +18,7 @@ What was measured, in bytes unless noted:
     peak_reserved_bytes         peak reserved by torch's allocator during training
     context_bytes               the size of the CUDA context, before there is a model
     device_used_bytes           the process's memory on the card at the end of training, including paged states
-    device_used_by              how that was read: "mem_get_info" (the card's memory in use, minus what was in use before
+    device_used_by              how it was read: "mem_get_info" (the card's memory in use, minus what was in use before
                                 the process started: only if no other row runs) or "nvml" (the driver's figure for this
                                 process, which does not include managed memory: null with a paged optimizer)
     nvml_process_bytes          the driver's figure at the end of training; null if it gives none

@@ -2,8 +2,8 @@
 
     python -m data.scripts.measure.memory_errors            # every measured run with its prediction, and the means
 
-Three groups: the runs by which the predictor's few constants were chosen; the third of the same table that a rule set aside
-before anything was measured; and runs that were measured after the predictor was finished.
+Three groups: the runs by which the predictor's few constants were chosen; the third of the same table that a rule set
+aside before anything was measured; and runs that were measured after the predictor was finished.
 """
 
 import json

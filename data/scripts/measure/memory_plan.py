@@ -1,9 +1,9 @@
 """The fine-tuning runs whose memory `memory.py` measures: models, settings, and which are held out.
 
 `held_out` rows are for testing the predictor, not for tuning it. The rule was fixed before anything was measured: the
-SHA-256 of the row's label, read as a number, is divisible by 3. The rows of FRESH have models and settings that are not in
-the plan. They were measured after the predictor was finished, and all of them are held out. A label is the key of a row in
-the committed tables, so it must not change.
+SHA-256 of the row's label, read as a number, is divisible by 3. The rows of FRESH have models and settings that are not
+in the plan. They were measured after the predictor was finished, and all of them are held out. A label is the key of a
+row in the committed tables, so it must not change.
 """
 
 import dataclasses

@@ -1,10 +1,10 @@
-"""What merging an adapter costs and changes at full size: Llama-3.1-8B's shape, every way in `qlora_helpers.adapters.merge`.
+"""What merging an adapter costs and changes at Llama-3.1-8B's size, in every way of `qlora_helpers.adapters.merge`.
 
     python -m data.scripts.measure.merging     # needs a GPU; writes data/measured/merging.json, about five minutes on an H200
 
-The weights are random (`data/scripts/make/stand_in_models.py`), and an adapter is trained on them for a few steps, so that
-it is not just noise. How far logits drift depends on both; memory, time and sizes do not. Every way runs in its own process,
-and all compute the logits of the same tokens.
+The weights are random (`data/scripts/make/stand_in_models.py`), and an adapter is trained on them for a few steps, so
+that it is not just noise. How far logits drift depends on both; memory, time and sizes do not. Every way runs in its
+own process, and all compute the logits of the same tokens.
 """
 
 import argparse

@@ -5,8 +5,8 @@
     python -m data.scripts.measure.out_of_memory --missing         # only rows that are not measured yet in the table
     python -m data.scripts.measure.out_of_memory --dry --table F   # the same code with tiny models on a CPU; out-of-memory errors are faked
 
-Every row runs in its own process, with a model of real shape and random weights (see `memory.py`). `what` is the kind of
-row:
+Every row runs in its own process, with a model of real shape and random weights (see `memory.py`). `what` is the kind
+of row:
     timeline    the allocator's history of the load and of the third step, thinned
     run         four steps of training, some under a cap: `cap_bytes` is what torch may hold
                 (`torch.cuda.set_per_process_memory_fraction`; the CUDA context and managed memory do not count)
@@ -14,8 +14,8 @@ row:
     saving      the trainer's checkpoint, written after torch was capped at what it holds
     merging     `way`: "dequantise" (the whole model in 16 bits), or "into 4 bits" (PEFT, layer by layer)
 
-`group` and `role` say what a row is for: a "death" and its "cure" have the same cap; "price" is the run that died, without
-a cap. What was measured, in bytes unless noted:
+`group` and `role` say what a row is for: a "death" and its "cure" have the same cap; "price" is the run that died,
+without a cap. What was measured, in bytes unless noted:
     outcome                     "ran", "out of memory", or "died" of something else
     place                       where it died: by the script's phase; `place_by_traceback`: by the error's traceback
                                 (qlora_helpers.memory.out_of_memory.place_of)
@@ -27,8 +27,8 @@ a cap. What was measured, in bytes unless noted:
     tokens_per_second           in steps 3 and 4
     allocator_retries           how often torch returned all its unused memory and asked the driver again
     paged_bytes, state_bytes    the optimizer's states: those in managed memory, and all of them
-    outside                     in "paging" rows: at several moments, the card's memory in use (`cudaMemGetInfo`) minus what
-                                torch has reserved: context, libraries and managed memory
+    outside                     in "paging" rows: at several moments, the card's memory in use (`cudaMemGetInfo`) minus
+                                what torch has reserved: context, libraries and managed memory
     seconds                     of the row without imports; `work_seconds` of the phase that is measured
 """
 
@@ -133,7 +133,7 @@ def all_rows() -> list[dict]:
         ONE | {"max_length": 8_192, "attention": "eager"},
         {"sdpa": ONE | {"max_length": 8_192}},
     )
-    # Planned as a death in the backward pass, where the tensors exceed the cap. With fragmentation torch reached it earlier.
+    # Planned as a death in the backward pass, where the tensors exceed the cap. Fragmentation made it happen earlier.
     rows += _three("float32 copies", FORWARD, 13.5, USUAL | {"upcast_fp32": True}, {"no copies": USUAL})
     rows += _three(
         "backward, batch",

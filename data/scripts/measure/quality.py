@@ -4,8 +4,8 @@
     python -m data.scripts.measure.quality --row "QLoRA NF4" --seed 3 # one of them, printed
     python -m data.scripts.measure.quality --missing                # only runs that are not in the table yet
 
-Every run is the same except for what its row changes: the shipped model, its 4,800 training chats, `BUDGET` below. Each runs
-with one thread, in float32 on the CPU, like the lesson that repeats one of them.
+Every run is the same except for what its row changes: the shipped model, its 4,800 training chats, `BUDGET` below. Each
+runs with one thread, in float32 on the CPU, like the lesson that repeats one of them.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def rows() -> list[Row]:
 
 
 def load(base: str):
-    """The shipped model with its linear weights in a format: by bitsandbytes if it has the format, else rounded to it."""
+    """The shipped model with its linear weights in a format: by bitsandbytes if it has it, else rounded to it."""
     from qlora_helpers import quantize
     from qlora_helpers.hardware import detect
     from qlora_helpers.models.loading import load_model

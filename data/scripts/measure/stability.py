@@ -6,8 +6,8 @@
     python -m data.scripts.measure.stability --list              # the names of the rows
 
 Every row is the same run (60 steps of 8 chats, 480 chats) with one thing changed. Losses and shares are for 200 test
-chats after the run: `loss` in nats per answer token, `exact_match`, `ends` (answers that end with an EOS token within 24
-tokens), `empty` (answers without a word). `highest` is the highest loss of any step, `spikes` counts loss spikes by
+chats after the run: `loss` in nats per answer token, `exact_match`, `ends` (answers that end with an EOS token within
+24 tokens), `empty` (answers without a word). `highest` is the highest loss of any step, `spikes` counts loss spikes by
 the rule of `qlora_helpers.training.spikes`. The curves are from seed 0.
 """
 

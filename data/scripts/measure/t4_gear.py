@@ -3,14 +3,14 @@
     python -m data.scripts.measure.t4_gear            # needs a GPU; writes data/measured/t4_gear.json, about ten minutes on an H200
 
 Every row runs in its own process, since a deleted trainer leaves memory in use. The models have real shapes and random
-weights (`data/scripts/make/stand_in_models.py`). Rows in float16 run as on a T4: memory capped at 14.3 GiB, FlashAttention
-and cuDNN attention switched off, and for the course's gear also the math kernel. Rows in bfloat16 have all kernels and all
-memory. Speeds are those of this GPU. No T4 was available.
+weights (`data/scripts/make/stand_in_models.py`). Rows in float16 run as on a T4: memory capped at 14.3 GiB,
+FlashAttention and cuDNN attention switched off, and for the course's gear also the math kernel. Rows in bfloat16 have
+all kernels and all memory. Speeds are those of this GPU. No T4 was available.
 
-The recipe is the articles', with its errors repaired and its choices kept: `prepare_model_for_kbit_training` (which casts
-embeddings, norms and output head to float32), rank 16 on all linear layers, dropout 0.05, gradient checkpointing, paged
-8-bit AdamW. Repaired: arguments that no longer exist, and the adapters' dtype, without which float16 stops at the first
-step.
+The recipe is the articles', with its errors repaired and its choices kept: `prepare_model_for_kbit_training` (which
+casts embeddings, norms and output head to float32), rank 16 on all linear layers, dropout 0.05, gradient checkpointing,
+paged 8-bit AdamW. Repaired: arguments that no longer exist, and the adapters' dtype, without which float16 stops at the
+first step.
 """
 
 import argparse
@@ -227,7 +227,7 @@ def all_jobs(folders: dict[str, str]):
 def show(row: dict) -> str:
     if row["what"] == "loading":
         return (
-            f"{row['model']:14} loaded in {row['seconds']} s: {row['host_own_bytes'] / 1e9:.2f} GB of its own main memory, "
+            f"{row['model']:14} loaded in {row['seconds']} s: {row['host_own_bytes'] / 1e9:.2f} GB of own main memory, "
             f"{row['host_resident_bytes'] / 1e9:.2f} GB with file pages; {row['gpu_peak_bytes'] / GIB:.2f} GiB on the GPU at "
             f"most; {row['disk_bytes'] / 1e9:.2f} GB on disk"
         )
