@@ -38,8 +38,8 @@ from tests.colab.optional_imports import looked_for, required
 
 LIST = ROOT / "colab" / "looked-for.txt"
 HEADER = """\
-# Packages on Colab that the course's libraries look for but do not require; made by tests/colab/environment.py.
-# Package | import names | MB of its wheel and all its requirements, or why it has a stand-in.
+# What the course's libraries look for and Colab has, beside what they require: tests/colab/environment.py made it.
+# Package | what it is imported as | MB of its wheel and of all that it needs, or why a stand-in takes its place.
 """
 LARGE = 50  # MB; scikit-learn with scipy, which transformers imports if it is installed, is just below this
 # Not pinned to Colab's version: torch and its compiler, which are built for CUDA there; the packages that set up and

@@ -219,5 +219,5 @@ def test_the_script_overwrites_nothing(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         make_tiny_llama.main()
     assert caught.value.code == 2
-    assert "the folder already exists and is not overwritten" in capsys.readouterr().err
+    assert "the folder exists already; nothing is overwritten" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

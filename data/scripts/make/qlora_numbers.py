@@ -125,7 +125,7 @@ def settings(name: str):
 def sourced(value: float, source: str) -> float:
     """A value that the course does not compute, and where it comes from."""
     if len(source) < 12:
-        raise ValueError(f"source={source!r}: say where {value} is from, with the section, table or line")
+        raise ValueError(f"source={source!r}: say where {value} stands, with the section, table or line")
     return value
 
 

@@ -268,7 +268,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/data"), help="a folder that does not exist yet")
     args = parser.parse_args()
     if args.out.exists():
-        parser.error(f"--out {args.out}: the folder already exists and is not overwritten: name a new one")
+        parser.error(f"--out {args.out}: the folder exists already; nothing is overwritten, so name a new one")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = True
