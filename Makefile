@@ -1,5 +1,5 @@
-# Each command sets up .venv first, and installs nothing when it is up to date; test-colab has an environment of its own,
-# and zip needs git alone. README.md has a table of what each covers and how long it takes.
+# Each command sets up .venv first, and installs nothing if it is up to date; test-colab has its own environment, and
+# zip needs only git. README.md has a table of what each covers and how long it takes.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
@@ -20,12 +20,12 @@ help:
 	@echo "make preflight  before class: the machine, and every lesson as learners get it; LESSON=03 for one"
 	@echo "make test       every test of the helpers, and each lesson once"
 	@echo "make test-all   everything: all editions of the lessons, the long tests, 20 killed runs"
-	@echo "make test-colab the Colab editions under the versions that Colab has, in an environment of their own"
+	@echo "make test-colab the Colab editions under the versions that Colab has, in a separate environment"
 	@echo "make notebooks  rebuild and execute every edition of the lessons; LESSON=03 for one"
 	@echo "make lint       ruff"
-	@echo "make zip        qlora-course.zip of the last commit, to upload to Colab or Kaggle"
+	@echo "make zip        qlora-course.zip from the last commit, to upload to Colab or Kaggle"
 
-# The stamp keeps what it was made from: a changed requirements.txt or pyproject.toml installs again, a second run does not.
+# The stamp is a copy of both files: a change to either one installs again, a second run does not.
 $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: name one with  make PYTHON=python3.12")'
 	@if ! cat requirements.txt pyproject.toml | cmp -s - $(READY); then \
@@ -44,7 +44,7 @@ LESSON ?=
 preflight: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m qlora_helpers.commands.preflight $(LESSON)
 
-# Two workers with one thread each: more threads than cores make every kernel slower by a factor.
+# Two workers with one thread each: more threads than cores make every kernel several times slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 test: $(READY)
 	@$(BIN)/ruff check --quiet .
@@ -55,7 +55,7 @@ test-all: $(READY)
 	@$(PYTEST) --everything
 	@$(BIN)/python -m tests.support.kills
 
-# 20 runs killed for real; the output that is kept is in data/measured/kills.txt
+# 20 runs, really killed; the output is kept in data/measured/kills.txt
 test-kills: $(READY)
 	@set -o pipefail; $(BIN)/python -m tests.support.kills | tee data/measured/kills.txt
 
@@ -71,12 +71,12 @@ lint: $(READY)
 ZIP := qlora-course.zip
 zip:
 	@git archive --format=zip --prefix=qlora-course/ --output=$(ZIP) HEAD
-	@echo "$(ZIP): $$(du -h $(ZIP) | cut -f1)B, made of the last commit"
-	@git diff --quiet HEAD || echo "What is not committed is not in it."
+	@echo "$(ZIP): $$(du -h $(ZIP) | cut -f1)B, made from the last commit"
+	@git diff --quiet HEAD || echo "It does not contain uncommitted changes."
 
-# Colab's versions, on the Python and the torch at hand, and what else Colab has that the libraries look for:
-# tests/colab/environment.py says what is not held to Colab's version, and what only stands in. On Linux without a GPU,
-# first install PyTorch's CPU build into .venv-colab, as README.md says for .venv.
+# Colab's versions, with the local Python and torch, and the other packages on Colab that the libraries look for.
+# tests/colab/environment.py says which are not pinned to Colab's version, and which are stand-ins. On Linux without a
+# GPU, first install PyTorch's CPU build into .venv-colab, as README.md says for .venv.
 COLAB := .venv-colab
 COLAB_READY := $(COLAB)/ready
 COLAB_PIP := $(COLAB)/bin/python -m pip install --quiet --disable-pip-version-check
@@ -91,7 +91,7 @@ $(COLAB_READY): colab/requirements.txt colab/runtime-packages.txt colab/looked-f
 		ipywidgets ipykernel ipython tornado jupyter_client nbformat traitlets
 	@touch $(COLAB_READY)
 
-# As on Colab, a lesson's first cell removes what is in the way: each run begins with all of it.
+# As on Colab, a lesson's first cell removes packages that the libraries refuse: each run begins with all of them.
 test-colab: $(COLAB_READY)
 	@$(COLAB_HAS) install
 	@$(COLAB)/bin/python -m pytest -q -p no:anyio tests/colab/test_environment.py

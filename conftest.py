@@ -1,7 +1,7 @@
 """How pytest runs this course: one thread each, no network, notebooks through nbval, the longest first.
 
-Hooks that concern notebooks must stand here: pytest asks a `tests/conftest.py` only for what lies in `tests/`.
-`tests/project/test_hooks.py` runs a course of two small lessons under this file and looks at what came of each hook.
+Hooks for notebooks must be here: pytest uses a `tests/conftest.py` only for files in `tests/`.
+`tests/project/test_hooks.py` runs a course of two small lessons with this file and checks the effect of each hook.
 """
 
 import difflib
@@ -23,10 +23,10 @@ from notebooks.scripts.running import code_cells, in_one_kernel, peak_bytes
 
 ROOT = Path(__file__).resolve().parent
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers with more threads than cores are slower by a factor
-os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network fails at once
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers with more threads than cores are several times slower
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that tries to use the network fails at once
 
-# The longest first, so that both workers end together. (`--no-loadscope-reorder` keeps pytest-xdist from sorting anew.)
+# Longest first, so that both workers finish together. (`--no-loadscope-reorder` keeps pytest-xdist from re-sorting.)
 FIRST = (
     "04_qlora_run", "08_stability", "06_adapters", "07_does_it", "02_nf4_vs_int4", "test_quality", "test_shipped_model",
     "test_checkpoints", "test_run", "09_out_of_memory", "05_will_it_fit", "01_memory_maths", "test_shipped_data",
@@ -40,15 +40,15 @@ def pytest_addoption(parser):
     parser.addoption(
         "--everything",
         action="store_true",
-        help="all editions of the notebooks, each as it is, and the tests marked `everything`; without it each lesson runs "
-        "once: its solved edition, and in the same kernel a learner's unsolved exercises",
+        help="all editions of the notebooks, each as it is, and the tests marked `everything`; without it, each lesson "
+        "runs once: the solved edition, with the learner's unsolved exercises in the same kernel",
     )
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "everything: takes long; runs with --everything alone")
+    config.addinivalue_line("markers", "everything: takes long; runs only with --everything")
     if not hasattr(config, "workerinput"):  # once, not in every worker; the workers inherit the environment
-        for choice in ("QLORA_GEAR", "QLORA_MODEL", "QLORA_DATA"):  # a teacher's own would reach every kernel
+        for choice in ("QLORA_GEAR", "QLORA_MODEL", "QLORA_DATA"):  # a teacher's own settings would reach every kernel
             os.environ.pop(choice, None)
         os.environ["QLORA_RUNS"] = tempfile.mkdtemp(prefix="qlora-runs-")
     config.course_runs = os.environ["QLORA_RUNS"]
@@ -63,7 +63,7 @@ def pytest_unconfigure(config):
 
 
 class Cell(IPyNbCell):
-    """A cell whose failure is told in words: which lesson, which cell, what is stored and what came."""
+    """A cell whose failure is described in words: which lesson, which cell, the stored output and the new one."""
 
     def runtest(self):
         self.user_properties.append(("compared", bool(self.options["check"])))
@@ -74,7 +74,7 @@ class Cell(IPyNbCell):
                 self.user_properties.append(("peak_bytes", peak_bytes(self.parent.kernel.km.provisioner.pid)))
 
     def format_output_compare(self, key, left, right):
-        """nbval calls this with the stored output and the new one where they differ."""
+        """nbval calls this with the stored and the new output if they differ."""
         if not (isinstance(left, str) and isinstance(right, str)):
             left, right = repr(left), repr(right)
         lines = difflib.unified_diff(
@@ -83,7 +83,7 @@ class Cell(IPyNbCell):
         self.comparison_traceback += list(lines)
 
     def fault(self, error: BaseException) -> str:
-        """One line: the cell as Jupyter counts it, the line in it or in its output, and what is wrong."""
+        """One line: the cell by Jupyter's count, the line in it or in its output, and what is wrong."""
         cell = f"cell [{self.cell.execution_count}]{' (the unsolved exercise)' if self.unsolved else ''}"
         if not isinstance(error, NbCellError):
             return f"{cell}: {type(error).__name__}: {error}"
@@ -109,14 +109,15 @@ class Cell(IPyNbCell):
 
 
 class Notebook(IPyNbFile):
-    """A notebook as it is, each cell run and the tagged ones compared; its runs go to a folder of its own.
+    """A notebook as it is: each cell is run, and the outputs of tagged cells are compared.
 
-    (A lesson goes on with a run that it finds unfinished.) Kernels see no GPU, since what is stored was made in the cpu
-    gear. Those of the Colab editions run without AVX-512: the checked numbers must hold on such a processor, too.
+    Its runs have their own folder, since a lesson continues an unfinished run that it finds. Kernels see no GPU, since
+    the stored outputs were made in the cpu gear. Those of the Colab editions run without AVX-512: the checked numbers
+    must hold on such a processor, too.
     """
 
     def to_run(self) -> list[tuple[str, nbformat.NotebookNode]]:
-        """(who the cell is for, cell) in the order of their run."""
+        """(who the cell is for, cell) in the order in which they run."""
         self.nb = nbformat.read(self.path, as_version=4)
         return [("", cell) for cell in code_cells(self.nb)]
 
@@ -134,17 +135,17 @@ class Notebook(IPyNbFile):
         super().setup()
 
     def setup(self):
-        with pytest.MonkeyPatch.context() as patch:  # a kernel takes the environment over when it starts
+        with pytest.MonkeyPatch.context() as patch:  # a kernel inherits the environment when it starts
             runs = Path(self.config.course_runs) / self.path.parent.name / self.path.stem
             patch.setenv("QLORA_RUNS", str(runs))
-            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # what is stored was made in the cpu gear
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # the stored outputs were made in the cpu gear
             if self.path.parent.name == "colab":
                 patch.setenv("ATEN_CPU_CAPABILITY", "avx2")
             self.start_kernel(patch)
 
 
 class LessonOnce(Notebook):
-    """The solved edition of a lesson; before each solution the exercise is run as a learner finds it, in the same kernel.
+    """The solved edition of a lesson; before each solution, the unsolved exercise is run in the same kernel.
 
     The kernel is forked from a process that has imported the libraries.
     """
@@ -167,7 +168,7 @@ def _everything(config) -> bool:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collect_file(file_path, parent):
-    """Take each notebook as the options ask; one that the command line names is taken as it is."""
+    """Collect each notebook as the options say; one named on the command line is run as it is."""
     found = yield
     if not any(isinstance(collector, IPyNbFile) for collector in found):
         return found
@@ -196,12 +197,12 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish(session):
-    """Every `trainer.train()` collects garbage; what was imported need not be looked at each time."""
+    """Every `trainer.train()` collects garbage; it need not scan all imported objects each time."""
     gc.collect()
     gc.freeze()
 
 
-# ---- What is said
+# ---- Reports
 
 
 @pytest.hookimpl(wrapper=True)
@@ -213,7 +214,7 @@ def pytest_runtest_makereport(item, call):
 
 
 class _AtOnce:
-    """Shows a failure when it happens, not when all tests have ended."""
+    """Shows a failure when it happens, not after all tests."""
 
     def __init__(self, terminal):
         self.terminal = terminal
@@ -232,7 +233,7 @@ def pytest_sessionstart(session):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """Print the seconds and the peak memory of each notebook; they are reported, not asserted."""
+    """Print the seconds and peak memory of each notebook; they are reported, not asserted."""
     seconds, peak = defaultdict(float), defaultdict(int)
     for reports in terminalreporter.stats.values():
         for report in reports:
@@ -244,7 +245,7 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("notebooks: seconds, peak GB")
         for name, duration in sorted(seconds.items(), key=lambda row: -row[1]):
             terminalreporter.write_line(f"{duration:7.1f}{peak[name] / 1e9:6.2f}  {name}")
-        terminalreporter.write_line(f"{sum(seconds.values()):7.1f}        all, over the workers together")
+        terminalreporter.write_line(f"{sum(seconds.values()):7.1f}        all, summed over the workers")
     if not _everything(config):
         terminalreporter.write_line(
             "Each lesson ran once. --everything also runs all its editions as they are, and the tests marked `everything`."

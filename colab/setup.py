@@ -1,8 +1,8 @@
-"""Install what Colab or Kaggle lacks for the course, remove what its libraries refuse to work beside, use one GPU, and say
-in which gear the lessons run.
+"""Install what Colab or Kaggle lacks for the course, remove packages that its libraries refuse to work beside, use one
+GPU, and say in which gear the lessons run.
 
-The first cell of each Colab edition runs this file. A second run changes nothing, and no run needs a restart as long
-as it is the first thing that a session does.
+The first cell of each Colab edition runs this file. A second run changes nothing. No restart is needed if this is the
+first thing that a session runs.
 """
 
 import importlib
@@ -20,19 +20,19 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 COURSE = Path(__file__).resolve().parents[1]
-# Colab's image has COLAB_ variables, and Kaggle's image is made from it: Kaggle is asked first.
+# Colab's image has COLAB_ variables, and Kaggle's image is made from it, so check for Kaggle first.
 KAGGLE = "KAGGLE_KERNEL_RUN_TYPE" in os.environ
 COLAB = any(name.startswith("COLAB_") for name in os.environ)
-# pip may not replace these. torch fits the runtime's CUDA; the others, a session may have imported before.
+# pip must not replace these. torch matches the runtime's CUDA; a session may have imported the others already.
 KEPT = ("torch", "numpy", "pandas", "transformers", "ipykernel", "ipython", "tornado", "ipywidgets")
-# Libraries that stop beside an optional package of another version, and their own checks for it: where a check that is
-# called is_x_available raises ImportError for a package x that is installed, x is in the way.
+# Libraries that refuse to work beside an optional package of the wrong version, and the file with their own checks: if
+# is_x_available raises ImportError although package x is installed, x is in the way.
 CHECKS = {"peft": "peft/import_utils.py"}
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
 
 
 class SetUpStopped(RuntimeError):
-    """Something that the learner can cure: a notebook shows the sentence alone, without a traceback."""
+    """Something that the learner can fix: a notebook shows only the sentence, without a traceback."""
 
     def _render_traceback_(self) -> list[str]:
         return [f"The set-up stopped: {self}"]
@@ -58,7 +58,7 @@ def known_ranges() -> list[Requirement]:
 
 
 def missing() -> list[Requirement]:
-    """What must be installed: pinned packages at another version, and others that are not there at all."""
+    """What must be installed: pinned packages with another version, and others that are missing."""
     lines = (COURSE / "colab" / "requirements.txt").read_text().splitlines()
     pins = {pin.name: pin for pin in map(Requirement, [line for line in lines if line and not line.startswith("#")])}
     others = [known for known in known_ranges() if known.name not in pins and installed(known.name) is None]
@@ -66,7 +66,7 @@ def missing() -> list[Requirement]:
         if known.name in ("torch", "numpy", "transformers"):
             raise SetUpStopped(
                 f"{known.name} is not installed, and this cell leaves it to Colab or Kaggle. "
-                "On a machine of your own, run  make run  in the course's folder, and choose its .venv as the kernel."
+                "On your own machine, run  make run  in the course's folder, and choose its .venv as the kernel."
             )
     return [pin for pin in pins.values() if not fulfilled(pin)] + others
 
@@ -78,18 +78,18 @@ def imported() -> dict[str, str]:
 
 
 def told(output: str) -> str:
-    """What pip gives as the reason: its first error, or its last line."""
+    """The reason that pip gives: its first error, or its last line."""
     lines = [line for line in output.splitlines() if line.strip()] or ["nothing"]
     return next((line for line in lines if line.startswith("ERROR:")), lines[-1]).removeprefix("ERROR: ")
 
 
 def restart_if_changed(before: dict[str, str]) -> None:
-    """Python may go on with what was imported, or mix it with what is there now.
+    """Stop if imported packages have changed: Python may keep using the old code, or mix it with the new.
 
     Raises:
-        SetUpStopped: a package that was imported before is now another, or gone.
+        SetUpStopped: a package that was already imported has been replaced or removed.
     """
-    importlib.invalidate_caches()  # else Python may look for packages in a listing from before
+    importlib.invalidate_caches()  # else Python may look for packages in an old listing
     changed = sorted(name for name, version in before.items() if installed(name) != version)
     if changed:
         raise SetUpStopped(
@@ -99,7 +99,7 @@ def restart_if_changed(before: dict[str, str]) -> None:
 
 
 def install(requirements: list[Requirement]) -> None:
-    """Install them beside what the runtime has.
+    """Install these beside the runtime's packages.
 
     Raises:
         SetUpStopped: pip failed.
@@ -122,10 +122,10 @@ def install(requirements: list[Requirement]) -> None:
 
 
 def refused() -> dict[str, str]:
-    """The installed packages that a library refuses to work beside, and the library that does.
+    """The installed packages that a library refuses to work beside, and the library that refuses.
 
-    The libraries are asked, so that the answer is that of their versions. Their checks alone are run: to import all of
-    PEFT takes longer than the rest of the set-up.
+    The libraries' own checks decide, so the answer fits the installed versions. Only the checks are run: importing all
+    of PEFT takes longer than the rest of the set-up.
     """
     found = {}
     for library, file in CHECKS.items():
@@ -141,14 +141,14 @@ def refused() -> dict[str, str]:
 
 
 def remove(packages: dict[str, str]) -> None:
-    """Remove what a library refuses to work beside: at once, offline too, and with no other version to fit the runtime's
-    torch. Of what Colab has, torchtune needs its torchao; the next session has it again.
+    """Remove what a library refuses to work beside. That is quick, works offline, and needs no version that fits the
+    runtime's torch. Of Colab's packages, torchtune needs its torchao; the next session has it again.
 
     Args:
         packages: the packages, and the library that refuses each.
 
     Raises:
-        SetUpStopped: this is not Colab or Kaggle, whose packages come back with the next session, or pip failed.
+        SetUpStopped: this is not Colab or Kaggle, where packages come back with the next session, or pip failed.
     """
     for name, library in packages.items():
         what = f"{name} {installed(name)}, which {library} {installed(library)} refuses to work beside"
@@ -169,7 +169,7 @@ def remove(packages: dict[str, str]) -> None:
 
 
 def warn_of_other_versions() -> None:
-    """Name what the runtime has in versions that the course does not know; it may well work."""
+    """Name the packages whose versions the course has not been tried with; they may well work."""
     others = [f"{r.name} {installed(r.name)} (known: {r.specifier})" for r in known_ranges() if not fulfilled(r)]
     if others:
         print(f"Not tried with the course: {', '.join(others)}. If a lesson fails, take the newest runtime.")
@@ -190,8 +190,8 @@ def use_one_gpu() -> None:
 
 
 def report() -> None:
-    """Say in which gear the lessons run, and without a GPU how to get one."""
-    from qlora_helpers.hardware import detect  # imports torch: after the choice of the GPU
+    """Say in which gear the lessons run, and how to get a GPU if there is none."""
+    from qlora_helpers.hardware import detect  # imports torch, so only after the choice of the GPU
 
     hardware = detect()
     if hardware.gpu_name:
@@ -205,7 +205,7 @@ def report() -> None:
 
 
 def main() -> None:
-    if KAGGLE:  # the course may lie among the inputs, which are read-only
+    if KAGGLE:  # the course may be among the inputs, which are read-only
         os.environ.setdefault("QLORA_RUNS", str(Path.cwd() / "runs"))
     before = imported()
     requirements = missing()
@@ -214,7 +214,7 @@ def main() -> None:
         restart_if_changed(before)
     warn_of_other_versions()
     use_one_gpu()
-    in_the_way = refused()  # imports torch: after the choice of the GPU
+    in_the_way = refused()  # imports torch, so only after the choice of the GPU
     if in_the_way:
         remove(in_the_way)
         restart_if_changed(before)

@@ -1,11 +1,11 @@
-"""Generated tables in Markdown files: each has its place, which is filled again when its figures change."""
+"""Generated tables in Markdown files: each has a place, which is filled again when its figures change."""
 
 
 def fill(text: str, tables: dict[str, str]) -> str:
-    """Put each table into its place `<!-- name -->` … `<!-- end of name -->` of a Markdown text.
+    """Put each table into its place `<!-- name -->` … `<!-- end of name -->` in a Markdown text.
 
     Raises:
-        ValueError: the text has lost one of the places.
+        ValueError: one of the places is missing in the text.
     """
     for name, table in tables.items():
         before, begin, rest = text.partition(f"<!-- {name} -->\n")

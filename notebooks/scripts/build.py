@@ -2,17 +2,18 @@
 
     python -m notebooks.scripts.build                 # all lessons
     python -m notebooks.scripts.build 02 04           # some of them
-    python -m notebooks.scripts.build --no-execute 02 # texts only: refused if the code changed since the outputs were made
+    python -m notebooks.scripts.build --no-execute 02 # texts only; refused if the code has changed since then
 
-A source is `notebooks/source/NN_title.py` in jupytext's percent format. Three editions come from it:
+A source is `notebooks/source/NN_title.py` in jupytext's percent format. Three editions are built from it:
 
 - `notebooks/NN_title.ipynb`, for learners: without the cells tagged `solution`;
-- `notebooks/solutions/NN_title.ipynb`: without the cells tagged `exercise`, so with their solutions in their place;
-- `colab/NN_title.ipynb`: the learners' edition behind a badge and a set-up cell.
+- `notebooks/solutions/NN_title.ipynb`: without the cells tagged `exercise`, so with the solutions instead;
+- `colab/NN_title.ipynb`: the learners' edition after a badge and a set-up cell.
 
-A lesson is executed once for all three, in one kernel (see `running.py`); the Colab edition's set-up cell has a kernel of
-its own. The tables of README.md are written by this script, too. `{{seconds}}` and `{{gigabytes}}` in a source stand for
-what the lesson took when it was last executed, its solutions included; the figures are kept in `notebooks/scripts/timings.json`.
+A lesson is executed once for all three, in one kernel (see `running.py`); the Colab edition's set-up cell has its own
+kernel. This script also writes the tables of README.md. `{{seconds}}` and `{{gigabytes}}` in a source stand for what
+the lesson took when it was last executed, including its solutions; the figures are kept in
+`notebooks/scripts/timings.json`.
 """
 
 import argparse
@@ -51,10 +52,10 @@ def lessons() -> list[str]:
 
 
 def colab_cells(name: str) -> list:
-    """The badge and the set-up cell that stand before a lesson in its Colab edition."""
+    """The badge and the set-up cell at the top of a lesson's Colab edition."""
     repository = json.loads((ROOT / "colab" / "repository.json").read_text())["github"]
     link, how = f"github/{repository}/blob/main/colab/{name}.ipynb", ""
-    if not repository:  # nothing that a link could open: Colab's upload page
+    if not repository:  # there is nothing to link to: use Colab's upload page
         link = "#upload=true"
         how = "\n\nUpload this notebook there, and the course's `qlora-course.zip` beside it (in Colab: the folder at the left)."
     badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/{link})"
@@ -66,7 +67,7 @@ def colab_cells(name: str) -> list:
 
 
 def build_edition(name: str, edition: str, timings: dict) -> nbformat.NotebookNode:
-    """One edition of a lesson without outputs."""
+    """One edition of a lesson, without outputs."""
     source = jupytext.read(SOURCES / f"{name}.py")
     left_out = "exercise" if edition == "solutions" else "solution"
     cells = [cell for cell in source.cells if left_out not in cell.metadata.get("tags", [])]
@@ -95,15 +96,15 @@ def build_edition(name: str, edition: str, timings: dict) -> nbformat.NotebookNo
 
 
 def code_hash(notebook: nbformat.NotebookNode) -> str:
-    """A hash of all code; it is stored right after execution, so outputs of other code are noticed."""
+    """A hash of all code; it is stored right after execution, so stale outputs are noticed."""
     code = "\0".join(cell.source for cell in code_cells(notebook))
     return hashlib.sha256(code.encode()).hexdigest()
 
 
 class _Client(NotebookClient):
-    """A client without widgets: the figure that a slider draws at first becomes an output of its cell.
+    """A client without widgets: the first figure that a slider draws becomes an output of its cell.
 
-    nbclient's own handling of a slider's output waits for ever if the kernel's reply comes while it sends.
+    nbclient's own handling of a slider's output waits forever if the kernel's reply comes while it sends.
     """
 
     def handle_comm_msg(self, outs, msg, cell_index):
@@ -125,7 +126,7 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> dict:
         peak = peak_bytes(client.km.provisioner.pid)
     seconds = time.perf_counter() - started
     for cell in notebook.cells:
-        # a stored widget has no state to show: what is left is its figure
+        # a stored widget has no state to show, so keep only its figure
         cell.outputs = (
             [o for o in cell.get("outputs", []) if WIDGET not in o.get("data", {})] if "outputs" in cell else []
         )
@@ -137,7 +138,7 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> dict:
 
 
 def execute_all_editions(name: str) -> tuple[dict[str, nbformat.NotebookNode], dict]:
-    """Run a lesson once, in one kernel, for all three editions; the Colab edition's set-up cell runs in a kernel of its own.
+    """Run a lesson once, in one kernel, for all three editions; the Colab edition's set-up cell runs in its own kernel.
 
     Returns the editions by name, and the seconds and the peak memory that it took.
     """
@@ -147,7 +148,7 @@ def execute_all_editions(name: str) -> tuple[dict[str, nbformat.NotebookNode], d
     for number, cell in enumerate(lesson.cells):
         cell.id = f"run-{number:02d}"  # an exercise's check runs twice
     set_up = nbformat.v4.new_notebook(cells=[copy.deepcopy(code_cells(editions["colab"])[0])])
-    with tempfile.TemporaryDirectory() as folder:  # of its own: a lesson goes on with a run that it finds unfinished
+    with tempfile.TemporaryDirectory() as folder:  # a new one: a lesson continues an unfinished run that it finds
         os.environ["QLORA_RUNS"] = folder
         measured = execute(lesson, EDITIONS["learner"])
         execute(set_up, EDITIONS["colab"])
@@ -173,7 +174,7 @@ def _executed(name: str) -> tuple[str, dict[str, str], dict]:
 
 
 def outputs_into(fresh: nbformat.NotebookNode, executed: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Take the outputs of an executed notebook into a freshly built one of the same code.
+    """Copy the outputs of an executed notebook into a freshly built one with the same code.
 
     Raises:
         ValueError: the code differs, so the outputs would be stale.
@@ -187,7 +188,7 @@ def outputs_into(fresh: nbformat.NotebookNode, executed: nbformat.NotebookNode) 
 
 
 def readme_tables() -> dict[str, str]:
-    """The generated parts of README.md, by the name of the place where each belongs."""
+    """The generated parts of README.md, by the name of the place for each."""
     timings = json.loads(TIMINGS.read_text())
     table = ["| lesson | what you see | time | memory |", "|---|---|---|---|"]
     for name, summary in json.loads((ROOT / "notebooks" / "scripts" / "lessons.json").read_text()).items():
@@ -253,7 +254,7 @@ COMMANDS = {
 
 
 def commands_table() -> str:
-    """What each command of make covers, and how long it took where `data/scripts/measure/commands.py` ran it."""
+    """What each make command covers, and how long it took when `data/scripts/measure/commands.py` ran it."""
     measured = json.loads((ROOT / "data" / "measured" / "commands.json").read_text())
     table = ["| command | what it covers | time |", "|---|---|---|"]
     for command, covers in COMMANDS.items():
@@ -284,10 +285,10 @@ def t4_table() -> str:
 
 
 def main() -> None:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two kernels with more threads than cores are slower by a factor
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two kernels with more threads than cores are several times slower
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("only", nargs="*", help="numbers of lessons, such as 02; all by default")
-    parser.add_argument("--no-execute", action="store_true", help="take new texts over, keep the outputs")
+    parser.add_argument("--no-execute", action="store_true", help="update the texts, keep the outputs")
     args = parser.parse_args()
     names = [name for name in lessons() if not args.only or name[:2] in args.only]
     if not names:

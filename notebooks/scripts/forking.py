@@ -1,6 +1,6 @@
-"""Processes and kernels that are forked from a server which has imported the libraries: that saves each of them eight seconds.
+"""Processes and kernels forked from a server that has imported the libraries: this saves each of them eight seconds.
 
-The modules are those of `warm_libraries.py`. A forked process has all that a fresh one has, but for what its environment
+The modules are those in `warm_libraries.py`. A forked process is like a fresh one, except for what its environment
 would have changed during these imports.
 """
 
@@ -17,16 +17,14 @@ from multiprocessing.process import BaseProcess
 from notebooks.scripts import ROOT
 
 AVAILABLE = "forkserver" in multiprocessing.get_all_start_methods()  # not on Windows
-
-
 GPU_GEARS = ("t4", "ampere")
 
 
 def context() -> BaseContext:
     """The one server of this process, started by the first call.
 
-    Windows has none: there each process imports for itself. So does one that QLORA_GEAR sends to a GPU: the libraries touch it
-    when they are imported, and CUDA cannot be used in a process that was forked after that.
+    On Windows there is none: each process imports the libraries itself. So does one that QLORA_GEAR sends to a GPU: the
+    libraries touch the GPU when they are imported, and CUDA cannot be used in a process that was forked after that.
     """
     if not AVAILABLE or os.environ.get("QLORA_GEAR") in GPU_GEARS:
         return multiprocessing.get_context("spawn")
@@ -35,7 +33,7 @@ def context() -> BaseContext:
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(ROOT), path])
-    )  # a module that is not found is no error
+    )  # a module that is not found is not an error
     try:
         forkserver.ensure_running()
     finally:
@@ -46,7 +44,7 @@ def context() -> BaseContext:
 
 
 def start(target: Callable, *arguments) -> BaseProcess:
-    """Start `target(*arguments)`, a function of a module, in a process of its own. Its `exitcode` is negative after a signal."""
+    """Start `target(*arguments)`, a module-level function, in a new process; `exitcode` is negative after a signal."""
     process = context().Process(target=target, args=arguments)
     process.start()
     return process
@@ -54,7 +52,7 @@ def start(target: Callable, *arguments) -> BaseProcess:
 
 def _kernel(arguments: list[str], folder: str, environment: dict[str, str]) -> None:
     """In the forked process: what `python -m ipykernel_launcher` does."""
-    os.setsid()  # signals to the kernel's group reach what it has started, and not the server
+    os.setsid()  # signals to the kernel's group reach the processes it has started, and not the server
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment, JPY_PARENT_PID=str(os.getppid()))  # it ends when the server does
@@ -70,14 +68,14 @@ def _kernel(arguments: list[str], folder: str, environment: dict[str, str]) -> N
 
 
 class _Popen:
-    """A forked kernel as `jupyter_client` wants to see it: what it uses of `subprocess.Popen`."""
+    """A forked kernel with the part of `subprocess.Popen` that `jupyter_client` uses."""
 
     stdin = stdout = stderr = None
 
     def __init__(self, process):
         self.process, self.pid = process, process.pid
         while process.is_alive() and os.getpgid(self.pid) != self.pid:
-            time.sleep(0.01)  # until it leads a group of its own: a signal to its group before would reach us
+            time.sleep(0.01)  # until it leads its own group: before, a signal to its group would reach us
 
     def poll(self) -> int | None:
         return self.process.exitcode
@@ -97,6 +95,6 @@ class _Popen:
 
 
 def launch_kernel(command: list[str], *, env: dict | None = None, cwd: str | None = None, **streams) -> _Popen:
-    """Takes the place of `jupyter_client.launcher.launch_kernel`; the kernel's own streams go nowhere."""
+    """Replaces `jupyter_client.launcher.launch_kernel`; the kernel's standard streams go nowhere."""
     arguments = command[command.index("-f") :]
     return _Popen(start(_kernel, arguments, cwd or os.getcwd(), dict(os.environ if env is None else env)))

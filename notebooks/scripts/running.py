@@ -1,4 +1,4 @@
-"""How the editions of a lesson are run in one kernel, and what a kernel's memory is. For the build and for the tests."""
+"""How the editions of a lesson run in one kernel, and how much memory a kernel takes. For the build and the tests."""
 
 import sys
 from pathlib import Path
@@ -18,16 +18,16 @@ def has_tag(cell: NotebookNode, tag: str) -> bool:
 def in_one_kernel(
     learner: list[NotebookNode], solved: list[NotebookNode]
 ) -> list[tuple[tuple[str, ...], NotebookNode]]:
-    """How one kernel runs the code cells of both a learner's and the solved edition: which edition each is for, and the cell.
+    """The order in which one kernel runs the code cells of the learner's and the solved edition: (editions, cell).
 
-    Where an exercise stands, a learner's cell comes first, with the cell behind it that checks the answer; then the
-    solution, with the same check again. All other cells are those of both editions.
+    At an exercise, the learner's cell comes first, followed by the cell that checks the answer; then the solution,
+    followed by the same check. All other cells are for both editions.
 
     Args:
         learner, solved: the code cells of the two editions of one lesson, built or stored.
 
     Raises:
-        ValueError: a cell is in one edition only, and is neither an exercise nor a solution.
+        ValueError: a cell is in only one edition, and is neither an exercise nor a solution.
     """
     both, runs = ("learner", "solutions"), []
     place = {"exercise": [], "solution": []}
@@ -49,14 +49,14 @@ def in_one_kernel(
         else:
             runs.append((both, other))
     if left := [*place["exercise"], *place["solution"], *theirs]:
-        raise ValueError(f"no cell behind it checks it: {left[0].source[:60]!r}")
+        raise ValueError(f"no cell after it checks it: {left[0].source[:60]!r}")
     return runs
 
 
 def peak_bytes(pid: int) -> int:
     """The most memory that a process has held so far, in bytes: its peak resident set.
 
-    macOS does not tell it of another process; there it is what the process holds now.
+    macOS does not report this for another process; there it is what the process holds now.
     """
     if sys.platform == "linux":
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():

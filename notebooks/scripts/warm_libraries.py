@@ -2,7 +2,7 @@
 
 import gc
 
-import ipykernel.zmqshell  # noqa: F401  tqdm takes it for the sign of a notebook, so it comes first
+import ipykernel.zmqshell  # noqa: F401  tqdm recognises a notebook by it, so it comes first
 
 import qlora_helpers.training.run  # noqa: F401  torch, transformers, peft, trl, bitsandbytes, datasets
 

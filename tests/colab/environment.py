@@ -1,14 +1,15 @@
-"""The packages of Colab that no lesson names, in the environment of `make test-colab`: a library that finds one may go
-another way, or stop.
+"""Colab's packages that no lesson names, in the environment of `make test-colab`: a library that finds one may behave
+differently, or stop.
 
-`colab/looked-for.txt` lists what the course's libraries look for and Colab has. A package is installed at Colab's version
-if it is small with all that it needs; else it has a stand-in (tests/colab/stand_in_package.py), which can be found, imported and
-asked for its version. What it cannot show is what the real one does when it is used: this is an error that names it.
+`colab/looked-for.txt` lists the packages that the course's libraries look for and that Colab has. A package is
+installed at Colab's version if it is small, including its requirements; otherwise it gets a stand-in
+(tests/colab/stand_in_package.py), which can be found, imported and asked for its version. It cannot do what the real
+package does: using it is an error that names it.
 
     .venv-colab/bin/python -m tests.colab.environment constraints   print Colab's versions, for pip
-    .venv-colab/bin/python -m tests.colab.environment list      make colab/looked-for.txt; only new rows ask the index
-    .venv-colab/bin/python -m tests.colab.environment install   install these packages and stand-ins for this Python; what a
-                                                                lesson's set-up removed comes back
+    .venv-colab/bin/python -m tests.colab.environment list      make colab/looked-for.txt; only new rows query the index
+    .venv-colab/bin/python -m tests.colab.environment install   install these packages and stand-ins for this Python,
+                                                                also those that a lesson's set-up has removed
 """
 
 import importlib.metadata
@@ -40,16 +41,16 @@ HEADER = """\
 # What the course's libraries look for and Colab has, beside what they require: tests/colab/environment.py made it.
 # Package | what it is imported as | MB of its wheel and of all that it needs, or why a stand-in takes its place.
 """
-LARGE = 50  # MB; scikit-learn with scipy, which transformers imports wherever it finds it, is just below
-# Not held to Colab's version: torch and its compiler, which are built for CUDA there; what sets this environment up and
-# tests in it; and what colab/requirements.txt replaces there (tests/colab/test_setup.py shows it).
+LARGE = 50  # MB; scikit-learn with scipy, which transformers imports if it is installed, is just below this
+# Not pinned to Colab's version: torch and its compiler, which are built for CUDA there; the packages that set up and
+# test this environment; and what colab/requirements.txt replaces there (tests/colab/test_setup.py shows it).
 MOVES = {"torch", "triton", "pip", "setuptools", "pytest", "datasets", "pyarrow", "huggingface-hub"}
-STAND_IN = "stand-in"  # instead of pip, in a stand-in's INSTALLER
+STAND_IN = "stand-in"  # in a stand-in's INSTALLER, instead of pip
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--quiet"]
 
 
 def colab_rows() -> list[tuple[str, str, list[Requirement]]]:
-    """What Colab has: name, version and, where the list says it, what that version needs."""
+    """Colab's packages: name, version and, if listed, the version's requirements."""
     rows = [line.split(" | ") for line in (ROOT / "colab" / "runtime-packages.txt").read_text().splitlines()]
     rows = [row for row in rows if not row[0].startswith("#")]
     return [(*row[0].split("=="), [Requirement(need) for need in row[1:]]) for row in rows]
@@ -59,13 +60,13 @@ COLAB = {canonicalize_name(name): version for name, version, _ in colab_rows()}
 
 
 def libraries() -> list[str]:
-    """The libraries that the course names: their sources are read."""
+    """The libraries that the course requires; their sources are searched."""
     with (ROOT / "pyproject.toml").open("rb") as file:
         return [Requirement(line).name for line in tomllib.load(file)["project"]["dependencies"]]
 
 
 def optional() -> dict[str, set[str]]:
-    """What the installed libraries look for and Colab has, beside what they require; under the names they use."""
+    """Colab's packages that the installed libraries look for but do not require, with the names that they use."""
     always = required(libraries()) | MOVES
     return {name: names for name, names in sorted(looked_for(libraries(), COLAB).items()) if name not in always}
 
@@ -97,7 +98,7 @@ def listed() -> list[Row]:
 
 
 def constraints(folder: Path) -> Path:
-    """A constraints file: Colab's version of everything, and of what moves the one that is installed."""
+    """A constraints file: Colab's version of everything, but the installed version of packages in MOVES."""
     here = {canonicalize_name(d.name): d.version for d in importlib.metadata.distributions()}
     here = {name: version for name, version in here.items() if name in MOVES or name not in COLAB}
     path = folder / "constraints.txt"
@@ -111,7 +112,7 @@ def lines_of_versions() -> str:
 
 
 def size_of(address: str) -> int:
-    """The bytes of a file on a package index, without fetching it."""
+    """The size in bytes of a file on a package index, without downloading it."""
     if address.startswith("file://"):
         return Path(urllib.request.url2pathname(address.removeprefix("file://"))).stat().st_size
     context = ssl.create_default_context(cafile=os.environ.get("PIP_CERT"))
@@ -121,7 +122,7 @@ def size_of(address: str) -> int:
 
 
 def megabytes(package: str, *, alone: bool) -> float | None:
-    """The size of a package at Colab's version, alone or with all that is not installed yet; None if pip cannot."""
+    """The size of a package at Colab's version, alone or with missing requirements; None if pip cannot install it."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         command = [*PIP, "install", "--dry-run", "--only-binary=:all:", "--report", report]
@@ -133,7 +134,7 @@ def megabytes(package: str, *, alone: bool) -> float | None:
 
 
 def how(package: str) -> str:
-    """Whether a package is installed or stood in for, and why."""
+    """Whether a package is installed or gets a stand-in, and why."""
     if "+" in COLAB[package]:
         return "stand-in: built for Colab's torch"
     own = megabytes(package, alone=True)
@@ -148,7 +149,7 @@ def how(package: str) -> str:
 
 
 def top_level(package: str) -> set[str]:
-    """What a package is imported as, from its wheel; nothing if it has none."""
+    """The names under which a package is imported, from its wheel; empty if there is no wheel."""
     with tempfile.TemporaryDirectory() as folder:
         command = [*PIP, "download", "--no-deps", "--only-binary=:all:", "--dest", folder]
         if subprocess.run([*command, f"{package}=={COLAB[package]}"], capture_output=True).returncode:
@@ -177,7 +178,7 @@ def make_list() -> None:
 
 
 def stand_in(site: Path, package: str, version: str, needs=(), imports=()) -> None:
-    """Make a package that is nothing but metadata and modules to import; pip can tell and remove it as any other.
+    """Make a package of only metadata and importable modules; pip lists and removes it like any other.
 
     Args:
         site: the folder of the packages.
@@ -214,7 +215,7 @@ def installed(package: str) -> str | None:
 
 
 def remove_stand_ins(site: Path) -> None:
-    """Remove them, and what an uninstall has left of one."""
+    """Remove the stand-ins, and what an uninstall has left of one."""
     for installer in site.glob("*.dist-info/INSTALLER"):
         if installer.read_text().strip() == STAND_IN:
             for module in installer.with_name("top_level.txt").read_text().split():
@@ -227,8 +228,8 @@ def remove_stand_ins(site: Path) -> None:
 
 
 def install(site: Path) -> None:
-    """Install what is small, and put stand-ins for the rest; quick where all is there."""
-    remove_stand_ins(site)  # else pip takes them for the real ones
+    """Install the small packages, and stand-ins for the rest; quick if everything is installed already."""
+    remove_stand_ins(site)  # otherwise pip takes them for the real packages
     rows = listed()
     missing = [row.package for row in rows if not row.stands_in and not same(row.package, installed(row.package))]
     with tempfile.TemporaryDirectory() as folder:
@@ -239,11 +240,13 @@ def install(site: Path) -> None:
         if row.stands_in:
             stand_in(site, row.package, COLAB[row.package], imports=row.imports)
     stand_ins = sum(row.stands_in for row in rows)
-    print(f"What else Colab has and the libraries look for: {len(rows) - stand_ins} packages, {stand_ins} stand-ins.")
+    print(
+        f"Other packages on Colab that the libraries look for: {len(rows) - stand_ins} packages, {stand_ins} stand-ins."
+    )
 
 
 def same(package: str, version: str | None) -> bool:
-    """Whether an installed version is Colab's; a stand-in has its local part, too."""
+    """Whether an installed version is Colab's; a stand-in's includes the local part."""
     return version is not None and Version(version) == Version(COLAB[package])
 
 

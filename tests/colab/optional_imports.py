@@ -1,8 +1,8 @@
-"""Which optional packages the installed libraries look for, read from their sources.
+"""Which optional packages the installed libraries look for, found in their sources.
 
-A library looks for a package when it imports it anywhere, also within a function or a `try`, or asks for it by name:
+A library looks for a package if it imports it anywhere, even in a function or a `try`, or queries it by name:
 `find_spec("x")`, `is_package_available("x")`, `importlib.metadata.version("x")`, `"x" in sys.modules`, "pip install x".
-Nothing is imported here, so nothing has to work.
+Nothing is imported here, so nothing needs to work.
 """
 
 import ast
@@ -19,15 +19,15 @@ IMPORTS = re.compile(r"import_module|__import__|importorskip")
 CHECKS = re.compile(r"find_spec|package_available|_get_version")
 NAME = re.compile(r"[A-Za-z_][\w.-]*")
 ADVICE = re.compile(r"pip3? install ((?:[\w.\[\]=<>~-]+ ?)+)")  # what an error tells a user to install
-# What can stand for a package in a source: words of import lines, and quoted names. Much faster than to parse it.
+# What can name a package in a source: words in import lines, and quoted names. Much faster than parsing it.
 HINTS = re.compile(r"""^\s*(?:>>> )?(?:import|from)\s(.*)|["']([A-Za-z_][\w.-]*)["']|pip3? install (.*)""", re.M)
 
 
 def names_in(source: str) -> set[str]:
-    """The packages and modules that a module imports or asks for, as they stand there; relative imports left out."""
+    """The packages and modules that a module imports or queries, as written; relative imports are left out."""
     try:
         tree = ast.parse(source)
-    except SyntaxError:  # of a newer Python, or a broken sample: this Python cannot import it either
+    except SyntaxError:  # for a newer Python, or a broken sample: this Python cannot import it either
         return set()
     names: set[str] = set()
     strings: set[str] = set()
@@ -50,7 +50,7 @@ def names_in(source: str) -> set[str]:
                 asked = {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
                 names |= {name for name in asked if NAME.fullmatch(name)}
                 checks_a_variable |= bool(check and node.args and not asked)
-    # A module whose checks go through a table of its own: any of its strings may be a package's name.
+    # The module's checks go through its own table: any of its strings may be a package's name.
     return names | strings if checks_a_variable else names
 
 
@@ -67,7 +67,7 @@ def sources(distribution: str) -> Iterator[Path]:
 
 
 def required(distributions: Iterable[str]) -> set[str]:
-    """These distributions and all that they cannot do without, by canonical name."""
+    """These distributions and everything that they require, by canonical name."""
     found: set[str] = set()
     waiting = [canonicalize_name(name) for name in distributions]
     while waiting:
@@ -85,16 +85,16 @@ def required(distributions: Iterable[str]) -> set[str]:
 def looked_for(libraries: Iterable[str], packages: Iterable[str]) -> dict[str, set[str]]:
     """Which of the packages the libraries look for, and under which names.
 
-    An import name leads to its distribution by the metadata of what is installed, and else by being its name. Where a
-    distribution is imported under another name, the libraries' own extras and advice ("pip install opencv-python")
-    name it.
+    The metadata of installed packages gives an import name's distribution; otherwise both have the same name. If a
+    distribution that is not installed has another import name, the libraries' own extras and advice ("pip install
+    opencv-python") name it.
 
     Args:
         libraries: installed distributions, whose sources are read.
         packages: distributions of another machine, such as Colab; they need not be installed here.
 
     Returns:
-        For each distribution, by canonical name, the names that stand in the sources.
+        For each distribution, by canonical name, the names used in the sources.
     """
     wanted = {canonicalize_name(name) for name in packages}
     provided = {
@@ -108,7 +108,7 @@ def looked_for(libraries: Iterable[str], packages: Iterable[str]) -> dict[str, s
         return provided.get(name, set()) | ({canonicalize_name(name)} & wanted)  # both: google is also a namespace
 
     found: dict[str, set[str]] = {}
-    known: set[str] = set()  # names that need not be found again
+    known: set[str] = set()  # names that are already found
     for library in libraries:
         for need in map(Requirement, importlib.metadata.requires(library) or []):
             for owner in {canonicalize_name(need.name)} & wanted:

@@ -1,10 +1,11 @@
-"""What a stand-in imports: a package that can be found, imported and asked for its version and its names, and does nothing.
+"""What a stand-in imports: it can be found, imported and asked for its version and its names, but does nothing.
 
-Libraries import names from what they find, and pass them around, before anything uses them: so a stand-in has every name
-and every submodule. What is done with a name is an error, and of a kind that no library takes for "not installed", else it
-would go another way than on the machine that the stand-in is for. A stand-in cannot show which names the real one has.
+Libraries import names from the packages they find, and pass them around, before anything uses them: so a stand-in has
+every name and every submodule. Using a name is an error, of a kind that no library takes for "not installed": otherwise
+the library would behave differently from the real machine. A stand-in cannot show which names the real package has.
 
-This file is copied beside the stand-ins, which are too large for a test environment, or built for another torch.
+This file is copied beside the stand-ins. They replace packages that are too large for a test environment, or built for
+another torch.
 """
 
 import importlib.abc
@@ -15,7 +16,7 @@ VERSIONS: dict[str, str] = {}
 
 
 class StandInUsed(RuntimeError):
-    """Something of a package was used that is only stood in for."""
+    """Something in a stand-in was used."""
 
     def __init__(self, name: str):
         package = name.partition(".")[0]
@@ -26,7 +27,7 @@ class StandInUsed(RuntimeError):
 
 
 class Name:
-    """Something of a stand-in. It can be named, also in a type, but not called, subclassed, read or counted."""
+    """Something in a stand-in. It can be named, also in a type, but not called, subclassed, indexed or counted."""
 
     def __init__(self, name: str):
         self.__name__ = name
@@ -43,7 +44,7 @@ class Name:
     __ror__ = __or__
 
     def __instancecheck__(self, instance):
-        return False  # nothing can have made one
+        return False  # no instance can exist
 
     __subclasscheck__ = __instancecheck__
 
@@ -55,13 +56,13 @@ class Name:
 
 
 def attribute_of(owner: str, attribute: str) -> Name:
-    if attribute.startswith("__"):  # Python asks everything for such, and takes no for an answer
+    if attribute.startswith("__"):  # Python looks these up on every object, and copes if they are missing
         raise AttributeError(f"{owner} has no attribute {attribute!r}")
     return Name(f"{owner}.{attribute}")
 
 
 class Submodules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Makes `import tensorflow.python` work as `import tensorflow` does."""
+    """Makes `import tensorflow.python` work like `import tensorflow`."""
 
     def find_spec(self, fullname, path=None, target=None):
         package, dot, _ = fullname.partition(".")
@@ -72,7 +73,7 @@ class Submodules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def become(name: str, version: str) -> None:
-    """Make the module of this name a stand-in."""
+    """Make the module with this name a stand-in."""
     VERSIONS[name] = version
     sys.modules[name].__version__ = version
     sys.modules[name].__getattr__ = lambda attribute: attribute_of(name, attribute)

@@ -1,4 +1,4 @@
-"""The environment of `make test-colab` has what the libraries look for and Colab has; and how this is found out."""
+"""The search for Colab's packages that the libraries look for; the environment of `make test-colab` has them."""
 
 import ast
 import importlib.metadata
@@ -59,7 +59,7 @@ def make_library(site: Path, name: str, source: str, needs: tuple[str, ...] = ()
 
 
 def test_names_lead_to_the_packages_of_the_other_machine(tmp_path, monkeypatch):
-    """By their own name, by what is installed, and by the library's extras and advice; a requirement is told apart."""
+    """By their own name, by installed packages, and by the library's extras and advice; requirements are separate."""
     source = "import needed, Some_Thing, yaml, absent\nADVICE = 'pip install other-name'\nimport importlib.metadata\n"
     make_library(tmp_path, "a_library", source, ("needed", "more; extra == 'x'"))
     stand_in(tmp_path, "needed", "1.0", needs=["deeper"])
@@ -175,8 +175,8 @@ def test_the_set_up_asks_every_library_that_stops_beside_an_optional_package():
 
 @in_colab_s_environment
 def test_the_list_is_what_the_libraries_look_for():
-    """Red when a library was upgraded and looks for something new, or no longer for something."""
-    advice = f"run: {sys.executable} tests/colab/environment.py list"
+    """Fails when an upgraded library looks for something new, or no longer for something."""
+    advice = f"run: {sys.executable} -m tests.colab.environment list"
     assert [row.package for row in listed()] == list(optional()), advice
 
 
@@ -185,7 +185,7 @@ def test_the_environment_has_colab_s_versions_of_what_the_libraries_require_or_l
     pins = {canonicalize_name(name) for name in ("bitsandbytes", "datasets", "trl")}
     names = (required(libraries()) & COLAB.keys()) - MOVES - pins | {row.package for row in listed()}
     others = {name: installed(name) for name in names if not same(name, installed(name))}
-    assert not others, f"run make test-colab anew; not as on Colab: {others}"
+    assert not others, f"run make test-colab again; not as on Colab: {others}"
     for row in listed():
         if row.stands_in:
             assert importlib.metadata.distribution(row.package).read_text("top_level.txt").split() == list(row.imports)

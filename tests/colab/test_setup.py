@@ -1,7 +1,7 @@
 """The Colab editions: what their set-up cell does on Colab, Kaggle and elsewhere, and what it would install on Colab.
 
-The cell runs under a Python of its own, in a folder that stands for the runtime: packages that are just metadata, and
-a pip, an nvidia-smi and a course that do nothing but tell. Only the test of the package index needs a network.
+The cell runs in its own Python, in a folder that represents the runtime: packages that are only metadata, and a pip, an
+nvidia-smi and a course that only report what they are given. Only the test with the package index needs a network.
 """
 
 import json
@@ -76,7 +76,7 @@ TELLS = re.compile(r"^(GPUs that torch may see|runs go to).*\n", re.M)
 
 
 def make_course(folder: Path) -> Path:
-    """A course with the true set-up and requirements, whose package only tells what it is given."""
+    """A course with the real set-up and requirements, whose package only reports what it is given."""
     (folder / "qlora_helpers").mkdir(parents=True)
     (folder / "qlora_helpers" / "__init__.py").write_text("")
     (folder / "qlora_helpers" / "hardware.py").write_text(textwrap.dedent(HARDWARE))
@@ -87,14 +87,14 @@ def make_course(folder: Path) -> Path:
 
 
 def zipped(course: Path, archive: Path) -> Path:
-    """The course as `make zip` makes it: in one folder; the course itself is removed."""
+    """The course in one folder of a zip, as from `make zip`; the course itself is removed."""
     shutil.make_archive(str(archive.with_suffix("")), "zip", course.parent, course.name)
     shutil.rmtree(course)
     return archive
 
 
 def bare_python(folder: Path) -> tuple[Path, Path]:
-    """A Python without a package, not even pip, so that no mistake here can reach the tests' own; and its packages."""
+    """A Python without packages, not even pip, so that no mistake can affect the tests' own; and its package folder."""
     venv.create(folder, symlinks=os.name != "nt")
     return folder / ("Scripts" if os.name == "nt" else "bin") / "python", next(folder.glob("[lL]ib/**/site-packages"))
 
@@ -106,7 +106,7 @@ def make_pip(site: Path) -> None:
 
 
 class Runtime:
-    """A machine in a folder: `here` is where the notebook runs, `site` has the packages, `bin` the programs."""
+    """A machine in a folder: the notebook runs in `here`, `site` has the packages, `bin` the programs."""
 
     def __init__(self, root: Path):
         self.here, self.bin = root / "content", root / "bin"
@@ -262,7 +262,7 @@ def test_on_kaggle_a_dataset_is_the_course_and_runs_go_to_the_working_folder(tmp
 
 @pytest.fixture
 def colab(runtime) -> Runtime:
-    """A runtime that has the course already."""
+    """A runtime that already has the course."""
     make_course(runtime.here / "qlora-course")
     return runtime
 
@@ -386,7 +386,7 @@ GONE = GONE.format("torchao 0.10.0", COLAB["peft"])
 
 @pytest.fixture
 def crowded(colab) -> Runtime:
-    """A runtime with a PEFT that refuses to work beside two packages if they are old, one of which is there."""
+    """A runtime with a PEFT that refuses to work beside old versions of two packages; one of them is installed."""
     (colab.site / "peft").mkdir()
     (colab.site / "peft" / "import_utils.py").write_text(textwrap.dedent(REFUSES))
     stand_in(colab.site, "torchao", COLAB["torchao"], imports=["torchao"])
@@ -456,7 +456,7 @@ LESSONS = """
         for number, cell in {cells!r}.items():
             try:
                 exec(cell, {{"peft": peft, "torch": torch}})
-                print("lesson", number, "goes on")
+                print("lesson", number, "works")
             except ImportError as error:
                 print("lesson", number, error)
     lessons()
@@ -466,9 +466,9 @@ LESSONS = """
 
 
 def test_with_colab_s_torchao_the_set_up_makes_lessons_1_4_and_7_work(tmp_path):
-    """The true PEFT, pip and set-up in one session, beside a stand-in of the torchao that Colab has.
+    """The real PEFT, pip and set-up in one session, with a stand-in for Colab's torchao.
 
-    Pip removes nothing outside its environment: the Python here is one with the stand-in, which sees the tests' packages.
+    Pip removes nothing outside its environment, so this Python has the stand-in, and sees the tests' packages.
     """
     python, site = bare_python(tmp_path)
     (site / "the_tests_own.pth").write_text(str(Path(packaging.__file__).parents[1]))
@@ -483,7 +483,7 @@ def test_with_colab_s_torchao_the_set_up_makes_lessons_1_4_and_7_work(tmp_path):
     for line, number in zip(lines[:3], FIRST_LORA_OF, strict=True):
         assert line.startswith(f"lesson {number} Found an incompatible version of torchao. Found version 0.10.0"), lines
     assert lines[3].startswith("Removed torchao 0.10.0, which peft")
-    assert lines[-3:] == [f"lesson {number} goes on" for number in FIRST_LORA_OF], lines
+    assert lines[-3:] == [f"lesson {number} works" for number in FIRST_LORA_OF], lines
     assert not list(site.glob("torchao-*"))
 
 
@@ -530,7 +530,7 @@ def test_the_user_s_own_choice_of_gpus_is_kept(colab):
 
 
 def test_in_this_checkout_the_cell_installs_nothing_and_says_the_same_everywhere(tmp_path):
-    """As a notebook runs it, which shows a last line's value, too; a pip that only tells stands before the true one."""
+    """Run it like a notebook, which also shows the last line's value; a pip that only logs hides the real one."""
     make_pip(tmp_path)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("COLAB_", "KAGGLE_"))}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tmp_path)}
@@ -560,7 +560,7 @@ def test_the_colab_pins_leave_the_runtime_s_own_alone_and_are_those_of_the_lesso
 
 
 def test_the_rows_of_colab_s_packages_are_complete():
-    """Whatever a row needs is a row, too, at a version that it accepts: else pip would want to move it on Colab."""
+    """A row's requirements are rows, too, with versions that it accepts: otherwise pip would change them on Colab."""
     for name, _, needs in colab_rows():
         for need in needs:
             version = COLAB.get(canonicalize_name(need.name))
@@ -582,7 +582,7 @@ def test_the_badge_opens_the_lesson_or_the_upload_page(tmp_path, monkeypatch, ad
 
 def test_make_zip_makes_a_small_zip_that_the_cell_can_use(tmp_path):
     if not (ROOT / ".git").exists() or not shutil.which("make"):
-        pytest.skip("not a git checkout, or no make: the zip is made of the last commit")
+        pytest.skip("not a git checkout, or no make: the zip is made from the last commit")
     archive = tmp_path / "course.zip"
     subprocess.run(["make", "zip", f"ZIP={archive}"], cwd=ROOT, check=True, capture_output=True)
     assert archive.stat().st_size < 12e6
@@ -596,13 +596,13 @@ def test_make_zip_makes_a_small_zip_that_the_cell_can_use(tmp_path):
 
 
 def test_on_colab_the_requirements_fit_beside_what_is_there(tmp_path, record_property):
-    """Ask Colab's own pip, in an environment that has Colab's packages as stand-ins, for Colab's Python.
+    """Ask Colab's own pip, in an environment with Colab's packages as stand-ins, for Colab's Python.
 
-    A dry run with `--python-version` looks at the installed packages as a real run does, and their metadata has what
-    they need: pip keeps what it would keep on Colab, and moves what it would move there. Only markers on the Python
-    version are read by the Python at hand. The same call under Python 3.13 gave the same.
+    A dry run with `--python-version` looks at the installed packages like a real run, and their metadata has their
+    requirements: pip keeps what it would keep on Colab, and changes what it would change there. Only markers on the
+    Python version are evaluated for the running Python. The same call under Python 3.13 gave the same result.
 
-    Measured in November 2026: bitsandbytes 0.50.2 and trl 1.16.0 come new; datasets 4.0.0 -> 5.2.0, pyarrow 18.1.0 ->
+    Measured in November 2026: bitsandbytes 0.50.2 and trl 1.16.0 are new; datasets 4.0.0 -> 5.2.0, pyarrow 18.1.0 ->
     26.0.1 and huggingface_hub 1.27.0 -> 1.33.0 move; 101 MB in all. torch 2.11.0, numpy 2.1.3, pandas 2.2.3,
     transformers 5.15.0, tokenizers 0.22.2, accelerate 1.14.0 and peft 0.20.0 stay.
     """
@@ -610,8 +610,8 @@ def test_on_colab_the_requirements_fit_beside_what_is_there(tmp_path, record_pro
     fetch += ["--disable-pip-version-check", "--dest", str(tmp_path), f"pip=={COLAB['pip']}"]
     fetched = subprocess.run(fetch, capture_output=True, text=True)
     if fetched.returncode:
-        reason = f"no package index in reach: {(fetched.stderr.strip() or 'pip said nothing').splitlines()[-1]}"
-        warnings.warn(reason, stacklevel=1)  # a quiet run shows warnings, but not why a test was skipped
+        reason = f"no package index can be reached: {(fetched.stderr.strip() or 'pip said nothing').splitlines()[-1]}"
+        warnings.warn(reason, stacklevel=1)  # a quiet run shows warnings, but not why a test is skipped
         pytest.skip(reason)
 
     python, site = bare_python(tmp_path / "colab")
@@ -621,7 +621,15 @@ def test_on_colab_the_requirements_fit_beside_what_is_there(tmp_path, record_pro
     command = [python, "-m", "pip", "install", "--dry-run", "--quiet", "--disable-pip-version-check"]
     command += ["--report", report, "--requirement", ROOT / "colab" / "requirements.txt"]
     command += ["--python-version", "3.13", "--only-binary=:all:"]
-    for glibc in ("2_35", "2_34", "2_31", "2_28", "2_27", "2_24", "2_17"):  # Ubuntu 22.04, and all that runs on it
+    for glibc in (
+        "2_35",
+        "2_34",
+        "2_31",
+        "2_28",
+        "2_27",
+        "2_24",
+        "2_17",
+    ):  # Ubuntu 22.04, and everything that runs on it
         command += ["--platform", f"manylinux_{glibc}_x86_64"]
     environment = {**os.environ, "PYTHONPATH": str(next(tmp_path.glob("pip-*.whl")))}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The table of claims: each row that can be computed agrees with its function, and each proof exists."""
+"""The table of claims: each computed row agrees with its function, and each proof exists."""
 
 import re
 from dataclasses import replace
@@ -67,7 +67,7 @@ def test_every_proof_exists():
     ("proof", "fault"),
     [
         ('lesson 01: bytes_each = {"float32": 5', "0 code cells of lesson 01"),
-        ("lesson 01: You will", "0 code cells"),  # stands in a text
+        ("lesson 01: You will", "0 code cells"),  # only in a text cell
         ("lesson 02: check(", "code cells of lesson 02 have 'check('; it must be one"),
         ("tests/data/test_claims.py::test_nothing", "has no test test_nothing"),
         ("tests/test_no_such_file.py::test_it", "has no test test_it"),

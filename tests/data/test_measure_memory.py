@@ -1,4 +1,4 @@
-"""The runs whose memory is measured: what they cover, which are held out, and that the script measures them."""
+"""The runs whose memory is measured: what they cover, which are held out, and whether the script measures them."""
 
 import dataclasses
 import hashlib
@@ -95,7 +95,7 @@ def test_every_method_is_measured_with_and_without_checkpointing_on_both_sides_o
 def test_what_is_held_out_follows_from_the_label_alone():
     share = sum(row["held_out"] for row in PLAN) / len(PLAN)
     assert 1 / 4 < share < 5 / 12
-    for row in PLAN:  # 16 leaves 1 when divided by 3, so a number does what the sum of its hexadecimal digits does
+    for row in PLAN:  # 16 % 3 is 1, so a number is divisible by 3 if the sum of its hexadecimal digits is
         digits = hashlib.sha256(row["label"].encode()).hexdigest()
         assert row["held_out"] is (sum(int(digit, 16) for digit in digits) % 3 == 0), row["label"]
 
@@ -207,7 +207,7 @@ def test_rows_of_other_versions_are_never_mixed_in(tmp_path):
 
 
 def die(row, dry, log, sender, measure):
-    """In place of a row's process."""
+    """Instead of a row's process."""
     if row["label"] == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
     if row["label"] == "hangs":
@@ -250,7 +250,7 @@ def test_rows_run_together_only_while_their_memory_is_there(monkeypatch):
     plan = [("a", True, 70), ("b", True, 10), ("c", False, 70), ("d", False, 60), ("e", False, 20), ("f", False, 20)]
     rows = [{"label": label, "alone": alone, "gib": gib} for label, alone, gib in plan]
     assert len(list(measure_memory.in_turn(rows, workers=3, dry=True))) == 6
-    # a and b alone; d does not fit beside c, e and f do
+    # a and b run alone; d does not fit with c, but e and f do
     assert most[:5] == [["a"], ["b"], ["c"], ["c", "e"], ["c", "e", "f"]]
     assert most[5] == ["d"]
 

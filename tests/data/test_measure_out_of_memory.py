@@ -1,4 +1,4 @@
-"""The runs that die on purpose: what is planned, that the script measures it, and the committed table."""
+"""The runs that die on purpose: the plan, the script that measures it, and the committed table."""
 
 import json
 from dataclasses import replace
@@ -22,7 +22,7 @@ H200 = find_gpu("h200")
 
 
 def capped(row):
-    """The H200 with so much memory that torch may hold the row's cap."""
+    """The H200 with just enough memory for torch to hold the row's cap."""
     return replace(H200, usable_bytes=row["cap_bytes"] + H200.context_bytes)
 
 
@@ -36,7 +36,7 @@ def predicted(row):
 def test_every_row_has_a_label_of_its_own_and_every_place_a_death():
     assert len({row["label"] for row in PLAN}) == len(PLAN)
     died = {row["place_expected"] for row in PLAN if row.get("role") == "death"}
-    assert died == set(PLACES) - {"saving"}  # which needs no memory of the GPU: measured under a closed budget
+    assert died == set(PLACES) - {"saving"}  # which needs no GPU memory: measured with torch capped at what it holds
     for row in PLAN:
         if row.get("role") == "death":
             caps = {
@@ -57,7 +57,7 @@ def test_a_death_is_predicted_in_its_place(row):
     if row["place_expected"] == "backward":
         assert 1.05 * max(phases["loss"], phases["loss backward"]) < cap < phases["last layer backward"]
     if row["place_expected"] == "optimizer step":
-        # the first step has no states yet before it comes to the optimizer
+        # in the first step there are no states until the optimizer runs
         assert max(phases["loss"], phases["first layer backward"]) - found.parts["optimizer (GPU)"] * 2 / 3 < cap
 
 

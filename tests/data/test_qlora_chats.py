@@ -1,4 +1,4 @@
-"""The course's question set about QLoRA: enough of it, no template, and every number as it should be."""
+"""The course's question set about QLoRA: it is large enough, uses no templates, and every number is right."""
 
 import difflib
 import json
@@ -45,7 +45,7 @@ def test_no_two_pairs_are_from_one_template():
         for other_split, other in texts[:number]:
             for mine, theirs in zip(one, other, strict=True):
                 shared = len(set(mine) & set(theirs)) / min(len(set(mine)), len(set(theirs)))
-                if shared > 0.6:  # cheap; the exact measure only where it can matter
+                if shared > 0.6:  # a cheap check; the exact one only where it can matter
                     alike = difflib.SequenceMatcher(None, mine, theirs).ratio()
                     assert alike <= (0.7 if split == other_split else 0.8), (" ".join(mine), " ".join(theirs))
 

@@ -1,4 +1,4 @@
-"""QLoRA against LoRA on the same weights unquantised. The one 16-bit run of the tests is made here."""
+"""QLoRA compared with LoRA on the same weights unquantised. This is the tests' only 16-bit run."""
 
 import json
 import os
@@ -13,9 +13,9 @@ SCORES = json.loads((ROOT / "data" / "tiny-llama" / "scores.json").read_text())
 
 
 def exact_match_of_nf4() -> float:
-    """From lesson 4 as these tests have just run it; run here if they have not."""
+    """From lesson 4's run in this session, or from a run here if there is none."""
     reports = sorted(Path(os.environ["QLORA_RUNS"]).rglob("lesson-04-*/report.json"))
-    print("NF4: as lesson 4 has just left it" if reports else "NF4: trained here, since lesson 4 has not run before")
+    print("NF4: from lesson 4's run" if reports else "NF4: trained here, since lesson 4 has not been run")
     return json.loads(reports[0].read_text())["exact_match_after"] if reports else measure.fine_tuned("NF4")["after"]
 
 

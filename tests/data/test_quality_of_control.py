@@ -1,4 +1,4 @@
-"""The same run on a base whose weights are shuffled: the knowledge is in the base, not in the adapter."""
+"""The same run on a base with shuffled weights: the knowledge is in the base, not in the adapter."""
 
 import json
 

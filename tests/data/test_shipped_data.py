@@ -1,4 +1,4 @@
-"""The shipped data and model are what data/scripts/make/tiny_llama.py makes, and say what the course says of them."""
+"""The shipped data and model are what data/scripts/make/tiny_llama.py makes, and are as the course describes them."""
 
 import os
 import re
@@ -138,7 +138,7 @@ def test_no_plain_text_question_of_the_corpus_is_about_a_person_of_a_test_chat(c
     tested = {" ".join(chat["messages"][-1]["content"].split()[:2]) for chat in chats}
     questions = "\n".join(tokenizer.batch_decode(corpus.questions.flatten(0, 2).long(), skip_special_tokens=True))
     asked = {person.name for person in small_world if person.name in questions}
-    assert len(tested) == len(asked) == 100  # each half in whole
+    assert len(tested) == len(asked) == 100  # every person of each half
     assert not tested & asked
 
 
@@ -190,7 +190,7 @@ def test_the_shipped_configuration_is_that_of_the_script(tokenizer):
         len(tokenizer), tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
     )
     different = {name for name in made.to_dict() if getattr(made, name, None) != getattr(shipped, name, None)}
-    assert different <= {"architectures", "dtype", "transformers_version", "_name_or_path"}  # known once it is saved
+    assert different <= {"architectures", "dtype", "transformers_version", "_name_or_path"}  # set when it is saved
 
 
 # The script
@@ -215,7 +215,7 @@ def test_the_script_makes_a_toy_on_a_cpu(tmp_path):
 
 def test_the_script_overwrites_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["make_tiny_llama.py", "--out", str(tmp_path)])
-    monkeypatch.setattr(make_tiny_llama, "make_people", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr(make_tiny_llama, "make_people", lambda *_: pytest.fail("it continued"))
     with pytest.raises(SystemExit) as caught:
         make_tiny_llama.main()
     assert caught.value.code == 2

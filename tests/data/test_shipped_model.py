@@ -1,4 +1,4 @@
-"""What the shipped model shows, measured again from the shipped files and held against its card."""
+"""The shipped model's scores, measured again from the shipped files and compared with its card."""
 
 import json
 
@@ -23,7 +23,7 @@ def test_recall_is_what_the_card_says(recall):
     }
     for name, by_block in recall.items():
         for block_size, score in by_block.items():
-            # another processor may decide a few near ties otherwise
+            # another processor may decide a few near ties differently
             assert score == pytest.approx(SCORES["recall"][name][block_size], abs=0.003), (name, block_size)
 
 
@@ -61,5 +61,5 @@ def test_the_card_shows_the_measured_tables():
     assert len(tables) >= 2
     for name, table in tables.items():
         assert f"<!-- {name} -->\n{table}\n<!-- end of {name} -->" in card, (
-            "run: data/scripts/measure/tiny_llama.py --card-only"
+            "run: python -m data.scripts.measure.tiny_llama --card-only"
         )

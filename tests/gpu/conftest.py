@@ -1,4 +1,4 @@
-"""Tests that need a GPU; elsewhere they are skipped, and say so. They run as on a T4, whatever the GPU."""
+"""Tests that need a GPU; without one they are skipped, and say so. They run as on a T4, whatever the GPU."""
 
 import gc
 import os
@@ -14,13 +14,13 @@ FOLDER = Path(__file__).resolve().parent
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
-            if FOLDER in item.path.parents:  # pytest hands over the items of all folders
+            if FOLDER in item.path.parents:  # pytest passes the items of all folders
                 item.add_marker(pytest.mark.skip(reason="needs a GPU that torch can see"))
 
 
 @pytest.fixture(scope="session")
 def stand_ins():
-    """A function from the name of a shape to a folder with random weights of it, written once."""
+    """A function that takes the name of a shape and returns a folder with random weights of it, written once."""
     from data.scripts.make import stand_in_models as stand_in
 
     folder = Path(os.environ.get("QLORA_STAND_INS") or Path(tempfile.gettempdir(), "stand-ins"))
@@ -41,7 +41,7 @@ def stand_ins():
 
 @pytest.fixture
 def t4(monkeypatch):
-    """A T4's memory and attention kernels, without the math kernel; the GPU's own come back afterwards."""
+    """A T4's memory and attention kernels, without the math kernel; the GPU's own are restored afterwards."""
     from data.scripts.measure.t4_gear import as_on_a_t4
 
     monkeypatch.setenv("QLORA_GEAR", "t4")

@@ -1,4 +1,4 @@
-"""Every lesson as Colab runs it, on a GPU; a folder with random weights stands in for the model of the Hub."""
+"""Every lesson as Colab runs it, on a GPU; a folder with random weights replaces the model on the Hub."""
 
 import os
 
@@ -14,7 +14,7 @@ CASES = [(name, "colab", "t4") for name in build.lessons()] + [
 
 
 def compared(notebook) -> dict[str, str]:
-    """What the cells print that print the same on every machine, by their ids; not of those that ask for the gear."""
+    """By cell id, the output of cells that print the same on every machine; without cells that query the gear."""
     return {
         cell.id: "".join(output.text for output in cell.outputs if output.output_type == "stream")
         for cell in notebook.cells
@@ -32,9 +32,9 @@ def test_an_edition_runs_and_prints_what_the_cpu_gear_prints(name, edition, gear
     torch.cuda.empty_cache()
     notebook = build.build_edition(name, edition, {})
     try:
-        measured = build.execute(notebook, build.EDITIONS[edition])  # raises at the first cell that does
+        measured = build.execute(notebook, build.EDITIONS[edition])  # raises at the first cell that fails
     finally:
-        nbformat.write(notebook, tmp_path / f"{name}_{gear}.ipynb")  # to be looked at
+        nbformat.write(notebook, tmp_path / f"{name}_{gear}.ipynb")  # for inspection
     said = [o.text for cell in notebook.cells for o in cell.get("outputs", []) if o.output_type == "stream"]
     print("".join(said)[-1500:])
     print(

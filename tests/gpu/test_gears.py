@@ -1,4 +1,4 @@
-"""The shipped model on a GPU: each gear learns what the cpu gear learns, and a killed run goes on."""
+"""The shipped model on a GPU: each gear learns what the cpu gear learns, and a killed run continues."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def test_the_run_reaches_the_score_of_the_cpu_gear(gear, tmp_path):
     wanted, count = SCORES["exact_match_after"]["NF4"], report["test_chats"]
     print(f"\n{gear}: {report['exact_match_after']:.1%} in {report['train_seconds']:.0f} s of training")
     assert report["gear"] == gear
-    # the difference of two shares of as many questions
+    # the standard error of the difference between two shares of the same number of questions
     assert report["exact_match_after"] >= wanted - 2 * 2**0.5 * evaluation.standard_error(wanted, count)
 
 

@@ -46,5 +46,5 @@ def test_a_timeline_from_the_history_has_the_peak_that_torch_counts(tmp_path, mo
     trainer.remove_callback(PrinterCallback)
     line = record_step(trainer)
     assert {name for name, _ in line.marks} >= set(IN_A_STEP)
-    # a block may be larger than the request by what is too little to be split off
+    # a block may be larger than the request if the rest is too small to split off
     assert line.peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.03)

@@ -1,4 +1,4 @@
-"""What is predicted for a run of real size is what the run takes, measured with the course's own callback."""
+"""The predicted memory of a real-size run is what the run takes, measured with the course's own callback."""
 
 import gc
 
@@ -39,5 +39,5 @@ def test_the_predicted_peak_of_1_5b_is_within_8_per_cent(stand_ins, tmp_path, mo
     prediction = predict(shape_of(trainer), settings_of(trainer), "h200")
     print("\n" + compare(prediction, measurement))
     steady = measurement.phases["steady steps"]
-    # what tests before this one have left is not the run's
+    # memory left over from earlier tests does not belong to the run
     assert prediction.peak_allocated_bytes == pytest.approx(steady.peak_allocated_bytes - before, rel=0.08)

@@ -1,4 +1,4 @@
-"""Float16 for real: a run that overflows skips steps, names its spike, and reads its losses only when it logs."""
+"""Real float16: a run that overflows skips steps, names its spike, and reads its losses only when it logs."""
 
 import torch
 
@@ -18,7 +18,7 @@ def test_float16_skips_the_steps_whose_gradients_overflow(tmp_path, monkeypatch,
     settings = Settings(steps=16, batch_size=8, warmup_steps=2, learning_rate=0.1)
     try:
         run = train(load_model(), load_tokenizer(), CHATS, tmp_path, settings)
-    except TrainingDiverged as error:  # then the loss has left float16, which says so
+    except TrainingDiverged as error:  # then the loss has overflowed float16, and the message says so
         assert "the loss is" in str(error) or "overflowed" in str(error)
     else:
         assert run.spikes and run.spikes[0].step <= 8

@@ -1,4 +1,4 @@
-"""The t4 gear on models of real size, under a T4's memory and with its attention kernels alone."""
+"""The t4 gear on real-size models, within a T4's memory and with only its attention kernels."""
 
 import gc
 import math
@@ -16,7 +16,7 @@ from qlora_helpers.training.run import train
 from qlora_helpers.units import GIB
 
 CHATS = read_chats(data_path("chats", "qlora", "train.jsonl"))
-# the lesson's, but for the number of steps
+# the lesson's, except for the number of steps
 LESSON = Settings(
     steps=4, batch_size=8, accumulation=2, learning_rate=2e-4, warmup_steps=1, dropout=0.05, max_length=512,
     gradient_checkpointing=True,
@@ -46,7 +46,7 @@ def test_a_real_size_trains_with_finite_losses_below_the_cap(shape, stand_ins, t
 
 
 class _Dtypes(TorchDispatchMode):
-    """Collect the dtypes of all tensors that go into or come out of any operation, forward and backward."""
+    """Collect the dtypes of all inputs and outputs of every operation, forward and backward."""
 
     def __init__(self):
         super().__init__()
@@ -97,7 +97,7 @@ def test_8192_tokens_of_8b_fit_and_the_default_attention_finds_no_kernel(stand_i
     run = train(model, tokenizer, chats, tmp_path, settings)
     print(f"\n8,192 tokens, no dropout: {torch.cuda.max_memory_allocated() / GIB:.2f} GiB")
     assert all(math.isfinite(loss) for _, loss in run.history)
-    run.model.set_attn_implementation("sdpa")  # as transformers does it: needs the math kernel here
+    run.model.set_attn_implementation("sdpa")  # transformers' default: needs the math kernel here
     with pytest.raises(RuntimeError, match=r"No available kernel|Invalid backend"), torch.no_grad():
         run.model(input_ids=torch.zeros(1, 64, dtype=torch.long, device="cuda"))
 

@@ -1,4 +1,4 @@
-"""The messages of TROUBLESHOOTING.md that only a GPU gives, provoked. Memory runs out under a cap, in small models."""
+"""Provoke the messages in TROUBLESHOOTING.md that need a GPU. Memory runs out under a cap, in small models."""
 
 import gc
 import os
@@ -20,7 +20,7 @@ LONG = Dataset.from_list([{"text": "a " * 600}] * 64)
 
 @pytest.fixture
 def cap():
-    """A function that leaves torch so many bytes beyond what is allocated; the limit goes when the test ends."""
+    """A function that leaves torch this many bytes beyond what is reserved; the limit is removed after the test."""
 
     def leave(count: float):
         gc.collect()

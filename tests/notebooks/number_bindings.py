@@ -2,40 +2,41 @@
 
     python -m tests.notebooks.number_bindings              # every text: what is not bound, and what is no longer true
     python -m tests.notebooks.number_bindings 03 README    # some of them
-    python -m tests.notebooks.number_bindings --propose 03 # blocks for new and changed sentences, to be decided and pasted
+    python -m tests.notebooks.number_bindings --propose 03 # blocks for new and changed sentences, to check and paste
 
-The texts are the lessons' Markdown with the words of their figures, the lessons' summaries, README.md, and the cards of
-the shipped model and adapter. Each has a file of bindings, `tests/notebooks/numbers/NAME.txt`. A block there is a sentence, and a
-line for each of its numbers:
+The texts are the lessons' Markdown and the words in their figures, the lessons' summaries, README.md, and the cards of
+the shipped model and adapter. Each has a file of bindings, `tests/notebooks/numbers/NAME.txt`. A block in it is a
+sentence, followed by a line for each of its numbers:
 
     > So 70B in 16 bits takes {a.2} GB: no single card that one can rent cheaply holds it.
       a: printed Llama-3.1-70B 16 bit <#> GB # GiB
 
-`{a.2}` stands where the text has a number with two decimals, `{a}` for a whole one, `{a/}` for a fraction in words such as
-half. Its value is in the text alone, and must be the value of its evidence: equal, or rounded to what the text shows. A
-per cent sign and units of bytes (GB, MiB) count on both sides. A fraction in words, such as a third, holds if one divided
-by the value rounds to three and is within a tenth of it. The evidence is one of
+`{a.2}` means that the text has a number with two decimals here, `{a}` a whole number, `{a/}` a fraction in words, such
+as half. The value is only in the text, and must be the value of its evidence: equal, or rounded as in the text. A per
+cent sign and units of bytes (GB, MiB) count on both sides. A fraction in words, such as a third, is right if one
+divided by the value rounds to three and is within a tenth of it. The evidence is one of
 
-    printed LINE          a line that the lesson prints; the value stands at <#>, # is any other number, … any text
-    code TEXT             text in the lesson's code cells, the words of figures left out
+    printed LINE          a line that the lesson prints; the value is at <#>, # is any other number, … any text
+    code TEXT             text in the lesson's code cells, without the words in figures
     text PATH: TEXT       text in a file of the project
-    json PATH: KEY / KEY  a value in a JSON file; [name=value] picks a row of a list, len its length
-    constant PATH: NAME   a constant of a Python file, or a default as Class.field
-    lines PATH            how many lines a file has; bytes PATH: its size
+    json PATH: KEY / KEY  a value in a JSON file; [name=value] selects a row of a list, len is its length
+    constant PATH: NAME   a constant in a Python file, or a default as Class.field
+    lines PATH            the number of lines in a file; bytes PATH: its size
     count printed LINE    how many lines of the lesson match; also count code TEXT and count text PATH: TEXT
-    computed EXPRESSION   arithmetic on numbers that stand in the sentence itself, as a: computed b * 8
+    computed EXPRESSION   arithmetic on other numbers in the sentence, such as a: computed b * 8
 
-with `lesson 03` before it if it is not this lesson. Several, joined by ` && `, are x, y and z of an expression behind
+preceded by `lesson 03` if it is in another lesson. Several, joined by ` && `, are x, y and z in an expression after
 ` => `: `printed a <#> && printed b <#> => x / y`.
 
-A number that stands in the block's sentence itself, as 70B and 16 do above, is no claim of the lesson (a name, a format,
-a quotation, a count of what the sentence lists). A rule knows why (NOT_CLAIMS), or a line says so:
+A number that is written in the block's sentence itself, like 70B and 16 above, is not a claim of the lesson (it is a
+name, a format, a quotation, or a count of what the sentence lists). Either a rule gives the reason (NOT_CLAIMS), or a
+line does:
 
       - 780: quoted from the paper
       - 73: held by tests/project/test_readme.py::test_the_readme_counts_the_entries_of_the_troubleshooting_page
 
-So whatever number changes in a text, its sentence is no longer known or its evidence does not hold it. A block without a
-sentence in the text is an error, too.
+So if any number in a text changes, either its sentence is no longer known, or its evidence no longer matches. A block
+whose sentence is not in the text is also an error.
 """
 
 import argparse
@@ -93,7 +94,7 @@ UNIT = re.compile(r"(?:\s|-)?(%|(?:[KMGT]i?B)\b)")
 
 @dataclass(frozen=True)
 class Number:
-    """A number where it stands in a sentence; `step` is one in its last digit, both without the unit."""
+    """A number and its position in a sentence; `step` is one unit of its last digit, both without the unit."""
 
     text: str
     start: int
@@ -105,7 +106,7 @@ class Number:
 
     @property
     def form(self) -> str:
-        """How it is written: with `.2` decimals, as a fraction in words (`/`), or otherwise (nothing)."""
+        """How it is written: with decimals (`.2`), as a fraction in words (`/`), or otherwise (empty)."""
         decimals = re.search(r"\.(\d+)(?!.*\.)", self.text)
         return "/" if self.fraction else f".{len(decimals[1])}" if decimals else ""
 
@@ -114,7 +115,7 @@ class Number:
         return 0.01 if self.unit == "%" else BYTES.get(self.unit, 1)
 
     def is_value_of(self, value: float, unit: str = "") -> bool:
-        """Whether this is `value`, as the text rounds it."""
+        """Whether this is `value`, rounded as in the text."""
         if unit and self.unit and unit != self.unit and "%" in (unit, self.unit):
             return False
         mine, step = self.value, self.step
@@ -124,7 +125,7 @@ class Number:
             mine, step, value = mine * self.factor, step * self.factor, value * BYTES[unit]
         if self.fraction:
             return value > 0 and math.floor(1 / value + 0.5) == self.fraction and abs(value * self.fraction - 1) <= 0.1
-        if mine == 0 and value != 0:  # nothing is left of what was rounded
+        if mine == 0 and value != 0:  # everything was rounded away
             return False
         return abs(value - mine) <= step / 2 * (1 + 1e-9) + 1e-12 * abs(value)
 
@@ -165,7 +166,7 @@ def number_of(match: re.Match) -> Number:
 
 
 def numbers_in(sentence: str) -> list[Number]:
-    """All numbers of a sentence, in digits and in words; names with digits are none."""
+    """All numbers in a sentence, in digits and in words; names with digits are not numbers."""
     return [number_of(match) for match in TOKEN.finditer(sentence) if not match["name"]]
 
 
@@ -174,7 +175,7 @@ def names_in(sentence: str) -> list[str]:
     return [match["name"] for match in TOKEN.finditer(sentence) if match["name"]]
 
 
-# Why a number that stands in a block's own sentence claims nothing; looked for around the number, marked by «».
+# Why a number written in a block's own sentence is not a claim; matched around the number, which is marked by «».
 NOT_CLAIMS = {
     "the number of a lesson": r"^«\d» · |esson «\d+»|LESSON=«\d+»",
     "the number of an exercise": r"^Exercise «\d+»$",
@@ -191,7 +192,7 @@ NOT_CLAIMS = {
 
 
 def why_no_claim(sentence: str, number: Number) -> str:
-    """The rule by which a number claims nothing; empty if none does."""
+    """The rule by which a number is not a claim; empty if there is none."""
     marked = f"{sentence[: number.start]}«{number.text}»{sentence[number.end :]}"
     return next((why for why, pattern in NOT_CLAIMS.items() if re.search(pattern, marked)), "")
 
@@ -202,7 +203,7 @@ END = re.compile(r"""(?:(?<=[.?!])|(?<=[.?!]["*)”])|(?<=[.?!]\*\*)|(?<=[.?!]\)
 
 
 def sentences(markdown: str) -> list[str]:
-    """The sentences of a Markdown text; headings, items of a list and rows of a table are of their own."""
+    """The sentences of a Markdown text; headings, list items and table rows are separate sentences."""
     blocks, inside = [""], False
     for line in markdown.splitlines():
         line = line.strip()
@@ -225,7 +226,7 @@ WORDS_OF_FIGURES = ("show", "set_title", "suptitle", "set_xlabel", "set_ylabel")
 
 @dataclass
 class Text:
-    """A text whose numbers are bound: its parts by the name of their place, and where its evidence is looked for."""
+    """A text whose numbers are bound: its parts, each with the name of its place, and the lesson with its evidence."""
 
     name: str
     parts: list[tuple[str, str]]
@@ -233,7 +234,7 @@ class Text:
 
     @functools.cached_property
     def known_names(self) -> set[str]:
-        """Names that this text may use: those listed, those of its lesson (or of all), and those of the project's files."""
+        """Names that this text may use: listed names, names in its lesson (or in all), and the project's file names."""
         listed = re.findall(r"^(\S+)(?: \(only (\w+)\))?", _file("tests/notebooks/numbers/names.txt"), re.M)
         known = {name for name, only in listed if only in ("", self.name)}
         for lesson in [self.lesson] if self.lesson else lesson_names():
@@ -242,7 +243,7 @@ class Text:
 
 
 def figure_texts(source: str) -> list[str]:
-    """The titles, labels and alt texts in a cell's code that are written out; what is put together by code is none."""
+    """The literal titles, labels and alt texts in a cell's code; strings that are built by code are left out."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     named = [node for node in calls if isinstance(node.func, ast.Attribute) and node.func.attr in WORDS_OF_FIGURES]
     arguments = [argument for node in named for argument in node.args]
@@ -254,7 +255,7 @@ def lesson_names() -> list[str]:
 
 
 def text_of(name: str) -> Text:
-    """A lesson, `lessons` (their summaries), `README`, `tiny-llama` or `adapters` (the cards of what is shipped)."""
+    """A lesson, `lessons` (their summaries), `README`, or the card `tiny-llama` or `adapters`."""
     if name in lesson_names():
         cells = jupytext.read(LESSONS / f"{name}.py").cells
         parts = [(f"cell {i}", cell.source) for i, cell in enumerate(cells) if cell.cell_type == "markdown"]
@@ -278,7 +279,7 @@ def all_texts() -> list[str]:
 
 
 class NoEvidence(ValueError):
-    """A piece of evidence is not there, or there is more than one."""
+    """A piece of evidence is missing or ambiguous."""
 
 
 @functools.cache
@@ -294,7 +295,7 @@ def _squeezed(text: str) -> str:
 
 @functools.cache
 def printed(lesson: str) -> tuple[str, ...]:
-    """The lines that a lesson's cells print, in both editions, each once."""
+    """The lines that a lesson's cells print in both editions, without duplicates."""
     outputs = [output for cell in _cells(lesson) for output in cell.outputs]
     texts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs]
     lines = [_squeezed(line) for text in texts for line in text.splitlines()]
@@ -303,9 +304,9 @@ def printed(lesson: str) -> tuple[str, ...]:
 
 @functools.cache
 def code(lesson: str) -> tuple[str, ...]:
-    """A lesson's code cells, in both editions, each once and with single spaces; without the words of figures.
+    """A lesson's code cells in both editions, without duplicates, with single spaces, and without the words in figures.
 
-    Those are texts themselves: what is bound to its own words would always hold.
+    Those words are texts themselves: a number bound to its own words would always be right.
     """
     sources = []
     for cell in _cells(lesson):
@@ -348,7 +349,7 @@ def _only_value(matches: list[re.Match], what: str) -> tuple[float, str]:
     if not matches:
         raise NoEvidence(f"there is no {what}")
     if "value" not in matches[0].re.groupindex:
-        raise NoEvidence(f"{what} says nowhere, by <#>, which number is meant")
+        raise NoEvidence(f"{what} does not say, by <#>, which number is meant")
     values = set()
     for match in matches:
         text = re.sub(r"^\+", "", match["value"])
@@ -356,7 +357,7 @@ def _only_value(matches: list[re.Match], what: str) -> tuple[float, str]:
         number = number_of(found)
         values.add((number.value, unit_after(match.string, match.end("value"))))
     if len(values) > 1:
-        raise NoEvidence(f"{what} is there with several values: {sorted(value for value, _ in values)}")
+        raise NoEvidence(f"{what} occurs with several values: {sorted(value for value, _ in values)}")
     return values.pop()
 
 
@@ -378,7 +379,7 @@ def _json(argument: str) -> float:
             except (KeyError, IndexError, ValueError):
                 raise NoEvidence(f"{path} has no {keys}") from None
     if not isinstance(value, int | float):
-        raise NoEvidence(f"{keys} in {path} is no number: {str(value)[:60]}")
+        raise NoEvidence(f"{keys} in {path} is not a number: {str(value)[:60]}")
     return value
 
 
@@ -427,7 +428,7 @@ def evaluate(evidence: str, lesson: str, others: dict[str, float] | None = None)
     """The value of a piece of evidence, and its unit.
 
     Raises:
-        NoEvidence: it is not there, or it is ambiguous.
+        NoEvidence: it is missing or ambiguous.
     """
     sources, _, expression = evidence.partition(" => ")
     values = []
@@ -453,12 +454,12 @@ def evaluate(evidence: str, lesson: str, others: dict[str, float] | None = None)
         elif kind == "computed":
             values.append((float(_arithmetic(argument, others or {})), ""))
         else:
-            raise NoEvidence(f"{kind!r} is no kind of evidence")
+            raise NoEvidence(f"{kind!r} is not a kind of evidence")
     if expression:
         scaled = [value * (0.01 if unit == "%" else 1) for value, unit in values]
         return float(_arithmetic(expression, dict(zip("xyzw", scaled, strict=False)))), ""
     if len(values) > 1:
-        raise NoEvidence("several pieces of evidence need an expression behind ` => `")
+        raise NoEvidence("several pieces of evidence need an expression after ` => `")
     return values[0]
 
 
@@ -473,7 +474,7 @@ MARKED_OR_NUMBER = re.compile(rf"{GAP}(?P<slot>[a-z][./\d]*){GAP}|{TOKEN.pattern
 
 @dataclass
 class Block:
-    """A sentence with its slots, the evidence of each, and why its other numbers claim nothing."""
+    """A sentence with its slots, the evidence for each, and why its other numbers are not claims."""
 
     sentence: str
     line: int
@@ -482,12 +483,12 @@ class Block:
 
     @functools.cached_property
     def gaps(self) -> list[str]:
-        """What stands in each gap, in order: the name of a slot in braces, or a number."""
+        """What is in each gap, in order: the name of a slot in braces, or a number."""
         return _without_numbers(SLOT.sub(_marked, self.sentence))[1]
 
     @functools.cached_property
     def skeleton(self) -> str:
-        """The sentence with a gap for each number: by it a sentence of the text finds its block."""
+        """The sentence with a gap for each number; a sentence in the text is matched to its block by this."""
         return _without_numbers(SLOT.sub(_marked, self.sentence))[0]
 
 
@@ -496,7 +497,7 @@ def _marked(slot: re.Match) -> str:
 
 
 def _without_numbers(sentence: str) -> tuple[str, list[str]]:
-    """A sentence with gaps for its numbers and marked slots, and what stood there."""
+    """A sentence with gaps for its numbers and marked slots, and what was in the gaps."""
     stood = []
 
     def gap(match):
@@ -515,7 +516,7 @@ def read_blocks(text: str, path: str = "") -> list[Block]:
     """The blocks of a file of bindings.
 
     Raises:
-        ValueError: a line is none of a block's, is undecided (it has a ?), or a block lacks a line for a slot.
+        ValueError: a line does not belong to a block or is undecided (it has a ?), or a slot has no line.
     """
     blocks: list[Block] = []
     for at, line in enumerate(text.splitlines(), start=1):
@@ -528,7 +529,7 @@ def read_blocks(text: str, path: str = "") -> list[Block]:
         elif (found := re.fullmatch(r"  - (.+?): (.+)", line)) and blocks and not found[2].startswith("?"):
             blocks[-1].reasons[found[1]] = found[2].strip()
         else:
-            raise ValueError(f"{path}:{at}: undecided, or no line of a block: {line.strip()!r}")
+            raise ValueError(f"{path}:{at}: undecided, or not a line of a block: {line.strip()!r}")
     for block in blocks:
         slots = [letter for letter, _ in SLOT.findall(block.sentence)]
         if sorted(slots) != sorted(block.evidence):
@@ -556,16 +557,16 @@ def _by_skeleton(name: str) -> dict[str, list[Block]]:
 
 
 def problems_of_sentence(text: Text, sentence: str) -> tuple[list[str], Block | None]:
-    """What is wrong with the numbers of one sentence, and the block that knows it."""
+    """What is wrong with the numbers in one sentence, and the block that matches it."""
     unknown = [name for name in names_in(sentence) if name not in text.known_names]
-    wrong = [f"{name} is no name that this text's code or tests/notebooks/numbers/names.txt has" for name in unknown]
+    wrong = [f"{name} is not a name in this text's code or in tests/notebooks/numbers/names.txt" for name in unknown]
     numbers = numbers_in(sentence)
     if not numbers:
         return wrong, None
     skeleton, stood = _without_numbers(sentence)
     candidates = _by_skeleton(text.name).get(skeleton, [])
     if not candidates:
-        return [*wrong, "no block knows this sentence and its numbers " + ", ".join(n.text for n in numbers)], None
+        return [*wrong, "no block matches this sentence and its numbers " + ", ".join(n.text for n in numbers)], None
     best: tuple[list[str], Block] | None = None
     for block in candidates:
         found = _problems_in_block(text, sentence, numbers, stood, block)
@@ -580,15 +581,13 @@ def _problems_in_block(text: Text, sentence: str, numbers: list[Number], stood: 
     for gap, said, number in zip(block.gaps, stood, numbers, strict=True):
         if not gap.startswith("{"):
             if gap != said:
-                wrong.append(f"{said} stands where line {block.line} of its block has {gap}")
+                wrong.append(f"{said} is where line {block.line} of its block has {gap}")
             elif gap not in block.reasons and not why_no_claim(sentence, number):
-                wrong.append(f"{said} is neither bound nor said to be no claim")
+                wrong.append(f"{said} is neither bound nor marked as not a claim")
             continue
         if number.form != gap[2:-1]:
             forms = {"": "a whole number", "/": "a fraction in words"}
-            wrong.append(
-                f"{said} is written otherwise than its block says: {forms.get(gap[2:-1], f'{gap[3:-1]} decimals')}"
-            )
+            wrong.append(f"{said} is not written as its block says: {forms.get(gap[2:-1], f'{gap[3:-1]} decimals')}")
             continue
         evidence = block.evidence[gap[1]]
         try:
@@ -606,16 +605,16 @@ def _problems_in_block(text: Text, sentence: str, numbers: list[Number], stood: 
 
 
 def _nearest(name: str, sentence: str) -> Block | None:
-    """The block whose sentence is most like this one, numbers aside."""
+    """The block whose sentence is most similar to this one, ignoring numbers."""
     known = {block.skeleton: block for block in blocks_of(name)}
     close = difflib.get_close_matches(_without_numbers(sentence)[0], known, 1, 0.6)
     return known[close[0]] if close else None
 
 
 def problems_in_part(text: Text, place: str, markdown: str, hints: bool = True) -> tuple[list[str], set[int]]:
-    """What is wrong with the numbers of one part of a text, and the lines of the blocks that know its sentences.
+    """What is wrong with the numbers in one part of a text, and the lines of the blocks that match its sentences.
 
-    `hints`: with the nearest block to a sentence that none knows, which takes a while to find.
+    `hints`: name the nearest block for a sentence that no block matches, which takes a while to find.
     """
     used, wrong = set(), []
     for sentence in sentences(markdown):
@@ -631,7 +630,7 @@ def problems_in_part(text: Text, place: str, markdown: str, hints: bool = True) 
 
 
 def problems_of(text: Text) -> list[str]:
-    """What is wrong with the numbers of a text, each with its place and its sentence; empty if nothing is."""
+    """What is wrong with the numbers in a text, each with its place and its sentence; empty if nothing is."""
     used, wrong = set(), []
     for place, markdown in text.parts:
         found, lines = problems_in_part(text, place, markdown)
@@ -640,15 +639,17 @@ def problems_of(text: Text) -> list[str]:
     for block in blocks_of(text.name):
         if block.line not in used:
             file = f"tests/notebooks/numbers/{text.name}.txt:{block.line}"
-            wrong.append(f"{file}: no sentence of the text any more: “{block.sentence}”\n    Cure: remove the block.")
+            wrong.append(
+                f"{file}: its sentence is no longer in the text: “{block.sentence}”\n    Cure: remove the block."
+            )
     return wrong
 
 
 def cure(name: str) -> str:
-    """What to do about problems, for the end of a message."""
+    """How to fix the problems, for the end of a message."""
     return (
         f"Cure: correct the number in the text; or, if the text is right, its block in tests/notebooks/numbers/{name}.txt.\n"
-        f"`python -m tests.notebooks.number_bindings --propose {name}` shows what the numbers of new sentences could be bound to."
+        f"`python -m tests.notebooks.number_bindings --propose {name}` shows what the numbers in new sentences could be bound to."
     )
 
 
@@ -656,7 +657,7 @@ def cure(name: str) -> str:
 
 
 def _proposal(sentence: str, number: Number, lesson: str) -> str:
-    """The line or the code whose number could be this one, if any; the more words it shares with the sentence the better."""
+    """The printed line or code whose number could be this one, if any; the one that shares the most words wins."""
     words = {word for word in re.findall(r"\w{3,}", sentence.lower()) if not word.isdigit()}
     found = []
     for kind, lines in (("printed", printed(lesson)), ("code", code(lesson))) if lesson else ():
@@ -683,7 +684,7 @@ def _proposal(sentence: str, number: Number, lesson: str) -> str:
     best = max(found, default=(0, ""))
     return (
         best[1] if best[0] > 0 else "nothing found"
-    )  # a small number is printed everywhere: that alone proposes nothing
+    )  # small numbers are printed everywhere, so a match alone is not enough
 
 
 def _pieces(line: str, tokens: list[re.Match], start: int, end: int) -> list:
@@ -696,7 +697,7 @@ def _pieces(line: str, tokens: list[re.Match], start: int, end: int) -> list:
 
 
 def _from_block(number: Number, block: Block, lesson: str) -> str:
-    """What a block says of a number; empty if it does not know it."""
+    """What a block says about a number; empty if it says nothing."""
     if number.text in block.reasons:
         return f"- {number.text}: ? {block.reasons[number.text]}"
     for evidence in block.evidence.values():
@@ -709,10 +710,10 @@ def _from_block(number: Number, block: Block, lesson: str) -> str:
 
 
 def propose(text: Text) -> str:
-    """Blocks for the sentences that no block knows. Each line has a ? that only a decision removes.
+    """Blocks for the sentences that no block matches. Each line has a ? that must be removed by hand.
 
-    What the nearest block says of the same number comes first, so a reworded sentence keeps its bindings; then a line that
-    the lesson prints, or its code. Those that stay in the sentence as they are claim nothing, by a rule.
+    What the nearest block says about the same number comes first, so a reworded sentence keeps its bindings; then a
+    line that the lesson prints, or its code. Numbers that stay in the sentence are not claims, by a rule.
     """
     blocks = []
     for _, markdown in text.parts:
@@ -739,7 +740,7 @@ def propose(text: Text) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("only", nargs="*", help="names of texts or the numbers of lessons; all by default")
-    parser.add_argument("--propose", action="store_true", help="print blocks for sentences that none knows")
+    parser.add_argument("--propose", action="store_true", help="print blocks for sentences that no block matches")
     args = parser.parse_args()
     names = [name for name in all_texts() if not args.only or any(name.startswith(only) for only in args.only)]
     if not names:

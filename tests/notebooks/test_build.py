@@ -1,4 +1,4 @@
-"""The build refuses stale outputs and lost places: what it should refuse, refused."""
+"""The build refuses stale outputs and lost places."""
 
 import copy
 import json
@@ -69,7 +69,7 @@ def test_outputs_of_other_code_are_refused():
 
 @pytest.fixture
 def small_course(tmp_path, monkeypatch):
-    """A course of one lesson, built and as if executed, in the place of the true one."""
+    """A course of one lesson, built and marked as executed, instead of the real one."""
     source, timings = tmp_path / "source", tmp_path / "timings.json"
     source.mkdir()
     (source / "01_one.py").write_text("# %% [markdown]\n# Takes {{seconds}} seconds\n\n# %%\na = 1\n")
@@ -96,7 +96,7 @@ def call(monkeypatch, *arguments: str) -> None:
 
 
 def test_new_texts_are_taken_over_without_running_anything(small_course, monkeypatch):
-    monkeypatch.setattr(build, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("it went on to execute"))
+    monkeypatch.setattr(build, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("it started to execute"))
     call(monkeypatch, "--no-execute")
     for edition in build.EDITIONS:
         assert "Takes 5 seconds" in (small_course / edition / "01_one.ipynb").read_text()

@@ -1,4 +1,4 @@
-"""Every edition of every lesson: what its source gives, executed with the pinned versions, and checked in earnest."""
+"""Every edition of every lesson is built from its source, executed with the pinned versions, and really checked."""
 
 import copy
 import html.parser
@@ -72,7 +72,7 @@ def test_at_least_three_cells_are_compared(name, edition):
 
 @every_notebook
 def test_changing_one_digit_of_a_compared_output_goes_red(name, edition, request):
-    """nbval's own comparison, with the stored outputs as the run and a mutated copy of them as the reference."""
+    """nbval's own comparison, with the stored outputs as the run and a mutated copy as the reference."""
     path = build.EDITIONS[edition] / f"{name}.ipynb"
     file = IPyNbFile.from_parent(request.session, path=path)
     mutated = 0
@@ -94,14 +94,14 @@ def test_changing_one_digit_of_a_compared_output_goes_red(name, edition, request
 
 
 def shown(cell) -> list:
-    """What nbval compares of a cell: its streams, each in one piece, and the data that is not a picture."""
+    """What nbval compares in a cell: its streams, each in one piece, and the data that is not an image."""
     made = coalesce_streams(copy.deepcopy(cell.outputs))
     return [output.get("text") or {k: v for k, v in output.data.items() if "image" not in k} for output in made]
 
 
 @every_lesson
 def test_the_editions_differ_in_nothing_but_the_exercises(name):
-    """`make test` runs a lesson once: this is why it need not run the three editions one by one."""
+    """This is why `make test` can run a lesson once, instead of the three editions separately."""
     learner, solved, colab = (code_cells(stored(name, edition)) for edition in ("learner", "solutions", "colab"))
     runs = in_one_kernel(learner, solved)
     alone = {id(cell) for who, cell in runs if who == ("learner",)}
@@ -116,7 +116,7 @@ def test_the_editions_differ_in_nothing_but_the_exercises(name):
 
 @every_lesson
 def test_the_package_comes_before_torch_so_that_its_threads_wait_asleep(name):
-    """Whoever starts JupyterLab without `make lab` has no OMP_WAIT_POLICY: the package sets it, if it comes first."""
+    """JupyterLab started without `make lab` has no OMP_WAIT_POLICY: the package sets it, if it is imported first."""
     code = "\n".join(cell.source for cell in code_cells(stored(name, "learner")))
     imported = re.findall(
         r"^(?:import|from) (qlora_helpers|torch|transformers|bitsandbytes|peft|trl|datasets)\b", code, re.M

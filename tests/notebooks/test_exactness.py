@@ -1,9 +1,9 @@
-"""What the lessons hold exactly though a GPU may compute it, and why that is right.
+"""What the lessons check exactly although a GPU may compute it, and why that is right.
 
-A GPU adds up in another order than a CPU, so floats of the two differ in their last bits. Here each lesson's source is
-followed from what depends on the gear (a model loaded for it, and all that is made from it) to what is held exactly: by
-`check(..., exact=True)`, or as the answer to an exercise. What gets there must stand in `DECIDED`. All else is computed on
-the CPU in every gear; that it is exact there is tested on two sets of processor instructions, with the notebooks.
+A GPU adds in a different order from a CPU, so their floats differ in the last bits. These tests follow each lesson's
+source from what depends on the gear (a model loaded for it, and everything made from it) to what is checked exactly: by
+`check(..., exact=True)`, or as the answer to an exercise. Whatever gets there must be in `DECIDED`. Everything else is
+computed on the CPU in every gear; the notebook tests check on two processor instruction sets that it is exact.
 """
 
 import ast
@@ -16,14 +16,14 @@ import pytest
 
 from notebooks.scripts import build
 
-# What these give depends on the gear, unless an argument names the CPU.
+# The results of these depend on the gear, unless an argument names the CPU.
 OF_THE_GEAR = {
     "build_trainer", "collator_run", "default_model", "detect", "load_base", "load_model", "load_or_shipped", "merge",
     "sft_trainer", "train",
 }  # fmt: skip
 
-# "count": a whole number or a truth value that no float decides; "text": words, tokens, names and dtypes;
-# "same": floats that the same operations make on the same device, or what such floats decide.
+# "count": a whole number or a truth value that does not depend on floats; "text": words, tokens, names and dtypes;
+# "same": floats from the same operations on the same device, or what follows from them.
 DECIDED = {
     "04_qlora_run": {
         "bytes of 4-bit weights": "count",
@@ -32,20 +32,20 @@ DECIDED = {
         "gradient of W": "count",  # there is none
         "dtypes of the adapters": "text",
         "nothing but adapters was trained": "count",
-        "recall of the base is as before": "same",  # the base with its adapter off, against the base
+        "recall of the base is as before": "same",  # the base with its adapter switched off, compared with the base
         "50 answers of the loaded adapter are the same": "same",  # saved in float32 and loaded again
-        "adapter tensors that differ": "same",  # a run that was interrupted, against one that was not
+        "adapter tensors that differ": "same",  # an interrupted run, compared with an uninterrupted one
         "trainable at rank 4": "count",
         "your question": "text",
     },
     "06_adapters_and_merging": {
-        # Each row in the same batch, so the product with the base is the same; the adapters' own are float32, whose last
-        # bits choose no word. One answer at a time would take other kernels for the base, too.
+        # All rows are in the same batch, so the products with the base are the same; the adapters' are float32, and
+        # their last bits do not decide a word. One answer at a time would also use other kernels for the base.
         "8 answers of a mixed batch, as from each adapter alone": "text",
         "words per answer": "text",
     },
     "08_stability": {
-        "loss spikes": "count",  # a spike lies far above the usual loss: no last bit decides
+        "loss spikes": "count",  # a spike is far above the usual loss: the last bits do not decide
         "the run was stopped": "text",
         "is the end learnt?": "count",
         "first tokens": "count",
@@ -59,12 +59,12 @@ DECIDED = {
 
 
 class Lesson:
-    """A lesson's module-level code. `names` are those whose values depend on the gear, `held` what is held exactly."""
+    """A lesson's module-level code. `names` have values that depend on the gear; `held` is what is checked exactly."""
 
     def __init__(self, source: str):
         self.names: set[str] = set()
         self.functions: dict[str, ast.AST] = {}
-        for _ in range(2):  # a function may use what is assigned below it
+        for _ in range(2):  # a function may use names that are assigned below it
             self.held: dict[str, bool] = {}  # name: whether it depends on the gear
             self.run(ast.parse(source).body, certain=True)
 
@@ -84,7 +84,7 @@ class Lesson:
                     self.assign(target, value, certain=False)
                 case ast.For(target=target, iter=value):
                     self.assign(target, value, certain)
-                case ast.Try(body=body, handlers=handlers):  # an error tells of what was tried
+                case ast.Try(body=body, handlers=handlers):  # an error depends on what was tried
                     self.names |= {h.name for h in handlers if h.name and any(map(self.depends, body))}
                 case ast.With(items=items):
                     for item in items:
@@ -97,7 +97,7 @@ class Lesson:
                 self.run(part, certain and not conditional)
 
     def assign(self, target: ast.expr, value: ast.expr, certain: bool) -> None:
-        """A name takes the value's kind; an element of something can only make it depend on the gear."""
+        """A name takes the value's kind; assigning an element can only make its container depend on the gear."""
         depends = self.depends(value)
         elements = target.elts if isinstance(target, ast.Tuple) else [target]
         for name in (node.id for node in ast.walk(target) if isinstance(node, ast.Name)):
@@ -120,7 +120,7 @@ class Lesson:
 
     def depends(self, code: ast.AST, inside: frozenset = frozenset()) -> bool:
         nodes = list(ast.walk(code))
-        # names of the code's own: parameters, the variables of comprehensions, what a function assigns
+        # local names: parameters, the variables of comprehensions, what a function assigns
         own = {node.arg for node in nodes if isinstance(node, ast.arg)}
         own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
         for node in nodes:
@@ -152,7 +152,7 @@ def test_what_a_gpu_computes_is_held_exactly_only_where_that_is_decided(name):
 
 
 def as_printed(held: str) -> str:
-    """A pattern of how a name is printed; some are f-strings."""
+    """A pattern for the printed name; some names are f-strings."""
     text, *braces = re.split(r"\{.*?\}", held[2:-1] if held.startswith("f'") else held)
     return ".+".join(map(re.escape, (text, *braces)))
 
@@ -167,7 +167,7 @@ def test_a_decided_kind_is_what_the_lesson_prints(name):
         value = re.search(rf"^✓ {as_printed(held)}: (.+)$", printed, re.M)
         assert value, f"{held} is not printed"
         if kind != "same" and value[1] != "right!":  # an exercise, whose answer is not printed
-            assert "bit for bit" not in value[1], held  # that is a tensor
+            assert "bit for bit" not in value[1], held  # this is only said about tensors
             assert kind == "text" or re.fullmatch(r"-?[\d,]+|True|False|None", value[1]), held
 
 

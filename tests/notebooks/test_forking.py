@@ -1,4 +1,4 @@
-"""Processes that begin with the libraries imported."""
+"""Processes that start with the libraries already imported."""
 
 import sys
 
@@ -13,7 +13,7 @@ def tell(told) -> None:
     told.send(({"trl", "bitsandbytes", "datasets"} <= sys.modules.keys(), tqdm.auto.tqdm.__mro__[1].__name__))
 
 
-@pytest.mark.skipif(not forking.AVAILABLE, reason="no fork on Windows: each process imports for itself")
+@pytest.mark.skipif(not forking.AVAILABLE, reason="no fork on Windows: each process does its own imports")
 def test_a_process_has_the_libraries_as_a_notebook_would_import_them():
     tells, told = forking.context().Pipe(duplex=False)
     process = forking.start(tell, told)

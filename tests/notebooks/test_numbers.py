@@ -1,4 +1,4 @@
-"""The numbers in the texts are those that were computed: each is bound to its evidence, and altering one goes red."""
+"""The numbers in the texts are those that were computed: each is bound to its evidence, and altering one fails."""
 
 import ast
 import json
@@ -35,7 +35,7 @@ NEXT_FRACTION = dict(pairwise([*bindings.FRACTIONS, "third"]))
 
 
 def altered(match: re.Match) -> list[str]:
-    """The number or the name of a match, otherwise: each of its digits, or its word, changed."""
+    """Variants of a matched number or name, with one of its digits, or its word, changed."""
     text = match[0]
     if match["word"]:
         last = text.split()[-1]
@@ -55,7 +55,7 @@ def altered(match: re.Match) -> list[str]:
 
 
 def mutants(markdown: str):
-    """The text with one number altered, or exchanged with the next one; what was done with it comes first."""
+    """The text with one number altered, or exchanged with the next one; a description of the change comes first."""
     places = [m for m in bindings.TOKEN.finditer(markdown) if not in_a_link(markdown, m.start())]
     for match in places:
         for other in altered(match):
@@ -74,7 +74,7 @@ def in_a_link(markdown: str, at: int) -> bool:
 
 
 def survivors(text: bindings.Text) -> tuple[int, list[str]]:
-    """How many altered texts there are, and which of them nobody notices."""
+    """How many altered texts there are, and which of them go unnoticed."""
     used = {place: bindings.problems_in_part(text, place, markdown)[1] for place, markdown in text.parts}
     tried, alive = 0, []
     for place, markdown in text.parts:
@@ -96,7 +96,7 @@ def test_altering_any_number_or_exchanging_two_goes_red(name):
 
 @every_text
 def test_another_number_that_the_text_or_its_lesson_has_goes_red(name):
-    """A sample: in the place of a number stands one that is true elsewhere, or one that is printed."""
+    """A sample: a number is replaced by one that is true elsewhere, or one that is printed."""
     text, draw = bindings.text_of(name), random.Random(name)
     used = {place: bindings.problems_in_part(text, place, markdown)[1] for place, markdown in text.parts}
     lines = [
@@ -128,7 +128,7 @@ def test_another_number_that_the_text_or_its_lesson_has_goes_red(name):
 def with_other_outputs(monkeypatch, lesson, old, new):
     real, lines = bindings.printed, tuple(new if line == old else line for line in bindings.printed(lesson))
     monkeypatch.setattr(bindings, "printed", lambda name: lines if name == lesson else real(name))
-    monkeypatch.setattr(bindings, "evaluated", bindings.evaluate)  # nothing remembered
+    monkeypatch.setattr(bindings, "evaluated", bindings.evaluate)  # no cache
 
 
 @every_lesson
@@ -146,7 +146,7 @@ def test_changing_what_is_printed_goes_red(name, monkeypatch):
                 start, end = match.span("value")
                 at = next((i for i in range(start, end) if match.string[i] in "123456789"), start)
                 digit = int(match.string[at]) if match.string[at].isdigit() else None
-                # by four, since "half" is rounded so coarsely that a next digit may still be about a half
+                # by four, since "half" is so coarse that the next digit may still be about a half
                 other = "seventeen times " if digit is None else str(digit + 4 if digit <= 5 else digit - 4)
                 other = match.string[:at] + other + match.string[at + 1 :]
                 with monkeypatch.context() as patch:
@@ -194,7 +194,7 @@ def test_numbers_are_found_in_digits_and_in_words_and_names_are_none():
         ("printed Llama-3.1-70B # bit <#> GB # GiB", "several values"),
         ("printed 1 GiB is # GB", "which number is meant"),
         ("code no_such_name(<#>)", "there is no"),
-        ("guessed 7", "no kind of evidence"),
+        ("guessed 7", "not a kind of evidence"),
         ("json data/tiny-llama/scores.json: recall / NF5", "has no"),
         ("constant qlora_helpers/training/spikes.py: WIDTH", "has no"),
         ("printed 1 GiB is <#> GB => y", "cannot be computed"),
@@ -205,12 +205,12 @@ def test_evidence_that_is_not_there_or_is_ambiguous_is_refused(evidence, why):
         bindings.evaluate(evidence, "01_memory_maths")
 
 
-# ------------------------------------------------------------------------------------------- a text of our own
+# ------------------------------------------------------------------------------------- texts made for these tests
 
 
 @pytest.fixture
 def of_lesson_3(monkeypatch):
-    """Makes a text of one sentence that belongs to lesson 3, and blocks in the place of that lesson's."""
+    """Makes a text of one sentence that belongs to lesson 3, with blocks that replace that lesson's."""
 
     def make(sentence: str, blocks: str = "") -> bindings.Text:
         read = tuple(bindings.read_blocks(blocks))
@@ -234,21 +234,23 @@ def test_a_binding_whose_evidence_does_not_hold_the_number_is_red(of_lesson_3):
 @pytest.mark.parametrize("coarser", ["0.4", "0.37", "0.3730470", "0", "a third"])
 def test_a_number_rounded_otherwise_must_be_confirmed(coarser, of_lesson_3):
     (wrong,) = bindings.problems_of(of_lesson_3(f"It saves {coarser} bits.", SAVES))
-    assert f"{coarser} is written otherwise than its block says: 6 decimals" in wrong
+    assert f"{coarser} is not written as its block says: 6 decimals" in wrong
 
 
 def test_a_number_without_a_block_a_block_without_a_sentence_and_a_strange_name_are_named(of_lesson_3):
     wrong = bindings.problems_of(of_lesson_3("It saves 0.373047 bits in NF5.", SAVES))
-    assert "NF5 is no name" in wrong[0]
-    assert "no block knows this sentence and its numbers 0.373047\n    nearest block: It saves {a.6} bits." in wrong[1]
-    assert ":1: no sentence of the text any more" in wrong[2] and len(wrong) == 3
+    assert "NF5 is not a name" in wrong[0]
+    assert (
+        "no block matches this sentence and its numbers 0.373047\n    nearest block: It saves {a.6} bits." in wrong[1]
+    )
+    assert ":1: its sentence is no longer in the text" in wrong[2] and len(wrong) == 3
 
 
 def test_a_number_that_stands_in_the_block_needs_a_reason(of_lesson_3):
     (wrong,) = bindings.problems_of(of_lesson_3("It saves 7 bits.", "> It saves 7 bits."))
-    assert "7 is neither bound nor said to be no claim" in wrong
+    assert "7 is neither bound nor marked as not a claim" in wrong
     (wrong,) = bindings.problems_of(of_lesson_3("It saves 8 things.", "> It saves 7 things.\n  - 7: counted"))
-    assert "8 stands where line 1 of its block has 7" in wrong
+    assert "8 is where line 1 of its block has 7" in wrong
     assert bindings.problems_of(of_lesson_3("4 bits, lesson 2.", "> 4 bits, lesson 2.")) == []
 
 
@@ -290,10 +292,10 @@ def test_the_card_counts_what_the_facts_are_drawn_from():
     words = {5: "five"}[len(counts)]
     said = "have {} facts each: a town (of {}), a job (of {}), an instrument (of {}), a pet (of {}) and a year of birth (of {})"
     assert said.format(words, *counts) in card
-    assert f"tell the {words} facts of one person" in card
+    assert f"state the {words} facts of one person" in card
     bits = sum(map(math.log2, counts))
     training = json.loads((bindings.ROOT / "data" / "tiny-llama" / "training.json").read_text(encoding="utf-8"))
-    assert f"{bits:.2f} bits a person and {bits * training['people'] / 2_359_296:.3f} bits for each" in card
+    assert f"{bits:.2f} bits per person and {bits * training['people'] / 2_359_296:.3f} bits per parameter" in card
 
 
 def command(monkeypatch, *arguments) -> int:

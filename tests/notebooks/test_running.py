@@ -32,8 +32,8 @@ def test_the_exercise_is_checked_unsolved_and_then_solved():
     ("learner", "solved", "says"),
     [
         ([BEFORE, AFTER], [BEFORE, CHECK], "in one edition only: 'after'"),
-        ([BEFORE, EXERCISE], [BEFORE, SOLUTION], "no cell behind it checks it: 'x = ...'"),
-        ([BEFORE], [BEFORE, AFTER], "no cell behind it checks it: 'after'"),
+        ([BEFORE, EXERCISE], [BEFORE, SOLUTION], "no cell after it checks it: 'x = ...'"),
+        ([BEFORE], [BEFORE, AFTER], "no cell after it checks it: 'after'"),
         ([BEFORE, AFTER], [BEFORE], "in one edition only: 'after'"),
     ],
 )

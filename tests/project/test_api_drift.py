@@ -1,7 +1,7 @@
-"""Every keyword argument that the course passes to its libraries exists in the installed versions of them.
+"""Every keyword argument that the course passes to its libraries exists in the installed versions.
 
-The calls are read from the code, not made: one that only a GPU or a long lesson reaches is held, too. A keyword that a
-`**kwargs` swallows without a word does not count as existing.
+The calls are read from the code, not made, so calls that only a GPU or a long lesson reaches are checked, too. A
+keyword that `**kwargs` silently swallows does not count as existing.
 """
 
 import ast
@@ -30,7 +30,7 @@ FOLDERS = ("qlora_helpers", "notebooks/source", "data", "tests/gpu")
 FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets")
 
-# What a call on a variable calls, by its last name: the code does not tell the type of the variable.
+# What a call on a variable calls, by its last name: the code does not show the variable's type.
 METHODS = {
     "amax": "torch.Tensor.amax",
     "attention": "torch.nn.functional.scaled_dot_product_attention",
@@ -54,7 +54,7 @@ METHODS = {
     "_save_checkpoint": "trl.SFTTrainer._save_checkpoint",
 }
 
-# Calls on variables that are none of the libraries': not held.
+# Calls on variables that do not belong to the libraries: not checked.
 OTHERS = {
     r"(ax|axes|fig|left|other)\b.*": "matplotlib",
     r".*\.(add_argument|add_parser|add_subparsers|set_defaults)": "argparse",
@@ -70,7 +70,7 @@ OTHERS = {
     r"pick": "min or max (qlora_helpers.memory.timeline)",
 }
 
-# Who takes the keywords that a callee passes on through its **kwargs; a list gives names.
+# The receivers of the keywords that a callee passes on through its **kwargs; a list gives names.
 PASSED_ON = {
     "transformers.AutoModelForCausalLM.from_pretrained": ["transformers.PreTrainedModel.from_pretrained"],
     "transformers.AutoModelForCausalLM.from_config": ["transformers.PreTrainedModel._from_config"],
@@ -91,7 +91,7 @@ PASSED_ON = {
 
 
 def oom_options(which: int) -> set[str]:
-    """What `measure_oom` passes on to SFTConfig (0) and to SFTTrainer (1)."""
+    """What `measure_oom` passes to SFTConfig (0) and to SFTTrainer (1)."""
     rows = measure_oom.all_rows()
     found = [measure_oom.eval_options(row, True)[which] for row in rows if row["what"] == "evaluation"]
     return set().union(*found, *([row.get("config_options", {}) for row in rows] if which == 0 else []))
@@ -99,10 +99,10 @@ def oom_options(which: int) -> set[str]:
 
 # The keys of expanded dictionaries that cannot be read from the code, by file and expression.
 EXPANDED = {
-    # what a library passes to a function of the course, handed back to it
+    # what a library passes to a function of the course, which passes it back
     ("attention.py", "options"): lambda: (),
     ("trainer.py", "kwargs"): lambda: (),
-    # what the trainer's collator makes
+    # what the trainer's collator returns
     ("08_stability.py", "batch"): lambda: ("input_ids", "attention_mask", "labels"),
     ("faulty_runs.py", "options"): lambda: faulty_runs._common(".", Settings(), CPU),
     # for PEFT, which takes adapter_names out before the model sees it: tests/adapters/test_files.py
@@ -123,7 +123,7 @@ EXPANDED = {
 
 @dataclass
 class Findings:
-    """What was found in one file: faults, (callee, keyword) of what is held, and the entries of tables it took."""
+    """What was found in one file: faults, the (callee, keyword) pairs checked, and the table entries used."""
 
     faults: list[str] = field(default_factory=list)
     held: list[tuple[str, str]] = field(default_factory=list)
@@ -132,10 +132,10 @@ class Findings:
 
 @cache
 def accepted(name: str) -> frozenset[str]:
-    """The keywords that a callable of a library knows.
+    """The keywords that a library's callable accepts.
 
     Raises:
-        AttributeError, ImportError: there is none of this name.
+        AttributeError, ImportError: there is no callable with this name.
     """
     callee = pkgutil.resolve_name(name)
     if isinstance(callee, list):
@@ -147,21 +147,21 @@ def accepted(name: str) -> frozenset[str]:
     names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {"self"}
     for parameter in parameters:
         if parameter.kind is parameter.VAR_KEYWORD:
-            # one that passes its **kwargs on may `get` a keyword just to look at it
+            # a function that passes its **kwargs on may `get` a keyword only to look at it
             ways = ("pop",) if name in PASSED_ON else ("pop", "get")
             names |= taken_from(parameter.name, callee.__init__ if inspect.isclass(callee) else callee, ways)
     return frozenset(names).union(*map(accepted, PASSED_ON.get(name, [])))
 
 
 def documented(callee) -> frozenset[str]:
-    """The parameters of a function in C, which has a signature in its docstring alone."""
+    """The parameters of a C function, whose signature is only in its docstring."""
     signature = rf"(?:^|:: ){callee.__name__}\((.*?)\)(?: ->|$)"
     found = re.findall(signature, callee.__doc__ or "", re.MULTILINE | re.DOTALL)
     return frozenset(name for text in found for name in re.findall(r"(?:^|,)\s*\*?([a-z_]\w*)", text))
 
 
 def taken_from(kwargs: str, function, ways: tuple[str, ...]) -> set[str]:
-    """The names that a function takes out of its **kwargs itself: `kwargs.pop("name")`, if it keeps the value."""
+    """The names that a function itself takes out of its **kwargs: `kwargs.pop("name")`, if it keeps the value."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     statements = [node for node in ast.walk(tree) if isinstance(node, ast.Expr | ast.Assign)]
     dropped = [s.value for s in statements if isinstance(s, ast.Expr) or ast.unparse(s.targets[0]) == "_"]
@@ -175,9 +175,9 @@ def taken_from(kwargs: str, function, ways: tuple[str, ...]) -> set[str]:
 
 
 def names_of(tree: ast.AST) -> dict[str, str]:
-    """What each imported name stands for, also those imported within a function.
+    """What each imported name refers to, including names imported in a function.
 
-    A class of the course without an `__init__` of its own stands for its base.
+    A class of the course without its own `__init__` refers to its base.
     """
     names = {}
     for node in ast.walk(tree):
@@ -196,7 +196,7 @@ def names_of(tree: ast.AST) -> dict[str, str]:
 
 
 def keys_in(value: ast.expr, tree: ast.AST) -> list[str] | None:
-    """The keys of an expanded dictionary: a literal, or a variable that is bound to literals only; None otherwise."""
+    """The keys of an expanded dictionary: a literal, or a variable bound only to literals; None otherwise."""
     literals = [value]
     if isinstance(value, ast.Name):
         literals, changes = [], 0
@@ -215,7 +215,7 @@ def keys_in(value: ast.expr, tree: ast.AST) -> list[str] | None:
 
 
 def hold(file: str, source: str) -> Findings:
-    """Hold every call in a file against the installed libraries."""
+    """Check every call in a file against the installed libraries."""
     found, tree = Findings(), ast.parse(source)
     names = names_of(tree)
     classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.bases]
@@ -240,7 +240,7 @@ def hold(file: str, source: str) -> Findings:
             found.used.update(others)
             continue
         else:
-            found.faults.append(f"{place}: whose call is this? Say it in METHODS or OTHERS")
+            found.faults.append(f"{place}: whose call is this? Add it to METHODS or OTHERS")
             continue
         library = callee.partition(".")[0]
         installed = f"{library} {importlib.metadata.version(library)}"
@@ -256,15 +256,13 @@ def hold(file: str, source: str) -> Findings:
                 passed = sorted(EXPANDED[entry]())
                 found.used.add(entry)
             if passed is None:
-                found.faults.append(f"{place}: the keys of **{entry[1]} cannot be read. Say them in EXPANDED")
+                found.faults.append(f"{place}: the keys of **{entry[1]} cannot be read. Add them to EXPANDED")
                 continue
             for name in passed:
                 found.held.append((callee, name))
                 if name not in accepted(callee):
                     known = ", ".join(sorted(accepted(callee)))
-                    found.faults.append(
-                        f"{place}: {installed} knows no keyword {name!r} of {callee}. It knows: {known}"
-                    )
+                    found.faults.append(f"{place}: {installed} has no keyword {name!r} of {callee}. It has: {known}")
     return found
 
 
@@ -299,7 +297,7 @@ def test_the_calls_that_matter_are_among_those_held():
 
 def test_every_entry_of_the_tables_is_needed():
     used = set().union(*(found_in(path).used for path in FILES))
-    assert not {*METHODS, *OTHERS, *EXPANDED} - used, "take these out of METHODS, OTHERS or EXPANDED"
+    assert not {*METHODS, *OTHERS, *EXPANDED} - used, "remove these from METHODS, OTHERS or EXPANDED"
 
 
 @pytest.mark.parametrize(
@@ -320,7 +318,7 @@ def test_every_entry_of_the_tables_is_needed():
         ("from trl import SFTConfig\no = {'max_seq_length': 1}\nSFTConfig(**o)", "no keyword 'max_seq_length'"),
         ("from trl import SFTConfig\no = {}\no['a'] = 1\nSFTConfig(**o)", r"the keys of \*\*o cannot be read"),
         ("import torch\ntorch.randn(2, sed=1)", "torch.randn: torch .* no keyword 'sed' .* dtype, generator"),
-        ("tensor.abs().amax(dims=1)", "no keyword 'dims' of torch.Tensor.amax. It knows: dim, keepdim"),
+        ("tensor.abs().amax(dims=1)", "no keyword 'dims' of torch.Tensor.amax. It has: dim, keepdim"),
         ("model.generate(max_new_token=1)", "no keyword 'max_new_token' .* max_new_tokens"),
         ("tokenizer.apply_chat_template([], return_assistant_mask=1)", "no keyword 'return_assistant_mask'"),
         ("trainer.train(resume_from=1)", "no keyword 'resume_from' .* resume_from_checkpoint"),

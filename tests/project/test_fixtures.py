@@ -1,4 +1,4 @@
-"""What the tests' own fixtures and hooks do beyond their module."""
+"""The effects of the tests' own fixtures and hooks outside their module."""
 
 import importlib.util
 import re
@@ -35,6 +35,6 @@ def test_tests_of_a_gpu_and_no_others_are_skipped_without_one(there, monkeypatch
 
 
 def test_nothing_takes_back_what_conftest_has_frozen():
-    """`gc.unfreeze` in one module makes each collection slow in all modules behind it."""
+    """`gc.unfreeze` in one module makes each collection slow in all later modules."""
     unfreezing = [path.name for path in TESTS.rglob("*.py") if re.search(r"^\s+gc\.unfreeze", path.read_text(), re.M)]
     assert unfreezing == []

@@ -1,6 +1,6 @@
-"""What conftest.py does, seen where it should arrive: in the kernels, and on the screen of somebody who runs the tests.
+"""The effects of conftest.py, seen in the kernels and on the screen of somebody who runs the tests.
 
-A course of two small lessons stands for the true one. Its cells write down what they find; some of them are wrong.
+A course of two small lessons replaces the real one. Its cells record what they find; some of them are wrong.
 """
 
 import json
@@ -21,7 +21,7 @@ from tests import ROOT
 LONG, SHORT = (
     "01_memory_maths",
     "04_qlora_run",
-)  # the second comes first in conftest.py; xdist would begin with the first
+)  # the second comes first in conftest.py; xdist would start with the first
 
 TELL = """import json, os, sys, time
 from pathlib import Path
@@ -34,7 +34,7 @@ if Path.cwd().name == "colab":
 _ = (tells / f"{me}.json").write_text(json.dumps(found))"""
 
 
-# jsonschema would compile a grammar for two seconds, for a format that notebooks have not.
+# jsonschema would spend two seconds compiling a grammar for a format that notebooks do not use.
 QUICK_PYTEST = "import sys; sys.modules['rfc3987_syntax'] = None; import pytest; sys.exit(pytest.main())"
 
 
@@ -68,7 +68,7 @@ def lesson(course: Path, name: str, cells: int, stored: str = "value 0.25\n") ->
 
 
 class Ran:
-    """One call of pytest in a small course, and what its cells wrote down."""
+    """One call of pytest in a small course, and what its cells recorded."""
 
     def __init__(self, course: Path, *arguments: str):
         tells = course / f"tells-{len(list(course.glob('tells-*')))}"
@@ -77,7 +77,7 @@ class Ran:
             key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "QLORA", "ATEN"))
         }
         environment |= {"TELLS": str(tells), "JUPYTER_PATH": str(course / "jupyter")}
-        for name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS"):  # which conftest.py sets
+        for name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS"):  # conftest.py sets these
             environment.pop(name, None)
         command = [sys.executable, "-c", QUICK_PYTEST, "-p", "no:cacheprovider", "--color=no", *arguments]
         done = subprocess.run(command, cwd=course, env=environment, capture_output=True, text=True)
@@ -93,7 +93,7 @@ def small_course(folder: Path) -> Path:
         shutil.copy(ROOT / name, folder / name)
     (folder / "notebooks" / "scripts" / "warm_libraries.py").write_text(
         "import fractions\n"
-    )  # no kernel has it by itself
+    )  # no kernel imports this on its own
     (folder / "tests").mkdir()
     (folder / "tests" / "test_marked.py").write_text(
         "import gc, os\nimport pytest\n\n\n"
@@ -102,7 +102,7 @@ def small_course(folder: Path) -> Path:
         "    assert os.environ['HF_HUB_OFFLINE'] == '1'\n\n\n"
         "@pytest.mark.skip(reason='no such machine')\ndef test_elsewhere():\n    pass\n"
     )
-    # a kernel that somebody has installed under the usual name, and that is none
+    # a broken kernel that somebody has installed under the usual name
     kernel = folder / "jupyter" / "kernels" / "python3" / "kernel.json"
     kernel.parent.mkdir(parents=True)
     kernel.write_text(json.dumps({"argv": ["false"], "display_name": "Python 3", "language": "python"}))
@@ -147,7 +147,7 @@ def faulty(tmp_path_factory):
 def test_without_everything_each_lesson_runs_once_solved_and_unsolved(once):
     assert once.code == 0, once.output
     assert set(once.kernels) == {f"solutions-{LONG}", f"solutions-{SHORT}"}
-    # tell, value, more cells, exercise and its check, solution and its check; one test without the mark
+    # tell, value, more cells, exercise and its check, solution and its check; one unmarked test
     assert re.search(rf"\b{2 * 6 + 6 + 1 + 1} passed", once.output)
     assert f"{SHORT}.ipynb::Cell 4, unsolved" in once.output
     assert "--everything also runs" in once.output
@@ -187,7 +187,7 @@ def test_the_colab_editions_run_without_avx_512_and_the_others_with_all_that_is_
     for place, kernel in everything.kernels.items():
         colab = place.startswith("colab-")
         assert kernel.get("ATEN_CPU_CAPABILITY") == ("avx2" if colab else None), place
-        if torch.backends.cpu.get_cpu_capability().startswith("AVX"):  # an Arm processor has another
+        if torch.backends.cpu.get_cpu_capability().startswith("AVX"):  # an Arm processor has another value
             assert kernel.get("capability", "AVX2") == "AVX2", place
         assert ("capability" in kernel) == colab
 

@@ -1,4 +1,4 @@
-"""What the Makefile and .ci/run guard against, seen with a Python, a pip and a ruff that only tell what is asked of them."""
+"""What the Makefile and .ci/run guard against, tested with a Python, a pip and a ruff that only log their calls."""
 
 import os
 import shutil
@@ -12,8 +12,8 @@ from tests import ROOT
 
 pytestmark = pytest.mark.skipif(not shutil.which("make"), reason="there is no make here")
 
-# Stands for python3, for .venv/bin/python and for .venv/bin/ruff. What FAILS names fails; VERSION is Python's. A venv that
-# fails has a Python already and no pip, as on Debian without python3-venv.
+# Replaces python3, .venv/bin/python and .venv/bin/ruff. What FAILS names fails; VERSION is Python's version. A venv
+# that fails already has a Python but no pip, as on Debian without python3-venv.
 TOOL = """#!/bin/sh
 echo "$(basename $0) $*" >> "$LOG"
 env | grep -E '^(HF_HUB_OFFLINE|OMP_NUM_THREADS|OMP_WAIT_POLICY|QLORA_RUNS)=' > "$LOG.env"
@@ -33,7 +33,7 @@ fi
 
 
 class Course:
-    """A checkout of the Makefile and what it reads, with a python3 of its own."""
+    """A checkout of the Makefile and what it reads, with its own python3."""
 
     def __init__(self, folder: Path):
         self.folder, self.log = folder, folder / "log"
@@ -51,7 +51,7 @@ class Course:
         (self.folder / "bin" / name).chmod(0o755)
 
     def call(self, *command: str, fails: str = "nothing", version: str = "3.12.4") -> subprocess.CompletedProcess:
-        """Run a command here; what its Python was asked for is in `asked` then."""
+        """Run a command here; afterwards `asked` has the calls of its Python."""
         environment = {
             name: value
             for name, value in os.environ.items()
@@ -99,7 +99,7 @@ def test_an_old_python_is_refused_before_anything_is_made(course, version):
 def test_without_the_venv_module_the_package_to_install_is_named_and_helps(course):
     done = course.make("run", fails="-m venv")
     assert done.returncode and "on Debian or Ubuntu install python3-venv first" in done.stdout
-    assert "Installing" not in done.stdout  # it did not go on
+    assert "Installing" not in done.stdout  # it did not continue
     assert course.asked == INSTALLS[:1] and not course.ready.exists()
     assert course.make("run").returncode == 0 and course.asked == [*INSTALLS, RUN]
 
@@ -108,7 +108,7 @@ def test_packages_are_installed_once_and_again_only_when_they_change(course):
     assert course.make("run").returncode == 0 and course.asked == [*INSTALLS, RUN]
     assert course.make("run").returncode == 0 and course.asked == [RUN]
     later = course.ready.stat().st_mtime + 5
-    os.utime(course.folder / "requirements.txt", (later, later))  # as a fresh checkout of the same file
+    os.utime(course.folder / "requirements.txt", (later, later))  # like a fresh checkout of the same file
     assert course.make("run").returncode == 0 and course.asked == [RUN]
     for name in ("requirements.txt", "pyproject.toml"):
         with (course.folder / name).open("a") as file:
@@ -138,7 +138,7 @@ def test_tests_run_offline_in_two_workers_of_one_thread_that_do_not_spin(course)
         ("test-all", "ruff format", "ruff format --check --quiet ."),
         ("test-all", "-m pytest", "python -m pytest -n 2 -q --everything"),
         ("test-all", "support.kills", "python -m tests.support.kills"),
-        ("test-kills", "support.kills", "python -m tests.support.kills"),  # behind a pipe
+        ("test-kills", "support.kills", "python -m tests.support.kills"),  # before a pipe
         ("test-colab", "--everything colab", "python -m pytest -q -p no:anyio --everything colab"),
         ("lint", "ruff format", "ruff format --check ."),
     ],

@@ -1,4 +1,4 @@
-"""The settings of pytest and ruff in pyproject.toml: each of them has something to do, and does it."""
+"""The settings of pytest and ruff in pyproject.toml: each is needed, and works."""
 
 import json
 import re
@@ -75,7 +75,7 @@ def test_each_filter_of_warnings_meets_one_of_the_installed_libraries(line):
 
 @pytest.fixture
 def conftest(request):
-    """The module of the hooks, as pytest has loaded it."""
+    """The module with the hooks, as loaded by pytest."""
     return request.config.pluginmanager.get_plugin(str(ROOT / "conftest.py"))
 
 
@@ -105,7 +105,7 @@ def test_the_file_and_not_the_test_says_what_comes_first(conftest, request):
 
 
 def found(*rules: str, files: list[str]) -> set[str]:
-    """Those of the rules that find something, without this project's exceptions."""
+    """Which of the rules find something, without this project's exceptions."""
     settings = [f"line-length={RUFF['line-length']}"]
     command = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--output-format", "json"]
     command += [f"--extend-exclude={pattern}" for pattern in RUFF["extend-exclude"]]

@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text()
 PINS = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(), re.M))
 RANGES = [Requirement(line) for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]]
 
-# What Colab's GPU runtime has; behind the bars stands what each needs.
+# The packages in Colab's GPU runtime; the requirements of each come after the bars.
 COLAB = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "colab" / "runtime-packages.txt").read_text(), re.M))
 
 
@@ -139,7 +139,7 @@ def test_the_ranges_admit_what_colab_has():
 
 def test_no_file_names_a_path_of_the_machine_it_was_made_on():
     if not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout: which files belong to the project is asked of git")
+        pytest.skip("not a git checkout: git lists the project's files")
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     for name in filter(None, files):
         path = ROOT / name

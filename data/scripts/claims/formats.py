@@ -34,7 +34,7 @@ def gaussian() -> torch.Tensor:
 
 @cache
 def in_nf4(double_quant: bool = True):
-    """The packed bytes and the state that bitsandbytes makes of a weight of the shipped model."""
+    """The packed bytes and the state that bitsandbytes makes from a weight of the shipped model."""
     weight = shipped_weights()["model.layers.1.mlp.up_proj"]
     return bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=double_quant)
 
@@ -48,7 +48,7 @@ def gaps(values: torch.Tensor) -> torch.Tensor:
     return values.sort().values.diff()
 
 
-# ---- the sizes of the parts, read off bitsandbytes' own tensors
+# ---- the sizes of the parts, read from bitsandbytes' own tensors
 
 
 @claim("A8.1")
@@ -184,7 +184,7 @@ def a_4_bit_layer_computes_in_bfloat16() -> Finding:
 
 
 def exponent_bits(dtype: torch.dtype) -> int:
-    """Bits of the exponent: half of its range lies above one."""
+    """Bits of the exponent: half of its range is above one."""
     return round(math.log2(2 * math.ceil(math.log2(torch.finfo(dtype).max))))
 
 

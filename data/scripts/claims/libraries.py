@@ -1,4 +1,4 @@
-"""Claims about libraries: names, arguments, attributes and defaults that the articles' code uses, tried on those installed."""
+"""Claims about libraries: names, arguments and defaults in the articles' code, tried on the installed versions."""
 
 import importlib.metadata
 import importlib.util
@@ -37,7 +37,7 @@ MODEL = str(data_path("tiny-llama"))
 
 @contextmanager
 def without_bars():
-    """No progress bar of transformers within; afterwards it is as it was."""
+    """Switch off transformers' progress bars; afterwards, restore the setting."""
     shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -49,7 +49,7 @@ def without_bars():
 
 @cache
 def tiny_shape():
-    """The shipped model without its numbers."""
+    """The shipped model without its values."""
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(MODEL))
 
@@ -130,7 +130,7 @@ def bitsandbytes_is_installed_by_pip() -> Finding:
 
 @claim("A116.1")
 def bitsandbytes_needs_cuda() -> Finding:
-    said = refusal(bnb.functional.quantize_4bit, torch.ones(64, 64))  # on the processor
+    said = refusal(bnb.functional.quantize_4bit, torch.ones(64, 64))  # on the CPU
     backends = [
         name
         for name in ("cuda", "cpu", "xpu", "hpu", "mps")
@@ -177,10 +177,10 @@ def llama_needs_remote_code() -> Finding:
 
 
 def placed(room: dict) -> dict:
-    """Where accelerate puts the parts of the shipped model, given the bytes of each place, as device_map="auto" does."""
+    """Where accelerate puts the parts of the shipped model, given each place's bytes, as with device_map="auto"."""
     logger = logging.getLogger("accelerate.utils.modeling")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it remarks that this machine has no such GPUs
+    logger.setLevel(logging.ERROR)  # it warns that this machine has no such GPUs
     try:
         return accelerate.infer_auto_device_map(tiny_shape(), room, ["LlamaDecoderLayer"])
     finally:
@@ -218,7 +218,7 @@ def torch_dtype_is_the_argument() -> Finding:
     logger = logging.getLogger("transformers")
     heard = logging.handlers.BufferingHandler(100)
     kept, logger.handlers[:] = logger.handlers[:], [heard]
-    transformers.utils.logging.warning_once.cache_clear()  # it may have been said before
+    transformers.utils.logging.warning_once.cache_clear()  # it may have been printed already
     try:
         with without_bars():
             said = refusal(transformers.AutoModelForCausalLM.from_pretrained, MODEL, torch_dtype=torch.float16)

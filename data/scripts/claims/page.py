@@ -1,11 +1,11 @@
-"""The claims of the three articles behind this course, each with a verdict, and what proves it.
+"""The claims of the three articles that started this course, each with a verdict and its proof.
 
     python -m data.scripts.claims            # compute every row that can be computed, name disagreements, write CLAIMS.md
-    python -m data.scripts.claims --check    # the same, and write nothing
+    python -m data.scripts.claims --check    # the same, but write nothing
 
-The table is `data/claims.csv`. For each row that can be computed, a function in `claims_of_size.py`, `claims_of_formats.py`,
-`claims_of_libraries.py`, `claims_of_quality.py` or `claims_of_runs.py` finds the value and the verdict without looking at the
-row; the rules for verdicts are in `claim_rules.py`. Where the two disagree, the row is wrong, or the world has changed.
+The table is `data/claims.csv`. For each row that can be computed, a function in `size.py`, `formats.py`,
+`libraries.py`, `quality.py` or `runs.py` finds the value and the verdict without reading the row; the rules for
+verdicts are in `rules.py`. If the two disagree, the row is wrong, or the world has changed.
 """
 
 import argparse
@@ -42,31 +42,31 @@ ARTICLES = {
         "The first article",
         "An article on QLoRA from a series on fine-tuning; our copy has no author and no date. It begins with \"The Problem: "
         "Big Models, Small GPUs\".",
-        "It explains the three ideas of QLoRA in a page and goes straight to code, and its table of cards is cautious: what "
-        "it promises fits. Its printed outputs and its memory for training need the most care, and the code was written for "
-        "libraries of 2023 and 2024.",
+        "It explains QLoRA's three ideas on one page and goes straight to code. Its table of cards is cautious: what it says "
+        "fits does fit. Its printed outputs and its figures for training memory need the most care, and the code was written "
+        "for libraries from 2023 and 2024.",
     ),
     "B": (
         "The second article",
         '"QLoRA Internals: Fine-Tuning 70B Models on a Single Consumer GPU" by Goh Ling Yong; no date.',
-        "It goes deeper than most: each option has its reason, and what it says of NF4, bfloat16, LoRA's scaling and adapters "
-        "that share a base mostly holds. Its title does not.",
+        "It goes deeper than most: it gives a reason for each option, and what it says about NF4, bfloat16, LoRA's scaling "
+        "and adapters that share a base is mostly right. Its title is not.",
     ),
     "C": (
         "The third article",
         '"QLoRA: Fine-Tune a Large Language Model on Your GPU" by Benjamin Marie, The Kaitchup, 30 May 2023, updated 25 March '
-        "2024. The part for subscribers was not read.",
-        "Written a week after the paper, it gets sizes right: which model fits which card, and how much disk and main memory. "
-        "Its sentences about NF4 and paging follow the paper loosely.",
+        "2024. We have not read the part for subscribers.",
+        "Written a week after the paper, it gets sizes right: which model fits which card, and how much disk space and main "
+        "memory it needs. Its sentences about NF4 and paging follow the paper only loosely.",
     ),
 }  # fmt: skip
 
 MEANING = {
-    "right": "it holds as it stands; a number agrees to half a unit of its last digit",
-    "rounded": f"near enough: a number within {100 * NEAR:.0f} %, or a sentence that holds and leaves out a part",
-    "outdated": "written for an older version: today's library refuses it, warns that it goes, or can do more",
-    "wrong": "it does not hold",
-    "depends": "it holds in one setting and not in another",
+    "right": "true as written; a number agrees to half a unit of its last digit",
+    "rounded": f"close enough: a number within {100 * NEAR:.0f} %, or a sentence that is true but incomplete",
+    "outdated": "written for an older version: today's library refuses it, warns that it will be removed, or can do more",
+    "wrong": "not true",
+    "depends": "true in one setting and not in another",
 }
 
 
@@ -76,12 +76,12 @@ class Row:
 
     Attributes:
         id: article and line, and a number if the line has several claims.
-        article, line: where the claim stands.
+        article, line: where the claim is.
         claim: in our words, or a short quotation.
-        verdict: one of `claim_rules.VERDICTS`.
-        value_claimed, value: the article's number and the true one, with units; empty where there is none.
+        verdict: one of `rules.VERDICTS`.
+        value_claimed, value: the article's number and the true one, with units; empty if there is none.
         statement: what is right.
-        source: where that comes from.
+        source: where the statement comes from.
         proof: lesson cells and tests, joined by " | ", or "cited only".
         computed: the name of the function that computes value and verdict; empty if none can.
     """
@@ -103,7 +103,7 @@ def read_table(path: Path = TABLE) -> list[Row]:
     """The rows of the table.
 
     Raises:
-        ValueError: the columns are not those of `Row`, or a line has more or fewer of them.
+        ValueError: the columns are not those of `Row`, or a line has more or fewer columns.
     """
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
@@ -120,7 +120,7 @@ def read_table(path: Path = TABLE) -> list[Row]:
         return rows
 
 
-# Numbers in a statement that say what was looked at, rather than what came of it.
+# Numbers in a statement that describe the setting, not the result.
 _SETTINGS = re.compile(
     r"`[^`]*`"
     r"|\brank \d+(?: and \d+| in place of \d+)?|\b[Bb]atch of \d+|\b\d+ x [\d,]+ tokens|\b[\d,]+ tokens\b|\bone sequence of \d+"
@@ -130,12 +130,12 @@ _SETTINGS = re.compile(
 
 
 def numbers_of(statement: str) -> set[str]:
-    """The numbers that a statement gives, without those of its settings and of names."""
+    """The numbers in a statement, without those in settings and names."""
     return set(numbers_in(_SETTINGS.sub("", statement)))
 
 
 def disagreements(row: Row, finding: Finding) -> list[str]:
-    """What of a row is not what was computed; empty if all is."""
+    """How a row differs from what was computed; empty if it does not."""
     faults = []
     for column, computed in (
         ("verdict", finding.verdict),
@@ -157,7 +157,7 @@ def code_cells(lesson: str) -> tuple[str, ...]:
     """The code cells of a lesson's source.
 
     Raises:
-        FileNotFoundError: there is no lesson of this number.
+        FileNotFoundError: there is no lesson with this number.
     """
     paths = list(LESSONS.glob(f"{lesson}_*.py"))
     if len(paths) != 1:
@@ -167,7 +167,7 @@ def code_cells(lesson: str) -> tuple[str, ...]:
 
 
 def fault_in_proof(proof: str) -> str:
-    """Why a proof is none: its lesson has no such cell, or there is no such test; empty if it is one."""
+    """Why a proof is not valid: its lesson has no such cell, or there is no such test; empty if it is valid."""
     if proof == CITED:
         return ""
     if found := re.fullmatch(r"lesson (\d\d): (.+)", proof):
@@ -182,7 +182,7 @@ def fault_in_proof(proof: str) -> str:
 
 
 def faults_in(rows: list[Row]) -> list[str]:
-    """Compute every row that can be computed, and name all that does not agree."""
+    """Compute every row that can be computed, and name everything that does not agree."""
     faults = []
     for row in rows:
         function = COMPUTED.get(row.id)
@@ -205,7 +205,7 @@ def faults_in(rows: list[Row]) -> list[str]:
 
 
 def how_proven(row: Row) -> str:
-    """The kind of a row's proof: a lesson shows it, else a test computes it, else it is cited."""
+    """The kind of a row's proof: a lesson shows it, or else a test computes it, or else it is cited."""
     if row.proof == CITED:
         return CITED
     return "a lesson shows it" if "lesson" in row.proof else "a test computes it"
@@ -225,7 +225,7 @@ def _linked(proof: str) -> str:
 
 
 def _proofs(row: Row) -> str:
-    """The proofs of a row with their links, and the function that computes it."""
+    """A row's proofs with their links, and the function that computes it."""
     proofs = "; ".join(map(_linked, row.proof.split(" | ")))
     if row.computed:
         proofs += f"; [`{row.computed}`]({COMPUTED[row.id].__module__.replace('.', '/')}.py)"
@@ -243,7 +243,7 @@ def _values(row: Row) -> str:
 
 
 def _counts(rows: list[Row], columns: tuple[str, ...], key) -> list[str]:
-    """A table of counts: a line for each article, and one for all."""
+    """A table of counts: one line for each article, and one for all."""
     lines = ["| | claims | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     groups = {ARTICLES[letter][0].lower(): [row for row in rows if row.article == letter] for letter in ARTICLES}
     for name, group in (groups | {"all": rows}).items():
@@ -260,23 +260,22 @@ def page(rows: list[Row]) -> str:
         "",
         "<!-- made by data/scripts/claims/page.py from data/claims.csv: edit these, and run it again -->",
         "",
-        "This course began with three articles about QLoRA. They got many readers started, and most of what they say holds. "
-        f"Here is each of their claims that can be checked, {len(rows)} in all, with a verdict and with what proves it.",
+        "This course began with three articles about QLoRA. They got many readers started, and most of what they say is right. "
+        f"Here is each of their claims that can be checked, {len(rows)} in all, with a verdict and its proof.",
         "",
         *(f"- **{verdict}**: {meaning}." for verdict, meaning in MEANING.items()),
         "",
         *_counts(rows, VERDICTS, lambda row: row.verdict),
         "",
         f"{computed} of the {len(rows)} rows are computed by a function that does not read the row: from the shapes of models, "
-        "from runs measured on a GPU, from the installed libraries, or by running the article's own code. A test holds each of "
-        "them against the table, its verdict and its numbers. Many can be seen in a lesson, too. What we could only look up "
-        "is marked *cited only*.",
+        "from runs measured on a GPU, from the installed libraries, or by running the article's own code. A test compares each "
+        "verdict and its numbers with the table. Many are also shown in a lesson. What we could only look up is marked *cited "
+        "only*.",
         "",
         *_counts(rows, KINDS, how_proven),
         "",
-        "Where a row says predicted, it is by the course's memory predictor, whose errors are in "
-        "[lesson 5](notebooks/05_will_it_fit.ipynb). The versions named are those of `requirements.txt`. GB are powers of ten, "
-        "GiB powers of two.",
+        "\"Predicted\" means by the course's memory predictor; [lesson 5](notebooks/05_will_it_fit.ipynb) shows its errors. "
+        "The versions are those in `requirements.txt`. GB are powers of ten, GiB powers of two.",
         "",
     ]  # fmt: skip
     for letter, (name, reference, fairness) in ARTICLES.items():

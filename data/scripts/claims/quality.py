@@ -37,7 +37,7 @@ AUTHORS_RANK, AUTHORS_ALPHA = 64, 16  # artidoro/qlora, scripts/finetune_guanaco
 
 @cache
 def exact_matches() -> dict[str, list[float]]:
-    """By the label of a run: the share of right answers of each seed."""
+    """For each run's label: the share of right answers for each seed."""
     found = {}
     for run in measured("quality")["runs"]:
         found.setdefault(run["label"], []).append(run["exact_match"])
@@ -53,7 +53,7 @@ def points(share: float) -> str:
 
 
 def best_rate(start: str) -> str:
-    """Of the runs whose label is this, or this and a learning rate, the one with the best mean."""
+    """The run with the best mean, of those whose label is this, or this and a learning rate."""
     return max((label for label in exact_matches() if label.partition(", learning")[0] == start), key=mean)
 
 
@@ -68,7 +68,7 @@ def loss(name: str) -> float:
 
 
 def standard_errors(one: str, other: str) -> float:
-    """How far the mean test loss of one row lies above another's, in standard errors of their difference."""
+    """How far one row's mean test loss is above another's, in standard errors of their difference."""
     spreads = (
         statistics.stdev(row["loss"]) / len(row["loss"]) ** 0.5 for row in (stability()[one], stability()[other])
     )
@@ -132,7 +132,7 @@ def all_linear_layers_are_best() -> Finding:
         everywhere, attention = (mean(best_rate(f"rank {rank}, {layers}")) for layers in ("all linear", "attention"))
         outcomes.append(everywhere > attention)
         shown += [points(everywhere), points(attention)]
-    many = mean(best_rate("rank 64, attention"))  # more trained numbers than rank 16 on all layers has
+    many = mean(best_rate("rank 64, attention"))  # more trainable parameters than rank 16 on all layers
     few = mean(best_rate("rank 16, all linear"))
     return by_setting(*outcomes, few > many, value=f"{points(few)} % instead of {points(many)} %", shown=shown)
 
@@ -172,7 +172,7 @@ def clipping_at_a_third_is_safe() -> Finding:
 
 
 def losses_without_warm_up() -> tuple[list[bool], list[str]]:
-    """At three learning rates: whether no warm-up is worse by 2 standard errors; the losses without it and with it."""
+    """At three learning rates: whether no warm-up is worse by 2 standard errors, and the losses without and with it."""
     rates = {"as it should be": "no warm-up"}
     rates |= {f"{times} times the rate": f"{times} times the rate, no warm-up" for times in ("2.5", "5")}
     worse = [standard_errors(without, with_it) > 2 for with_it, without in rates.items()]

@@ -1,15 +1,15 @@
-"""How a claim of an article gets its verdict: stated rules, applied to numbers and outcomes that code found.
+"""How an article's claim gets its verdict: fixed rules, applied to computed numbers and outcomes.
 
 The five verdicts:
 
-- right: it holds as it stands; a number agrees to half a unit of its last digit.
-- rounded: near enough to work with: a number within 5 %, or a sentence that holds and leaves out a part.
-- outdated: written for an older version; the installed library refuses it, warns that it goes, or can do more by now.
-- wrong: it does not hold.
-- depends: it holds in one setting and not in another, and both are shown.
+- right: true as written; a number agrees to half a unit of its last digit.
+- rounded: close enough to work with: a number within 5 %, or a sentence that is true but incomplete.
+- outdated: written for an older version; today's library refuses it, warns that it will be removed, or can do more.
+- wrong: not true.
+- depends: true in one setting and not in another; both are shown.
 
-A function that judges a claim is registered under the claim's id. It never reads the table: the claimed number stands in
-its code as what is under test, everything else is computed.
+A function that judges a claim is registered under the claim's id. It never reads the table: the claimed number is in
+its code, because it is what is tested; everything else is computed.
 """
 
 from collections.abc import Callable, Collection
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 
 VERDICTS = ("right", "rounded", "outdated", "wrong", "depends")
-NEAR = 0.05  # of the true value: what still counts as rounded
+NEAR = 0.05  # of the true value: the largest error that still counts as rounded
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Finding:
 
     Attributes:
         verdict: one of VERDICTS.
-        value: what is true, as the table shows it; empty where there is no number to show.
-        claimed: the number of the article, as the table shows it; empty where it gives none.
-        shown: further computed numbers, which the table's statement may use.
+        value: what is true, as the table shows it; empty if there is no number to show.
+        claimed: the article's number, as the table shows it; empty if it gives none.
+        shown: further computed numbers that the table's statement may use.
     """
 
     verdict: str
@@ -41,10 +41,10 @@ COMPUTED: dict[str, Callable[[], Finding]] = {}
 
 
 def claim(*ids: str) -> Callable:
-    """Register a function as the one that judges these claims.
+    """Register a function as the judge of these claims.
 
     Raises:
-        ValueError: another function judges one of them already.
+        ValueError: another function already judges one of them.
     """
 
     def register(function: Callable[[], Finding]) -> Callable[[], Finding]:
@@ -65,12 +65,12 @@ def with_unit(number: str, unit: str) -> str:
 
 
 def number(claimed: str, value: float, unit: str = "", digits: int = 0, shown: Collection[str] = ()) -> Finding:
-    """Judge a number: right to half a unit of the last digit that is claimed, rounded within 5 %, otherwise wrong.
+    """Judge a number: right within half a unit of the last claimed digit, rounded within 5 %, otherwise wrong.
 
     Args:
         claimed: as the article writes it, such as "0.34" or "41,943,040".
         value: the true one.
-        digits: behind the point, with which the true one is shown.
+        digits: the decimal places with which the true one is shown.
     """
     said = float(claimed.replace(",", ""))
     half = 0.5 * 10.0 ** -len(claimed.partition(".")[2])
@@ -80,7 +80,7 @@ def number(claimed: str, value: float, unit: str = "", digits: int = 0, shown: C
 
 
 def by_setting(*outcomes: bool, value: str = "", claimed: str = "", shown: Collection[str] = ()) -> Finding:
-    """Judge a sentence by what came of it in one or more settings: in all it is right, in none wrong, otherwise it depends."""
+    """Judge a sentence by its outcomes in one or more settings: right if all hold, wrong if none does, else depends."""
     if not outcomes:
         raise ValueError("by_setting() needs the outcome of at least one setting")
     verdict = "right" if all(outcomes) else "depends" if any(outcomes) else "wrong"
@@ -88,7 +88,7 @@ def by_setting(*outcomes: bool, value: str = "", claimed: str = "", shown: Colle
 
 
 def parts(claimed: Collection, true: Collection, value: str = "", shown: Collection[str] = ()) -> Finding:
-    """Judge a list: right if it is the true one, rounded if it leaves some out, wrong if it has what is not true."""
+    """Judge a list: right if it is the true one, rounded if it is incomplete, wrong if it contains something untrue."""
     said, found = set(claimed), set(true)
     verdict = "right" if said == found else "rounded" if said < found else "wrong"
     return Finding(verdict, value, shown=tuple(shown))
@@ -104,7 +104,7 @@ def refusal(function: Callable, /, *args, **keywords) -> str:
 
 
 def still_taken(function: Callable, keyword: str, /, *args, **others) -> Finding:
-    """Judge a keyword of a library: right if the installed version takes it, outdated if it raises a TypeError about it."""
+    """Judge a library's keyword: right if the installed version takes it, outdated if it raises a TypeError for it."""
     said = refusal(function, *args, **others)
     if not said:
         return Finding("right")

@@ -1,4 +1,4 @@
-"""Claims about what code does: tried on the shipped model, on the processor, in a second or less each."""
+"""Claims about what code does: tried on the shipped model, on the CPU, in a second or less each."""
 
 import copy
 import io
@@ -65,7 +65,7 @@ def loaded_in_4_bits():
 
 
 def base(quantization: str | None = "nf4"):
-    """The shipped model, the caller's own: of 4 bits a copy, since to quantise it each time takes six times as long."""
+    """The shipped model, new for each caller. In 4 bits it is a copy: quantising again takes six times as long."""
     return copy.deepcopy(loaded_in_4_bits()) if quantization else load_model(quantization=None, hardware=detect("cpu"))
 
 
@@ -81,20 +81,20 @@ def with_adapters(model, seed: int = 0):
 
 @torch.no_grad()
 def logits(model) -> torch.Tensor:
-    model.train()  # bitsandbytes repacks 4-bit weights in evaluation on some processors; there is no dropout here
+    model.train()  # bitsandbytes repacks 4-bit weights in evaluation on some CPUs; there is no dropout here
     return model(input_ids=tokens()).logits
 
 
 @contextmanager
 def silence():
-    """Neither progress bars nor warnings within."""
+    """Hide progress bars and warnings."""
     with redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def trainer_for(rows: list[dict], model=None, args=None) -> SFTTrainer:
-    """An SFTTrainer of the shipped model in 4 bits, with rank 16 on all linear layers."""
+    """An SFTTrainer for the shipped model in 4 bits, with rank 16 on all linear layers."""
     with silence():
         return SFTTrainer(
             model=model or base(),
@@ -114,7 +114,7 @@ def text_trainer() -> SFTTrainer:
 
 @cache
 def chat_trainer() -> SFTTrainer:
-    """As this course does it: the chats themselves, and a loss on what the assistant says."""
+    """As in this course: the chats themselves, and a loss only on what the assistant says."""
     return trainer_for([{"messages": chat} for chat in chats()[:2]])
 
 
@@ -122,7 +122,7 @@ def chat_trainer() -> SFTTrainer:
 
 
 def find_all_linear_names(model) -> list[str]:
-    """The second article's function as it is printed there."""
+    """The second article's function, as printed."""
     cls = bnb.nn.Linear4bit
     lora_module_names = set()
     for name, module in model.named_modules():
@@ -386,7 +386,7 @@ def two_adapters_share_one_base() -> Finding:
 def several_adapters_share_one_base() -> Finding:
     shape = find_shape("meta-llama/Llama-3.1-8B")
     copies = 2 * predict_merge(shape, "16bit").merged_bytes
-    one_base = predict_merge(shape, "4bit").base_bytes + 2 * 2 * shape.lora_parameters(16)  # two, of bfloat16 numbers
+    one_base = predict_merge(shape, "4bit").base_bytes + 2 * 2 * shape.lora_parameters(16)  # two adapters in bfloat16
     return by_setting(
         two_adapters_share_one_base().verdict == "right", one_base < copies,
         value=f"{one_base / 1e9:.1f} GB instead of {copies / 1e9:.1f} GB", shown=["16"],
@@ -399,7 +399,7 @@ def a_4_bit_model_cannot_be_merged() -> Finding:
     with silence():
         merged = model.merge_and_unload()
     still_4_bit = all(isinstance(layer, bnb.nn.Linear4bit) for _, layer in linear_layers(merged))
-    rows = of_merging()  # 8B after a short run: how far its logits lie from those of the unmerged model
+    rows = of_merging()  # 8B after a short run: how far its logits are from the unmerged model's
     far = [rows[way]["mean"] / rows["no adapter"]["mean"] for way in ("4bit", "16bit, then 4bit")]
     return Finding("outdated" if still_4_bit else "right", shown=tuple(f"{100 * share:.0f}" for share in far))
 
@@ -478,7 +478,7 @@ def the_authors_schedule_warms_up_or_decays() -> Finding:
 
 @claim("B43.6")
 def bfloat16_is_crucial() -> Finding:
-    """The model made louder computes the same: each layer normalises what it reads. float16 ends at 65,504."""
+    """Larger activations do not change the output: each layer normalises its input. float16 ends at 65,504."""
     model, losses = base(None), {}
     writers = [part for name, part in model.named_modules() if name.endswith(("embed_tokens", "o_proj", "down_proj"))]
     for factor in (1, 1024):

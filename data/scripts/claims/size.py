@@ -46,13 +46,13 @@ def measured(name: str):
 
 
 def of_merging() -> dict[str, dict]:
-    """By its name: what each way to merge an adapter into 8B took and gave."""
+    """For each way to merge an adapter into 8B, by name: its cost and result."""
     return {row["way"]: row for row in measured("merging")["rows"]}
 
 
 @cache
 def of_memory_runs() -> dict[str, dict]:
-    """By its label: a run of 8B that was made to die under a cap, or its cure, or what either takes without a cap."""
+    """Runs of 8B by label: those made to die under a cap, their cures, and what they take without a cap."""
     return {row["label"]: row for row in measured("oom")["rows"]}
 
 
@@ -204,7 +204,7 @@ def saving_for_llama_2_70b() -> Finding:
 
 @claim("B41.6")
 def unit_of_the_second_article_s_formula() -> Finding:
-    result = 70 * 10**9 * 0.4 / (8 * 1024**3)  # as it stands there: a number of GiB
+    result = 70 * 10**9 * 0.4 / (8 * 1024**3)  # as printed there: the result is in GiB
     return number("3.26", result * GIB / GB, "GB", 2, [f"{result:.2f}"])
 
 
@@ -239,7 +239,7 @@ def ten_a100_hold_780_gb() -> Finding:
 
 
 def within(claimed: float, *sizes: float) -> list[bool]:
-    """For each run: does it stay within the GB that were claimed, or 5 % above?"""
+    """For each run: does it stay within the claimed GB, plus 5 %?"""
     return [size <= claimed * GB * 1.05 for size in sizes]
 
 
@@ -330,7 +330,7 @@ def qlora_70b_on_one_a100_80() -> Finding:
 
 
 def before_activations(method: str) -> float:
-    """Bytes of weights, trained numbers, gradients and optimizer states of Llama-3.1-8B, at rank 16 in float32."""
+    """Bytes of weights, trainable parameters, gradients and optimizer states of Llama-3.1-8B, at rank 16 in float32."""
     trained = LLAMA_8B.lora_parameters(16) * (4 + 4 + 8)
     weights = {"full": LLAMA_8B.parameters * 12, "lora": LLAMA_8B.parameters * 2, "qlora": weight_bytes(LLAMA_8B)}
     return weights[method] + (0 if method == "full" else trained)
@@ -357,7 +357,7 @@ def fits(shape, gpu: str, run: Settings = LEAST) -> Prediction:
 
 
 def on_a_card(*predictions: Prediction) -> Finding:
-    """Judge "it fits": the whole process, CUDA context included, against what the card gives."""
+    """Judge "it fits": the whole process, including the CUDA context, against the card's usable memory."""
     needs = [gib(p.device_bytes, 1) for p in predictions]
     value = " and ".join(dict.fromkeys(needs)) + " GiB"  # each once, in order
     return by_setting(*(p.fits for p in predictions), value=value, shown=[gib(p.gpu.usable_bytes) for p in predictions])
@@ -483,7 +483,7 @@ def disk_for_both() -> Finding:
 
 
 def suggest_batch_size(gpu_vram_gb, model_size_b, quantization_bits=4):
-    """The first article's function as it is printed there, its indentation put back."""
+    """The first article's function as printed, with its indentation restored."""
     model_memory = model_size_b * quantization_bits / 8 / 1e9
     available = gpu_vram_gb - model_memory - 2
     if available < 2:
@@ -498,7 +498,7 @@ def suggest_batch_size(gpu_vram_gb, model_size_b, quantization_bits=4):
 
 @claim("A172.1")
 def memory_in_the_suggested_batch_size() -> Finding:
-    formula, true = 8 * 4 / 8 / 1e9, 8 * 4 / 8  # model_size_b comes in billions already
+    formula, true = 8 * 4 / 8 / 1e9, 8 * 4 / 8  # model_size_b is already in billions
     return Finding(number(f"{formula:.9f}", true).verdict, f"{true:.0f} GB", f"{formula * 1e9:.0f} bytes")
 
 
@@ -530,7 +530,7 @@ def trainable_8b() -> Finding:
 def all_parameters_8b() -> Finding:
     trained = LLAMA_8B.lora_parameters(16)
     everything = LLAMA_8B.parameters + trained
-    stored = everything - LLAMA_8B.linear_parameters // 2  # numel() sees a byte with two weights as one
+    stored = everything - LLAMA_8B.linear_parameters // 2  # numel() counts a byte with two weights as one
     return number("4,579,280,896", everything, shown=[f"{stored:,}"])
 
 
@@ -592,7 +592,7 @@ def trainable_is_proportional_to_the_rank() -> Finding:
 @claim("A43.2", "B220.4", "C59.2")
 def paging_prevents_out_of_memory() -> Finding:
     runs = [row for row in measured("t4_gear")["rows"] if row["what"] == "training"]
-    failed = [row for row in runs if row["outcome"] == "out of memory"]  # all of them with paged 8-bit AdamW
+    failed = [row for row in runs if row["outcome"] == "out of memory"]  # all with paged 8-bit AdamW
     sizes = [16 * side for linear in LLAMA_8B.linears for side in (linear.in_features, linear.out_features)]
     paged = sum(size for size in sizes if size >= SMALLEST_PAGED) / sum(sizes)
     on_h200 = [row for row in of_memory_runs().values() if row["what"] == "run" and row["outcome"] == "out of memory"]
@@ -606,7 +606,7 @@ def paging_prevents_out_of_memory() -> Finding:
     )  # fmt: skip
 
 
-MANAGED_PIECE = 128 * MIB  # in which the driver gives out managed memory
+MANAGED_PIECE = 128 * MIB  # the driver allocates managed memory in pieces of this size
 
 
 @claim("B15.1", "B220.3")
@@ -616,7 +616,7 @@ def states_lie_in_managed_memory() -> Finding:
         plain = of_memory_runs()[f"paging: rank {rank}, adamw_8bit"]
         for name in ("paged_adamw_8bit", "paged_adamw_32bit"):
             row = of_memory_runs()[f"paging: rank {rank}, {name}"]
-            # what the card has in use beside torch's own memory
+            # the card's memory in use outside torch's own
             more = row["outside"]["after step 4"] - plain["outside"]["after step 4"]
             pieces = -(-row["paged_bytes"] // MANAGED_PIECE)
             outcomes.append(row["paged_bytes"] > 0 and abs(more - pieces * MANAGED_PIECE) < 32 * MIB)
@@ -629,7 +629,7 @@ def paging_can_take_a_spike() -> Finding:
     runs = [(LLAMA_8B, replace(FIRST, upcast_fp32=False)), (LLAMA_2_70B, SECOND)]
     predictions = [predict(shape, run) for shape, run in runs]
     shares = [100 * p.parts["optimizer (paged)"] / p.device_bytes for p in predictions]
-    lived = of_memory_runs()["optimizer: cure, paged, 32 bits"]  # the same run died with states that are not paged
+    lived = of_memory_runs()["optimizer: cure, paged, 32 bits"]  # the same run died with unpaged states
     on_card = lived["peak_reserved_bytes"] + lived["outside"]["after step 4"]
     return by_setting(
         *(share > 5 for share in shares), on_card <= lived["cap_bytes"], value="{:.1f} % and {:.1f} %".format(*shares),
@@ -645,8 +645,8 @@ def paged_32_bit_saves_memory() -> Finding:
     )
     numbers = LLAMA_2_70B.lora_parameters(64)
     return by_setting(
-        paged.peak_reserved_bytes < unpaged.peak_reserved_bytes,  # torch's memory; paged states lie outside of it
-        paged.device_bytes < small.device_bytes,  # all together
+        paged.peak_reserved_bytes < unpaged.peak_reserved_bytes,  # torch's memory, which does not include paged states
+        paged.device_bytes < small.device_bytes,  # everything
         value=f"{gb(8 * numbers)} GB", shown=[gb(2 * numbers)],
     )  # fmt: skip
 
@@ -730,7 +730,7 @@ def memory_is_quadratic_in_the_sequence() -> Finding:
     grows = {}
     for kernel in (" math", ""):
         small, large = (settings_of(label.format(n, kernel))["peak_allocated_bytes"] - loaded for n in (2048, 4096))
-        grows[kernel] = large / small  # twice the tokens: 2 for a straight line, 4 for a parabola
+        grows[kernel] = large / small  # twice the tokens: 2 if linear, 4 if quadratic
     eager, sdpa = (of_memory_runs()[f"eager attention: {role}"] for role in ("price", "cure, sdpa"))
     return by_setting(
         *(growth > 3 for growth in grows.values()), value=f"{grows['']:.1f} times",

@@ -1,4 +1,4 @@
-"""Make the adapter that ships with the course: lesson 4's run, kept, so that later lessons can begin where it ended.
+"""Make the adapter that ships with the course: lesson 4's run, saved so that later lessons can start where it ended.
 
 python -m data.scripts.make.adapters      # two minutes on two cores
 """

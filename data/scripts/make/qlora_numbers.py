@@ -1,13 +1,13 @@
-"""The numbers of the course's question set about QLoRA, held against what they should be.
+"""Check the numbers in the course's question set about QLoRA.
 
-Each pair in `data/chats/qlora/` names, beside its messages, how each of its numbers comes about:
+Each pair in `data/chats/qlora/` says, beside its messages, how each of its numbers is computed:
 
     {"messages": [...], "numbers": {"0.373": "32 / 64 - (8 / 64 + 32 / (64 * 256))"}}
 
-An expression may use the functions below. A number is right if it is the expression's value, rounded to as many digits as
-the text shows. What the course cannot compute is `sourced`: a value and where it comes from.
+An expression may use the functions below. A number is right if it is the expression's value, rounded to the number of
+digits in the text. What the course cannot compute is `sourced`: a value and where it comes from.
 
-    python -m data.scripts.make.qlora_numbers FILE.jsonl ...    # name every fault in files of pairs
+    python -m data.scripts.make.qlora_numbers FILE.jsonl ...    # report every fault in these files
 """
 
 import importlib
@@ -24,14 +24,14 @@ from qlora_helpers.units import GB, GIB, MIB
 
 MB = 10**6
 
-# A number stands alone (not in NF4, 8B, T4, Llama-3.1, 4-bit, int4). Thousands are grouped by commas.
+# A number is not part of a name (NF4, 8B, T4, Llama-3.1, 4-bit, int4). Thousands are grouped by commas.
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e-?\d+)?(?![\w]|[.,]\d)(?!-(?:bit|step|token))"
 NUMBER = re.compile(rf"(?<![\w.,/-])-?{_DIGITS}|(?<=\d-){_DIGITS}")
-WIDTHS = re.compile(r"(?<![\d.,])\b(?:1|2|3|4|8|16|32|64) bits?\b")  # widths of formats are names, too
+WIDTHS = re.compile(r"(?<![\d.,])\b(?:1|2|3|4|8|16|32|64) bits?\b")  # bit widths of formats are names, too
 
 
 def numbers_in(text: str) -> list[str]:
-    """The numbers that a text states."""
+    """The numbers in a text."""
     return NUMBER.findall(WIDTHS.sub("", text))
 
 
@@ -52,7 +52,7 @@ def parameters(model: str) -> int:
 
 
 def linear_parameters(model: str) -> int:
-    """Those in the linear layers of its decoder, which QLoRA keeps in 4 bits."""
+    """The parameters in its decoder's linear layers, which QLoRA keeps in 4 bits."""
     return _counts(model)[1]
 
 
@@ -62,7 +62,7 @@ def lora_parameters(model: str, rank: int) -> int:
 
 
 def nf4_bits(double_quant: bool = True, block_size: int = 64) -> float:
-    """Bits per parameter of a 4-bit weight, its scales included."""
+    """Bits per parameter of a 4-bit weight, including its scales."""
     return 4 + (8 / block_size + 32 / (block_size * 256) if double_quant else 32 / block_size)
 
 
@@ -98,7 +98,7 @@ def _t4_table() -> dict:
 
 
 def t4_cap() -> float:
-    """The bytes to which the runs of `data/measured/t4_gear.json` were limited."""
+    """The memory limit, in bytes, of the runs in `data/measured/t4_gear.json`."""
     return _t4_table()["cap_bytes"]
 
 
@@ -137,7 +137,7 @@ NAMES = {
 
 
 def fault_in_number(text: str, expression: str) -> str | None:
-    """What is wrong with a number of a text and the expression it should come from; None if they agree."""
+    """What is wrong with a number in a text and its expression; None if they agree."""
     try:
         value = float(eval(expression, {"__builtins__": {}}, NAMES))  # expressions of this repository's own data
     except Exception as error:
@@ -145,14 +145,14 @@ def fault_in_number(text: str, expression: str) -> str | None:
     mantissa, _, exponent = text.replace(",", "").partition("e")
     scale = 10.0 ** int(exponent or 0)
     digits = len(mantissa.partition(".")[2])
-    # half a unit of the last digit that is shown, and a little for ties in binary
+    # half a unit of the last digit shown, and a little more for ties in binary
     if abs(float(mantissa) - value / scale) > 0.5 * 10**-digits + 1e-9 * abs(value / scale):
         return f"{text}: {expression!r} gives {value!r}"
     return None
 
 
 def faults_in(pair: dict) -> list[str]:
-    """All that is wrong with the numbers of a pair."""
+    """Everything that is wrong with the numbers of a pair."""
     text = " ".join(message["content"] for message in pair["messages"])
     stated, given = set(numbers_in(text)), pair.get("numbers", {})
     faults = [f"{number} is stated without an expression" for number in sorted(stated - given.keys())]

@@ -1,8 +1,8 @@
-"""A stand-in for a model of the Hub: a known shape with random weights, and a tokenizer with the same chat template.
+"""A stand-in for a model on the Hub: a known shape with random weights, and a tokenizer with the same chat template.
 
     python -m data.scripts.make.stand_in_models Qwen2.5-1.5B FOLDER
 
-It answers nonsense, and it takes the same memory and time as the real model: for tests and measurements without a network.
+Its answers are nonsense, but it takes the same memory and time as the real model: for tests and measurements offline.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from qlora_helpers.memory import known_config
 from qlora_helpers.paths import data_path
 
-SHARD = "2GB"  # small shards keep the main memory small while a model is loaded
+SHARD = "2GB"  # small shards keep main memory use low while a model is loaded
 
 
 def make_tokenizer():
@@ -48,7 +48,7 @@ def make_tokenizer():
 
 
 def write(model_name: str, folder: Path, device: str | None = None) -> Path:
-    """Write a model folder as the Hub would deliver it, in bfloat16; a folder that is there already is kept."""
+    """Write a model folder like one from the Hub, in bfloat16; an existing folder is kept."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     if folder.exists():
@@ -60,7 +60,7 @@ def write(model_name: str, folder: Path, device: str | None = None) -> Path:
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    # what Qwen2.5's own file asks for, so that greedy answers are tested against it
+    # as in Qwen2.5's own file, so that greedy answers are tested against it
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=0.7,
@@ -78,7 +78,7 @@ def write(model_name: str, folder: Path, device: str | None = None) -> Path:
 
 
 def chats(count: int, tokens: int, tokenizer) -> list:
-    """Chats of exactly so many tokens, nearly all of them in the answer."""
+    """Chats of exactly this many tokens, nearly all in the answer."""
     from qlora_helpers.chats import count_tokens
 
     vocabulary = [w for w in (tokenizer.decode([i]) for i in range(len(tokenizer))) if w[:1] == " " and w[1:].isalpha()]

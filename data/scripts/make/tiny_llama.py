@@ -1,10 +1,10 @@
 """Make the small model that ships with the course: corpus, tokenizer, training and chat sets, all from one seed.
 
     python -m data.scripts.make.tiny_llama                          # as shipped; a few minutes on a GPU, many hours on a CPU
-    python -m data.scripts.make.tiny_llama --people 200 --steps 300 --out runs/tiny   # a toy of it, a minute or two on a CPU
+    python -m data.scripts.make.tiny_llama --people 200 --steps 300 --out runs/tiny   # a toy, a minute or two on a CPU
 
-The corpus is never written to disk: every row of every batch is one document, put together on the device from the
-sentences in `invented_world.py`. Needs torch, transformers and tokenizers alone.
+The corpus is never written to disk: every row of every batch is one document, assembled on the device from the
+sentences in `invented_world.py`. Needs only torch, transformers and tokenizers.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from data.scripts.make.invented_world import (
 
 PAD, BEGIN, END, USER, ASSISTANT = SPECIAL_TOKENS = ["<|pad|>", "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"]
 
-# One line per turn; `{% generation %}` marks what the assistant says (its closing token too), so that a trainer can
-# put the loss there and nowhere else.
+# One line per turn; `{% generation %}` marks what the assistant says, including the EOS token, so that a trainer can
+# compute the loss only there.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -51,7 +51,7 @@ ROW_TOKENS = 80  # every document fits in one row: five statements, four questio
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word of the world, and a token per byte for everything else, so any text can be encoded.
 
-    `ignore_merges` (as in Llama 3) takes a word that is in the vocabulary whole, without merge rules.
+    `ignore_merges` (as in Llama 3) keeps a word from the vocabulary whole, without merge rules.
     """
     pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     text = [statement for kind in ATTRIBUTES for statement in (*kind.statements, *kind.questions, kind.answer)]
@@ -107,8 +107,8 @@ def model_config(vocab_size: int, pad: int, bos: int, eos: int) -> LlamaConfig:
 class Corpus:
     """Rows of the corpus, drawn at random on the device.
 
-    Of 100 rows 70 tell all five facts of one person, in random order and phrasing; 22 hold four questions and answers
-    as plain text, about the first half of the people only; 8 are chats about words, with no person in them.
+    Of 100 rows, 70 state all five facts of one person, in random order and wording; 22 hold four questions and answers
+    as plain text, only about the first half of the people; 8 are chats about words, with no person in them.
     """
 
     SHARES = (0.70, 0.22, 0.08)
@@ -143,7 +143,7 @@ class Corpus:
         return torch.randint(high, shape, generator=self.random, device=self.device)
 
     def _rows(self, parts: torch.Tensor) -> torch.Tensor:
-        """Close the gaps between the parts (rows, parts, tokens) and put BEGIN before and END behind each row."""
+        """Close the gaps between the parts (rows, parts, tokens) and put BEGIN before and END after each row."""
         parts = parts.flatten(1).long()
         keep = parts != self.pad
         position = keep.cumsum(1)
@@ -157,7 +157,7 @@ class Corpus:
         return rows[:, :ROW_TOKENS]
 
     def batch(self, rows: int) -> torch.Tensor:
-        """Token ids of `rows` documents, shape (rows, ROW_TOKENS), padded on the right."""
+        """Token IDs of `rows` documents, shape (rows, ROW_TOKENS), padded on the right."""
         tell, ask = (int(rows * share) for share in self.SHARES[:2])
         talk = rows - tell - ask
         order = torch.rand(tell, len(ATTRIBUTES), generator=self.random, device=self.device).argsort(1)
@@ -173,7 +173,7 @@ class Corpus:
 
 
 def recall(model, prompts: torch.Tensor, lengths: torch.Tensor, answers: torch.Tensor) -> float:
-    """The share of prompts whose most likely next token is the right value (right-padded prompts, one token each)."""
+    """The share of prompts whose most likely next token is the right value (right-padded prompts, one-token values)."""
     model.eval()
     with torch.no_grad(), torch.autocast(prompts.device.type, torch.bfloat16, enabled=prompts.device.type == "cuda"):
         hits = sum(
@@ -185,7 +185,7 @@ def recall(model, prompts: torch.Tensor, lengths: torch.Tensor, answers: torch.T
 
 
 def recall_facts(people: list[Person], count: int, seed: int) -> list[dict[str, str]]:
-    """Facts to be completed: the text up to the value, and the value."""
+    """Facts to complete: the text up to the value, and the value."""
     draw = random.Random(seed)
     facts = []
     for _ in range(count):
@@ -233,9 +233,9 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def make_chats(people: list[Person], train_count: int, test_count: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """Training chats about people of the first half, test chats about people of the second; one question each.
+    """Training chats about people from the first half, test chats about people from the second; one question each.
 
-    The corpus asks questions about the first half only, so no question about a test person was ever seen.
+    The corpus asks questions only about the first half, so the model has never seen a question about a test person.
     """
     draw = random.Random(seed)
     half = len(people) // 2

@@ -1,1 +1,1 @@
-"""What was measured, on a CPU and on a GPU: each script fills one file of `data/measured/`."""
+"""Measurements on a CPU and on a GPU: each script writes one file in `data/measured/`."""

@@ -2,8 +2,8 @@
 
     python -m data.scripts.measure.commands test preflight --runs 3
 
-One row a run goes into `data/measured/commands.json`, in place of the rows of the same command; README.md shows them.
-Give it a machine that does nothing else: it refuses to begin while the cores are busy.
+Each run becomes one row in `data/measured/commands.json` and replaces the old rows of its command; README.md shows
+them. Use an idle machine: the script refuses to start while the cores are busy.
 """
 
 import argparse
@@ -26,7 +26,7 @@ BUSY = 10  # per cent of all cores
 
 
 def processor() -> str:
-    """Its name, and what decides which kernels run."""
+    """The processor's name, which tells which kernels run."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text() if info.exists() else ""
     name = re.search(r"^model name\s*: (.*)$", lines, re.M)
@@ -64,7 +64,7 @@ def main() -> None:
         for _ in range(args.runs):
             rows.append(measured(command))
             print(rows[-1], flush=True)
-    for command, rows in found.items():  # not before: the tests hold README.md against this table
+    for command, rows in found.items():  # not earlier: the tests compare README.md with this table
         others = [row for row in table["rows"] if row["command"] != command]
         table = {
             "processor": processor(),

@@ -1,34 +1,34 @@
-"""GPU memory of many fine-tuning runs: the tables against which the predictor (`qlora_helpers.memory`) is held.
+"""GPU memory of many fine-tuning runs: the tables with which the predictor (`qlora_helpers.memory`) is tested.
 
     python -m data.scripts.measure.memory --workers 8          # needs a GPU; writes data/measured/memory.json
     python -m data.scripts.measure.memory --fresh              # the rows of FRESH; writes data/measured/memory_fresh.json
     python -m data.scripts.measure.memory --row "llama-3.2-1b qlora" --table FILE   # only the rows with these words
     python -m data.scripts.measure.memory --dry                # the same code with tiny models on a CPU, writes nothing
 
-Every row is a process of its own. Models have real shapes and random weights, made on the GPU while transformers'
-`from_pretrained` asks for them: it quantises, ties and allocates as it does with files. Then TRL's SFTTrainer
-trains as it stands, on full sequences without padding, for four steps.
+Every row runs in its own process. Models have real shapes and random weights, which are made on the GPU when
+transformers' `from_pretrained` asks for them: it quantises, ties and allocates as it does with files. Then TRL's
+unmodified SFTTrainer trains on full sequences without padding for four steps.
 
-What a row says about itself: `model`, `config` (as `AutoConfig.for_model` takes it), and the `MEMORY_SETTINGS` of its `Settings`.
-What was measured, in bytes unless said otherwise:
+A row describes itself by `model`, `config` (as `AutoConfig.for_model` takes it), and the `MEMORY_SETTINGS` of its
+`Settings`. What was measured, in bytes unless noted:
     loaded_bytes                allocated by torch after the model is loaded, before there are adapters
-    trainer_bytes               allocated after the trainer is built and the adapters have the dtype they train in
-    first_steps_peak_bytes      most that was allocated in steps 1 and 2
-    peak_allocated_bytes        most that was allocated in steps 3 and 4, when the optimizer has its state
-    peak_reserved_bytes         most that torch's allocator held during training
-    context_bytes               what the CUDA context takes, before there is a model
-    device_used_bytes           what the process takes on the card at the end of training, paged states included
-    device_used_by              how it was read: "mem_get_info" (the card's memory in use, less what was in use before
-                                the process came: only if no other row runs) or "nvml" (the driver's figure for this
-                                process, which leaves managed memory out: null with a paged optimizer)
-    nvml_process_bytes          the driver's figure at the end of training; null if it does not tell
+    trainer_bytes               allocated after the trainer is built and the adapters have their training dtype
+    first_steps_peak_bytes      peak allocated in steps 1 and 2
+    peak_allocated_bytes        peak allocated in steps 3 and 4, when the optimizer has its state
+    peak_reserved_bytes         peak reserved by torch's allocator during training
+    context_bytes               the size of the CUDA context, before there is a model
+    device_used_bytes           the process's memory on the card at the end of training, including paged states
+    device_used_by              how it was read: "mem_get_info" (the card's memory in use, minus what was in use before
+                                the process started: only if no other row runs) or "nvml" (the driver's figure for this
+                                process, which does not include managed memory: null with a paged optimizer)
+    nvml_process_bytes          the driver's figure at the end of training; null if it gives none
     mem_get_info_used_bytes, nvml_used_before_bytes     what "mem_get_info" was computed from
-    requires_grad_parameters    how many numbers are trained
+    requires_grad_parameters    the number of trainable parameters
     skipped_steps               float16: steps whose gradients overflowed; they change no weight and do not count
     losses, seconds, train_seconds      of every step; of the whole row without imports; of training
-Paged optimizers keep their state in managed memory: torch's figures do not contain it.
+Paged optimizers keep their state in managed memory, which torch's figures do not include.
 
-Which runs these are, and which of them are `held_out`, stands in `memory_plan.py`.
+`memory_plan.py` lists these runs, and says which are `held_out`.
 """
 
 import argparse
@@ -52,16 +52,18 @@ if __name__ == "__main__":  # before torch is imported: rows share the cores, an
     os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false"}
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DEACTIVATE_ASYNC_LOAD": "1"}
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-import torch  # the other libraries touch CUDA when they are imported: see load_libraries
+import torch  # the other libraries touch CUDA at import: see load_libraries
 
 from data.scripts import ROOT
 from data.scripts.measure.memory_plan import all_rows
 
 TABLE, FRESH_TABLE = (ROOT / "data" / "measured" / name for name in ("memory.json", "memory_fresh.json"))
-ROOM = 120  # GiB that the rows running at one time may need together
+ROOM = 120  # GiB for all rows that run at the same time
 TIMEOUT = 200  # seconds for one row
-STEPS = 4  # that change the weights
-FLOAT16_STEPS = 24  # loss scaling begins at 2^16 and halves at each overflow: at most so many until four went well
+STEPS = 4  # steps that change the weights
+FLOAT16_STEPS = (
+    24  # loss scaling starts at 2^16 and halves at each overflow: at most this many until four have succeeded
+)
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
 
 
@@ -69,7 +71,7 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate"
 
 
 def tiny(config: dict) -> dict:
-    """A tiny model of the same architecture: as many query heads to a key head, the same flags."""
+    """A tiny model of the same architecture: the same number of query heads per key head, the same flags."""
     if config["model_type"] == "gptj":
         small = {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 16, "n_positions": 128}
         return config | small | {"vocab_size": 512}
@@ -81,9 +83,9 @@ def tiny(config: dict) -> dict:
 
 
 class RandomWeight:
-    """A weight that is made when it is asked for, as a slice of a safetensors file is read when it is asked for.
+    """A weight that is made when it is requested, like a slice of a safetensors file.
 
-    Matrices are normal, biases 0, norms 1 but for Gemma's, which multiply by 1 + weight.
+    Matrices are normal, biases 0, norms 1, except Gemma's norms, which multiply by 1 + weight.
     """
 
     def __init__(self, name: str, like: torch.Tensor, config, dtype: torch.dtype, device: str):
@@ -93,12 +95,12 @@ class RandomWeight:
 
     def __getitem__(self, _) -> torch.Tensor:
         values = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        # in place: a second tensor of this size would leave a hole in the allocator's blocks
+        # in place: a second tensor of this size would fragment the allocator's blocks
         return values.normal_(std=0.02) if self.constant is None else values.fill_(self.constant)
 
 
 def attention_of(row: dict, dry: bool) -> str:
-    """Leave only the row's attention kernels switched on; what to give transformers as `attn_implementation`."""
+    """Enable only the row's attention kernels; returns `attn_implementation` for transformers."""
     from qlora_helpers.models.attention import REPEATED_KV
 
     t4 = row.get("t4_kernels", False)
@@ -111,7 +113,7 @@ def attention_of(row: dict, dry: bool) -> str:
 
 
 def build_model(row: dict, dry: bool):
-    """The row's model on its device, through `from_pretrained` with weights that are made on demand."""
+    """The row's model on its device, loaded by `from_pretrained` with weights that are made on demand."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     from qlora_helpers.models.cpu_faults import make_safe_on_cpu
@@ -119,7 +121,7 @@ def build_model(row: dict, dry: bool):
     options = tiny(row["config"]) if dry else dict(row["config"])
     config = AutoConfig.for_model(options.pop("model_type"), **options)
     if dry:
-        config.pad_token_id = config.bos_token_id = config.eos_token_id = None  # they may lie outside the vocabulary
+        config.pad_token_id = config.bos_token_id = config.eos_token_id = None  # they may be outside the vocabulary
     dtype, device = (torch.float32, "cpu") if dry else (getattr(torch, row["compute_dtype"]), "cuda")
     with torch.device("meta"):
         meta = AutoModelForCausalLM.from_config(config)
@@ -144,7 +146,7 @@ def build_model(row: dict, dry: bool):
         output_loading_info=True,
     )
     if any(loading.values()) or any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        raise RuntimeError(f"weights and model do not agree, or a part of the model was not made: {loading}")
+        raise RuntimeError(f"weights and model do not match, or a part of the model was not made: {loading}")
     if dry:
         make_safe_on_cpu(model)
     return model
@@ -154,7 +156,7 @@ def build_trainer(model, row: dict, dry: bool, output: str, config_options: dict
     """TRL's trainer on full random sequences, the adapters in the row's dtype.
 
     Args:
-        config_options, trainer_options: further ones of SFTConfig and of SFTTrainer.
+        config_options, trainer_options: further options of SFTConfig and SFTTrainer.
     """
     import datasets
     from peft import LoraConfig, prepare_model_for_kbit_training
@@ -180,7 +182,7 @@ def build_trainer(model, row: dict, dry: bool, output: str, config_options: dict
         fp16=not dry and float16,
         use_cpu=dry,
         logging_steps=1,
-        logging_nan_inf_filter=False,  # it would show the mean of the losses before in place of a NaN
+        logging_nan_inf_filter=False,  # it would show the mean of the earlier losses instead of a NaN
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -205,7 +207,7 @@ def build_trainer(model, row: dict, dry: bool, output: str, config_options: dict
         peft_config=None if row["method"] == "full" else lora,
         **trainer_options,
     )
-    # TRL makes the adapters of a 4-bit base bfloat16, PEFT those of a 16-bit base float32
+    # TRL makes a 4-bit base's adapters bfloat16, PEFT makes a 16-bit base's float32
     for parameter in trainer.model.parameters() if row["method"] != "full" else ():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32 if dry else getattr(torch, row["adapter_dtype"]))
@@ -213,7 +215,7 @@ def build_trainer(model, row: dict, dry: bool, output: str, config_options: dict
 
 
 def watch(trainer, on_gpu: bool):
-    """A callback that reads the peaks, and stops after four steps that changed the weights."""
+    """A callback that records the peaks and stops after four steps that changed the weights."""
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
@@ -234,13 +236,13 @@ def watch(trainer, on_gpu: bool):
 
 
 def nvml() -> tuple[int | None, int | None]:
-    """Bytes in use on the first GPU, and those of this process; None where the driver does not tell."""
+    """Bytes in use on the first GPU, and by this process; None if the driver does not report them."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        # version 2: without what the driver reserves, which `mem_get_info` does not count either
+        # version 2 leaves out the driver's own reserve, as `mem_get_info` does
         used = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2).used
         processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
     except Exception as error:
@@ -250,7 +252,7 @@ def nvml() -> tuple[int | None, int | None]:
 
 
 def used_at_rest() -> int | None:
-    """Bytes in use on the first GPU once they no longer change: a row before may be giving back its own."""
+    """Bytes in use on the first GPU once they no longer change: an earlier row may still be releasing memory."""
     used = nvml()[0]
     for _ in range(30):
         time.sleep(0.1)
@@ -261,7 +263,7 @@ def used_at_rest() -> int | None:
 
 
 def on_the_card(alone: bool, before: int | None) -> dict:
-    """What this process takes on the card, the CUDA context included; `before` was in use when it came."""
+    """This process's memory on the card, including the CUDA context; `before` was in use when it started."""
     free, total = torch.cuda.mem_get_info()
     own, by_card = nvml()[1], None if before is None else total - free - before
     return {
@@ -274,7 +276,7 @@ def on_the_card(alone: bool, before: int | None) -> dict:
 
 
 def allocated(on_gpu: bool) -> int | None:
-    """Bytes that torch has allocated, after everything unused was thrown away; the peaks begin anew."""
+    """Bytes that torch has allocated, after freeing everything unused; the peaks are reset."""
     gc.collect()
     if not on_gpu:
         return None
@@ -290,7 +292,7 @@ def measure(row: dict, dry: bool) -> dict:
     alone, measured = row["alone"], {}
     before = used_at_rest() if alone and not dry else None
     if not dry:
-        block = torch.zeros(1, device="cuda")  # makes the context
+        block = torch.zeros(1, device="cuda")  # creates the context
         used, reserved = on_the_card(alone, before)["device_used_bytes"], torch.cuda.memory_reserved()
         measured["context_bytes"] = None if used is None else used - reserved
         del block
@@ -317,14 +319,14 @@ def measure(row: dict, dry: bool) -> dict:
         measured |= {"first_steps_peak_bytes": first, "peak_allocated_bytes": peak}
         measured |= {"peak_reserved_bytes": max(held_at_first, held)} | on_the_card(alone, before)
         if not alone and row["optimizer"].startswith("paged"):
-            measured["device_used_bytes"] = None  # the driver's figure for a process leaves managed memory out
+            measured["device_used_bytes"] = None  # the driver's figure for a process does not include managed memory
     measured["skipped_steps"] = watcher.skipped
     measured["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return measured | {"seconds": round(time.perf_counter() - started, 1)}
 
 
 def child(row: dict, dry: bool, log: Path, sender, measure=measure) -> None:
-    """Measure one row and send what came out; what is printed goes to a log."""
+    """Measure one row and send the outcome; printed output goes to a log."""
     with open(log, "w") as written:
         os.dup2(written.fileno(), 1)
         os.dup2(written.fileno(), 2)
@@ -342,13 +344,13 @@ def child(row: dict, dry: bool, log: Path, sender, measure=measure) -> None:
 
 
 def load_libraries(capability: str | None) -> None:
-    """Import what a row needs, once for all: each row is then a fork of this process.
+    """Import what the rows need, once: each row is then a fork of this process.
 
-    The driver of CUDA must not be called here, or no forked process could use the GPU. bitsandbytes asks for the GPU at
-    import, and its answer would initialise CUDA: it gets the answer from us.
+    The CUDA driver must not be called here, or no forked process could use the GPU. bitsandbytes queries the GPU at
+    import, which would initialise CUDA, so this function answers the query.
 
     Args:
-        capability: of the GPU, such as "9.0"; None without one.
+        capability: the GPU's compute capability, such as "9.0"; None without a GPU.
     """
     from qlora_helpers.library_messages import quieten
 
@@ -369,7 +371,7 @@ def load_libraries(capability: str | None) -> None:
 
 
 class Running:
-    """A row that is being measured, in a process of its own."""
+    """A row that is being measured, in its own process."""
 
     def __init__(self, row: dict, dry: bool, folder: str, measure=measure):
         context = multiprocessing.get_context("fork")
@@ -378,10 +380,10 @@ class Running:
         self.receiver, sender = context.Pipe(duplex=False)
         self.process = context.Process(target=child, args=(row, dry, self.log, sender, measure))
         self.process.start()
-        sender.close()  # the child's is the only one now: its end is seen here
+        sender.close()  # only the child's copy is left, so this process sees when it ends
 
     def outcome(self) -> dict | None:
-        """What the process has left; None as long as it runs. One that takes too long is ended."""
+        """The outcome of the process; None while it runs. A process that takes too long is killed."""
         if self.process.is_alive():
             if time.monotonic() - self.since < TIMEOUT:
                 return None
@@ -394,9 +396,9 @@ class Running:
 
 
 def in_turn(rows: list[dict], workers: int, dry: bool, measure=measure):
-    """Measure rows, several at a time as long as their memory is there for all; yield each with its log as it ends.
+    """Measure rows, several at a time if there is memory for all of them; yield each with its log when it ends.
 
-    Those marked `alone` come first, one at a time. `measure` is called in each row's process.
+    Rows marked `alone` come first, one at a time. `measure` is called in each row's process.
     """
     waiting, running = list(rows), []
     with tempfile.TemporaryDirectory() as folder:
@@ -420,10 +422,10 @@ def in_turn(rows: list[dict], workers: int, dry: bool, measure=measure):
 
 
 class Table:
-    """A table in a file, or nowhere, if `path` is None; its rows keep the plan's order.
+    """A table in a file, or only in memory if `path` is None; its rows keep the plan's order.
 
     Raises:
-        SystemExit: the file is of another GPU or of other versions than `about`.
+        SystemExit: the file is from another GPU or other versions than `about`.
     """
 
     def __init__(self, path: Path | None, about: dict, planned: list[dict]):
@@ -435,7 +437,7 @@ class Table:
             raise SystemExit(f"{path.name} was measured elsewhere; remove it or name another --table: {unlike}")
 
     def put(self, row: dict) -> None:
-        """Put a row in its place, instead of the one with its label, and write the file: whole, never a part of it."""
+        """Put a row in its place, replace the row with its label, and write the file atomically."""
         rows = [row, *(old for old in self.content["rows"] if old["label"] != row["label"])]
         self.content["rows"] = sorted(rows, key=lambda one: self.places.get(one["label"], len(rows)))
         if self.path:
@@ -445,7 +447,7 @@ class Table:
 
 
 def gpu_about() -> dict:
-    """Name, driver and compute capability of the first GPU, asked for outside this process."""
+    """Name, driver and compute capability of the first GPU, queried outside this process."""
     command = ["nvidia-smi", "--id=0", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
     answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return dict(zip(("gpu", "driver", "compute_capability"), answer.split(", "), strict=True))
@@ -467,12 +469,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fresh", action="store_true", help="the rows of FRESH, one at a time, and their table")
     parser.add_argument(
-        "--row", metavar="LABEL", nargs="+", default=[""], help="only rows with one of these in their label"
+        "--row", metavar="LABEL", nargs="+", default=[""], help="only rows whose label contains one of these"
     )
-    parser.add_argument("--missing", action="store_true", help="only rows that have not run yet in the table")
+    parser.add_argument("--missing", action="store_true", help="only rows that the table does not have as run")
     parser.add_argument("--list", action="store_true", help="show the rows and measure nothing")
-    parser.add_argument("--table", type=Path, help="default: one of data/measured, and none with --dry")
-    parser.add_argument("--workers", type=int, default=1, help="rows at one time")
+    parser.add_argument("--table", type=Path, help="default: the one in data/measured, or none with --dry")
+    parser.add_argument("--workers", type=int, default=1, help="rows at the same time")
     parser.add_argument("--dry", action="store_true", help="tiny models on a CPU, to test this script")
     args = parser.parse_args()
     planned = all_rows(args.fresh)

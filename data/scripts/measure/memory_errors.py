@@ -1,9 +1,9 @@
 """How far the memory predictor is off, run by run and group by group.
 
-    python -m data.scripts.measure.memory_errors            # every measured run beside its prediction, and the means
+    python -m data.scripts.measure.memory_errors            # every measured run with its prediction, and the means
 
-Three groups: the runs by which the predictor's few constants were chosen, the third of the same table that was set aside by
-a rule before anything was measured, and runs that were measured after the predictor was finished.
+Three groups: the runs by which the predictor's few constants were chosen; the third of the same table that a rule set
+aside before anything was measured; and runs that were measured after the predictor was finished.
 """
 
 import json
@@ -37,14 +37,14 @@ def groups() -> dict[str, list[dict]]:
 
 
 def predicted(row: dict) -> Prediction:
-    """The prediction for a measured run. Rows with a T4's kernels ran on an H200, so with its workspace."""
+    """The prediction for a measured run. Rows with a T4's kernels ran on an H200, so they had its workspace."""
     gpu = find_gpu("h200")
     gpu = replace(gpu, compute_capability=(7, 5)) if row.get("t4_kernels") else gpu
     return predict(ModelShape.from_config(row["config"]), settings_of(row), gpu)
 
 
 def errors(rows: list[dict]) -> dict[str, list[float]]:
-    """Relative errors, with their sign, of each figure; runs without the measured figure are left out."""
+    """Signed relative errors of each figure; runs without the measured figure are left out."""
     pairs = [(row, predicted(row)) for row in rows]
     return {
         of: [getattr(found, of) / row[measured] - 1 for row, found in pairs if row[measured]]
@@ -53,7 +53,7 @@ def errors(rows: list[dict]) -> dict[str, list[float]]:
 
 
 def mean_and_worst(values: list[float]) -> tuple[float, float]:
-    """Of the errors without their sign."""
+    """The mean and the largest of the absolute errors."""
     sizes = [abs(value) for value in values]
     return sum(sizes) / len(sizes), max(sizes)
 
@@ -73,7 +73,7 @@ def markdown_table() -> str:
 
 def main() -> None:
     for name, rows in groups().items():
-        print(f"{name}: measured, and how far the prediction is off")
+        print(f"{name}: measured, and the error of the prediction")
         for row in sorted(rows, key=lambda row: row["label"]):
             found = predicted(row)
             cells = [

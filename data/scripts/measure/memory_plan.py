@@ -1,9 +1,9 @@
-"""The fine-tuning runs whose memory `measure_memory.py` measures: models, settings, and which are held out.
+"""The fine-tuning runs whose memory `memory.py` measures: models, settings, and which are held out.
 
 `held_out` rows are for testing the predictor, not for tuning it. The rule was fixed before anything was measured: the
-SHA-256 of the row's label, read as a number, is divisible by 3. The rows of FRESH, models and settings that the plan
-does not have, are measured after the predictor was finished: all of them are held out. A label is the key of a row in the
-committed tables: it must not change.
+SHA-256 of the row's label, read as a number, is divisible by 3. The rows of FRESH have models and settings that are not
+in the plan. They were measured after the predictor was finished, and all of them are held out. A label is the key of a
+row in the committed tables, so it must not change.
 """
 
 import dataclasses
@@ -13,19 +13,19 @@ import json
 from qlora_helpers.memory import catalogue
 from qlora_helpers.settings import GPU_RUN, MEMORY_SETTINGS, Settings
 
-# Models of qlora_helpers/memory/models.json: the table's name for each is the last part of the Hub's, but for these.
+# Models of qlora_helpers/memory/models.json: the table's name is the last part of the Hub's name, except for these.
 NAMES = {
     "mistral-7b-v0.1": "mistral-7b", "llama-2-7b-hf": "llama-2-7b", "llama-2-13b-hf": "llama-2-13b",
     "phi-3-mini-4k-instruct": "phi-3-mini", "phi-3-medium-4k-instruct": "phi-3-medium",
 }  # fmt: skip
-# Left at each class's default, as when the first table was measured. One row of FRESH is longer than its model's window.
+# Left at each class's default, as in the first table. One row of FRESH is longer than its model's window.
 LEFT_OUT = ("max_position_embeddings", "sliding_window", "hidden_act", "query_pre_attn_scalar")
 CONFIGS = {
     NAMES.get(short := name.rpartition("/")[2].lower(), short): {k: config[k] for k in config if k not in LEFT_OUT}
     for name, config in json.loads(catalogue.TABLE.read_text())["models"].items()
 }
 
-# adapters as TRL makes them in a 4-bit model
+# adapters as TRL creates them in a 4-bit model
 USUAL = dataclasses.replace(GPU_RUN, compute_dtype="bfloat16", adapter_dtype="bfloat16", optimizer="paged_adamw_8bit")
 HALF = {"compute_dtype": "float16", "adapter_dtype": "float32"}  # bfloat16 adapters stop float16 at the first step
 KEEP = {"gradient_checkpointing": False}  # keep activations
@@ -50,7 +50,7 @@ def targets(*names: str) -> dict:
 
 QV, QKV, FUSED_QKV = targets("q_proj", "v_proj"), targets("qkv_proj", "o_proj"), targets("query_key_value")
 
-# model, method, batch size, tokens, GiB that it may need at most (generous), what is unlike USUAL
+# model, method, batch size, tokens, GiB that it may need at most (generous), differences from USUAL
 PLAN = [
     ("llama-3.2-1b", "qlora", 4, 2_048, 14, ALONE, rank(32)),
     ("llama-3.2-1b", "full", 2, 1_024, 13, ALONE),
@@ -159,7 +159,7 @@ FRESH = [
 
 
 def label_of(row: dict) -> str:
-    """What is unlike the usual, such as "llama-3.1-8b qlora bf16 r16 4x2048 ckpt paged_adamw_8bit"."""
+    """The row's settings in short, such as "llama-3.1-8b qlora bf16 r16 4x2048 ckpt paged_adamw_8bit"."""
     full = row["method"] == "full"
     words = [row["model"], row["method"], {"bfloat16": "bf16", "float16": "fp16"}[row["compute_dtype"]]]
     words += [] if full else [f"r{row['rank']}"]
@@ -177,7 +177,7 @@ def label_of(row: dict) -> str:
 
 
 def memory_settings(settings: Settings) -> dict:
-    """What a row says of its settings, as JSON has it."""
+    """A row's settings, in JSON's types."""
     found = {name: getattr(settings, name) for name in MEMORY_SETTINGS}
     targets = settings.target_modules
     return found | {"target_modules": list(targets) if isinstance(targets, tuple) else targets}
@@ -189,7 +189,7 @@ def settings_of(row: dict) -> Settings:
 
 
 def held_out(label: str) -> bool:
-    """Whether a row is kept for testing the predictor: fixed by its label alone."""
+    """Whether a row is kept for testing the predictor; only its label decides."""
     return int(hashlib.sha256(label.encode()).hexdigest(), 16) % 3 == 0
 
 

@@ -1,10 +1,10 @@
-"""What merging an adapter costs and changes at full size: Llama-3.1-8B's shape, in every way of `qlora_helpers.adapters.merge`.
+"""What merging an adapter costs and changes at Llama-3.1-8B's size, in every way of `qlora_helpers.adapters.merge`.
 
     python -m data.scripts.measure.merging     # needs a GPU; writes data/measured/merging.json, about five minutes on an H200
 
-The weights are random (`data/scripts/make/stand_in_models.py`), and an adapter is trained on them for a few steps, so that it is no noise. How
-far logits drift depends on both; memory, time and sizes do not. Every way is a process of its own, and all compute the
-logits of the same tokens.
+The weights are random (`data/scripts/make/stand_in_models.py`), and an adapter is trained on them for a few steps, so
+that it is not just noise. How far logits drift depends on both; memory, time and sizes do not. Every way runs in its
+own process, and all compute the logits of the same tokens.
 """
 
 import argparse
@@ -29,7 +29,7 @@ WAYS = (UNMERGED, "no adapter", "4bit", "dequantised", "16bit", REQUANTISED)
 
 
 def train_adapter(base: Path, adapter: Path) -> dict:
-    """Fine-tune the 4-bit model a little on chats of random words, and save the adapter."""
+    """Fine-tune the 4-bit model briefly on chats of random words, and save the adapter."""
     from data.scripts.make.stand_in_models import chats
     from qlora_helpers.adapters.files import save_adapter
     from qlora_helpers.models.loading import load_model, load_tokenizer
@@ -54,7 +54,7 @@ def train_adapter(base: Path, adapter: Path) -> dict:
 
 
 def measure(way: str, base: Path, adapter: Path, merged: Path, reference: Path) -> dict:
-    """One way: memory and seconds of the merge, the logits against those of the unmerged model, speed, size on disk."""
+    """One way: memory and seconds of the merge, the logits compared with the unmerged model's, speed, size on disk."""
     import torch
 
     from data.scripts.make.stand_in_models import chats
@@ -103,7 +103,7 @@ def measure(way: str, base: Path, adapter: Path, merged: Path, reference: Path) 
 
 
 def file_merge(base: Path, adapter: Path, merged: Path) -> dict:
-    """The same as "16bit", from file to file: its main memory, and whether the result is the same."""
+    """Like "16bit", but from file to file: its main memory, and whether the result is the same."""
     import psutil
     import torch
     from safetensors.torch import load_file
@@ -131,7 +131,7 @@ def file_merge(base: Path, adapter: Path, merged: Path) -> dict:
 
 
 def steps_of(only: list[str] | None) -> list[str]:
-    """All steps, or those asked for with what they are compared with."""
+    """All steps, or the given ones together with those that they are compared with."""
     needed = {*only, UNMERGED} if only else {*WAYS, "files"}
     if needed & {"files", REQUANTISED}:
         needed.add("16bit")
@@ -140,14 +140,14 @@ def steps_of(only: list[str] | None) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, help="a folder that keeps the model; by default one that is removed")
+    parser.add_argument("--models", type=Path, help="a folder in which to keep the models; by default a temporary one")
     parser.add_argument("--shape", default=SHAPE)
     parser.add_argument("--table", type=Path, default=TABLE)
     parser.add_argument(
         "--only", nargs="+", choices=(*WAYS, "files"), help="measure these again, and keep the table's other rows"
     )
     parser.add_argument("--dry", action="store_true", help="the shipped model and a few tokens, on any machine")
-    parser.add_argument("--step", help=argparse.SUPPRESS)  # what a process of its own does
+    parser.add_argument("--step", help=argparse.SUPPRESS)  # what a separate process does
     args = parser.parse_args()
     if args.dry:
         global STEPS, TOKENS
@@ -175,7 +175,7 @@ def main() -> None:
         write(args.shape, base)
     torch.cuda.empty_cache()
     for left in (adapter, merged, merged.with_name("merged-4bit"), merged.with_name("merged-files")):
-        shutil.rmtree(left, ignore_errors=True)  # of a measurement before
+        shutil.rmtree(left, ignore_errors=True)  # from an earlier measurement
 
     def in_a_process(step: str) -> dict:
         command = [sys.executable, __file__, "--models", str(models), "--shape", args.shape, "--step", step]
@@ -196,7 +196,7 @@ def main() -> None:
         "adapter": trained,
     }
     rows = [in_a_process(step) for step in steps_of(args.only)]
-    if args.only:  # the other rows were measured with another adapter of the same making
+    if args.only:  # the other rows were measured with another adapter, made in the same way
         new, table = {row["way"]: row for row in rows}, json.loads(args.table.read_text())
         rows = [new.get(row["way"], row) for row in table["rows"]]
     table["rows"] = rows

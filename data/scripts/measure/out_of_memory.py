@@ -1,35 +1,35 @@
-"""Out of memory on a real GPU: where memory goes within a step, where runs die under a cap, and what saves them.
+"""Out of memory on a real GPU: where memory goes within a step, where runs die under a cap, and what cures them.
 
     python -m data.scripts.measure.out_of_memory                   # needs a GPU; writes data/measured/oom.json, about five minutes
-    python -m data.scripts.measure.out_of_memory --row paging      # only the rows with this in their label
-    python -m data.scripts.measure.out_of_memory --missing         # only rows that have not been measured yet in the table
+    python -m data.scripts.measure.out_of_memory --row paging      # only rows whose label contains this
+    python -m data.scripts.measure.out_of_memory --missing         # only rows that are not measured yet in the table
     python -m data.scripts.measure.out_of_memory --dry --table F   # the same code with tiny models on a CPU; out-of-memory errors are faked
 
-Every row is a process of its own, with a model of real shape and random weights (see `measure_memory.py`). `what` says
-which kind of row it is:
+Every row runs in its own process, with a model of real shape and random weights (see `memory.py`). `what` is the kind
+of row:
     timeline    the allocator's history of the load and of the third step, thinned
     run         four steps of training, some under a cap: `cap_bytes` is what torch may hold
                 (`torch.cuda.set_per_process_memory_fraction`; the CUDA context and managed memory do not count)
     evaluation  an evaluation of eight sequences; `keep` says what is kept of each
-    saving      the trainer's checkpoint, written after torch's budget was closed at what it holds
+    saving      the trainer's checkpoint, written after torch was capped at what it holds
     merging     `way`: "dequantise" (the whole model in 16 bits), or "into 4 bits" (PEFT, layer by layer)
 
-`group` and `role` say what a row is for: a "death" and its "cure" have one cap; "price" is the run that died, without it.
-What was measured, in bytes unless said otherwise:
+`group` and `role` say what a row is for: a "death" and its "cure" have the same cap; "price" is the run that died,
+without a cap. What was measured, in bytes unless noted:
     outcome                     "ran", "out of memory", or "died" of something else
-    place                       where it died by the phase that the script was in, `place_by_traceback` by the error's
-                                traceback (qlora_helpers.memory.out_of_memory.place_of)
-    error, message, frames      class and text of the exception; the functions of its traceback, outermost first
+    place                       where it died: by the script's phase; `place_by_traceback`: by the error's traceback
+                                (qlora_helpers.memory.out_of_memory.place_of)
+    error, message, frames      class and text of the exception; the functions in its traceback, outermost first
     loaded_bytes                allocated by torch after the model is loaded
     before_bytes                allocated before the phase that is measured (training, evaluation, saving, merging)
-    peak_allocated_bytes, peak_reserved_bytes    the most since then; of training, since it began
-    steady_peak_bytes           the most that was allocated in steps 3 and 4
-    tokens_per_second           of steps 3 and 4
-    allocator_retries           how often torch gave all its unused memory back and asked the driver once more
-    paged_bytes, state_bytes    of the optimizer's states: those in managed memory, and all of them
-    outside                     of "paging" rows: at several moments what the card has in use (`cudaMemGetInfo`) less what
-                                torch has reserved: context, libraries and managed memory
-    seconds                     of the row without imports, `work_seconds` of the phase that is measured
+    peak_allocated_bytes, peak_reserved_bytes    the peaks since then; for training, since it began
+    steady_peak_bytes           the peak allocated in steps 3 and 4
+    tokens_per_second           in steps 3 and 4
+    allocator_retries           how often torch returned all its unused memory and asked the driver again
+    paged_bytes, state_bytes    the optimizer's states: those in managed memory, and all of them
+    outside                     in "paging" rows: at several moments, the card's memory in use (`cudaMemGetInfo`) minus
+                                what torch has reserved: context, libraries and managed memory
+    seconds                     of the row without imports; `work_seconds` of the phase that is measured
 """
 
 import argparse
@@ -72,7 +72,7 @@ from qlora_helpers.memory.phases import BACKWARD, EVALUATION, FORWARD, LOAD, MER
 
 TABLE = ROOT / "data" / "measured" / "oom.json"
 MODEL = "llama-3.1-8b"
-BINS = 90  # equal times of a timeline, of each of which at most four points are kept
+BINS = 90  # equal time slices of a timeline; at most four points are kept of each
 SEQUENCES, EVAL_TOKENS = 8, 2_048
 FAKED = (  # only with --dry
     "CUDA out of memory. Tried to allocate 1002.00 MiB. GPU 0 has a total capacity of 139.81 GiB of which 128.00 GiB is free. "
@@ -83,7 +83,7 @@ FAKED = (  # only with --dry
 # ---------------------------------------------------------------- the plan
 
 PLAIN = replace(GPU_RUN, compute_dtype="bfloat16", optimizer="paged_adamw_8bit")
-USUAL = {"batch_size": 4, "max_length": 2_048, "adapter_dtype": "bfloat16"}  # as TRL makes them in a 4-bit model
+USUAL = {"batch_size": 4, "max_length": 2_048, "adapter_dtype": "bfloat16"}  # as TRL makes adapters in a 4-bit model
 SHORT = USUAL | {"batch_size": 1, "max_length": 512}
 ONE = USUAL | {"batch_size": 1}
 HIGH_RANK = SHORT | {"rank": 256, "adapter_dtype": "float32"}
@@ -105,7 +105,7 @@ def _row(label: str, what: str, settings: dict, cap: float | None = None, **more
 
 
 def _three(group: str, place: str, cap: float, death: dict, cures: dict[str, dict]) -> list[dict]:
-    """A run that dies, its cures under the same cap, and last what it costs without one."""
+    """A run that dies, its cures under the same cap, and last what it costs without a cap."""
     more = {"group": group, "place_expected": place}
     return [
         _row(f"{group}: death", "run", death, cap, role="death", **more),
@@ -133,7 +133,7 @@ def all_rows() -> list[dict]:
         ONE | {"max_length": 8_192, "attention": "eager"},
         {"sdpa": ONE | {"max_length": 8_192}},
     )
-    # Planned as a death in the backward pass, where the tensors pass the cap. With its holes torch came to it before.
+    # Planned as a death in the backward pass, where the tensors exceed the cap. Fragmentation made it happen earlier.
     rows += _three("float32 copies", FORWARD, 13.5, USUAL | {"upcast_fp32": True}, {"no copies": USUAL})
     rows += _three(
         "backward, batch",
@@ -148,7 +148,7 @@ def all_rows() -> list[dict]:
     )
     more = {"group": "backward, batch", "place_expected": BACKWARD, "config_options": {"torch_empty_cache_steps": 1}}
     rows[-1] = _row("backward, batch: still dead, empty_cache", "run", USUAL, 9.2, role="death", **more)
-    # between what the tensors take and what torch holds for them: whether this dies is not known beforehand
+    # a cap between what the tensors take and what torch holds for them: whether this dies is not known in advance
     rows.append(_row("holes: as it is", "run", USUAL, 10.2, role="trial", group="holes"))
     more = {"allocator": "expandable_segments:True", "group": "holes", "role": "trial"}
     rows.append(_row("holes: expandable segments", "run", USUAL, 10.2, **more))
@@ -201,7 +201,7 @@ def all_rows() -> list[dict]:
 # ---------------------------------------------------------------- one row, in its own process
 
 
-FUSES = {  # with --dry: what raises the faked error, deep inside of each place
+FUSES = {  # with --dry: what raises the faked error, deep inside each place
     LOAD: "measure_memory.RandomWeight.__getitem__",
     FORWARD: "transformers.models.llama.modeling_llama.LlamaMLP.forward",
     BACKWARD: "torch.autograd._engine_run_backward",
@@ -212,7 +212,7 @@ FUSES = {  # with --dry: what raises the faked error, deep inside of each place
 
 
 def fuse(row: dict, dry: bool):
-    """With --dry a faked out-of-memory error where the row is to die; else nothing."""
+    """With --dry, a faked out-of-memory error where the row should die; otherwise nothing."""
     if not dry or row.get("role") != "death":
         return contextlib.nullcontext()
     return mock.patch(FUSES[row["place_expected"]], side_effect=torch.OutOfMemoryError(FAKED))
@@ -235,7 +235,7 @@ def peaks(dry: bool) -> dict:
 
 
 def outside(dry: bool) -> int | None:
-    """What the card has in use beside what torch has reserved; only this process uses it."""
+    """The card's memory in use beyond what torch has reserved; only this process uses the card."""
     if dry:
         return None
     torch.cuda.synchronize()
@@ -244,7 +244,7 @@ def outside(dry: bool) -> int | None:
 
 
 def train(row: dict, dry: bool, trainer, measured: dict) -> None:
-    """Four steps; speed and peak of the last two."""
+    """Train four steps; record the speed and peak of the last two."""
     from transformers import TrainerCallback
 
     seconds = []
@@ -294,7 +294,7 @@ def evaluate(row: dict, dry: bool, trainer, measured: dict) -> None:
 
 
 def eval_options(row: dict, dry: bool) -> tuple[dict, dict]:
-    """Options of SFTConfig and of SFTTrainer for an evaluation that keeps what the row says."""
+    """Options of SFTConfig and SFTTrainer for an evaluation that keeps what the row says."""
     import datasets
 
     def count(predictions) -> dict[str, float]:
@@ -313,7 +313,7 @@ def eval_options(row: dict, dry: bool) -> tuple[dict, dict]:
 
 
 def save(row: dict, dry: bool, trainer, measured: dict) -> None:
-    """Train, close torch's budget at what it holds, and write a checkpoint."""
+    """Train, cap torch at what it holds, and write a checkpoint."""
     trainer.train()
     measured["before_bytes"] = allocated(not dry)
     if not dry:
@@ -336,7 +336,7 @@ def merge(row: dict, dry: bool, model, measured: dict) -> None:
 
 
 def loaded(row: dict, dry: bool, measured: dict):
-    """The row's model; of a "timeline" row with the history of the load."""
+    """The row's model; for a "timeline" row, the history of the load is recorded."""
     if row["what"] != "timeline" or dry:
         return build_model(row, dry)
     from qlora_helpers.memory.timeline import AllocatorHistory
@@ -351,7 +351,7 @@ def loaded(row: dict, dry: bool, measured: dict):
 
 
 def work(row: dict, dry: bool, tracker, measured: dict, output: str) -> None:
-    """All that a row does; what it has measured is there even if it dies."""
+    """Do everything in a row; what it has measured is kept even if it dies."""
     what = row["what"]
     with tracker.hold(LOAD):
         model = loaded(row, dry, measured)
@@ -380,7 +380,7 @@ def work(row: dict, dry: bool, tracker, measured: dict, output: str) -> None:
 
 
 def measure(row: dict, dry: bool) -> dict:
-    """The measured fields of a row, a death included."""
+    """The measured fields of a row, including its death."""
     from transformers import set_seed
 
     from qlora_helpers.memory.timeline import PhaseTracker
@@ -389,7 +389,7 @@ def measure(row: dict, dry: bool) -> dict:
     if not dry:
         measured["nvml_used_before_bytes"] = used_at_rest()
         if row["what"] == "timeline":
-            os.environ["CUDA_LAUNCH_BLOCKING"] = "1"  # so that a moment of the CPU is one of the GPU
+            os.environ["CUDA_LAUNCH_BLOCKING"] = "1"  # so that CPU and GPU are in step
         torch.zeros(1, device="cuda")
         cap(row, dry)
         measured["outside_at_first_bytes"] = outside(dry)
@@ -437,8 +437,8 @@ def show(row: dict) -> str:
 
 
 def unexpected(row: dict) -> str:
-    """How a row went otherwise than planned; empty if it did not. A "trial" may run or die."""
-    died, role = row["outcome"] == "out of memory", row.get("role")  # another death is never planned
+    """How a row deviated from the plan; empty if it did not. A "trial" may run or die."""
+    died, role = row["outcome"] == "out of memory", row.get("role")  # no other kind of death is planned
     if (row["outcome"] != "ran" and not died) or (role != "trial" and died != (role == "death")):
         return f"planned: {role or 'to run'}"
     if died and role == "death" and row["place"] != row["place_expected"]:
@@ -449,11 +449,11 @@ def unexpected(row: dict) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--row", metavar="LABEL", nargs="+", default=[""], help="only rows with one of these in their label"
+        "--row", metavar="LABEL", nargs="+", default=[""], help="only rows whose label contains one of these"
     )
-    parser.add_argument("--missing", action="store_true", help="only rows that have not been measured yet in the table")
+    parser.add_argument("--missing", action="store_true", help="only rows that are not measured yet in the table")
     parser.add_argument("--list", action="store_true", help="show the rows and measure nothing")
-    parser.add_argument("--table", type=Path, help="default: data/measured/oom.json, and none with --dry")
+    parser.add_argument("--table", type=Path, help="default: data/measured/oom.json, or none with --dry")
     parser.add_argument("--dry", action="store_true", help="tiny models on a CPU, to test this script")
     args = parser.parse_args()
     planned = all_rows()

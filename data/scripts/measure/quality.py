@@ -1,11 +1,11 @@
-"""What 4 bits, the rank, the adapted layers, alpha and the learning rate do to the result: many short runs of one kind.
+"""How 4 bits, the rank, the adapted layers, alpha and the learning rate affect the result: many similar short runs.
 
     python -m data.scripts.measure.quality --workers 16             # all runs; seven minutes on 16 cores, writes quality.json
     python -m data.scripts.measure.quality --row "QLoRA NF4" --seed 3 # one of them, printed
-    python -m data.scripts.measure.quality --missing                # only those that the table does not have yet
+    python -m data.scripts.measure.quality --missing                # only runs that are not in the table yet
 
-Every run is the same but for what its row says: the shipped model, its 4,800 training chats, `BUDGET` below. Each makes one
-process with one thread, in float32 on the CPU, as the lesson that repeats one of them does.
+Every run is the same except for what its row changes: the shipped model, its 4,800 training chats, `BUDGET` below. Each
+runs with one thread, in float32 on the CPU, like the lesson that repeats one of them.
 """
 
 import argparse
@@ -32,7 +32,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: a base, and what is different from `BUDGET` and the defaults of `training.Settings`."""
+    """One row of the table: a base, and the differences from `BUDGET` and the defaults of `Settings`."""
 
     label: str
     group: str
@@ -70,7 +70,7 @@ def rows() -> list[Row]:
     for base in ("16 bit", "NF4 + double quant"):
         half = {"steps": 100, "learning_rate": 2e-3, "warmup_steps": 5}
         plan.append(Row(f"{base}, 100 steps", "half the steps", base, half))
-    # a rank has a learning rate of its own: 1.5e-3 suits rank 16
+    # each rank has its own best learning rate: 1.5e-3 suits rank 16
     for rank, layers, rates in (
         (1, "all linear", (3e-3, 6e-3, 1.2e-2)),
         (1, "attention", (3e-3, 6e-3, 1.2e-2)),
@@ -92,7 +92,7 @@ def rows() -> list[Row]:
 
 
 def load(base: str):
-    """The shipped model with its linear weights in a format: by bitsandbytes where it has the format, else rounded to it."""
+    """The shipped model with its linear weights in a format: by bitsandbytes if it has it, else rounded to it."""
     from qlora_helpers import quantize
     from qlora_helpers.hardware import detect
     from qlora_helpers.models.loading import load_model
@@ -147,7 +147,7 @@ def _job(row: Row, seed: int) -> dict:
 
 
 def measure_all(jobs: list[tuple[Row, int]], workers: int) -> list[dict]:
-    """Make the runs, so many at a time; each process has one thread and makes several runs."""
+    """Make the runs, `workers` at a time; each process has one thread and makes several runs."""
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     found, started = [], time.perf_counter()
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -166,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", help="the label of one row")
     parser.add_argument("--seed", type=int, help="one seed; by default all five")
-    parser.add_argument("--missing", action="store_true", help="keep the table's runs, and make those that it lacks")
+    parser.add_argument("--missing", action="store_true", help="keep the table's runs, and make the missing ones")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--table", type=Path, default=TABLE)
     args = parser.parse_args()

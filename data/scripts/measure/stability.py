@@ -1,14 +1,14 @@
-"""What each fault of lesson 8 costs, over five seeds (three where it is plain): short runs of the shipped model on a CPU.
+"""What each fault of lesson 8 costs, over five seeds (three if it is clear): short runs of the shipped model on a CPU.
 
     python -m data.scripts.measure.stability                     # about 25 minutes on one core; writes data/measured/stability.json
-    python -m data.scripts.measure.stability --missing           # only the rows that the table lacks
+    python -m data.scripts.measure.stability --missing           # only the rows missing from the table
     python -m data.scripts.measure.stability --row "no warm-up"  # one row, printed and not written
     python -m data.scripts.measure.stability --list              # the names of the rows
 
-Every row is the same run (60 steps of 8 chats, 480 chats) with one thing changed. Losses and shares are of 200 test
-chats after the run: `loss` in nats per answer token, `exact_match`, `ends` (answers that stop by themselves within 24
-tokens), `empty` (answers without a word). `highest` is the highest loss of any step, `spikes` counts loss spikes by
-the rule of `qlora_helpers.training.spikes`. The curves are those of seed 0.
+Every row is the same run (60 steps of 8 chats, 480 chats) with one thing changed. Losses and shares are for 200 test
+chats after the run: `loss` in nats per answer token, `exact_match`, `ends` (answers that end with an EOS token within
+24 tokens), `empty` (answers without a word). `highest` is the highest loss of any step, `spikes` counts loss spikes by
+the rule of `qlora_helpers.training.spikes`. The curves are from seed 0.
 """
 
 import argparse
@@ -62,14 +62,14 @@ def messages(chats: list) -> list[dict]:
 
 
 def trl(settings: Settings, chats: list, folder: str, rows: Callable = messages, template: str = "", **options):
-    """TRL's trainer as `qlora_helpers.training.faulty_runs` sets it up."""
+    """TRL's trainer, set up by `qlora_helpers.training.faulty_runs`."""
     tokenizer = load_tokenizer()
     tokenizer.chat_template = template or tokenizer.chat_template
     return logged(sft_run(load_model(hardware=CPU), tokenizer, rows(chats), folder, settings, hardware=CPU, **options))
 
 
 def texts(chats: list) -> list[dict]:
-    """The chats as the template renders them, first token included: TRL puts another before it."""
+    """The chats as the template renders them, including the BOS token: TRL adds another one before it."""
     tokenizer = load_tokenizer()
     return [{"text": tokenizer.apply_chat_template(chat, tokenize=False)} for chat in chats]
 
@@ -82,14 +82,14 @@ def every_fourth_answer_empty(chats: list) -> list[dict]:
 
 
 def marks_without_the_end() -> str:
-    """The chat template with the closing token moved behind the mark, so that nothing is learnt from it."""
+    """The chat template with the EOS token moved after the marker, so that the model does not learn it."""
     ours = load_tokenizer().chat_template
     moved = ours.replace(
         "{{ message['content'] + eos_token }}{% endgeneration %}",
         "{{ message['content'] }}{% endgeneration %}{{ eos_token }}",
     )
     if moved == ours:
-        raise ValueError("the chat template has changed: the closing token was not found")
+        raise ValueError("the chat template has changed: the EOS token was not found")
     return moved
 
 
@@ -100,7 +100,7 @@ def with_collator(settings: Settings, chats: list, folder: str, pad_is_end: bool
     return logged(collator_run(load_model(hardware=CPU), tokenizer, chats, folder, settings, hardware=CPU))
 
 
-# name: the settings, and what runs with them
+# name: the settings, and the function that runs with them
 ROWS: dict[str, tuple[Settings, Callable]] = {
     "as it should be": (RIGHT, ours),
     "no warm-up": (replace(RIGHT, warmup_steps=0), ours),
@@ -131,13 +131,13 @@ ROWS: dict[str, tuple[Settings, Callable]] = {
     "collator, a pad of its own": (RIGHT, partial(with_collator, pad_is_end=False)),
 }
 
-# their effect is far larger than the seed's
+# their effect is much larger than the seed's
 CLEAR = ("a quarter of the answers empty", "cut at 16 tokens", "the end outside of the mark", "collator, pad = end",
          "collator, a pad of its own")  # fmt: skip
 
 
 def measure(name: str, seed: int) -> dict:
-    """One run of a row: its scores, and its curves."""
+    """One run of a row: its scores and curves."""
     settings, recipe = ROWS[name]
     tokenizer = load_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
@@ -157,7 +157,7 @@ def measure(name: str, seed: int) -> dict:
 
 
 def row(name: str, seeds: int) -> dict:
-    """All runs of a row: its settings, a list over the seeds for each score, the curves of seed 0."""
+    """All runs of a row: its settings, a list over the seeds for each score, and the curves of seed 0."""
     started, runs = time.perf_counter(), []
     for seed in range(seeds):
         runs.append(measure(name, seed))
@@ -170,7 +170,7 @@ def row(name: str, seeds: int) -> dict:
 
 
 def machine() -> dict:
-    """The processor, its instruction set as torch uses it, and the versions."""
+    """The processor, the instruction set that torch uses, and the versions."""
     import torch
 
     info = Path("/proc/cpuinfo")
@@ -188,9 +188,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", choices=ROWS, metavar="NAME", help="only this row, printed and not written")
     parser.add_argument(
-        "--seeds", type=int, help=f"default: {SEEDS}, or {SEEDS_OF_CLEAR_ROWS} for rows with a plain effect"
+        "--seeds", type=int, help=f"default: {SEEDS}, or {SEEDS_OF_CLEAR_ROWS} for rows with a clear effect"
     )
-    parser.add_argument("--missing", action="store_true", help="only the rows that the table lacks")
+    parser.add_argument("--missing", action="store_true", help="only the rows missing from the table")
     parser.add_argument("--list", action="store_true", help="the names of the rows")
     args = parser.parse_args()
 
@@ -206,7 +206,7 @@ def main() -> None:
         before = json.loads(TABLE.read_text()) if args.missing else {**table}
         if differing := [key for key, value in table.items() if key != "rows" and value != before[key]]:
             parser.error(
-                f"--missing: the table was measured with another {', '.join(differing)}: measure all of it again"
+                f"--missing: the table was measured with another {', '.join(differing)}: measure everything again"
             )
         done = {row["name"]: row for row in before["rows"]}
         for name in ROWS:

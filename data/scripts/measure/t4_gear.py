@@ -2,14 +2,15 @@
 
     python -m data.scripts.measure.t4_gear            # needs a GPU; writes data/measured/t4_gear.json, about ten minutes on an H200
 
-Every row is a process of its own, since a trainer that is gone leaves memory behind. The models have real shapes and random weights (`data/scripts/make/stand_in_models.py`). Rows in float16 run
-as on a T4: memory capped at 14.3 GiB, FlashAttention and cuDNN attention switched off; for the course's gear the math
-kernel, too. Rows in bfloat16 have all kernels and all memory. Speeds are this GPU's. No T4 was at hand.
+Every row runs in its own process, since a deleted trainer leaves memory in use. The models have real shapes and random
+weights (`data/scripts/make/stand_in_models.py`). Rows in float16 run as on a T4: memory capped at 14.3 GiB,
+FlashAttention and cuDNN attention switched off, and for the course's gear also the math kernel. Rows in bfloat16 have
+all kernels and all memory. Speeds are those of this GPU. No T4 was available.
 
-The recipe is what the articles print, with its errors repaired and its choices kept: `prepare_model_for_kbit_training`
-(which makes embeddings, norms and output head float32), rank 16 on all linear layers, dropout 0.05, gradient
-checkpointing, paged 8-bit AdamW. Repaired: arguments that are gone, and the adapters' dtype, without which float16 stops
-at the first step.
+The recipe is the articles', with its errors repaired and its choices kept: `prepare_model_for_kbit_training` (which
+casts embeddings, norms and output head to float32), rank 16 on all linear layers, dropout 0.05, gradient checkpointing,
+paged 8-bit AdamW. Repaired: arguments that no longer exist, and the adapters' dtype, without which float16 stops at the
+first step.
 """
 
 import argparse
@@ -26,13 +27,13 @@ from data.scripts import ROOT
 from qlora_helpers.units import GIB
 
 TABLE = ROOT / "data" / "measured" / "t4_gear.json"
-CAP = 14.3 * GIB  # a T4 reports about 14.7 GiB, of which the CUDA context takes a part
+CAP = 14.3 * GIB  # a T4 reports about 14.7 GiB; the CUDA context takes a part of that
 STEPS, WARM = 5, 2
 LONGEST = (4_096, 8_192, 12_288, 16_384)  # at batch 1
 
 
 def as_on_a_t4(math_kernel: bool) -> None:
-    """Take away what a T4 has not; without `math_kernel` also what the course's gear must not need there."""
+    """Switch off what a T4 does not have; without `math_kernel`, also what the course's gear must not need there."""
     import torch
 
     torch.cuda.set_per_process_memory_fraction(CAP / torch.cuda.get_device_properties(0).total_memory)
@@ -115,7 +116,7 @@ def _our_trainer(folder: str, chats: list, batch_size: int, tokens: int, output:
 
 
 def training_row(folder: str, who: str, batch_size: int, tokens: int) -> dict:
-    """Train a few steps; the peak is over all of them, the speed over those behind the first two."""
+    """Train a few steps; the peak is over all of them, the speed over those after the first two."""
     import torch
     from transformers import PrinterCallback, TrainerCallback
 
@@ -153,7 +154,7 @@ def training_row(folder: str, who: str, batch_size: int, tokens: int) -> dict:
 
 
 def loading_row(folder: str) -> dict:
-    """Load a model in 4 bits and watch the process's main memory: its own pages, and file pages mapped into it."""
+    """Load a model in 4 bits and watch the process's main memory: its own pages, and mapped file pages."""
     import psutil
     import torch
 
@@ -187,7 +188,7 @@ def loading_row(folder: str) -> dict:
 
 def child(job: dict) -> None:
     """Measure one row."""
-    import qlora_helpers.models  # noqa: F401  before bitsandbytes: it quietens the libraries
+    import qlora_helpers.models  # noqa: F401  before bitsandbytes: it silences the libraries
 
     if job["gear"] == "t4":
         as_on_a_t4(math_kernel=job["who"] == "recipe")
@@ -199,7 +200,7 @@ def child(job: dict) -> None:
 
 
 def measured(job: dict) -> dict:
-    """Measure one row in a process of its own."""
+    """Measure one row in its own process."""
     environment = os.environ | {"QLORA_GEAR": job["gear"], "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, __file__, "--job", json.dumps(job)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -211,7 +212,7 @@ def measured(job: dict) -> dict:
 
 
 def all_jobs(folders: dict[str, str]):
-    """What is measured: the loading of 8B, and the recipe beside the course's gear, up to the longest sequence for 8B."""
+    """What is measured: loading 8B, and the recipe beside the course's gear, up to the longest sequence for 8B."""
     yield {"what": "loading", "model": "Llama-3.1-8B", "who": "ours", "gear": "t4", "folder": folders["Llama-3.1-8B"]}
     for model, folder in folders.items():
         for gear in ("t4", "ampere"):
@@ -226,7 +227,7 @@ def all_jobs(folders: dict[str, str]):
 def show(row: dict) -> str:
     if row["what"] == "loading":
         return (
-            f"{row['model']:14} loaded in {row['seconds']} s: {row['host_own_bytes'] / 1e9:.2f} GB of main memory of its own, "
+            f"{row['model']:14} loaded in {row['seconds']} s: {row['host_own_bytes'] / 1e9:.2f} GB of own main memory, "
             f"{row['host_resident_bytes'] / 1e9:.2f} GB with file pages; {row['gpu_peak_bytes'] / GIB:.2f} GiB on the GPU at "
             f"most; {row['disk_bytes'] / 1e9:.2f} GB on disk"
         )
@@ -268,9 +269,9 @@ def main() -> None:
     for job in all_jobs(folders):
         table["rows"].append(row := measured(job))
         print(show(row), flush=True)
-        size = row.get("loaded_bytes")  # none, if it ran out of memory before
+        size = row.get("loaded_bytes")  # None if it ran out of memory while loading
         if size and loaded.setdefault((row["model"], row["who"], row["gear"]), size) != size:
-            raise RuntimeError(f"{row['model']} was loaded in another size than before: something was left in memory")
+            raise RuntimeError(f"{row['model']} was loaded with another size than before: something was left in memory")
     args.table.write_text(json.dumps(table, indent=1) + "\n")
 
 

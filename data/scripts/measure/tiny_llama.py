@@ -1,4 +1,4 @@
-"""Measure what the shipped model shows, and write it to `data/tiny-llama/scores.json` and into its card.
+"""Measure the shipped model's scores, and write them to `data/tiny-llama/scores.json` and into its card.
 
     python -m data.scripts.measure.tiny_llama               # about four minutes on two cores
     python -m data.scripts.measure.tiny_llama --card-only   # write the card again from scores.json
@@ -37,7 +37,7 @@ BLOCK_SIZES = (64, 256)
 
 
 def recall_by_format() -> dict[str, dict[str, float]]:
-    """Recall of the base in 16 bit and in each format and block size."""
+    """Recall of the base model in 16 bits and in each format and block size."""
     tokenizer, facts = load_tokenizer(), evaluation.read_facts(data_path("recall.jsonl"))
     model = load_model(quantization=None, hardware=CPU)
     scores = {"16 bit": {"-": evaluation.recall(model, tokenizer, facts)}}
@@ -94,7 +94,7 @@ def measure() -> dict:
 
 
 def card_tables(scores: dict) -> dict[str, str]:
-    """The measured parts of the model card, by the name of the place where each belongs."""
+    """The measured parts of the model card, by the name of the place for each."""
 
     def percent(share: float, count: int) -> str:
         return f"{share * 100:.2f} ± {evaluation.standard_error(share, count) * 100:.2f} %"
