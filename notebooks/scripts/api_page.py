@@ -91,16 +91,25 @@ def of_module(path: Path) -> list[str]:
     return lines
 
 
+def modules() -> list[Path]:
+    """All modules of the package: first those that belong to no room."""
+    paths = (path for path in PACKAGE.rglob("*.py") if not path.name.startswith("__"))
+    return sorted(paths, key=lambda path: (path.parent != PACKAGE, path))
+
+
+def contents(path: Path) -> str:
+    """A line of the list at the top: the module, linked, and the first sentence about it."""
+    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    anchor = f"qlora_helpers.{name}".replace(".", "")
+    docstring = " ".join((ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split())
+    return f"- [{name}](#{anchor}): {docstring.partition('. ')[0].rstrip('.')}"
+
+
 def page() -> str:
     """API.md."""
-    here = sorted(path for path in PACKAGE.glob("*.py") if not path.name.startswith("__"))
-    rooms = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
-    lines = [BEGIN.strip()]
-    for path in here:
+    lines = [BEGIN.strip(), "\n".join(map(contents, modules()))]
+    for path in modules():
         lines += of_module(path)
-    for room in rooms:
-        for path in sorted(path for path in room.glob("*.py") if path.name != "__init__.py"):
-            lines += of_module(path)
     return "\n\n".join(lines) + "\n"
 
 

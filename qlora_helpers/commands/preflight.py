@@ -229,10 +229,12 @@ def preflight(lessons: list[str]) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command\'s options."""
     parser.add_argument("lessons", nargs="*", metavar="LESSON", help="numbers of lessons, such as 03; all by default")
 
 
 def command(args: argparse.Namespace) -> int:
+    """Check the machine and the lessons: 0 if all is ready."""
     return preflight(args.lessons)
 
 

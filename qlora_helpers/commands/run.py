@@ -78,6 +78,7 @@ def _where_to_begin(args: argparse.Namespace) -> Settings:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command\'s options."""
     parser.add_argument(
         "--output", type=Path, default=Path("runs/latest"), help="folder for the adapter and report.json"
     )
