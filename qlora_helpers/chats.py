@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import jinja2
 
+from qlora_helpers import validation
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -81,10 +83,8 @@ def read_chats(
     """
     if max_length is not None and tokenizer is None:
         raise ValueError(f"max_length={max_length} is counted in tokens: pass the tokenizer too")
-    if max_length is not None and not (isinstance(max_length, int) and max_length > 0):
-        raise ValueError(
-            f"max_length={max_length!r}: must be a whole number of tokens, 1 or more, or None for any length"
-        )
+    if max_length is not None:
+        max_length = validation.whole("max_length", max_length, otherwise="None for any length")
     try:
         content = Path(path).read_bytes()
     except OSError as error:

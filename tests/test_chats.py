@@ -183,7 +183,9 @@ def test_a_limit_without_a_tokenizer_is_refused(write):
 
 @pytest.mark.parametrize("length", [0, -1, 1.5, "64"])
 def test_a_limit_that_is_not_a_number_of_tokens_is_refused(write, tokenizer, length):
-    with pytest.raises(ValueError, match=f"max_length={length!r}: must be a whole number of tokens"):
+    with pytest.raises(
+        ValueError, match=f"max_length={length!r}: must be a whole number, 1 or more, or None for any length"
+    ):
         read_chats(write(GOOD), tokenizer, max_length=length)
 
 

@@ -24,7 +24,6 @@ from qlora_helpers.memory import find_gpu, find_shape, predict_merge
 from qlora_helpers.models.loading import load_model, load_tokenizer
 from qlora_helpers.models.weights import bytes_by_part, linear_layers
 from qlora_helpers.paths import data_path
-from qlora_helpers.quantize import NF4, dequantize, quantize
 from qlora_helpers.settings import Settings
 from qlora_helpers.training.run import train
 from qlora_helpers.training.run_folder import new_run_folder
@@ -34,7 +33,6 @@ import torch
 import bitsandbytes as bnb
 import peft
 import transformers
-from safetensors.torch import load_file
 
 GB, GIB = 10**9, 2**30
 for library in (torch, transformers, peft, bnb):
@@ -132,6 +130,7 @@ print(f"two merged copies {copies / GB:.1f} GB, one base with two adapters {one_
 
 # %% tags=["nbval-check-output"]
 from qlora_helpers.adapters.merge import load_base, merge
+from safetensors.torch import load_file
 
 cpu = detect("cpu")
 stored = load_file(sentences / "adapter_model.safetensors")
@@ -151,6 +150,9 @@ check("one merged layer, by hand and by PEFT", merged.get_submodule(name).weight
 # from scratch, gives what PEFT and bitsandbytes give, bit for bit:
 
 # %% tags=["nbval-check-output"]
+from qlora_helpers.quantize import NF4, dequantize, quantize
+
+
 def rounded(weight):
     return dequantize(quantize(weight, NF4, 64, double_quant=True))
 

@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_helpers import validation
 from qlora_helpers.adapters.files import load_adapter
 from qlora_helpers.hardware import Hardware
 from qlora_helpers.models.loading import SHIPPED_MODEL, load_model
@@ -35,8 +36,7 @@ def load_base(into: str, name: str = SHIPPED_MODEL, hardware: Hardware | None = 
     Raises:
         ValueError: `into` is not one of them.
     """
-    if into not in BASES:
-        raise ValueError(f"into={into!r}: choose one of {', '.join(BASES)}")
+    validation.one_of("into", into, BASES)
     model = load_model(name, quantization=None if into == "16bit" else "nf4", hardware=hardware)
     return model.dequantize() if into == "dequantised" else model
 

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 from qlora_helpers.memory.gpus import GPU
 from qlora_helpers.memory.shape import Linear, ModelShape
-from qlora_helpers.memory.tape import Tape, Tensor
+from qlora_helpers.memory.tape import FLOAT32, Tape, Tensor
 from qlora_helpers.settings import BLOCK_SIZES, DTYPES, Settings
 
-__all__ = ["DEQUANTISED", "EAGER_ONLY", "FLOAT32", "TILE", "DecoderLayer", "LayerSettings"]
+__all__ = ["DEQUANTISED", "EAGER_ONLY", "TILE", "DecoderLayer", "LayerSettings"]
 
-FLOAT32 = 4
 EAGER_ONLY = ("gemma2", "gptj")  # transformers offers no sdpa for these families
 DEQUANTISED, TILE = "dequantised weight", "logits tile"  # kinds of memory that a tape counts separately
 

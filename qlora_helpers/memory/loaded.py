@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qlora_helpers.memory.shape import ModelShape
-from qlora_helpers.memory.tape import rounded
+from qlora_helpers.memory.tape import FLOAT32, rounded
 from qlora_helpers.settings import DTYPES, Settings
 
 __all__ = ["loaded_bytes", "weights_by_part"]
 
-FLOAT32 = 4
 NESTED_BLOCK = 256  # constants per second-level block, bitsandbytes
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from qlora_helpers.memory.layers import DEQUANTISED, FLOAT32, TILE, DecoderLayer, LayerSettings
+from qlora_helpers.memory.layers import DEQUANTISED, TILE, DecoderLayer, LayerSettings
 from qlora_helpers.memory.shape import ModelShape
-from qlora_helpers.memory.tape import Tape, Tensor, rounded
+from qlora_helpers.memory.tape import FLOAT32, Tape, Tensor, rounded
 from qlora_helpers.memory.trained import Trained
 from qlora_helpers.settings import Settings
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-__all__ = ["BLOCK", "Backward", "Buffer", "Node", "Tape", "Tensor", "rounded"]
+__all__ = ["BLOCK", "FLOAT32", "Backward", "Buffer", "Node", "Tape", "Tensor", "rounded"]
 
 BLOCK = 512  # bytes: the CUDA caching allocator rounds every request up to a multiple of it (torch/c10, kMinBlockSize)
+FLOAT32 = 4  # bytes of one number
 
 
 def rounded(size: float) -> int:

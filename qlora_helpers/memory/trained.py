@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qlora_helpers.memory.shape import ModelShape
-from qlora_helpers.memory.tape import rounded
+from qlora_helpers.memory.tape import FLOAT32, rounded
 from qlora_helpers.settings import DTYPES, Settings
 from qlora_helpers.units import MIB
 
@@ -21,7 +21,6 @@ __all__ = [
     "what_is_trained",
 ]
 
-FLOAT32 = 4
 # bitsandbytes keeps the state of a tensor in 32 bits below this many elements (optim/optimizer.py, min_8bit_size) ...
 SMALLEST_8BIT = 4_096
 # ... and pages none below this many (optim/optimizer.py, get_state_buffer).

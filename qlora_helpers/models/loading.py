@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
+from qlora_helpers import validation
 from qlora_helpers.hardware import Hardware, detect
 from qlora_helpers.models.attention import REPEATED_KV
 from qlora_helpers.models.cpu_faults import make_safe_on_cpu
@@ -89,8 +90,8 @@ def load_model(
         HubError: a model from the Hub could not be fetched.
         ValueError: unknown `quantization`; or, on a CPU, a layer whose shape bitsandbytes decodes wrongly.
     """
-    if quantization not in ("nf4", "fp4", None):
-        raise ValueError(f"quantization={quantization!r}: choose 'nf4', 'fp4' or None")
+    if quantization is not None:
+        validation.one_of("quantization", quantization, ("nf4", "fp4"), otherwise="None")
     hardware = hardware or detect()
     folder, options = _folder(name), {}
     saved_in_4_bits = "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 
 from qlora_helpers.settings import AS_OTHERS_RUN, Settings
-from qlora_helpers.training.run_folder import RECORD, RESULT, numbered_checkpoints, trainer_state
+from qlora_helpers.training.run_folder import RECORD, RESULT, brought_up_to_date, numbered_checkpoints, trainer_state
 
 if TYPE_CHECKING:
     import torch
@@ -50,8 +50,6 @@ WEIGHTS = {"qlora": "adapter_model.safetensors", "lora": "adapter_model.safetens
 FREE_TO_CHANGE = ("save_steps", "save_minutes", "keep_checkpoints", "log_steps")
 # given by the model and the machine, which are recorded themselves, or the same in every run
 NOT_RECORDED = (*FREE_TO_CHANGE, *AS_OTHERS_RUN, "double_quant", "compute_dtype")
-# what every run did before these became settings: an older record lacks them
-BEFORE_IT_WAS_A_SETTING = {"method": "lora", "schedule": "linear", "max_grad_norm": 1.0}
 
 
 class SaveByTheClock(TrainerCallback):
@@ -146,14 +144,6 @@ def record_of(
     }
 
 
-def _brought_up_to_date(record: dict) -> dict:
-    """A record that an older version of this package may have written, as this version would write it."""
-    record = BEFORE_IT_WAS_A_SETTING | record
-    if record["method"] == "lora" and record.get("quantization") != "none":
-        record["method"] = "qlora"  # older versions used one word for both
-    return record
-
-
 def where_to_start(folder: Path, record: dict[str, Any], resume: bool, float16: bool) -> Path | None:
     """The checkpoint to resume a run from, or None to begin at the start.
 
@@ -178,7 +168,7 @@ def where_to_start(folder: Path, record: dict[str, Any], resume: bool, float16: 
             )
         return None
     try:
-        before = _brought_up_to_date(json.loads(begun.read_text()))
+        before = brought_up_to_date(json.loads(begun.read_text()))
     except ValueError as error:
         raise ValueError(f"{begun} is damaged, so it is unknown how the run was begun: name a new folder") from error
     differing = [

@@ -22,6 +22,7 @@ from qlora_helpers.safe_folders import probe_writing
 __all__ = [
     "RECORD",
     "RESULT",
+    "brought_up_to_date",
     "check_output",
     "is_finished",
     "make",
@@ -40,6 +41,8 @@ RECORD = "run.json"  # what a run was begun with
 # by method: the folder of what a finished run has trained
 RESULT = {"qlora": "adapter", "lora": "adapter", "full": "model"}
 RUN_BYTES = 50 * 10**6  # a run of the shipped model writes 8 MB
+# what every run did before these became settings: an older record lacks them
+BEFORE_IT_WAS_A_SETTING = {"method": "lora", "schedule": "linear", "max_grad_norm": 1.0}
 _IN_EVERY_RECORD = {"steps", "chats", "model", "compute_dtype"}
 _CURE = "name a new or an empty folder"
 
@@ -70,7 +73,16 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         record = json.loads((folder / RECORD).read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
-    return record if isinstance(record, dict) and record.keys() >= _IN_EVERY_RECORD else None
+    ours = isinstance(record, dict) and record.keys() >= _IN_EVERY_RECORD
+    return brought_up_to_date(record) if ours else None
+
+
+def brought_up_to_date(record: dict[str, Any]) -> dict[str, Any]:
+    """A record that an older version of this package may have written, as this version would write it."""
+    record = BEFORE_IT_WAS_A_SETTING | record
+    if record["method"] == "lora" and record.get("quantization", "none") != "none":
+        record["method"] = "qlora"  # older versions used one word for both
+    return record
 
 
 def is_finished(folder: Path) -> bool:

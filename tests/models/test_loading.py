@@ -9,5 +9,5 @@ CPU = detect("cpu")
 
 
 def test_an_unknown_quantisation_is_refused():
-    with pytest.raises(ValueError, match="quantization='int4': choose 'nf4', 'fp4' or None"):
+    with pytest.raises(ValueError, match="quantization='int4': choose one of nf4, fp4, or None"):
         load_model(quantization="int4", hardware=CPU)

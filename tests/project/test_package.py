@@ -1,7 +1,9 @@
 """The package by itself: installed without the course, and used from a project's own folder."""
 
+import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -97,3 +99,29 @@ def test_every_module_of_the_package_is_installed(site):
     }
     assert len(modules) > 40
     assert [str(path) for path in sorted(modules) if not (site / path).exists()] == []
+
+
+def test_importing_a_module_gives_the_module():
+    """A room that gives out a function under the name of one of its modules would hide the module."""
+    for room in (path.parent for path in (ROOT / "qlora_helpers").rglob("__init__.py")):
+        modules = {path.stem for path in room.glob("*.py")} | {path.parent.name for path in room.glob("*/__init__.py")}
+        tree = ast.parse((room / "__init__.py").read_text(encoding="utf-8"))
+        given_out = {
+            alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
+        }
+        assert modules & given_out == set(), room
+
+
+def test_nothing_edits_the_path_of_modules_but_what_must():
+    """Scripts are modules. A set-up on Colab and the doctor's own process have no package to be found in."""
+    editing = [
+        path.relative_to(ROOT).as_posix()
+        for folder in ("qlora_helpers", "data", "notebooks", "tests", "colab")
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(r"^\s*sys\.path(\.insert|\[:?0?\]| \+?=)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    assert sorted(editing) == [
+        "colab/setup.py",
+        "qlora_helpers/commands/doctor.py",
+        "qlora_helpers/commands/preflight.py",
+    ]

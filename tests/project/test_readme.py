@@ -1,5 +1,6 @@
 """The promises of the README and of the project's own files."""
 
+import ast
 import json
 import re
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from data.scripts.markdown_tables import fill
-from notebooks.scripts import build
+from notebooks.scripts import api_page, build
 from qlora_helpers.course.troubleshooting import read_entries
 from qlora_helpers.memory import catalogue, gpus
 from tests import ROOT
@@ -98,18 +99,29 @@ def test_the_readme_counts_the_entries_of_the_troubleshooting_page():
     assert said in " ".join(README.split())
 
 
+def uses(source: str, helper: str) -> bool:
+    """Whether code imports the module, or a name that it gives out; or a text names its file."""
+    room, _, module = helper.rpartition("/")
+    public = api_page.public_names(ast.parse((ROOT / "qlora_helpers" / f"{helper}.py").read_text(encoding="utf-8")))
+    package = f"qlora_helpers.{room}".rstrip(".")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            names = {alias.name for alias in node.names}
+            if node.module == f"{package}.{module}" or (node.module == package and names & {module, *public}):
+                return True
+    return f"qlora_helpers/{helper}.py" in source
+
+
 def test_each_lesson_uses_the_helpers_that_the_map_names_and_their_tests_do():
     assert list(build.HELPERS) == build.lessons()
     for name, helpers in build.HELPERS.items():
         source = (build.SOURCES / f"{name}.py").read_text(encoding="utf-8")
         for helper in helpers:
             room, _, module = helper.rpartition("/")
-            test = (ROOT / "tests" / room / f"test_{module}.py").read_text(encoding="utf-8")
-            for text in (source, test):
-                assert re.search(rf"qlora_helpers(\.{room})?(\.| import .*){module}\b", text) or (
-                    # the names that the room itself gives out
-                    room == "memory" and "from qlora_helpers.memory import" in text
-                ), f"{name}: {helper}"
+            test = ROOT / "tests" / room / f"test_{module}.py"
+            assert uses(source, helper), f"{name} does not use {helper}"
+            assert uses(test.read_text(encoding="utf-8"), helper), f"{test.name} does not test {helper}"
+    assert not uses("from qlora_helpers.memory import find_gpu", "memory/ladder")
 
 
 def test_the_environment_variables_of_the_readme_are_those_that_the_package_reads():

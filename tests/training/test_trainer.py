@@ -6,9 +6,11 @@ from bitsandbytes.nn import Params4bit
 from trl import SFTConfig
 
 from qlora_helpers.chats import count_tokens, split_question
+from qlora_helpers.models.loading import load_model, load_tokenizer
 from qlora_helpers.settings import Settings
 from qlora_helpers.training import trainer
-from tests.support.short_runs import CHATS, SHORT, TOKENIZER, differing, run, trainer_of
+from qlora_helpers.training.trainer import build_trainer
+from tests.support.short_runs import CHATS, CPU, SHORT, TOKENIZER, differing, run, trainer_of
 
 # What is trained
 
@@ -81,3 +83,23 @@ def two_gpus(config):
     assert config.n_gpu == 0  # after its set-up on this CPU
     config._n_gpu = 2
     return config
+
+
+def test_chats_go_through_the_template_once(tmp_path, monkeypatch):
+    calls = []
+    template = type(TOKENIZER).apply_chat_template
+
+    def counted(self, chats, *args, **options):
+        calls.append(len(chats))
+        return template(self, chats, *args, **options)
+
+    monkeypatch.setattr(type(TOKENIZER), "apply_chat_template", counted)
+    trainer_of(tmp_path)
+    assert calls == [len(CHATS)]
+
+
+def test_a_template_that_marks_no_answers_is_refused(tmp_path):
+    unmarked = load_tokenizer()
+    unmarked.chat_template = unmarked.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    with pytest.raises(ValueError, match="chat 1: the tokenizer's chat template marks no answer"):
+        build_trainer(load_model(hardware=CPU), unmarked, CHATS, tmp_path, SHORT, CPU)
