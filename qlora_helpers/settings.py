@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from qlora_helpers import validation
 
 __all__ = [
-    "AS_OTHERS_RUN",
     "ATTENTION",
     "BLOCK_SIZES",
     "DTYPES",
+    "GPU_OPTIMIZER",
     "GPU_RUN",
     "MEMORY_SETTINGS",
     "METHODS",
+    "PREDICTOR_ONLY",
     "SCHEDULES",
     "Settings",
 ]
@@ -32,43 +33,44 @@ class Settings:
     Attributes:
         method: "qlora" trains adapters on a frozen 4-bit base, "lora" on an unquantised one; "full" trains all weights
             of an unquantised model.
-        steps: optimizer steps.
-        batch_size: sequences that go through the model at once.
-        accumulation: batches per optimizer step (gradient accumulation).
+        steps: how many optimizer steps to train for.
+        batch_size: how many sequences go through the model at once.
+        accumulation: how many batches make one optimizer step (gradient accumulation).
         max_length: the longest sequence in tokens. Training refuses a longer chat; it does not truncate it. The
             predictor assumes that every sequence is this long.
-        learning_rate: the peak, after a linear warm-up over `warmup_steps`; then it follows `schedule`.
-        warmup_steps: optimizer steps of warm-up.
-        schedule: after the warm-up: "linear" or "cosine" decay to zero, or "constant".
+        learning_rate: its peak, after a linear warm-up; then it follows the schedule.
+        warmup_steps: optimizer steps of warm-up; less than 1 is a share of all steps.
+        schedule: of the learning rate after the warm-up: "linear" or "cosine" decay to zero, or "constant".
         max_grad_norm: gradients with a larger norm are clipped to this one; None for no clipping.
-        rank: of the LoRA matrices. This and the next three are as in `peft.LoraConfig`; "full" does not use them.
+        rank: of the two LoRA matrices. "full" uses neither this nor alpha, dropout and target_modules.
         alpha: LoRA's output is scaled by alpha / rank.
         dropout: LoRA dropout, the share of a layer's inputs that its adapter does not see, drawn anew at each step.
-        target_modules: the layers that get adapters: "all-linear", or names such as "q_proj" and "v_proj".
+        target_modules: the layers that get adapters: "all-linear", or a list of names (q_proj,v_proj on the command line).
         gradient_checkpointing: keep only each layer's input, and recompute the rest in the backward pass.
         optimizer: a name that transformers' `optim` takes; None for paged 8-bit AdamW on a GPU and AdamW on a CPU.
         compute_dtype: of matrix products, and of all weights that are not in 4 bits; None for what the GPU does best:
-            bfloat16, or float16 below compute capability 8.0. Training takes it from the machine's gear.
+            bfloat16, or below compute capability 8.0 float16, and float32 for "full". Training takes it from the
+            machine's gear.
         double_quant: store the scales of 4-bit weights in 8 bits.
         save_steps: write a checkpoint every N steps; None for none.
         save_minutes: write a checkpoint at the end of a step when N minutes have passed since the last one; None for
             none.
-        keep_checkpoints: how many of the newest to keep. With two, a kill while one is being written leaves the other.
+        keep_checkpoints: how many of the newest checkpoints to keep. With two, a kill while one is being written leaves
+            the other.
         log_steps: log loss and gradient norm every N steps; None for twenty times per run. On a GPU, logging waits for
             the step to end.
-        seed: for the adapters' initial values, the order of the chats, and dropout.
+        seed: decides the adapters' initial values, the order of the chats, and dropout.
         adapter_dtype: of LoRA's weights. Plain TRL makes them bfloat16 in a 4-bit model; this course trains float32 ones.
-        block_size: 4-bit weights that share a scale. transformers has no option for any other than 64.
+        block_size: how many 4-bit weights share a scale. transformers has no option for any other than 64.
         attention: "sdpa", "math" (torch's math kernel, the only one that a T4 has for grouped-query attention) or
             "eager". Below compute capability 8.0, "sdpa" means this course's gear, which always uses the
             memory-efficient kernel. transformers has no "sdpa" for Gemma 2 and GPT-J: for these it means "eager".
-        upcast_fp32: `peft.prepare_model_for_kbit_training` was called.
+        upcast_fp32: whether `peft.prepare_model_for_kbit_training` was called, which makes 16-bit weights float32.
 
     The last four describe runs outside this course: the predictor takes any value, training only the default.
 
     Raises:
-        ValueError: names the field, its value, and what is allowed. Fields that the method does not use are not
-            checked.
+        ValueError: names the field, its value, and what is allowed.
     """
 
     method: str = "qlora"
@@ -101,11 +103,7 @@ class Settings:
     def __post_init__(self) -> None:
         self._hold(validation.one_of, "method", METHODS)
         self._check_the_step()
-        if self.method == "qlora":
-            self._hold(validation.switch, "double_quant")
-            self._hold(validation.whole, "block_size", among=BLOCK_SIZES)
-        if self.method != "full":
-            self._check_the_adapters()
+        self._check_the_adapters()
         self._check_the_run()
 
     def _hold(self, checked_by, name: str, *how, **options) -> None:
@@ -131,13 +129,9 @@ class Settings:
         self._hold(validation.number, "dropout", at_least=0, below=1)
         self._hold(validation.one_of, "adapter_dtype", DTYPES)
         self._hold(validation.switch, "upcast_fp32")
-        targets = self.target_modules
-        if not isinstance(targets, str):
-            if not isinstance(targets, Iterable) or not all(isinstance(name, str) for name in targets):
-                cure = 'must be "all-linear", or a list of names such as ["q_proj", "v_proj"]'
-                raise validation.refuse("target_modules", targets, cure)
-            in_order = sorted(targets) if isinstance(targets, set | frozenset) else targets
-            object.__setattr__(self, "target_modules", tuple(in_order))
+        self._hold(validation.switch, "double_quant")
+        self._hold(validation.whole, "block_size", among=BLOCK_SIZES)
+        object.__setattr__(self, "target_modules", _targets(self.target_modules))
 
     def _check_the_run(self) -> None:
         self._hold(validation.whole, "steps")
@@ -155,7 +149,18 @@ class Settings:
             raise ValueError(f"{error}; with fewer, a kill can leave none") from None
 
 
-# How a model from the Hub is usually trained on one GPU: the run that the predictor is mostly asked about.
+def _targets(value: object) -> str | tuple[str, ...]:
+    """The names of adapted layers as one tuple, so that equal settings are equal; or "all-linear"."""
+    if value == "all-linear":
+        return "all-linear"
+    names = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else []
+    if not names or not all(isinstance(name, str) and name for name in names):
+        cure = 'must be "all-linear", or a list of names such as ["q_proj", "v_proj"]'
+        raise validation.refuse("target_modules", value, cure)
+    return tuple(sorted(names) if isinstance(value, set | frozenset) else names)
+
+
+# What decides the memory of a usual run of a model from the Hub on one GPU; how it learns is left as in the course's own.
 GPU_RUN = Settings(batch_size=1, max_length=2_048, dropout=0.05, gradient_checkpointing=True)
 
 # The memory of a run depends on these settings and on no others.
@@ -164,5 +169,7 @@ MEMORY_SETTINGS = (
     "optimizer", "compute_dtype", "double_quant", "adapter_dtype", "block_size", "attention", "upcast_fp32",
 )  # fmt: skip
 
+GPU_OPTIMIZER = "paged_adamw_8bit"  # on a GPU, where the settings name none
+
 # Training takes only the defaults of these, the predictor any value (see `Settings`).
-AS_OTHERS_RUN = ("adapter_dtype", "block_size", "attention", "upcast_fp32")
+PREDICTOR_ONLY = ("adapter_dtype", "block_size", "attention", "upcast_fp32")

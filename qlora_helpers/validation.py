@@ -37,6 +37,13 @@ def whole(name: str, value: object, at_least: int = 1, among: Collection[int] = 
     return number
 
 
+def _is_finite(value: Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that is larger than any float
+        return False
+
+
 def number(
     name: str,
     value: object,
@@ -46,7 +53,7 @@ def number(
     otherwise: str = "",
 ) -> float:
     """A finite number within its bounds; one of the lower bounds, `above` or `at_least`, must be given."""
-    held = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and value < below
+    held = isinstance(value, Real) and not isinstance(value, bool) and _is_finite(value) and value < below
     if above is not None:
         held, bound = held and value > above, f"more than {above:g}"
     else:

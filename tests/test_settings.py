@@ -7,7 +7,7 @@ from dataclasses import asdict, fields, replace
 import numpy as np
 import pytest
 
-from qlora_helpers.settings import AS_OTHERS_RUN, GPU_RUN, MEMORY_SETTINGS, Settings
+from qlora_helpers.settings import GPU_RUN, MEMORY_SETTINGS, PREDICTOR_ONLY, Settings
 
 WHOLE, SWITCH = "must be a whole number, 1 or more", "must be True or False"
 REFUSED = [
@@ -29,6 +29,9 @@ REFUSED = [
     ("dropout", 1.0, "must be a number, 0 or more and less than 1"),
     ("target_modules", 5, 'must be "all-linear", or a list of names such as'),
     ("target_modules", [5], 'must be "all-linear", or a list of names such as'),
+    ("target_modules", "q_proj", 'must be "all-linear", or a list of names such as'),
+    ("target_modules", (), 'must be "all-linear", or a list of names such as'),
+    ("alpha", 10**400, "must be a number, more than 0"),
     ("gradient_checkpointing", 3, SWITCH),
     ("optimizer", ["x"], "name one that transformers' optim takes, or None"),
     ("optimizer", "", "name one that transformers' optim takes, or None"),
@@ -63,12 +66,10 @@ def test_every_setting_is_described_once():
         assert Settings.__doc__.count(f"\n        {name}: ") == 1, name
 
 
-def test_a_setting_that_the_method_does_not_use_is_not_checked():
-    unused = {"rank": [-1], "adapter_dtype": None, "block_size": [1], "double_quant": None, "target_modules": None}
-    assert Settings(method="full", **unused).rank == [-1]
-    assert Settings(method="lora", block_size=[1], double_quant=None).block_size == [1]
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+def test_a_setting_is_checked_whether_or_not_the_method_uses_it(method):
     with pytest.raises(ValueError, match="rank="):
-        Settings(method="lora", rank=[-1])
+        Settings(method=method, rank="x")
 
 
 def test_numbers_of_numpy_are_numbers():
@@ -82,6 +83,7 @@ def test_numbers_of_numpy_are_numbers():
 def test_targets_are_kept_so_that_equal_settings_are_equal():
     assert Settings(target_modules=["q_proj", "v_proj"]) == Settings(target_modules=("q_proj", "v_proj"))
     assert Settings(target_modules={"v_proj", "q_proj"}).target_modules == ("q_proj", "v_proj")
+    assert Settings(target_modules=(name for name in ["q_proj", "v_proj"])).target_modules == ("q_proj", "v_proj")
     assert len({Settings(target_modules=["q_proj"]), Settings(target_modules=("q_proj",))}) == 1
 
 
@@ -91,4 +93,4 @@ def test_a_run_on_a_gpu_differs_from_the_course_s_only_in_these():
 
 def test_the_lists_of_settings_name_settings():
     names = {field.name for field in fields(Settings)}
-    assert set(MEMORY_SETTINGS) <= names and set(AS_OTHERS_RUN) <= set(MEMORY_SETTINGS)
+    assert set(MEMORY_SETTINGS) <= names and set(PREDICTOR_ONLY) <= set(MEMORY_SETTINGS)

@@ -41,7 +41,7 @@ def merge_files(base: str | Path, adapter: str | Path, folder: str | Path, overw
     Raises:
         FileExistsError: `folder` holds files, and `overwrite` is not set.
         FileNotFoundError: `base` has no safetensors files.
-        ValueError: the adapter belongs to another base (`adapters.WrongBase`), is not plain LoRA, or changes a weight that
+        ValueError: the adapter belongs to another base (`adapters.files.WrongBase`), is not plain LoRA, or changes a weight that
             the base does not have in this shape.
     """
     base, adapter = Path(base), settle(adapter)

@@ -52,7 +52,7 @@ def merge(
         name: of the base, as `load_model` takes it.
 
     Raises:
-        ValueError: `into` is not one of the three; or the adapter belongs to another base (`adapters.WrongBase`).
+        ValueError: `into` is not one of the three; or the adapter belongs to another base (`adapters.files.WrongBase`).
     """
     return merge_into(load_adapter(load_base(into, name, hardware), adapter))
 

@@ -413,7 +413,7 @@ def _hub(report: Report) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command\'s options."""
+    """Add the command's options."""
     parser.add_argument(
         "--error",
         metavar="TEXT",

@@ -24,7 +24,7 @@ WIDTH, BAR = 100, 60  # characters
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command\'s options."""
+    """Add the command's options."""
     parser.add_argument("model", nargs="?", help="a Hub name, a model's folder or its config.json")
     parser.add_argument("--gpu", default="t4", help="such as t4, l4, 4090, a100-80 (default: %(default)s)")
     add_settings(parser, MEMORY_SETTINGS, GPU_RUN)

@@ -229,7 +229,7 @@ def preflight(lessons: list[str]) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command\'s options."""
+    """Add the command's options."""
     parser.add_argument("lessons", nargs="*", metavar="LESSON", help="numbers of lessons, such as 03; all by default")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -16,7 +17,13 @@ from pathlib import Path
 
 from qlora_helpers.commands.settings_options import add_settings, as_words, given, option_of
 from qlora_helpers.settings import Settings
-from qlora_helpers.training.run_folder import check_output, is_finished, move_aside, steps_saved  # none needs torch
+from qlora_helpers.training.run_folder import (  # none needs torch
+    check_movable,
+    check_output,
+    is_finished,
+    move_aside,
+    steps_saved,
+)
 from qlora_helpers.units import GIB
 
 __all__ = ["SAVE_STEPS", "VARIED", "add_arguments", "command"]
@@ -39,8 +46,11 @@ def _how_to_resume(args: argparse.Namespace) -> str:
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
-def _where_to_begin(args: argparse.Namespace) -> Settings:
-    """Look at the output folder, say what will happen there, and return the settings of the run. Needs no torch.
+def _where_to_begin(args: argparse.Namespace) -> tuple[Settings, bool]:
+    """Look at the output folder and say what will happen there. Needs no torch.
+
+    Returns:
+        The settings of the run, and whether another run must be moved aside first.
 
     Raises:
         ValueError, OSError: the run cannot go there; the message names the argument.
@@ -51,12 +61,10 @@ def _where_to_begin(args: argparse.Namespace) -> Settings:
     if record is None:
         if args.resume:  # not an error: a script may repeat `run --resume` until it is done
             print(f"There is nothing to resume in {folder}: this is a new run.")
-        return new
+        return new, False
     if not args.resume:
-        kept = move_aside(folder)
-        check_output(folder)
-        print(f"The run that was in {folder} is now in {kept}.")
-        return new
+        check_movable(folder)
+        return new, True
     if is_finished(folder):
         raise ValueError(
             f"--resume: the run in --output={str(folder)!r} is finished. Leave out --resume to begin another; the finished one "
@@ -74,13 +82,30 @@ def _where_to_begin(args: argparse.Namespace) -> Settings:
         print(f"Continuing the run in {folder} after step {saved} of {record['steps']}.")
     else:
         print(f"The run in {folder} was stopped before its first checkpoint: it starts again at step 1.")
-    return replace(new, **begun)
+    return replace(new, **begun), False
+
+
+def _make_room(folder: Path) -> None:
+    """Move the run in a folder aside, and say where it is now."""
+    kept = move_aside(folder)
+    check_output(folder)
+    print(f"The run that was in {folder} is now in {kept}.")
+
+
+def _folder(text: str) -> Path:
+    """The value of --output."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is not a folder: name one, such as runs/latest")
+    return Path(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command\'s options."""
+    """Add the command's options."""
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/latest"), help="folder for the adapter and report.json"
+        "--output",
+        type=_folder,
+        default=Path("runs/latest"),
+        help="folder for what is trained and report.json (default: %(default)s)",
     )
     parser.add_argument(
         "--resume", action="store_true", help="continue from the last complete checkpoint in the output folder"
@@ -94,9 +119,15 @@ def command(args: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: the run cannot go into the output folder; the message names the argument.
     """
-    settings = _where_to_begin(args)
+    existed = args.output.exists()
+    settings, aside = _where_to_begin(args)
     try:
-        return _load_and_run(args, settings)
+        return _load_and_run(args, settings, aside)
+    except ValueError:
+        if not existed:
+            with contextlib.suppress(OSError):  # it goes only if it is empty
+                args.output.rmdir()
+        raise
     except KeyboardInterrupt as stop:  # during training it is an Interrupted, which says where
         trained = is_finished(args.output)
         where = (
@@ -109,7 +140,7 @@ def command(args: argparse.Namespace) -> int:
         return 128 + getattr(stop, "signal", signal.SIGINT)
 
 
-def _load_and_run(args: argparse.Namespace, settings: Settings) -> int:
+def _load_and_run(args: argparse.Namespace, settings: Settings, aside: bool) -> int:
     started = time.perf_counter()
     print("Loading the libraries …", flush=True)
     from qlora_helpers import evaluation
@@ -122,7 +153,7 @@ def _load_and_run(args: argparse.Namespace, settings: Settings) -> int:
     hardware, tokenizer = detect(), load_tokenizer()
     model = load_model(quantization="nf4" if settings.method == "qlora" else None, hardware=hardware)
     training_chats, test_chats = (read_chats(data_path("chats", f"{part}.jsonl")) for part in ("train", "test"))
-    _refuse_before_anything_is_asked(args, model, training_chats, settings, hardware)
+    _refuse_before_anything_is_asked(args, model, tokenizer, training_chats, settings, hardware, aside)
     parts = _print_bytes(model, hardware)
 
     print(f"\nAsking {len(test_chats)} questions about people that no training chat mentions …", flush=True)
@@ -158,13 +189,21 @@ def _load_and_run(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def _refuse_before_anything_is_asked(
-    args: argparse.Namespace, model, chats: list, settings: Settings, hardware
+    args: argparse.Namespace, model, tokenizer, chats: list, settings: Settings, hardware, aside: bool
 ) -> None:
-    """Refuse what `train` would refuse, before minutes are spent on questions."""
+    """Refuse what `train` would refuse, before a run is moved aside and minutes are spent on questions."""
+    from qlora_helpers.chats import lengths_of
     from qlora_helpers.training.checkpoints import record_of, where_to_start
     from qlora_helpers.training.trainer import check_settings
 
     check_settings(model, settings, hardware)
+    if (
+        settings.max_length < Settings.max_length
+        and (longest := max(lengths_of(chats, tokenizer))) > settings.max_length
+    ):
+        raise ValueError(f"max_length={settings.max_length}: the longest training chat has {longest} tokens. Raise it")
+    if aside:
+        _make_room(args.output)
     record = record_of(model, chats, settings, hardware.compute_dtype)
     where_to_start(args.output, record, args.resume, float16=hardware.gear == "t4")
 
@@ -237,5 +276,5 @@ loss                  {report["loss_before"]:10.3f}{report["loss_after"]:10.3f} 
     print(f"""
 training              {report["train_seconds"]:.0f} s of {report["total_seconds"]:.0f} s in all
 peak memory           {report["peak_memory_bytes"] / GIB:.2f} GiB of main memory
-adapter               {report["adapter_path"]}
+trained weights       {report["adapter_path"]}
 report                {path.as_posix()}""")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from qlora_helpers import validation
 from qlora_helpers.units import GIB, MIB
 
 __all__ = ["CONTEXT_BYTES", "GPU", "TABLE", "find_gpu", "known_gpus"]
@@ -85,5 +86,5 @@ def find_gpu(gpu: str | GPU) -> GPU:
             str(gpu), known_gpus(), 2
         )
         meant = f" (perhaps {' or '.join(near)})" if near else ""
-        raise ValueError(f"gpu is {gpu!r}{meant}; known GPUs are {', '.join(known_gpus())}")
+        raise validation.refuse("gpu", gpu, f"known GPUs are {', '.join(known_gpus())}{meant}")
     return found

@@ -9,16 +9,17 @@ from dataclasses import dataclass, replace
 
 from qlora_helpers.memory.gpus import GPU, find_gpu
 from qlora_helpers.memory.layers import EAGER_ONLY
-from qlora_helpers.memory.prediction import OPTIMIZER, Prediction, predict
+from qlora_helpers.memory.prediction import Prediction, predict
 from qlora_helpers.memory.search import longest_sequence
 from qlora_helpers.memory.shape import ModelShape
 from qlora_helpers.memory.trained import OPTIMIZERS
-from qlora_helpers.settings import GPU_RUN, Settings
+from qlora_helpers.settings import GPU_OPTIMIZER, Settings
 from qlora_helpers.units import GIB
 
 __all__ = ["LADDER", "LOWEST_RANK", "SHORTEST", "Change", "cures"]
 
 SHORTEST = 256  # tokens: no cure makes sequences shorter
+MOST_DIVISORS = 2**20  # of a batch size are looked for: a number without bounds would take for ever
 LOWEST_RANK = 4  # no cure lowers the rank below it
 
 
@@ -74,7 +75,7 @@ def _fused_optimizer(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
 
 
 def _8bit_optimizer(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
-    now = OPTIMIZERS[settings.optimizer or OPTIMIZER]
+    now = OPTIMIZERS[settings.optimizer or GPU_OPTIMIZER]
     if now.bits != 8:
         name = "paged_adamw_8bit" if now.paged else "adamw_8bit"
         yield (
@@ -108,7 +109,7 @@ def _checkpointing(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
 
 def _smaller_batch(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
     size = settings.batch_size
-    small = [divisor for divisor in range(1, math.isqrt(size) + 1) if size % divisor == 0]
+    small = [divisor for divisor in range(1, min(math.isqrt(size), MOST_DIVISORS) + 1) if size % divisor == 0]
     for batch in sorted({*small, *(size // divisor for divisor in small)} - {size}, reverse=True):
         what = f"a batch of {batch:,} with {size // batch:,} steps of accumulation"
         changed = replace(settings, batch_size=batch, accumulation=settings.accumulation * size // batch)
@@ -134,23 +135,15 @@ def _fewer_layers(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
 def _lora(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
     if settings.method == "full":
         price = "adapters that learn less than all weights do"
-        yield "LoRA on 16-bit weights instead of full fine-tuning", price, _with_adapters(settings, "lora")
+        yield "LoRA on 16-bit weights instead of full fine-tuning", price, replace(settings, method="lora")
 
 
 def _qlora(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
     if settings.method == "full":
         price = "a 4-bit base, and adapters that learn less than all weights do"
-        yield "QLoRA instead of full fine-tuning", price, _with_adapters(settings, "qlora")
+        yield "QLoRA instead of full fine-tuning", price, replace(settings, method="qlora")
     elif settings.method == "lora":
-        yield "QLoRA instead of LoRA", "a 4-bit base, which loses a little", _with_adapters(settings, "qlora")
-
-
-def _with_adapters(settings: Settings, method: str) -> Settings:
-    """The run with another method. Fields that its own method does not use were never checked, so they take the usual values."""
-    unused = {"double_quant", "block_size"}
-    if settings.method == "full":
-        unused |= {"adapter_dtype", "rank", "dropout", "target_modules", "upcast_fp32"}
-    return replace(settings, method=method, **{name: getattr(GPU_RUN, name) for name in unused})
+        yield "QLoRA instead of LoRA", "a 4-bit base, which loses a little", replace(settings, method="qlora")
 
 
 def _shorter(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:

@@ -1,6 +1,6 @@
 """Predict the peak memory of a fine-tuning run, part by part, from the shape of the model: no GPU, no torch, no download.
 
-The predicted step is that of TRL's SFTTrainer (1.15 and 1.16) with PEFT, bitsandbytes and transformers 5, on full
+The predicted step is that of TRL's SFTTrainer (1.16) with PEFT, bitsandbytes and transformers 5, on full
 sequences without padding, from the second step on. What autograd keeps is not fitted: `layers` runs one decoder layer with
 sized tensors, and `step` puts the step together. What cannot be derived is a constant here, with the place where it was measured.
 """
@@ -16,17 +16,17 @@ from qlora_helpers.memory.loaded import loaded_bytes, weights_by_part
 from qlora_helpers.memory.shape import ModelShape
 from qlora_helpers.memory.step import Moment, mask_bytes, moments_of_a_step
 from qlora_helpers.memory.trained import OPTIMIZERS, Trained, what_is_trained
-from qlora_helpers.settings import Settings
+from qlora_helpers.settings import GPU_OPTIMIZER, Settings
 
-__all__ = ["OPTIMIZER", "Prediction", "on_gpu", "predict"]
+__all__ = ["Prediction", "on_gpu", "predict"]
 
 # Main memory of a process that has loaded the libraries, without a model: Llama-3.1-8B was loaded, tensor by tensor, in
 # 1.62 GB, of which 1.05 GB is its largest tensor (data/measured/t4_gear.json).
 HOST_PROCESS = 571_000_000
 # Fragmentation: memory that torch's allocator cannot reuse between tensors of different sizes, as a share of what comes and
-# goes within a step. Chosen from the calibration rows of data/measured/memory.json, whose own shares range from 0.01 to 0.3.
+# goes within a step. Chosen with the calibration rows of
+# data/measured/memory.json; `python -m data.scripts.measure.memory_errors` shows what they leave over.
 FRAGMENTATION_WITH_CHECKPOINTING, FRAGMENTATION = 0.14, 0.025
-OPTIMIZER = "paged_adamw_8bit"  # what training uses on a GPU if the settings name none
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,9 @@ def on_gpu(settings: Settings, gpu: GPU) -> Settings:
     best = "bfloat16"
     if gpu.compute_capability < (8, 0):
         best = "float32" if settings.method == "full" else "float16"
-    return replace(settings, compute_dtype=settings.compute_dtype or best, optimizer=settings.optimizer or OPTIMIZER)
+    return replace(
+        settings, compute_dtype=settings.compute_dtype or best, optimizer=settings.optimizer or GPU_OPTIMIZER
+    )
 
 
 def _check(shape: ModelShape, settings: Settings) -> None:

@@ -243,7 +243,7 @@ class ModelShape:
         if target_modules == "all-linear":
             return self.linears
         if isinstance(target_modules, str) or not all(isinstance(name, str) for name in target_modules or ()):
-            raise ValueError(f'target_modules is {target_modules!r}; give "all-linear" or a list of names')
+            raise validation.refuse("target_modules", target_modules, 'must be "all-linear", or a list of names')
         found = tuple(
             linear
             for linear in self.linears
@@ -251,9 +251,8 @@ class ModelShape:
         )
         if not found:
             known = ", ".join(linear.name.rsplit(".")[-1] for linear in self.linears)
-            raise ValueError(
-                f"target_modules is {list(target_modules)}; none of them is in {self.model_type}, which has {known}"
-            )
+            cure = f"none of them is in {self.model_type}, which has {known}"
+            raise validation.refuse("target_modules", list(target_modules), cure)
         return found
 
     def lora_parameters(self, rank: int, target_modules: str | Collection[str] = "all-linear") -> int:

@@ -22,7 +22,7 @@ MOST_SKIPPED_IN_A_ROW = 17
 MOST_SPIKES_SAID = 5
 
 
-class _Recorder(TrainerCallback):
+class Recorder(TrainerCallback):
     """Collect the losses and gradient norms, and pass the history on to a live plot."""
 
     def __init__(self, on_loss: Callable[[list[tuple[int, float]]], None] | None):
@@ -41,7 +41,7 @@ class _Recorder(TrainerCallback):
         self.history, self.gradient_norms = logged(log), logged(log, "grad_norm")
 
 
-class _Bar(TrainerCallback):
+class LossBar(TrainerCallback):
     """A progress bar with the loss after it, instead of the trainer's, which also prints dictionaries."""
 
     bar = None
@@ -64,14 +64,14 @@ class _Bar(TrainerCallback):
             self.bar.close()
 
 
-class _SaveAsAsked(TrainerCallback):
+class SaveAsAsked(TrainerCallback):
     """Save and log as often as the current settings say: a resumed trainer would do as its checkpoint says."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         state.save_steps, state.logging_steps = args.save_steps, args.logging_steps
 
 
-class _Watch(TrainerCallback):
+class LossWatch(TrainerCallback):
     """Name loss spikes; stop at a loss that is NaN or infinite, before it is logged or saved; count skipped steps.
 
     The losses are read all at once, when the trainer logs or saves: reading each at its step would hold up a GPU.

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 
-from qlora_helpers.settings import AS_OTHERS_RUN, Settings
+from qlora_helpers.settings import PREDICTOR_ONLY, Settings
 from qlora_helpers.training.run_folder import RECORD, RESULT, brought_up_to_date, numbered_checkpoints, trainer_state
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ WEIGHTS = {"qlora": "adapter_model.safetensors", "lora": "adapter_model.safetens
 # these say when to save and log, not what to compute
 FREE_TO_CHANGE = ("save_steps", "save_minutes", "keep_checkpoints", "log_steps")
 # given by the model and the machine, which are recorded themselves, or the same in every run
-NOT_RECORDED = (*FREE_TO_CHANGE, *AS_OTHERS_RUN, "double_quant", "compute_dtype")
+NOT_RECORDED = (*FREE_TO_CHANGE, *PREDICTOR_ONLY, "double_quant", "compute_dtype")
 
 
 class SaveByTheClock(TrainerCallback):

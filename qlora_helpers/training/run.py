@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from qlora_helpers.hardware import Hardware, detect
 from qlora_helpers.models.saving import save_model
 from qlora_helpers.settings import Settings
 from qlora_helpers.threads import say_if_slowed
-from qlora_helpers.training.callbacks import _Bar, _Recorder, _SaveAsAsked, _Watch
+from qlora_helpers.training.callbacks import LossBar, LossWatch, Recorder, SaveAsAsked
 from qlora_helpers.training.checkpoints import (
     WEIGHTS,
     SaveByTheClock,
@@ -31,7 +32,7 @@ from qlora_helpers.training.checkpoints import (
     write_record,
 )
 from qlora_helpers.training.interrupts import Interrupted, StopWhenAsked
-from qlora_helpers.training.run_folder import RESULT, make, steps_saved
+from qlora_helpers.training.run_folder import RESULT, make_run_folder, steps_saved
 from qlora_helpers.training.spikes import Spike
 from qlora_helpers.training.trainer import build_trainer
 
@@ -109,10 +110,17 @@ def train(
         raise ValueError(f"chats={chats!r}: there is nothing to learn. Pass a list of chats, as read_chats returns")
     record = record_of(model, chats, settings, hardware.compute_dtype)
     checkpoint = where_to_start(output_dir, record, resume, float16=hardware.compute_dtype == torch.float16)
-    make(output_dir, "output_dir")
-    trainer = build_trainer(model, tokenizer, chats, output_dir, settings, hardware)
+    new = not output_dir.exists()
+    make_run_folder(output_dir, "output_dir")
+    try:
+        trainer = build_trainer(model, tokenizer, chats, output_dir, settings, hardware)
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):  # it goes only if it is empty
+                output_dir.rmdir()
+        raise
     write_record(output_dir, record)
-    recorder, watch, stop = _Recorder(on_loss), _Watch(trainer), StopWhenAsked()
+    recorder, watch, stop = Recorder(on_loss), LossWatch(trainer), StopWhenAsked()
     _add_callbacks(trainer, settings, progress_bar, recorder, stop, watch)
     if hardware.device == "cpu":
         say_if_slowed(torch.get_num_threads())
@@ -144,9 +152,9 @@ def _add_callbacks(trainer, settings: Settings, progress_bar: bool, recorder, st
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if progress_bar:
-        trainer.add_callback(_Bar)
+        trainer.add_callback(LossBar)
     trainer.add_callback(recorder)
-    trainer.add_callback(_SaveAsAsked)
+    trainer.add_callback(SaveAsAsked)
     trainer.add_callback(stop)
     if settings.save_minutes is not None:
         trainer.add_callback(SaveByTheClock(settings.save_minutes))
@@ -169,7 +177,7 @@ def _say_what_was_skipped(skipped: list[int], steps: int) -> None:
 
 
 def _train_to_the_end(
-    trainer, checkpoint: Path | None, settings, output_dir: Path, recorder: _Recorder, stop: StopWhenAsked
+    trainer, checkpoint: Path | None, settings, output_dir: Path, recorder: Recorder, stop: StopWhenAsked
 ):
     """Train from a checkpoint, or from the start, to the last step.
 
@@ -189,7 +197,7 @@ def _train_to_the_end(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
         for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, _Bar):
+            if isinstance(callback, LossBar):
                 callback.close()
         saved = steps_saved(output_dir)
         where = f"in step {trainer.state.global_step + 1} of {settings.steps}; " + (

@@ -23,9 +23,10 @@ __all__ = [
     "RECORD",
     "RESULT",
     "brought_up_to_date",
+    "check_movable",
     "check_output",
     "is_finished",
-    "make",
+    "make_run_folder",
     "move_aside",
     "new_run_folder",
     "numbered_checkpoints",
@@ -118,7 +119,7 @@ def check_output(folder: Path, name: str = "--output") -> dict[str, Any] | None:
     if record is None and held:
         more = f" and {len(held) - 1} more" if len(held) > 1 else ""
         raise FileExistsError(f"{said} holds {held[0]!r}{more} but no run of this course: {_CURE}")
-    make(folder, name)
+    make_run_folder(folder, name)
     free = shutil.disk_usage(folder).free
     if free < RUN_BYTES:
         raise OSError(
@@ -128,7 +129,7 @@ def check_output(folder: Path, name: str = "--output") -> dict[str, Any] | None:
     return record
 
 
-def make(folder: Path, name: str) -> None:
+def make_run_folder(folder: Path, name: str) -> None:
     """Create a folder for a run, if it does not exist, and make sure that it can be written to.
 
     Args:
@@ -149,8 +150,8 @@ def make(folder: Path, name: str) -> None:
         raise type(error)(f"{said} cannot be written to ({error.strerror}): name a folder of your own") from error
 
 
-def move_aside(folder: Path, name: str = "--output") -> Path:
-    """Rename the folder of a run after the time of its last change, so that a new run overwrites nothing.
+def check_movable(folder: Path, name: str = "--output") -> Path:
+    """Whether the folder of a run can be moved aside; returns where it really is.
 
     Raises:
         ValueError: it holds no run of this course; or it is a link, the working folder or a folder above that.
@@ -169,6 +170,17 @@ def move_aside(folder: Path, name: str = "--output") -> Path:
             f"{said} is the folder you are in, or one above it, and holds a run. It is not renamed: {_CURE}, or "
             "continue it with --resume"
         )
+    return whole
+
+
+def move_aside(folder: Path, name: str = "--output") -> Path:
+    """Rename the folder of a run after the time of its last change, so that a new run overwrites nothing.
+
+    Raises:
+        ValueError: as `check_movable` does.
+        OSError: it cannot be renamed.
+    """
+    said, whole = f"{name}={str(folder)!r}", check_movable(folder, name)
     stamp = time.strftime("%Y-%m-%d-%H%M%S", time.localtime(whole.stat().st_mtime))
     target, number = whole.with_name(f"{whole.name}-until-{stamp}"), 2
     while target.exists():

@@ -15,16 +15,19 @@ import datasets
 import torch
 from peft import LoraConfig
 from transformers import set_seed
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig, SFTTrainer
 
 from qlora_helpers import validation
 from qlora_helpers.chats import Chat, tokenized
 from qlora_helpers.hardware import Hardware
-from qlora_helpers.settings import AS_OTHERS_RUN, SCHEDULES, Settings
+from qlora_helpers.models.weights import linear_layers
+from qlora_helpers.settings import GPU_OPTIMIZER, PREDICTOR_ONLY, SCHEDULES, Settings
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.training_args import OptimizerNames
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["build_trainer", "check_settings", "no_progress_bars"]
 
@@ -97,15 +100,30 @@ def check_settings(model: PreTrainedModel | PeftModel, settings: Settings, hardw
     if settings.method == "full" and quantised:
         cure = "4-bit weights cannot be trained. Load the model with quantization=None, or use 'qlora'"
         raise validation.refuse("method", "full", cure)
-    for name in AS_OTHERS_RUN:
+    for name in PREDICTOR_ONLY:
         used = Settings.__dataclass_fields__[name].default
-        if settings.method != "full" and getattr(settings, name) != used:
+        if getattr(settings, name) != used:
             cure = f"only the predictor takes it; training uses {used!r}. Leave it out"
             raise validation.refuse(name, getattr(settings, name), cure)
+    if settings.optimizer is not None:
+        validation.one_of("optimizer", settings.optimizer, [name.value for name in OptimizerNames], otherwise="None")
+    if settings.method != "full" and settings.target_modules != "all-linear":
+        _check_targets(model, settings.target_modules)
     gear = str(hardware.compute_dtype).removeprefix("torch.")
     if settings.compute_dtype not in (None, gear):
         cure = f"the {hardware.gear} gear computes in {gear}. Leave it out, or choose another gear with QLORA_GEAR"
         raise validation.refuse("compute_dtype", settings.compute_dtype, cure)
+
+
+def _check_targets(model, targets: tuple[str, ...]) -> None:
+    """PEFT passes over a name that matches nothing as long as another one does."""
+    layers = [name for name, _ in linear_layers(model)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+            raise validation.refuse(
+                "target_modules", list(targets), f"{target!r} is no linear layer. There are {known}"
+            )
 
 
 def _rows(chats: list[Chat], tokenizer, max_length: int) -> list[dict]:
@@ -137,7 +155,7 @@ def _config(output_dir: Path, settings: Settings, hardware: Hardware) -> SFTConf
         warmup_steps=settings.warmup_steps,
         lr_scheduler_type=SCHEDULES[settings.schedule],
         max_grad_norm=settings.max_grad_norm or 0.0,  # the trainer takes 0 for no clipping
-        optim=settings.optimizer or ("paged_adamw_8bit" if on_gpu else "adamw_torch"),
+        optim=settings.optimizer or (GPU_OPTIMIZER if on_gpu else "adamw_torch"),
         max_length=settings.max_length,
         assistant_only_loss=False,  # the rows already mark the assistant's tokens; TRL would look for them itself
         packing=False,  # it is meant for FlashAttention, which a T4 does not have

@@ -204,3 +204,13 @@ def test_memory_needs_no_torch(tmp_path):
     whole = call("memory", "qwen2.5-14b", "--upcast-fp32", cwd=tmp_path)
     assert (whole.returncode, whole.stdout) == (done.returncode, done.stdout)
     assert whole.returncode in (0, 1)
+
+
+def test_a_batch_without_bounds_is_answered(capsys):
+    status, text, _ = report(capsys, "qwen2.5-7b", "--batch-size", 10**20)
+    assert status == 1 and "does not fit" in text
+
+
+def test_a_bad_rank_is_refused_for_full_fine_tuning_too(capsys):
+    status, _, errors = report(capsys, "qwen2.5-7b", "--method", "full", "--rank", "x")
+    assert status == 2 and "rank='x': must be a whole number" in errors

@@ -73,3 +73,34 @@ def report(capsys, *arguments):
     """Exit status, standard output and standard error of `python -m qlora_helpers memory`."""
     status = main(["memory", *map(str, arguments)])
     return status, *capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--optimizer", "adam_of_mine", "error: optimizer='adam_of_mine': choose one of adamw_torch, "),
+        (
+            "--target-modules",
+            "q_proj,foo",
+            "error: target_modules=['q_proj', 'foo']: 'foo' is no linear layer. There are q_proj, ",
+        ),
+        ("--max-length", "8", "error: max_length=8: the longest training chat has "),
+    ],
+)
+def test_what_training_would_refuse_is_refused_before_anything_is_asked_or_moved(
+    option, value, said, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(evaluation, "exact_match", None)  # asking would fail
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "run.json").write_text(json.dumps({"steps": 6, "chats": "0", "model": "tiny-llama", "compute_dtype": "x"}))
+    for output in (tmp_path / "new", old):
+        assert main(["run", "--output", str(output), option, value]) == 2
+        assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["old"] and (old / "run.json").exists()
+
+
+def test_an_empty_name_of_a_folder_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "--output", ""])
+    assert "'' is not a folder: name one, such as runs/latest" in capsys.readouterr().err

@@ -211,7 +211,7 @@ def test_a_claim_has_one_judge():
 def test_the_command_only_reports_with_check(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(claims, "PAGE", tmp_path / "CLAIMS.md")
     for arguments, code, written in ((["--check"], 1, False), ([], 0, True), (["--check"], 0, True)):
-        monkeypatch.setattr("sys.argv", ["claims.py", *arguments])
+        monkeypatch.setattr("sys.argv", ["claims", *arguments])
         with pytest.raises(SystemExit) as ended:
             claims.main()
         assert (ended.value.code, (tmp_path / "CLAIMS.md").exists()) == (code, written)

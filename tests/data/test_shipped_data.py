@@ -214,7 +214,7 @@ def test_the_script_makes_a_toy_on_a_cpu(tmp_path):
 
 
 def test_the_script_overwrites_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["make_tiny_llama.py", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["tiny_llama", "--out", str(tmp_path)])
     monkeypatch.setattr(make_tiny_llama, "make_people", lambda *_: pytest.fail("it continued"))
     with pytest.raises(SystemExit) as caught:
         make_tiny_llama.main()

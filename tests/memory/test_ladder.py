@@ -177,18 +177,18 @@ def test_a_combination_of_cheaper_changes_is_offered_before_the_single_ones():
     assert all(len(change.steps) == 1 for change in cures(LLAMA_8B, replace(run, batch_size=1), card(30 * GIB)))
 
 
-def test_full_fine_tuning_falls_back_to_qlora_whose_own_fields_are_the_usual_ones():
-    run = replace(GPU_RUN, method="full", rank=0, block_size=7, upcast_fp32=True)  # unused, so not checked
+def test_full_fine_tuning_falls_back_to_qlora_with_the_adapters_that_the_settings_name():
+    run = replace(GPU_RUN, method="full", rank=8)
     (change,) = cures(LLAMA_8B, run, "t4")
-    assert change.settings == GPU_RUN
+    assert change.settings == replace(GPU_RUN, rank=8)
     assert "QLoRA instead of full fine-tuning" in change.what
     # if QLoRA alone is not enough, its adapters can be made smaller, too
-    gpu = card(predict(LLAMA_8B, replace(GPU_RUN, max_length=256), "l4").device_bytes - 1)
+    gpu = card(predict(LLAMA_8B, replace(GPU_RUN, rank=8, max_length=256), "l4").device_bytes - 1)
     (change,) = cures(LLAMA_8B, run, gpu)
     assert change.prediction.fits
     assert change.settings.method == "qlora"
     adapters = LLAMA_8B.lora_parameters(change.settings.rank, change.settings.target_modules)
-    assert adapters < LLAMA_8B.lora_parameters(16)
+    assert adapters < LLAMA_8B.lora_parameters(8)
 
 
 def test_where_nothing_helps_the_one_entry_says_how_much_is_missing():

@@ -12,7 +12,7 @@ from qlora_helpers.models.cpu_faults import make_safe_on_cpu
 from qlora_helpers.models.loading import load_model, load_tokenizer
 from qlora_helpers.quantize import FP4, NF4, dequantize, quantize
 
-import bitsandbytes as bnb  # isort: skip (qlora_helpers.models quietens it first)
+import bitsandbytes as bnb  # isort: skip (qlora_helpers quietens it first)
 
 CPU = Hardware("cpu", "gear", None, 0, None, False, 1, 0)
 

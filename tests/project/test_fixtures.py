@@ -27,7 +27,7 @@ def test_tests_of_a_gpu_and_no_others_are_skipped_without_one(there, monkeypatch
     spec.loader.exec_module(hooks)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     needs_one = Item(TESTS / "gpu" / "test_gears.py")
-    others = [Item(TESTS / "test_models.py"), Item(Path("/home/me/gpu/course/tests/models/test_loading.py"))]
+    others = [Item(TESTS / "test_hardware.py"), Item(Path("/home/me/gpu/course/tests/models/test_loading.py"))]
     hooks.pytest_collection_modifyitems([needs_one, *others])
     reasons = [mark.kwargs for mark in needs_one.marks]
     assert reasons == ([] if there else [{"reason": "needs a GPU that torch can see"}])

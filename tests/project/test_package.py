@@ -1,6 +1,7 @@
 """The package by itself: installed without the course, and used from a project's own folder."""
 
 import ast
+import inspect
 import json
 import os
 import re
@@ -125,3 +126,18 @@ def test_nothing_edits_the_path_of_modules_but_what_must():
         "qlora_helpers/commands/doctor.py",
         "qlora_helpers/commands/preflight.py",
     ]
+
+
+def test_the_example_of_the_readme_calls_what_there_is():
+    """Its imports work, and its calls have arguments of these names; a run of it is above."""
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    imports = "\n".join(line for line in example.splitlines() if line.startswith("from "))
+    names: dict = {}
+    exec(imports, names)
+    called = {
+        node.func.id: node for node in ast.walk(ast.parse(example)) if isinstance(getattr(node, "func", None), ast.Name)
+    }
+    assert {"predict", "train", "Settings", "read_chats"} <= called.keys()
+    for name in ("predict", "find_shape", "load_model", "read_chats", "Settings", "train"):
+        call = called[name]
+        inspect.signature(names[name]).bind(*call.args, **{keyword.arg: None for keyword in call.keywords})

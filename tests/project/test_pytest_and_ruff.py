@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 import warnings
 from types import SimpleNamespace
@@ -51,7 +52,7 @@ def method(self):
 
 
 LIBRARIES_NOTES = {
-    "gradient_checkpointing": lambda: SFTConfig(output_dir="unused", use_cpu=True, bf16=False),
+    "gradient_checkpointing": lambda: SFTConfig(output_dir=tempfile.gettempdir(), use_cpu=True, bf16=False),
     "script_method": lambda: torch.jit.script_method(method),
 }
 

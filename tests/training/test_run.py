@@ -87,6 +87,8 @@ DESCRIBES_ANOTHER_RUN = [
     ({"method": "full"}, "method='full': 4-bit weights cannot be trained. Load the model with quantization=None"),
     ({"adapter_dtype": "bfloat16"}, "adapter_dtype='bfloat16': only the predictor takes it; training uses 'float32'"),
     ({"block_size": 128}, "block_size=128: only the predictor takes it; training uses 64"),
+    ({"optimizer": "sgd_of_mine"}, "optimizer='sgd_of_mine': choose one of adamw_torch, "),
+    ({"target_modules": ["foo"]}, "target_modules=['foo']: 'foo' is no linear layer. There are q_proj, "),
     ({"attention": "math"}, "attention='math': only the predictor takes it; training uses 'sdpa'"),
     ({"upcast_fp32": True}, "upcast_fp32=True: only the predictor takes it; training uses False"),
     ({"compute_dtype": "float16"}, "compute_dtype='float16': the cpu gear computes in float32"),
@@ -97,7 +99,7 @@ DESCRIBES_ANOTHER_RUN = [
 def test_settings_that_describe_another_run_are_refused_before_anything_is_written(changed, said, tmp_path):
     with pytest.raises(ValueError, match=re.escape(said)):
         run(tmp_path / "new", replace(SHORT, **changed))
-    assert not (tmp_path / "new" / "run.json").exists()
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_unquantised_model_is_not_called_qlora(tmp_path):

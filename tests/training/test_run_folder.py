@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from qlora_helpers.__main__ import main
+from qlora_helpers.commands.run import _make_room
 from qlora_helpers.paths import data_path
 from qlora_helpers.training import run_folder
 from qlora_helpers.training.run_folder import (
@@ -183,7 +184,7 @@ def test_other_steps_are_refused_before_anything_is_loaded(here, capsys):
         ((), ["--resume"], 6, "The run in latest was stopped before its first checkpoint: it starts again at step 1."),
         ((2, 4), ["--resume"], 6, "Continuing the run in latest after step 4 of 6."),
         ((2, 4), ["--resume", "--steps", "6"], 6, "Continuing the run in latest after step 4 of 6."),
-        ((2, 4), [], 300, "The run that was in latest is now in latest-until-"),
+        ((2, 4), [], 300, ""),
     ],
 )
 def test_it_is_said_where_a_run_begins_and_its_steps_come_from_its_record(
@@ -194,10 +195,19 @@ def test_it_is_said_where_a_run_begins_and_its_steps_come_from_its_record(
         run_in(tmp_path / "latest", steps=begun)
     begins = []
     monkeypatch.setattr(
-        "qlora_helpers.commands.run._load_and_run", lambda args, settings: begins.append(settings.steps) or 0
+        "qlora_helpers.commands.run._load_and_run",
+        lambda args, settings, aside: begins.append((settings.steps, aside)) or 0,
     )
     assert main(["run", "--output", "latest", *arguments]) == 0
-    assert begins == [steps] and said in capsys.readouterr().out
+    assert begins == [(steps, begun is not None and not arguments)] and said in capsys.readouterr().out
+
+
+def test_the_run_that_was_there_is_moved_aside_and_that_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run_in(tmp_path / "latest", steps=[2])
+    _make_room(Path("latest"))
+    assert "The run that was in latest is now in latest-until-" in capsys.readouterr().out
+    assert list((tmp_path / "latest").iterdir()) == []
 
 
 def test_a_checkpoint_that_was_cut_off_is_not_counted(tmp_path):

@@ -25,12 +25,12 @@ from packaging.version import Version
 from transformers import BitsAndBytesConfig, TrainingArguments
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from data.scripts.claims.rules import Finding, by_setting, claim, refusal, still_taken
+from data.scripts.claims.rules import NOWHERE, Finding, by_setting, claim, refusal, still_taken
 from qlora_helpers.models.loading import load_tokenizer
 from qlora_helpers.paths import data_path
 
 disable_progress_bar()
-ON_CPU = {"output_dir": "unused", "use_cpu": True}
+ON_CPU = {"output_dir": NOWHERE, "use_cpu": True}
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MODEL = str(data_path("tiny-llama"))
 

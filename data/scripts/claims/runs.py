@@ -29,7 +29,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as CollatorOfTRL
 
 from data.scripts.claims.quality import loss, losses_without_warm_up, stability, standard_errors
-from data.scripts.claims.rules import Finding, by_setting, claim, parts, refusal
+from data.scripts.claims.rules import NOWHERE, Finding, by_setting, claim, parts, refusal
 from data.scripts.claims.size import of_merging
 from qlora_helpers import evaluation
 from qlora_helpers.chats import read_chats
@@ -98,7 +98,7 @@ def trainer_for(rows: list[dict], model=None, args=None) -> SFTTrainer:
     with silence():
         return SFTTrainer(
             model=model or base(),
-            args=args or SFTConfig(output_dir="unused", use_cpu=True, bf16=False, assistant_only_loss=True),
+            args=args or SFTConfig(output_dir=NOWHERE, use_cpu=True, bf16=False, assistant_only_loss=True),
             train_dataset=datasets.Dataset.from_list(rows),
             processing_class=tokenizer(),
             peft_config=LoraConfig(**ALL_LINEAR),
@@ -109,7 +109,7 @@ def trainer_for(rows: list[dict], model=None, args=None) -> SFTTrainer:
 def text_trainer() -> SFTTrainer:
     """As in the articles: a column of rendered chats, and plain TrainingArguments."""
     texts = [{"text": tokenizer().apply_chat_template(chat, tokenize=False)} for chat in chats()[:2]]
-    return trainer_for(texts, args=TrainingArguments(output_dir="unused", use_cpu=True, report_to="none"))
+    return trainer_for(texts, args=TrainingArguments(output_dir=NOWHERE, use_cpu=True, report_to="none"))
 
 
 @cache
