@@ -1,4 +1,4 @@
-"""The predictor's tape, checked against the libraries' own step on fake tensors: nothing is fitted, so they must agree."""
+"""The predictor's layers (`qlora_helpers/memory/layers.py`), checked against the libraries' own step on fake tensors: nothing is fitted, so they must agree."""
 
 from dataclasses import replace
 
