@@ -12,6 +12,8 @@ from qlora_helpers import evaluation
 from qlora_helpers.paths import data_path
 from qlora_helpers.settings import Settings
 from qlora_helpers.statistics import difference, interval
+from qlora_helpers.training.trainer import check_settings
+from tests.support.short_runs import CPU
 
 # Student's two-sided t for 95 %, by the number of values (from any table, at one degree of freedom less)
 T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 10: 2.262, 31: 2.042}
@@ -84,6 +86,22 @@ def test_every_row_has_settings_that_a_run_takes():
         Settings(**{**measure_quality.BUDGET, **row.settings})
     labels = [row.label for row in measure_quality.rows()]
     assert len(set(labels)) == len(labels)
+
+
+def test_each_row_has_the_method_of_its_base():
+    methods = {}
+    for row in measure_quality.rows():
+        methods.setdefault(row.base, set()).add(measure_quality.settings_of(row, 0, measure_quality.BUDGET).method)
+    assert methods == {
+        "16 bit": {"full", "lora"}, "NF4": {"qlora"}, "NF4 + double quant": {"qlora"}, "FP4": {"qlora"}, "INT4": {"lora"},
+        "INT4 symmetric": {"lora"},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("label", ["LoRA 16 bit", "QLoRA NF4 + double quant", "QLoRA INT4"])
+def test_a_base_is_what_its_settings_describe(label):
+    row = next(row for row in measure_quality.rows() if row.label == label)
+    check_settings(measure_quality.load(row.base), measure_quality.settings_of(row, 0, measure_quality.BUDGET), CPU)
 
 
 def test_a_run_of_the_table_can_be_repeated_in_short(monkeypatch):

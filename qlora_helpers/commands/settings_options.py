@@ -16,8 +16,9 @@ TYPES = {field.name: field.type for field in fields(Settings)}
 
 
 def _texts() -> dict[str, str]:
-    """What the docstring of `Settings` says about each field."""
-    listed = textwrap.dedent(re.search(r"Attributes:\n(.*?)\n\n", Settings.__doc__, re.DOTALL)[1])
+    """What the docstring of `Settings` says about each field; nothing under `python -OO`, which drops docstrings."""
+    found = re.search(r"Attributes:\n(.*?)\n\n", Settings.__doc__ or "", re.DOTALL)
+    listed = textwrap.dedent(found[1]) if found else ""
     entries = re.findall(r"^(\w+): (.*(?:\n .*)*)", listed, re.MULTILINE)
     return {name: " ".join(text.split()).replace("`", "") for name, text in entries}
 
@@ -48,7 +49,7 @@ def add_settings(parser: argparse.ArgumentParser, names: Iterable[str], defaults
     texts = _texts()
     for name in names:
         default = getattr(defaults, name)
-        said = f"{texts[name].rstrip('.')} (default: {default})".replace("%", "%%")
+        said = f"{texts.get(name, name).rstrip('.')} (default: {default})".replace("%", "%%")
         if TYPES[name] is bool:
             how = {"action": argparse.BooleanOptionalAction}
         else:

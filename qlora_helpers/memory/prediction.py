@@ -24,8 +24,8 @@ __all__ = ["Prediction", "on_gpu", "predict"]
 # 1.62 GB, of which 1.05 GB is its largest tensor (data/measured/t4_gear.json).
 HOST_PROCESS = 571_000_000
 # Fragmentation: memory that torch's allocator cannot reuse between tensors of different sizes, as a share of what comes and
-# goes within a step. Chosen with the calibration rows of
-# data/measured/memory.json; `python -m data.scripts.measure.memory_errors` shows what they leave over.
+# goes within a step. Chosen with the calibration rows of data/measured/memory.json; `python -m
+# data.scripts.measure.memory_errors` shows how far off the predictions are with it.
 FRAGMENTATION_WITH_CHECKPOINTING, FRAGMENTATION = 0.14, 0.025
 
 

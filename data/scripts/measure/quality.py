@@ -26,6 +26,7 @@ from data.scripts import ROOT
 TABLE = ROOT / "data" / "measured" / "quality.json"
 SEEDS = range(5)
 BUDGET = {"steps": 200, "batch_size": 8, "learning_rate": 1.5e-3, "warmup_steps": 10}
+IN_4_BITS = ("NF4", "NF4 + double quant", "FP4")  # bases that bitsandbytes has
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -99,12 +100,22 @@ def load(base: str):
     from qlora_helpers.models.weights import quantize_dequantize
 
     hardware = detect("cpu")
-    if base in ("NF4", "NF4 + double quant", "FP4"):
+    if base in IN_4_BITS:
         return load_model(quantization=base[:3].lower(), double_quant=base.endswith("double quant"), hardware=hardware)
     model = load_model(quantization=None, hardware=hardware)
     if base != "16 bit":
         quantize_dequantize(model, {"INT4": quantize.INT4, "INT4 symmetric": quantize.INT4_SYMMETRIC}[base])
     return model
+
+
+def settings_of(row: Row, seed: int, budget: dict):
+    """The settings of a row. Its base says whether LoRA is QLoRA: formats that bitsandbytes does not have are rounded to."""
+    from qlora_helpers.settings import Settings
+
+    settings = {**budget, **row.settings, "seed": seed}
+    if settings.get("method") != "full":
+        settings["method"] = "qlora" if row.base in IN_4_BITS else "lora"
+    return Settings(**settings)
 
 
 def measure(row: Row, seed: int, budget: dict | None = None) -> dict:
@@ -115,13 +126,12 @@ def measure(row: Row, seed: int, budget: dict | None = None) -> dict:
     from qlora_helpers.models.loading import load_tokenizer
     from qlora_helpers.models.weights import bytes_by_part
     from qlora_helpers.paths import data_path
-    from qlora_helpers.settings import Settings
     from qlora_helpers.training.callbacks import TrainingDiverged
     from qlora_helpers.training.run import train
 
     tokenizer, model = load_tokenizer(), load(row.base)
     weights = sum(bytes_by_part(model).values())
-    settings = Settings(**{**(budget or BUDGET), **row.settings, "seed": seed})
+    settings = settings_of(row, seed, budget or BUDGET)
     train_chats, test_chats = (
         read_chats(data_path("chats", f"{part}.jsonl"), tokenizer, settings.max_length) for part in ("train", "test")
     )

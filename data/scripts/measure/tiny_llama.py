@@ -58,7 +58,7 @@ def fine_tuned(base: str) -> dict[str, float]:
     model = load_model(quantization="nf4" if base == "NF4" else None, hardware=CPU)
     if base == "shuffled":
         shuffle_linear_weights(model)
-    settings = Settings()
+    settings = Settings(method="qlora" if base == "NF4" else "lora")
     test_chats = read_chats(data_path("chats", "test.jsonl"), tokenizer, settings.max_length)
     scores = {"before": evaluation.exact_match(model, tokenizer, test_chats)}
     with tempfile.TemporaryDirectory() as folder:
