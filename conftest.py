@@ -9,6 +9,7 @@ import gc
 import os
 import re
 import shutil
+import signal
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -47,6 +48,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "everything: takes long; runs only with --everything")
+    # A shell's background job ignores Ctrl+C, and so would every run that a test starts in order to interrupt it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if not hasattr(config, "workerinput"):  # once, not in every worker; the workers inherit the environment
         for choice in ("QLORA_GEAR", "QLORA_MODEL", "QLORA_DATA"):  # a teacher's own settings would reach every kernel
             os.environ.pop(choice, None)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -80,7 +81,11 @@ class Ran:
         for name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS"):  # conftest.py sets these
             environment.pop(name, None)
         command = [sys.executable, "-c", QUICK_PYTEST, "-p", "no:cacheprovider", "--color=no", *arguments]
-        done = subprocess.run(command, cwd=course, env=environment, capture_output=True, text=True)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: the tests start as a shell's background job does
+        try:
+            done = subprocess.run(command, cwd=course, env=environment, capture_output=True, text=True)
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         self.code, self.output = done.returncode, done.stdout + done.stderr
         found = [json.loads(path.read_text()) for path in sorted(tells.iterdir(), key=lambda p: p.stem[-2:])]
         self.kernels = {tell["place"][:-3]: tell for tell in found}
@@ -96,10 +101,11 @@ def small_course(folder: Path) -> Path:
     )  # no kernel imports this on its own
     (folder / "tests").mkdir()
     (folder / "tests" / "test_marked.py").write_text(
-        "import gc, os\nimport pytest\n\n\n"
+        "import gc, os, signal\nimport pytest\n\n\n"
         "@pytest.mark.everything\ndef test_that_takes_long():\n    assert gc.get_freeze_count() > 0\n\n\n"
         "def test_that_is_short():\n    assert gc.get_freeze_count() > 0\n    assert 'ATEN_CPU_CAPABILITY' not in os.environ\n"
-        "    assert os.environ['HF_HUB_OFFLINE'] == '1'\n\n\n"
+        "    assert os.environ['HF_HUB_OFFLINE'] == '1'\n"
+        "    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n\n\n"
         "@pytest.mark.skip(reason='no such machine')\ndef test_elsewhere():\n    pass\n"
     )
     # a broken kernel that somebody has installed under the usual name
