@@ -13,7 +13,7 @@ from transformers import trainer_utils
 from transformers.integrations.bitsandbytes import dequantize_and_replace
 from transformers.utils import logging as transformers_logging
 
-from qlora_helpers import library_messages as quiet
+from qlora_helpers import library_messages
 from qlora_helpers.training.trainer import SFTConfig
 
 import bitsandbytes as bnb  # isort: skip (qlora_helpers quietens it first)
@@ -50,10 +50,10 @@ def writes_checkpoints_at_once(monkeypatch, tmp_path):
 
 
 LOGGED = {
-    ("bitsandbytes.backends.cpu.ops", quiet._BITSANDBYTES): misses_an_optional_package,
-    ("transformers.trainer_utils", quiet._ALIGNED): aligns_special_tokens,
-    ("transformers.trainer_utils", quiet._NO_SECOND_APART): writes_checkpoints_at_once,
-    ("transformers.integrations.bitsandbytes", quiet._DEQUANTISED): dequantises,
+    ("bitsandbytes.backends.cpu.ops", library_messages._BITSANDBYTES): misses_an_optional_package,
+    ("transformers.trainer_utils", library_messages._ALIGNED): aligns_special_tokens,
+    ("transformers.trainer_utils", library_messages._NO_SECOND_APART): writes_checkpoints_at_once,
+    ("transformers.integrations.bitsandbytes", library_messages._DEQUANTISED): dequantises,
 }
 
 
@@ -64,7 +64,7 @@ def dropped() -> dict[tuple[str, str], logging.Filter]:
         (logger.name, one.beginning): one
         for logger in loggers
         for one in logger.filters
-        if isinstance(one, quiet._Drop)
+        if isinstance(one, library_messages._Drop)
     }
 
 
@@ -96,13 +96,13 @@ def heard():
 
 
 def test_each_filter_has_its_message_here():
-    quiet.quieten()
+    library_messages.quieten()
     assert dropped().keys() == LOGGED.keys()
 
 
 @pytest.mark.parametrize(("logger", "beginning"), LOGGED)
 def test_a_message_that_a_library_logs_is_kept_out_and_would_come(logger, beginning, heard, monkeypatch, tmp_path):
-    quiet.quieten()
+    library_messages.quieten()
     provoke = lambda: LOGGED[logger, beginning](monkeypatch, tmp_path)  # noqa: E731
     assert heard(provoke) == []
     one = dropped()[logger, beginning]
@@ -118,7 +118,7 @@ def test_a_renamed_option_warns_and_is_kept_out(tmp_path):
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             if quietened:
-                quiet.quieten()
+                library_messages.quieten()
             SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
             warnings.warn("another message", FutureWarning, stacklevel=1)
         return [str(warning.message) for warning in seen]
@@ -129,7 +129,7 @@ def test_a_renamed_option_warns_and_is_kept_out(tmp_path):
 
 
 def test_quietening_twice_adds_nothing():
-    quiet.quieten()
+    library_messages.quieten()
     before = [len(logging.getLogger(name).filters) for name, _ in LOGGED]
-    quiet.quieten()
+    library_messages.quieten()
     assert [len(logging.getLogger(name).filters) for name, _ in LOGGED] == before

@@ -352,9 +352,6 @@ def load_libraries(capability: str | None) -> None:
     Args:
         capability: the GPU's compute capability, such as "9.0"; None without a GPU.
     """
-    from qlora_helpers.library_messages import quieten
-
-    quieten()
     answers: dict = {"is_available": False}
     if capability:
         major, minor = capability.split(".")
@@ -365,7 +362,7 @@ def load_libraries(capability: str | None) -> None:
         from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer  # noqa: F401
         from trl import SFTTrainer  # noqa: F401
 
-        import qlora_helpers.models  # noqa: F401
+        import qlora_helpers.models.loading  # noqa: F401
     if torch.cuda.is_initialized():
         raise SystemExit("importing the libraries has initialised CUDA: no forked process can use the GPU now")
 
