@@ -326,8 +326,7 @@ def _memory_bytes() -> tuple[int, int]:
 
 
 ASK_TORCH = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
+import json
 import torch
 from qlora_helpers.hardware import detect
 found = {"torch": torch.__version__, "threads": torch.get_num_threads()}
@@ -354,7 +353,7 @@ def _torch(report: Report) -> None:
     )
     try:
         done = subprocess.run(
-            [sys.executable, "-c", ASK_TORCH, str(COURSE)], capture_output=True, text=True, timeout=SECONDS, check=False
+            [sys.executable, "-c", ASK_TORCH], cwd=COURSE, capture_output=True, text=True, timeout=SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
         report.problem(f"torch was not imported within {SECONDS} s", "try again when the disk is not busy, or " + cure)
