@@ -19,8 +19,6 @@ QWEN_7B, LLAMA_8B, LLAMA_70B, GPT_J = map(
     find_shape, ("Qwen/Qwen2.5-7B", "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-70B", "EleutherAI/gpt-j-6b")
 )
 
-RUN = GPU_RUN
-
 WASTEFUL = replace(
     GPU_RUN,  # every cure applies
     compute_dtype="float32", double_quant=False, rank=64, batch_size=12, gradient_checkpointing=False,
@@ -123,10 +121,10 @@ def test_every_single_change_that_is_enough_is_listed():
 
 
 def test_what_is_already_on_is_not_offered():
-    gpu = card(predict(QWEN_7B, RUN, "l4").device_bytes - 1)
-    offered = [changed(RUN, change.settings) for change in cures(QWEN_7B, RUN, gpu)]
+    gpu = card(predict(QWEN_7B, GPU_RUN, "l4").device_bytes - 1)
+    offered = [changed(GPU_RUN, change.settings) for change in cures(QWEN_7B, GPU_RUN, gpu)]
     assert offered == [{"rank"}, {"target_modules"}, {"max_length"}]
-    few = replace(RUN, rank=4, target_modules=["q_proj", "v_proj"], max_length=256)
+    few = replace(GPU_RUN, rank=4, target_modules=["q_proj", "v_proj"], max_length=256)
     (last,) = cures(QWEN_7B, few, card(predict(QWEN_7B, few, "l4").device_bytes - 1))
     assert last.settings is None
     assert last.steps == ()
@@ -223,18 +221,18 @@ def test_where_nothing_helps_the_one_entry_says_how_much_is_missing():
 )
 def test_fewer_adapters_are_named_as_the_family_names_its_layers(name, adapted):
     shape = find_shape(name)
-    found = cures(shape, RUN, card(predict(shape, RUN, "l4").device_bytes - 1))
+    found = cures(shape, GPU_RUN, card(predict(shape, GPU_RUN, "l4").device_bytes - 1))
     assert adapted in [change.settings.target_modules for change in found]
 
 
 def test_a_huge_batch_is_cured_quickly(asked):
-    found = cures(QWEN_7B, replace(RUN, batch_size=2**40), "l4")
-    assert changed(RUN, found[0].settings) == {"batch_size"}
+    found = cures(QWEN_7B, replace(GPU_RUN, batch_size=2**40), "l4")
+    assert changed(GPU_RUN, found[0].settings) == {"batch_size"}
     assert 0 < len(asked) < 500
 
 
 def test_16_bits_are_those_that_the_card_is_fast_in():
-    run = replace(RUN, compute_dtype="float32")
+    run = replace(GPU_RUN, compute_dtype="float32")
     for name, dtype in (("t4", "float16"), ("l4", "bfloat16")):
         gpu = card(predict(QWEN_7B, run, name).device_bytes - 1, like=name)
         assert cures(QWEN_7B, run, gpu)[0].settings == replace(run, compute_dtype=dtype)
