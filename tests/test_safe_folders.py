@@ -3,11 +3,12 @@
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from qlora_helpers import safe_folders
-from qlora_helpers.safe_folders import settle, whole_folder
+from qlora_helpers.safe_folders import put_back, whole_folder
 
 
 def filled(folder, content):
@@ -55,7 +56,7 @@ def test_the_working_folder_is_not_replaced(folder, tmp_path, monkeypatch):
         ValueError, match=rf"folder='{folder}' is the folder you are in, or one above it: name one below it"
     ):
         whole_folder(folder, overwrite=True).__enter__()
-    assert settle(folder).resolve() == (tmp_path / "here" / folder).resolve()  # to read from
+    assert put_back(folder).resolve() == (tmp_path / "here" / folder).resolve()  # to read from
 
 
 def test_a_link_is_kept_and_its_target_replaced(tmp_path):
@@ -64,13 +65,6 @@ def test_a_link_is_kept_and_its_target_replaced(tmp_path):
     with whole_folder(tmp_path / "link", overwrite=True) as part:
         (part / "weights").write_text("new")
     assert (tmp_path / "link").is_symlink() and (folder / "weights").read_text() == "new"
-
-
-def test_a_user_s_own_old_folder_is_left_alone(tmp_path):
-    folder, backup = filled(tmp_path / "adapter", "old"), filled(tmp_path / "adapter.old", "older")
-    with whole_folder(folder, overwrite=True) as part:
-        (part / "weights").write_text("new")
-    assert (backup / "weights").read_text() == "older"
 
 
 def test_a_folder_that_cannot_be_written_names_the_argument_and_the_cure(tmp_path):
@@ -104,7 +98,7 @@ def test_a_kill_while_a_folder_is_replaced_loses_nothing(tmp_path, at):
     killed = subprocess.run([sys.executable, "-c", KILL, str(folder), str(at)])
     assert killed.returncode == -signal.SIGKILL
     assert folder.exists() is (at == 0)  # between the two renames the name does not exist
-    assert (settle(folder) / "weights").read_text() == "old"
+    assert (put_back(folder) / "weights").read_text() == "old"
     with whole_folder(folder, overwrite=True) as part:
         (part / "weights").write_text("new")
     assert (folder / "weights").read_text() == "new"
@@ -112,6 +106,105 @@ def test_a_kill_while_a_folder_is_replaced_loses_nothing(tmp_path, at):
 
 
 def test_a_kill_after_both_renames_leaves_the_new_folder(tmp_path):
-    folder, _ = filled(tmp_path / "adapter", "new"), filled(tmp_path / f"adapter{safe_folders.OLD}", "old")
-    assert (settle(folder) / "weights").read_text() == "new"
+    folder, left = filled(tmp_path / "adapter", "new"), filled(tmp_path / f".adapter.0a1b2c3d{safe_folders.OLD}", "old")
+    assert (put_back(folder) / "weights").read_text() == "new"
+    assert left.exists()  # reading deletes nothing
+    with whole_folder(folder, overwrite=True) as part:
+        (part / "weights").write_text("newer")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["adapter.old", "adapter.part", "adapter.being-replaced", ".adapter.old", ".adapter.mine.qlora-old", "adapter-2"],
+)
+def test_folders_of_other_names_are_left_alone(name, tmp_path):
+    folder, backup = filled(tmp_path / "adapter", "old"), filled(tmp_path / name, "older")
+    put_back(folder)
+    with whole_folder(folder, overwrite=True) as part:
+        (part / "weights").write_text("new")
+    put_back(tmp_path / "missing")
+    assert (backup / "weights").read_text() == "older"
+    assert (folder / "weights").read_text() == "new"
+
+
+def test_a_file_is_not_replaced(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"folder='.*thesis.txt' is a file: name a new folder"):
+        whole_folder(tmp_path / "thesis.txt", overwrite=True).__enter__()
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_folder_with_folders_in_it_is_not_replaced(tmp_path):
+    (tmp_path / "run" / "checkpoint-5").mkdir(parents=True)
+    with pytest.raises(
+        FileExistsError, match=r"run' holds the folder 'checkpoint-5', as no saved model or adapter does, so it is not"
+    ):
+        whole_folder(tmp_path / "run", overwrite=True).__enter__()
+    assert (tmp_path / "run" / "checkpoint-5").is_dir()
+
+
+def test_the_old_folder_gets_its_name_back_if_the_new_one_cannot_have_it(tmp_path, monkeypatch):
+    folder, rename = filled(tmp_path / "adapter", "old"), Path.rename
+
+    def refused(self, target):
+        if self.name.endswith(safe_folders.NEW):
+            raise PermissionError("a scanner has it open")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(PermissionError, match="scanner"), whole_folder(folder, overwrite=True) as part:
+        (part / "weights").write_text("new")
+    assert (folder / "weights").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_what_cannot_be_removed_is_named_and_does_not_undo_the_writing(tmp_path, monkeypatch):
+    folder = filled(tmp_path / "adapter", "old")
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(safe_folders.shutil, "rmtree", refused)
+    with (
+        pytest.warns(UserWarning, match=r"qlora-old is no longer needed but cannot be removed \(Permission denied\)"),
+        whole_folder(folder, overwrite=True) as part,
+    ):
+        (part / "weights").write_text("new")
+    assert (folder / "weights").read_text() == "new"
+
+
+WRITER = """
+import pathlib, sys, time
+from qlora_helpers.safe_folders import FolderInUse, whole_folder
+folder, mine = sys.argv[1:]
+for _ in range(30):
+    try:
+        with whole_folder(folder, overwrite=True) as part:
+            for number in range(20):
+                (part / str(number)).write_text(mine)
+    except FolderInUse:
+        time.sleep(0.002)
+    else:
+        print("wrote")
+"""
+
+
+def test_two_processes_that_write_one_folder_never_mix_their_files(tmp_path):
+    folder = tmp_path / "adapter"
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(folder), mine], stdout=subprocess.PIPE, text=True)
+        for mine in ("one", "two")
+    ]
+    looks = 0
+    while any(writer.poll() is None for writer in writers):
+        try:
+            texts = [path.read_text() for path in folder.iterdir()]
+        except FileNotFoundError:  # replaced just now
+            continue
+        assert len(texts) in (0, 20) or not folder.exists()
+        looks += 1
+    assert all(writer.returncode == 0 and "wrote" in writer.communicate()[0] for writer in writers) and looks
+    texts = [path.read_text() for path in folder.iterdir()]
+    assert len(texts) == 20 and len(set(texts)) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

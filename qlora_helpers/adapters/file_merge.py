@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from qlora_helpers.adapters.files import CONFIG, WEIGHTS, WrongBase, describe, same_name
 from qlora_helpers.models.loading import name_in
-from qlora_helpers.safe_folders import settle, whole_folder
+from qlora_helpers.safe_folders import put_back, whole_folder
 
 __all__ = ["merge_files"]
 
@@ -44,7 +44,7 @@ def merge_files(base: str | Path, adapter: str | Path, folder: str | Path, overw
         ValueError: the adapter belongs to another base (`adapters.files.WrongBase`), is not plain LoRA, or changes a weight that
             the base does not have in this shape.
     """
-    base, adapter = Path(base), settle(adapter)
+    base, adapter = Path(base), put_back(adapter)
     files, found = sorted(base.glob("*.safetensors")), describe(adapter)
     if not files:
         raise FileNotFoundError(f"base={str(base)!r} has no safetensors files: pass the folder of a 16-bit model")

@@ -17,7 +17,7 @@ from peft import PeftModel
 from safetensors import safe_open
 
 from qlora_helpers.models.loading import name_of
-from qlora_helpers.safe_folders import settle, whole_folder
+from qlora_helpers.safe_folders import put_back, whole_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,7 +66,7 @@ def describe(folder: str | Path) -> AdapterFiles:
     Raises:
         FileNotFoundError: there is no adapter in `folder`.
     """
-    folder = settle(folder)
+    folder = put_back(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"folder={str(folder)!r} has no {name}: it is not the folder of an adapter")
