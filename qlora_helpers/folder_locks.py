@@ -13,7 +13,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-__all__ = ["FolderInUse", "in_use", "locked"]
+__all__ = ["LOCK_INSIDE", "FolderInUse", "in_use", "locked"]
+
+LOCK_INSIDE = ".lock"  # the lock's file where nothing can be written beside the folder
 
 
 class FolderInUse(BlockingIOError):
@@ -25,7 +27,7 @@ def _lock_file(folder: Path) -> Path:
     folder = folder.resolve()  # two spellings of a folder have one lock
     if folder.name and (os.access(folder.parent, os.W_OK) or not folder.is_dir()):
         return folder.with_name(f".{folder.name}.lock")
-    return folder / ".lock"
+    return folder / LOCK_INSIDE
 
 
 @contextmanager

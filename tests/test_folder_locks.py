@@ -3,34 +3,15 @@
 import errno
 import os
 import signal
-import subprocess
 import sys
 import threading
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from qlora_helpers import folder_locks
 from qlora_helpers.folder_locks import FolderInUse, in_use, locked
-
-HOLD = """
-import sys
-from qlora_helpers.folder_locks import locked
-with locked(sys.argv[1]):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-@contextmanager
-def held_by_another(folder):
-    """Another process that has the lock of a folder until the block ends."""
-    command = [sys.executable, "-c", HOLD, str(folder)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "held\n"
-        yield process
-        process.stdin.close()
+from tests.support.holding import held_by_another
 
 
 def test_the_second_process_is_told_who_has_the_folder(tmp_path):

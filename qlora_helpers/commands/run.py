@@ -13,15 +13,20 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from enum import Enum
 from pathlib import Path
 
 from qlora_helpers.commands.settings_options import add_settings, as_words, given, option_of
+from qlora_helpers.folder_locks import FolderInUse, locked
 from qlora_helpers.settings import Settings
 from qlora_helpers.training.run_folder import (  # none needs torch
+    RESULT,
     check_movable,
     check_output,
+    complete_checkpoints,
     is_finished,
     move_aside,
+    step_of,
     steps_saved,
 )
 from qlora_helpers.units import GIB
@@ -29,6 +34,7 @@ from qlora_helpers.units import GIB
 __all__ = ["SAVE_STEPS", "VARIED", "add_arguments", "command"]
 
 SAVE_STEPS = 100
+REPORT = "report.json"
 # what a run of the shipped model can vary; how often it saves does not change what it learns
 VARIED = (
     "method", "steps", "batch_size", "accumulation", "max_length", "learning_rate", "warmup_steps", "schedule",
@@ -46,11 +52,17 @@ def _how_to_resume(args: argparse.Namespace) -> str:
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
-def _where_to_begin(args: argparse.Namespace) -> tuple[Settings, bool]:
-    """Look at the output folder and say what will happen there. Needs no torch.
+class _Begin(Enum):
+    """What a run begins with."""
 
-    Returns:
-        The settings of the run, and whether another run must be moved aside first.
+    NEW = "a folder that is free"
+    ASIDE = "moving another run aside"
+    RESUME = "the last checkpoint"
+    REPORT = "what is trained already: only the report is missing"
+
+
+def _where_to_begin(args: argparse.Namespace) -> tuple[Settings, _Begin]:
+    """Look at the output folder and say what will happen there. Needs no torch.
 
     Raises:
         ValueError, OSError: the run cannot go there; the message names the argument.
@@ -61,11 +73,11 @@ def _where_to_begin(args: argparse.Namespace) -> tuple[Settings, bool]:
     if record is None:
         if args.resume:  # not an error: a script may repeat `run --resume` until it is done
             print(f"There is nothing to resume in {folder}: this is a new run.")
-        return new, False
+        return new, _Begin.NEW
     if not args.resume:
         check_movable(folder)
-        return new, True
-    if is_finished(folder):
+        return new, _Begin.ASIDE
+    if is_finished(folder) and _has_report(folder):
         raise ValueError(
             f"--resume: the run in --output={str(folder)!r} is finished. Leave out --resume to begin another; the finished one "
             "is moved aside"
@@ -78,11 +90,22 @@ def _where_to_begin(args: argparse.Namespace) -> tuple[Settings, bool]:
                 f"{option}={value}: the run in --output={str(folder)!r} was begun with {begun[name]}. Leave out {option} to "
                 "continue it, or leave out --resume to begin another"
             )
+    if is_finished(folder):
+        print(f"The run in {folder} is trained, but was stopped before its report: only that is made now.")
+        return replace(new, **begun), _Begin.REPORT
     if saved := steps_saved(folder):
         print(f"Continuing the run in {folder} after step {saved} of {record['steps']}.")
     else:
         print(f"The run in {folder} was stopped before its first checkpoint: it starts again at step 1.")
-    return replace(new, **begun), False
+    return replace(new, **begun), _Begin.RESUME
+
+
+def _has_report(folder: Path) -> bool:
+    """Whether the report is there and whole."""
+    try:
+        return isinstance(json.loads((folder / REPORT).read_text(encoding="utf-8")), dict)
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def _make_room(folder: Path) -> None:
@@ -120,70 +143,84 @@ def command(args: argparse.Namespace) -> int:
         ValueError, OSError: the run cannot go into the output folder; the message names the argument.
     """
     existed = args.output.exists()
-    settings, aside = _where_to_begin(args)
+    Settings(**given(args))  # a bad setting is refused before a folder is made
+    check_output(args.output)
     try:
-        return _load_and_run(args, settings, aside)
-    except ValueError:
+        with locked(args.output, "--output"):
+            settings, begin = _where_to_begin(args)
+            return _load_and_run(args, settings, begin)
+    except (ValueError, FolderInUse):
         if not existed:
             with contextlib.suppress(OSError):  # it goes only if it is empty
                 args.output.rmdir()
         raise
     except KeyboardInterrupt as stop:  # during training it is an Interrupted, which says where
-        trained = is_finished(args.output)
         where = (
             f"after the training; what was trained is in {args.output}"
-            if trained
+            if is_finished(args.output)
             else "before the first step of training"
         )
-        how = "" if trained else f" To continue:\n  {_how_to_resume(args)}"
+        how = "" if _has_report(args.output) else f" To continue:\n  {_how_to_resume(args)}"
         print(f"\nStopped {getattr(stop, 'where', where)}.{how}", file=sys.stderr)
         return 128 + getattr(stop, "signal", signal.SIGINT)
 
 
-def _load_and_run(args: argparse.Namespace, settings: Settings, aside: bool) -> int:
+def _load_and_run(args: argparse.Namespace, settings: Settings, begin: _Begin) -> int:
     started = time.perf_counter()
     print("Loading the libraries …", flush=True)
     from qlora_helpers import evaluation
     from qlora_helpers.chats import read_chats
     from qlora_helpers.hardware import detect
-    from qlora_helpers.models.loading import load_model, load_tokenizer
+    from qlora_helpers.models.loading import SHIPPED_MODEL, load_model, load_tokenizer
     from qlora_helpers.paths import data_path
     from qlora_helpers.training.run import train
 
     hardware, tokenizer = detect(), load_tokenizer()
     model = load_model(quantization="nf4" if settings.method == "qlora" else None, hardware=hardware)
     training_chats, test_chats = (read_chats(data_path("chats", f"{part}.jsonl")) for part in ("train", "test"))
-    _refuse_before_anything_is_asked(args, model, tokenizer, training_chats, settings, hardware, aside)
+    if begin is not _Begin.REPORT:
+        aside = begin is _Begin.ASIDE
+        _refuse_before_anything_is_asked(args, model, tokenizer, training_chats, settings, hardware, aside)
     parts = _print_bytes(model, hardware)
 
     print(f"\nAsking {len(test_chats)} questions about people that no training chat mentions …", flush=True)
     before = _scores(model, tokenizer, test_chats)
-    print(f"Training for {settings.steps} steps …", flush=True)
-    run = train(
-        model,
-        tokenizer,
-        training_chats,
-        args.output,
-        settings,
-        hardware=hardware,
-        resume=args.resume,
-        progress_bar=True,
-    )
+    if begin is _Begin.REPORT:
+        model, facts = _trained_before(model, args.output, settings)
+    else:
+        print(f"Training for {settings.steps} steps …", flush=True)
+        run = train(
+            model,
+            tokenizer,
+            training_chats,
+            args.output,
+            settings,
+            hardware=hardware,
+            resume=args.resume,
+            progress_bar=True,
+        )
+        model, facts = run.model, _of_the_run(run)
     print("Asking the same questions again …", flush=True)
-    after = _scores(run.model, tokenizer, test_chats)
+    after = _scores(model, tokenizer, test_chats)
 
     report = {
         "gear": hardware.gear,
+        "model": SHIPPED_MODEL,
         "settings": asdict(settings),
         "bytes_by_part": parts,
         "test_chats": len(test_chats),
         "commonest_answer_rate": evaluation.commonest_answer_rate(training_chats, test_chats),
         **_before_and_after(before, after, test_chats),
-        **_of_the_run(run, settings),
+        **facts,
+        "steps": settings.steps,
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "trl", "bitsandbytes")
+        },
         "total_seconds": time.perf_counter() - started,
     }
-    path = args.output / "report.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path, part = args.output / REPORT, args.output / f"{REPORT}.part"
+    part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)  # a kill leaves it whole or missing
     _print_report(report, path)
     return 0
 
@@ -204,7 +241,7 @@ def _refuse_before_anything_is_asked(
         raise ValueError(f"max_length={settings.max_length}: the longest training chat has {longest} tokens. Raise it")
     if aside:
         _make_room(args.output)
-    record = record_of(model, chats, settings, hardware.compute_dtype)
+    record = record_of(model, chats, settings, hardware)
     where_to_start(args.output, record, args.resume, float16=hardware.gear == "t4")
 
 
@@ -242,22 +279,44 @@ def _before_and_after(before: dict, after: dict, chats: list) -> dict:
     }
 
 
-def _of_the_run(run, settings: Settings) -> dict:
+def _of_the_run(run) -> dict:
+    """What the report says about a run that has just ended."""
     from qlora_helpers.hardware import peak_memory_bytes
-    from qlora_helpers.models.loading import SHIPPED_MODEL
 
     return {
-        "model": SHIPPED_MODEL,
         "trainable_parameters": run.trainable_parameters,
         "all_parameters": run.all_parameters,
         "loss_history": run.history,
-        "steps": settings.steps,
         "train_seconds": run.seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "adapter_path": run.saved_path.as_posix(),
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "trl", "bitsandbytes")
-        },
+    }
+
+
+def _trained_before(model, folder: Path, settings: Settings) -> tuple:
+    """The model as a run has left it in its folder, and what the report can still say about that run.
+
+    How long it took, and its peak of memory, went with its process.
+    """
+    from qlora_helpers.adapters.files import describe, load_adapter
+    from qlora_helpers.models.loading import load_model
+    from qlora_helpers.training.checkpoints import log_history, logged
+
+    saved = folder / RESULT[settings.method]
+    if settings.method == "full":
+        model = load_model(str(saved), quantization=None)
+        trainable = count = model.num_parameters()
+    else:
+        model, trainable = load_adapter(model, saved), describe(saved).parameters
+        count = model.get_nb_trainable_parameters()[1]
+    last = next(iter(complete_checkpoints(folder)), None)
+    return model, {
+        "trainable_parameters": trainable,
+        "all_parameters": count,
+        "loss_history": logged(log_history(last)) if last and step_of(last) == settings.steps else [],
+        "train_seconds": None,
+        "peak_memory_bytes": None,
+        "adapter_path": saved.as_posix(),
     }
 
 
@@ -273,8 +332,10 @@ loss                  {report["loss_before"]:10.3f}{report["loss_after"]:10.3f} 
     for example in report["examples"]:
         print(f"Q  {example['question']}\n   before  {example['before']}\n   after   {example['after']}")
         print(f"   {'right' if example['after'] == example['right'] else 'wrong: ' + example['right']}")
+    seconds, peak = report["train_seconds"], report["peak_memory_bytes"]
+    gone = "not known: the run was stopped before its report"
     print(f"""
-training              {report["train_seconds"]:.0f} s of {report["total_seconds"]:.0f} s in all
-peak memory           {report["peak_memory_bytes"] / GIB:.2f} GiB of main memory
+training              {gone if seconds is None else f"{seconds:.0f} s of {report['total_seconds']:.0f} s in all"}
+peak memory           {gone if peak is None else f"{peak / GIB:.2f} GiB of main memory"}
 trained weights       {report["adapter_path"]}
 report                {path.as_posix()}""")

@@ -1,8 +1,9 @@
 """Checkpoints of a run that may be killed at any moment, and the rules for resuming it.
 
-A resumed run must end as if nothing had happened. The trainer alone does not ensure that: it fails at a half-written
-checkpoint, continues silently without an optimizer or scheduler state, trains a finished run one step further, and does
-not notice changed settings or chats. These rules do.
+A run that is resumed on the same device, with the same number of threads and the same versions of the libraries must end
+as if nothing had happened; where these have changed, that is said. The trainer alone does not ensure it: it fails at a
+half-written checkpoint, continues silently without an optimizer or scheduler state, trains a finished run one step
+further, and does not notice damaged files, or changed settings or chats. These rules do.
 """
 
 from __future__ import annotations
@@ -17,28 +18,41 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 
 from qlora_helpers.settings import PREDICTOR_ONLY, Settings
-from qlora_helpers.training.run_folder import RECORD, RESULT, brought_up_to_date, numbered_checkpoints, trainer_state
+from qlora_helpers.training.checksums import changed_files, optimizer_states, write_checksums, written_whole
+from qlora_helpers.training.environment import changes, environment
+from qlora_helpers.training.run_folder import (
+    RECORD,
+    RESULT,
+    brought_up_to_date,
+    complete_checkpoints,
+    numbered_checkpoints,
+    step_of,
+    trainer_state,
+)
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
     from qlora_helpers.chats import Chat
+    from qlora_helpers.hardware import Hardware
 
 __all__ = [
     "PARTS",
     "WEIGHTS",
+    "CheckOptimizer",
     "SaveByTheClock",
+    "WriteChecksums",
+    "check_tensors",
     "last_whole_checkpoint",
     "log_history",
     "logged",
     "record_of",
-    "steps_done",
     "where_to_start",
     "write_record",
 ]
@@ -50,6 +64,31 @@ WEIGHTS = {"qlora": "adapter_model.safetensors", "lora": "adapter_model.safetens
 FREE_TO_CHANGE = ("save_steps", "save_minutes", "keep_checkpoints", "log_steps")
 # given by the model and the machine, which are recorded themselves, or the same in every run
 NOT_RECORDED = (*FREE_TO_CHANGE, *PREDICTOR_ONLY, "double_quant", "compute_dtype")
+
+
+class WriteChecksums(TrainerCallback):
+    """End each checkpoint with its checksums: the trainer calls this when all else is written."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        write_checksums(checkpoint, optimizer_states=len(kwargs["optimizer"].state))
+
+
+class CheckOptimizer(TrainerCallback):
+    """Make sure that the optimizer has got from a checkpoint all that it had when that was written."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        wanted, found = optimizer_states(self.checkpoint), len(kwargs["optimizer"].state)
+        if wanted is not None and found != wanted:
+            raise ValueError(
+                f"{self.checkpoint} was written with the optimizer's state of {wanted} tensors, and {found} were loaded. "
+                "Resume with the versions of the libraries that the run was begun with"
+            )
 
 
 class SaveByTheClock(TrainerCallback):
@@ -85,33 +124,36 @@ def _damaged(part: Path) -> bool:
 def last_whole_checkpoint(folder: str | Path, float16: bool = False, method: str = "qlora") -> Path | None:
     """The newest checkpoint in `folder` that was written to the end; None if there is none.
 
-    `trainer_state.json` is written last: if it parses, the checkpoint was written to the end. If such a checkpoint
-    lacks its optimizer, scheduler or random state, the trainer would silently start that anew; here it is refused.
-
     Args:
         float16: the run scales its loss, so the scale must be there, too.
         method: of the run, as in its `Settings`.
 
     Raises:
-        ValueError: that checkpoint lacks one of its parts.
+        ValueError: that checkpoint is not as it was written. If it lacks its optimizer, scheduler or random state, the
+            trainer would silently start that anew.
     """
-    for path in numbered_checkpoints(Path(folder)):
-        if trainer_state(path) is None:
-            continue  # cut off while it was being written
-        parts = (WEIGHTS[method], *PARTS, *["scaler.pt"] * float16)
-        damaged = [part for part in parts if _damaged(path / part)]
-        if damaged:
+    for path in complete_checkpoints(Path(folder)):
+        if faults := _faults(path, (WEIGHTS[method], *PARTS, *["scaler.pt"] * float16)):
             raise ValueError(
-                f"{path} lacks {', '.join(damaged)}: a run resumed from it would not be the same run. "
-                "Delete this checkpoint to resume from the one before it"
+                f"{path} {'; '.join(faults)}: a run resumed from it would not be the same run. Delete this checkpoint to "
+                "resume from the one before it"
             )
         return path
     return None
 
 
-def steps_done(checkpoint: Path) -> int:
-    """The optimizer steps done at a complete checkpoint."""
-    return trainer_state(checkpoint)["global_step"]
+def _faults(checkpoint: Path, parts: tuple[str, ...]) -> list[str]:
+    """What is wrong with a checkpoint that was written to the end."""
+    damaged = [part for part in parts if _damaged(checkpoint / part)]
+    changed = changed_files(checkpoint) if written_whole(checkpoint) else []
+    changed = [name for name in changed if name not in damaged]
+    step = (trainer_state(checkpoint) or {}).get("global_step")
+    faults = [f"lacks {', '.join(damaged)}"] if damaged else []
+    if changed:
+        faults.append(f"has files that are not as they were written ({', '.join(changed)})")
+    elif step != step_of(checkpoint):
+        faults.append(f"says in trainer_state.json that it is of step {step}")
+    return faults
 
 
 def logged(log_history: list[dict[str, Any]], name: str = "loss") -> list[tuple[int, float]]:
@@ -125,11 +167,11 @@ def log_history(checkpoint: Path) -> list[dict[str, Any]]:
 
 
 def record_of(
-    model: PreTrainedModel | PeftModel, chats: list[Chat], settings: Settings, compute_dtype: torch.dtype
+    model: PreTrainedModel | PeftModel, chats: list[Chat], settings: Settings, hardware: Hardware
 ) -> dict[str, Any]:
-    """What defines a run: its settings, chats, base model and compute dtype.
+    """What defines a run: its settings, chats, base model and compute dtype; and the environment it was begun in.
 
-    On one machine, with the same versions of the libraries, two runs with the same record end alike.
+    Two runs with the same record end alike, to the last bit.
     """
     config = getattr(model.config, "quantization_config", None)
     quantization = (
@@ -140,22 +182,24 @@ def record_of(
         "chats": hashlib.sha256(json.dumps(chats).encode()).hexdigest()[:16],
         "model": Path(model.config._name_or_path).name,
         "quantization": quantization,
-        "compute_dtype": str(compute_dtype),
+        "compute_dtype": str(hardware.compute_dtype),
+        "environment": environment(hardware),
     }
 
 
 def where_to_start(folder: Path, record: dict[str, Any], resume: bool, float16: bool) -> Path | None:
     """The checkpoint to resume a run from, or None to begin at the start.
 
-    Half-written checkpoints are removed when a run is resumed.
+    When a run is resumed, checkpoints that were not written to the end are removed, and that is said; so is a change of
+    the environment.
 
     Raises:
         FileExistsError: the folder already holds a run, and `resume` is not set.
-        ValueError: the run is finished, is not the one that `record` describes, or its last checkpoint lacks a part.
+        ValueError: the run is finished, is not the one that `record` describes, or its last checkpoint is damaged.
     """
     record = json.loads(json.dumps(record))  # as it is when it is read back
     begun, finished = folder / RECORD, folder / RESULT[record["method"]]
-    if finished.is_dir() and not any(finished.iterdir()):
+    if begun.exists() and finished.is_dir() and not any(finished.iterdir()):
         finished.rmdir()  # when a runtime ends, Google Drive may keep a new folder and lose its files
     if not resume and (finished.exists() or begun.exists() or numbered_checkpoints(folder)):
         raise FileExistsError(f"output_dir={str(folder)!r} holds a run already: name a new folder, or pass resume=True")
@@ -168,12 +212,24 @@ def where_to_start(folder: Path, record: dict[str, Any], resume: bool, float16: 
             )
         return None
     try:
-        before = brought_up_to_date(json.loads(begun.read_text()))
-    except ValueError as error:
+        before = brought_up_to_date(json.loads(begun.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{begun} is damaged, so it is unknown how the run was begun: name a new folder") from error
+    _refuse_another_run(folder, before, record)
+    checkpoint = last_whole_checkpoint(folder, float16, record["method"])
+    _drop_cut_off(folder, checkpoint)
+    if changed := changes(before.get("environment") or record["environment"], record["environment"]):
+        print(
+            f"The run in {folder} was begun in another environment: {'; '.join(changed)}. It is resumed, but its last bits "
+            "may differ from those of an uninterrupted run."
+        )
+    return checkpoint
+
+
+def _refuse_another_run(folder: Path, before: dict[str, Any], record: dict[str, Any]) -> None:
     differing = [
         f"{name} was {before.get(name)!r} and is now {record.get(name)!r}"
-        for name in sorted(before.keys() | record.keys())
+        for name in sorted((before.keys() | record.keys()) - {"environment"})
         if before.get(name) != record.get(name)
     ]
     if differing:
@@ -182,15 +238,45 @@ def where_to_start(folder: Path, record: dict[str, Any], resume: bool, float16: 
             f"the run in {folder} was begun differently: {'; '.join(differing)}{cure}. Resume it as it was begun, or "
             "name a new folder"
         )
-    checkpoint = last_whole_checkpoint(folder, float16, record["method"])
+
+
+def _drop_cut_off(folder: Path, checkpoint: Path | None) -> None:
+    """Remove the checkpoints that were not written to the end: the trainer would write into them."""
+    complete = complete_checkpoints(folder)
     for path in numbered_checkpoints(folder):
-        if trainer_state(path) is None:
+        if path not in complete:
+            goes_on = f"from step {step_of(checkpoint)}" if checkpoint else "from the start"
+            print(f"{path.name} was not written to its end, and is removed. The run goes on {goes_on}.")
             shutil.rmtree(path)
-    return checkpoint
+
+
+def check_tensors(model: PreTrainedModel | PeftModel, checkpoint: Path, method: str) -> None:
+    """Make sure that a checkpoint has all tensors that a run trains, and no others.
+
+    PEFT and transformers load what fits, and pass over the rest.
+
+    Raises:
+        ValueError: names a tensor that is missing, left over, or of another shape.
+    """
+    wanted = model.state_dict() if method == "full" else get_peft_model_state_dict(model)
+    with safe_open(checkpoint / WEIGHTS[method], framework="pt") as file:
+        found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    stored = {value.data_ptr() for name, value in wanted.items() if name in found}  # tied weights are stored once
+    shapes = {
+        name: list(value.shape) for name, value in wanted.items() if name in found or value.data_ptr() not in stored
+    }
+    differing = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"{checkpoint / WEIGHTS[method]} does not fit this model, at {len(differing)} tensors: {name} is "
+            f"{shapes.get(name, 'not there')} in the model and {found.get(name, 'not there')} in the file. Resume with the "
+            "versions of the libraries that the run was begun with"
+        )
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Begin a run by writing its record; a kill leaves the file complete or missing."""
     part = folder / f"{RECORD}.part"
-    part.write_text(json.dumps(record, indent=1) + "\n")
+    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(part, folder / RECORD)

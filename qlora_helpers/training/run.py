@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import re
+import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from peft import load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PrinterCallback, ProgressCallback
 
 from qlora_helpers.adapters.files import save_adapter
 from qlora_helpers.chats import Chat
+from qlora_helpers.folder_locks import locked
 from qlora_helpers.hardware import Hardware, detect
 from qlora_helpers.models.saving import save_model
 from qlora_helpers.settings import Settings
@@ -24,23 +29,28 @@ from qlora_helpers.threads import say_if_slowed
 from qlora_helpers.training.callbacks import LossBar, LossWatch, Recorder, SaveAsAsked
 from qlora_helpers.training.checkpoints import (
     WEIGHTS,
+    CheckOptimizer,
     SaveByTheClock,
+    WriteChecksums,
+    check_tensors,
     log_history,
     record_of,
-    steps_done,
     where_to_start,
     write_record,
 )
 from qlora_helpers.training.interrupts import Interrupted, StopWhenAsked
-from qlora_helpers.training.run_folder import RESULT, make_run_folder, steps_saved
+from qlora_helpers.training.run_folder import RESULT, make_run_folder, step_of, steps_saved
 from qlora_helpers.training.spikes import Spike
-from qlora_helpers.training.trainer import build_trainer
+from qlora_helpers.training.trainer import build_trainer, check_settings
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Run", "train"]
+
+NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+WRITING_FAILED = r"os error (28|122|27|5|30)\b|No space left|unexpected pos|failed writing|file write failed"
 
 
 @dataclass
@@ -92,14 +102,16 @@ def train(
         output_dir: gets `run.json`, `checkpoint-N/` as the settings say, and at the end `adapter/`, or `model/` for
             "full".
         resume: continue from the last complete checkpoint in `output_dir`, even in another process; from the start if
-            there is none. The run then ends as it would have ended uninterrupted.
+            there is none. On the same device, with as many threads and the same versions of the libraries, the run then
+            ends as it would have ended uninterrupted; a change of these is said.
         progress_bar: show one, for a terminal.
         on_loss: called with the history so far each time the loss is logged, for a live plot.
 
     Raises:
         FileExistsError: `output_dir` already holds a run, and `resume` is not set.
-        OSError: `output_dir` is a file, or cannot be written to.
-        ValueError: a chat is too long; the last checkpoint lacks a part; the run in `output_dir` is finished, or was begun
+        FolderInUse: another process is writing into `output_dir` (`qlora_helpers.folder_locks`).
+        OSError: `output_dir` is a file, or cannot be written to; or its disk is full.
+        ValueError: a chat is too long; the last checkpoint is damaged; the run in `output_dir` is finished, or was begun
             with other settings, chats, or another model.
         TrainingDiverged: the loss is NaN or infinite, or the gradients overflow float16.
         Interrupted: Ctrl-C, a notebook's interrupt or SIGTERM. The step is finished and saved first; a second one stops
@@ -108,20 +120,29 @@ def train(
     settings, hardware, output_dir = settings or Settings(), hardware or detect(), Path(output_dir)
     if not chats:
         raise ValueError(f"chats={chats!r}: there is nothing to learn. Pass a list of chats, as read_chats returns")
-    record = record_of(model, chats, settings, hardware.compute_dtype)
-    checkpoint = where_to_start(output_dir, record, resume, float16=hardware.compute_dtype == torch.float16)
+    check_settings(model, settings, hardware)
     new = not output_dir.exists()
     make_run_folder(output_dir, "output_dir")
     try:
-        trainer = build_trainer(model, tokenizer, chats, output_dir, settings, hardware)
+        with locked(output_dir, "output_dir"), _failed_writing_explained(output_dir):
+            record = record_of(model, chats, settings, hardware)
+            checkpoint = where_to_start(output_dir, record, resume, float16=hardware.compute_dtype == torch.float16)
+            trainer = build_trainer(model, tokenizer, chats, output_dir, settings, hardware)
+            if checkpoint:
+                check_tensors(trainer.model, checkpoint, settings.method)
+            write_record(output_dir, record)
+            return _run(trainer, tokenizer, checkpoint, output_dir, settings, hardware, progress_bar, on_loss)
     except BaseException:
         if new:
             with contextlib.suppress(OSError):  # it goes only if it is empty
                 output_dir.rmdir()
         raise
-    write_record(output_dir, record)
+
+
+def _run(trainer, tokenizer, checkpoint, output_dir: Path, settings: Settings, hardware, progress_bar, on_loss) -> Run:
+    """Train, and save what was trained."""
     recorder, watch, stop = Recorder(on_loss), LossWatch(trainer), StopWhenAsked()
-    _add_callbacks(trainer, settings, progress_bar, recorder, stop, watch)
+    _add_callbacks(trainer, settings, progress_bar, recorder, stop, watch, checkpoint)
     if hardware.device == "cpu":
         say_if_slowed(torch.get_num_threads())
     with stop:
@@ -148,7 +169,27 @@ def train(
     )
 
 
-def _add_callbacks(trainer, settings: Settings, progress_bar: bool, recorder, stop, watch) -> None:
+@contextlib.contextmanager
+def _failed_writing_explained(output_dir: Path) -> Iterator[None]:
+    """Say what is saved when a checkpoint or the result cannot be written, usually because the disk is full.
+
+    safetensors and torch have errors of their own for it, which say no more than that writing failed.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if getattr(error, "errno", None) not in NOT_WRITTEN and not re.search(WRITING_FAILED, str(error)):
+            raise
+        saved, free = steps_saved(output_dir), shutil.disk_usage(output_dir).free
+        kept = f"the last complete checkpoint is that of step {saved}" if saved else "no checkpoint is complete"
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"output_dir={str(output_dir)!r} could not be written to; its disk has {free / 1e6:.0f} MB left ({reason}). Free "
+            f"some space, and resume the run: {kept}"
+        ) from error
+
+
+def _add_callbacks(trainer, settings: Settings, progress_bar: bool, recorder, stop, watch, checkpoint) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if progress_bar:
@@ -156,6 +197,9 @@ def _add_callbacks(trainer, settings: Settings, progress_bar: bool, recorder, st
     trainer.add_callback(recorder)
     trainer.add_callback(SaveAsAsked)
     trainer.add_callback(stop)
+    trainer.add_callback(WriteChecksums)
+    if checkpoint:
+        trainer.add_callback(CheckOptimizer(checkpoint))
     if settings.save_minutes is not None:
         trainer.add_callback(SaveByTheClock(settings.save_minutes))
     trainer.add_callback(watch)  # after all those that ask for a checkpoint
@@ -184,7 +228,7 @@ def _train_to_the_end(
     Raises:
         Interrupted: it was stopped before the end of the last step.
     """
-    if checkpoint and steps_done(checkpoint) >= settings.steps:
+    if checkpoint and step_of(checkpoint) >= settings.steps:
         # killed between its last checkpoint and the end: the trainer would train one more step
         if settings.method == "full":
             weights = load_file(checkpoint / WEIGHTS["full"])

@@ -16,8 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from qlora_helpers.folder_locks import LOCK_INSIDE, in_use
 from qlora_helpers.paths import data_path
 from qlora_helpers.safe_folders import probe_writing
+from qlora_helpers.training.checksums import written_whole
 
 __all__ = [
     "RECORD",
@@ -25,6 +27,7 @@ __all__ = [
     "brought_up_to_date",
     "check_movable",
     "check_output",
+    "complete_checkpoints",
     "is_finished",
     "make_run_folder",
     "move_aside",
@@ -32,6 +35,7 @@ __all__ = [
     "numbered_checkpoints",
     "read_record",
     "runs_folder",
+    "step_of",
     "steps_saved",
     "trainer_state",
     "unfinished_run_folder",
@@ -45,34 +49,53 @@ RUN_BYTES = 50 * 10**6  # a run of the shipped model writes 8 MB
 # what every run did before these became settings: an older record lacks them
 BEFORE_IT_WAS_A_SETTING = {"method": "lora", "schedule": "linear", "max_grad_norm": 1.0}
 _IN_EVERY_RECORD = {"steps", "chats", "model", "compute_dtype"}
+_NOTHING = {f"{RECORD}.part", LOCK_INSIDE}  # of a run that was killed before it had begun
 _CURE = "name a new or an empty folder"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps done at a checkpoint, by its name."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def numbered_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, newest first, complete or not."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
+    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def trainer_state(checkpoint: Path) -> dict[str, Any] | None:
-    """The trainer's state in a checkpoint; None if the checkpoint is incomplete, since this file is written last."""
+    """The trainer's state in a checkpoint; None if it is missing, or cut off."""
     try:
-        return json.loads((checkpoint / "trainer_state.json").read_text())
-    except (FileNotFoundError, ValueError):
+        return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder that were written to the end, newest first.
+
+    A checkpoint ends with its checksums. Those of older versions of this package ended with the trainer's state; the
+    record of such a run does not say what it ran on.
+    """
+    checksums = "environment" in (read_record(folder) or {})
+    return [
+        path
+        for path in numbered_checkpoints(folder)
+        if written_whole(path) or not (checksums or trainer_state(path) is None)
+    ]
 
 
 def steps_saved(folder: Path) -> int:
     """The optimizer steps done at the newest complete checkpoint in a folder; 0 if there is none."""
-    states = map(trainer_state, numbered_checkpoints(folder))
-    return next((state["global_step"] for state in states if state), 0)
+    return next(map(step_of, complete_checkpoints(folder)), 0)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """What the run in a folder was begun with; None if the folder holds no run of this course."""
     try:
-        record = json.loads((folder / RECORD).read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
     ours = isinstance(record, dict) and record.keys() >= _IN_EVERY_RECORD
     return brought_up_to_date(record) if ours else None
@@ -111,9 +134,7 @@ def check_output(folder: Path, name: str = "--output") -> dict[str, Any] | None:
         raise FileExistsError(f"{said} is a link to {os.readlink(folder)}, which does not exist: {_CURE}")
     try:
         record = read_record(folder)
-        held = (
-            sorted(path.name for path in folder.iterdir() if path.name != f"{RECORD}.part") if folder.is_dir() else []
-        )
+        held = sorted({path.name for path in folder.iterdir()} - _NOTHING) if folder.is_dir() else []
     except OSError as error:
         raise type(error)(f"{said} cannot be read ({error.strerror}): {_CURE}") from error
     if record is None and held:
@@ -251,7 +272,9 @@ def _made(folder: Path) -> bool:
 
 
 def unfinished_run_folder(name: str) -> Path:
-    """The newest folder of this name whose run was begun but not finished; a new one if there is none.
+    """The newest folder of this name whose run was begun but not finished, and which no process is writing into.
+
+    If there is none, a new one.
 
     Raises:
         ValueError: `name` is not the name of a folder.
@@ -260,6 +283,6 @@ def unfinished_run_folder(name: str) -> Path:
     _check_name(name)
     begun = [path for path in runs_folder().glob(f"{name}-*") if path.name.removeprefix(f"{name}-").isdigit()]
     for folder in sorted(begun, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        if (folder / "run.json").exists() and not any([*folder.glob("adapter/*"), *folder.glob("model/*")]):
+        if (folder / RECORD).exists() and not is_finished(folder) and not in_use(folder):
             return folder
     return new_run_folder(name)

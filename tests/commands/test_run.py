@@ -41,6 +41,17 @@ def test_run_reports_its_figures_and_overwrites_nothing(tmp_path, monkeypatch, c
     assert main(["run", "--resume"]) == 2
     assert "finished. Leave out --resume" in capsys.readouterr().err
 
+    # killed after the adapter was saved and before the report was: the report is made, and tells what it can
+    (tmp_path / "runs" / "latest" / "report.json").unlink()
+    assert main(["run", "--resume"]) == 0
+    assert "training              not known: the run was stopped before its report" in capsys.readouterr().out
+    again = json.loads((tmp_path / "runs" / "latest" / "report.json").read_text())
+    assert again.keys() == report.keys()
+    assert {name for name in report if report[name] != again[name]} == {
+        "train_seconds", "peak_memory_bytes", "total_seconds",
+    }  # fmt: skip
+    report = again
+
     monkeypatch.setattr(evaluation, "exact_match", lambda *args: 0.5)
     monkeypatch.setattr(evaluation, "loss", lambda *args: 1.0)
     assert main(["run", "--steps", "1"]) == 0

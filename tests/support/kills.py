@@ -117,7 +117,8 @@ def uninterrupted(folder: Path) -> Path:
 
 def trial(folder: Path, where: str, chance: random.Random, times: int = 1, reference: Path | None = None) -> dict:
     """Begin a run, kill it `times` times at the place that `where` names, let it finish, and compare."""
-    from qlora_helpers.training.checkpoints import last_whole_checkpoint, steps_done
+    from qlora_helpers.training.checkpoints import last_whole_checkpoint
+    from qlora_helpers.training.run_folder import step_of
     from tests.support.short_runs import adapter, differing
 
     reference = reference or uninterrupted(folder / "reference")
@@ -128,7 +129,7 @@ def trial(folder: Path, where: str, chance: random.Random, times: int = 1, refer
             hit = Working(folder / "killed").kill_at(step, delay)
         else:
             last = last_whole_checkpoint(folder / "killed")
-            saves = [step for step in SAVES if step > (steps_done(last) if last else 0)]
+            saves = [step for step in SAVES if step > (step_of(last) if last else 0)]
             code = Working(folder / "killed", chance.choice(saves) if where == "inside a save" else STEPS).end()
             hit = code == -signal.SIGKILL
             if code not in (0, -signal.SIGKILL):

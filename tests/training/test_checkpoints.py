@@ -7,19 +7,26 @@ import re
 import shutil
 import time
 from logging.handlers import BufferingHandler
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import Trainer
 from transformers.trainer_utils import sort_checkpoints
 from trl import SFTTrainer
 
+from qlora_helpers.folder_locks import FolderInUse
 from qlora_helpers.models.loading import load_model
+from qlora_helpers.safe_folders import NEW
 from qlora_helpers.settings import Settings
 from qlora_helpers.training import run as training
 from qlora_helpers.training.checkpoints import PARTS, WEIGHTS, last_whole_checkpoint
+from qlora_helpers.training.checksums import CHECKSUMS, optimizer_states, write_checksums
 from tests.support import kills
-from tests.support.short_runs import CHATS, CPU, SHORT, adapter, differing, run
+from tests.support.holding import held_by_another
+from tests.support.short_runs import CHATS, CPU, SHORT, TOKENIZER, adapter, differing, run
 
 LORA_PARTS = (WEIGHTS["lora"], *PARTS)
 
@@ -59,12 +66,17 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one_to_the_last_bit(finished, in
     assert len(steps_taken) == 3
 
 
-def test_a_run_killed_while_it_wrote_a_checkpoint_resumes_from_the_one_before(finished, interrupted, steps_taken):
+def test_a_run_killed_while_it_wrote_a_checkpoint_resumes_from_the_one_before(
+    finished, interrupted, steps_taken, capsys
+):
     shutil.copytree(finished.saved_path.parent / "checkpoint-6", interrupted / "checkpoint-6")
     for name in ("adapter_model.safetensors", "optimizer.pt"):
         (interrupted / "checkpoint-6" / name).write_bytes(b"cut")
-    (interrupted / "checkpoint-6" / "trainer_state.json").unlink()
+    for name in ("trainer_state.json", CHECKSUMS):
+        (interrupted / "checkpoint-6" / name).unlink()
     resumed = run(interrupted, resume=True)
+    said = "checkpoint-6 was not written to its end, and is removed. The run goes on from step 3."
+    assert said in capsys.readouterr().out
     assert differing(adapter(resumed.saved_path), adapter(finished.saved_path)) == []
     assert len(steps_taken) == 3
     assert last_whole_checkpoint(interrupted).name == "checkpoint-6"  # written again, complete
@@ -72,13 +84,14 @@ def test_a_run_killed_while_it_wrote_a_checkpoint_resumes_from_the_one_before(fi
 
 def test_a_run_killed_after_its_last_step_is_not_trained_further(finished, interrupted, steps_taken):
     shutil.copytree(finished.saved_path.parent / "checkpoint-6", interrupted / "checkpoint-6")
-    (interrupted / "adapter.part").mkdir()  # the kill came while the adapter was saved
-    (interrupted / "adapter.part" / "adapter_model.safetensors").write_bytes(b"cut")
+    cut = interrupted / f".adapter.0123abcd{NEW}"  # the kill came while the adapter was saved
+    cut.mkdir()
+    (cut / "adapter_model.safetensors").write_bytes(b"cut")
     resumed = run(interrupted, resume=True)
     assert steps_taken == []
     assert differing(adapter(resumed.saved_path), adapter(finished.saved_path)) == []
     assert resumed.history == finished.history
-    assert not (interrupted / "adapter.part").exists()
+    assert not cut.exists()
     batch = {"input_ids": torch.tensor([[1, 2, 3]])}
     with torch.no_grad():
         assert torch.equal(resumed.model(**batch).logits, finished.model(**batch).logits)
@@ -132,7 +145,9 @@ def test_checkpoints_of_one_second_leave_no_warning_on_the_page(tmp_path):
 # Which checkpoint is whole
 
 
-def write_checkpoint(folder, step, state='{"global_step": 3}', parts=LORA_PARTS):
+def write_checkpoint(folder, step, state="whole", parts=LORA_PARTS):
+    """A checkpoint of an older version of the package, without checksums."""
+    state = f'{{"global_step": {step}}}' if state == "whole" else state
     path = folder / f"checkpoint-{step}"
     path.mkdir()
     for part in parts:
@@ -182,6 +197,14 @@ def test_a_part_that_was_cut_off_counts_as_missing(part, tmp_path):
             last_whole_checkpoint(tmp_path)
 
 
+def test_a_checkpoint_of_an_older_version_must_be_of_the_step_in_its_name(tmp_path):
+    write_checkpoint(tmp_path, 3, state='{"global_step": 99}')
+    with pytest.raises(
+        ValueError, match=r"checkpoint-3 says in trainer_state\.json that it is of step 99: a run resumed"
+    ):
+        last_whole_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"\xff" * 64, b"\x02" + b"\0" * 7 + b"{}"], ids=["garbage", "no tensors"])
 def test_an_adapter_file_that_holds_no_tensors_counts_as_missing(content, tmp_path):
     (write_checkpoint(tmp_path, 3) / "adapter_model.safetensors").write_bytes(content)
@@ -194,6 +217,175 @@ def test_a_float16_run_needs_its_loss_scale_too(tmp_path):
     assert last_whole_checkpoint(tmp_path).name == "checkpoint-3"
     with pytest.raises(ValueError, match=r"checkpoint-3 lacks scaler\.pt"):
         last_whole_checkpoint(tmp_path, float16=True)
+
+
+# Damaged checkpoints
+
+
+def _flip_a_byte(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def _drop_a_tensor(file):
+    tensors = load_file(file)
+    tensors.pop(min(tensors))
+    save_file(tensors, file)
+
+
+def _empty_the_state(file):
+    torch.save(torch.load(file, weights_only=True) | {"state": {}}, file)
+
+
+def _say_step(step):
+    return lambda file: file.write_text(json.dumps(json.loads(file.read_text()) | {"global_step": step}))
+
+
+DAMAGE = {
+    "no state": ("optimizer.pt", _empty_the_state),
+    "a tensor gone": ("adapter_model.safetensors", _drop_a_tensor),
+    "step 99": ("trainer_state.json", _say_step(99)),
+    "step -5": ("trainer_state.json", _say_step(-5)),
+    "state cut off": ("trainer_state.json", lambda file: file.write_text('{"global_step": 3, "log_h')),
+    "checksums cut off": (CHECKSUMS, lambda file: file.write_text('{"files": {"optim')),
+    "checksums of another program": (CHECKSUMS, lambda file: file.write_text("[]")),
+    "no rng": ("rng_state.pth", lambda file: file.unlink()),
+    **{
+        f"a byte of {name}": (name, _flip_a_byte)
+        for name in (
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            *PARTS,
+            "trainer_state.json",
+            "training_args.bin",
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_refused_and_kept(damage, interrupted, steps_taken):
+    name, harm = DAMAGE[damage]
+    harm(interrupted / "checkpoint-3" / name)
+    before = {path.name: path.read_bytes() for path in (interrupted / "checkpoint-3").iterdir()}
+    said = "(lacks|has files that are not as they were written)"
+    with pytest.raises(
+        ValueError, match=rf"checkpoint-3 {said}.*{re.escape(name)}.*a run resumed from it would not be the same run"
+    ):
+        run(interrupted, resume=True)
+    assert steps_taken == []
+    assert {path.name: path.read_bytes() for path in (interrupted / "checkpoint-3").iterdir()} == before
+
+
+def without_checksums(folder):
+    """Make a run one of an older version of the package."""
+    record = json.loads((folder / "run.json").read_text())
+    del record["environment"]
+    (folder / "run.json").write_text(json.dumps(record))
+    for path in folder.glob("checkpoint-*"):
+        (path / CHECKSUMS).unlink()
+    return folder
+
+
+def test_a_run_of_an_older_version_is_resumed(finished, interrupted, steps_taken):
+    resumed = run(without_checksums(interrupted), resume=True)
+    assert differing(adapter(resumed.saved_path), adapter(finished.saved_path)) == []
+    assert len(steps_taken) == 3
+
+
+def test_a_missing_tensor_is_noticed_without_checksums_too(interrupted):
+    """PEFT would load the others and leave this one as it was drawn."""
+    _drop_a_tensor(without_checksums(interrupted) / "checkpoint-3" / "adapter_model.safetensors")
+    with pytest.raises(
+        ValueError,
+        match=r"does not fit this model, at 1 tensors: .*lora_A.weight is \[4, \d+\] in the model and not there",
+    ):
+        run(interrupted, resume=True)
+
+
+def test_an_optimizer_that_did_not_get_its_state_back_is_noticed(interrupted, steps_taken):
+    """Checksums are of the files; this is about what was loaded."""
+    checkpoint = interrupted / "checkpoint-3"
+    states = optimizer_states(checkpoint)
+    _empty_the_state(checkpoint / "optimizer.pt")
+    write_checksums(checkpoint, states)
+    with pytest.raises(ValueError, match=f"with the optimizer's state of {states} tensors, and 0 were loaded"):
+        run(interrupted, resume=True)
+    assert steps_taken == []
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "said"),
+    [
+        ("threads", 64, "threads was 64 and is now"),
+        ("torch", "2.0", "torch was 2.0 and is now"),
+        ("device", "NVIDIA H200", "device was NVIDIA H200 and is now"),
+    ],
+)
+def test_a_change_of_the_environment_is_said(name, before, said, interrupted, capsys):
+    record = json.loads((interrupted / "run.json").read_text())
+    assert set(record["environment"]) >= {"device", "threads", "python", "torch", "transformers", "bitsandbytes"}
+    record["environment"][name] = before
+    (interrupted / "run.json").write_text(json.dumps(record))
+    run(interrupted, resume=True)
+    printed = capsys.readouterr().out
+    assert said in printed and "its last bits may differ from those of an uninterrupted run" in printed
+
+
+def test_in_the_same_environment_nothing_is_said(interrupted, capsys):
+    run(interrupted, resume=True)
+    assert capsys.readouterr().out == ""
+
+
+# Writers that meet, and disks that are full
+
+
+def test_a_second_run_in_a_folder_is_told_who_has_it(tmp_path, steps_taken):
+    with held_by_another(tmp_path / "run") as process:
+        with pytest.raises(FolderInUse, match=f"output_dir='.*run' is being written by process {process.pid} on"):
+            run(tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    assert steps_taken == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize(
+    ("name", "kept"), [("optimizer.pt", "that of step 3"), ("trainer_state.json", "that of step 3")]
+)
+def test_a_full_disk_during_a_checkpoint_is_a_sentence(name, kept, interrupted, monkeypatch):
+    save = Trainer._save_checkpoint
+
+    def full(self, *args, **options):
+        (interrupted / "checkpoint-6").mkdir()
+        (interrupted / "checkpoint-6" / name).symlink_to("/dev/full")
+        save(self, *args, **options)
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", full)
+    with pytest.raises(
+        OSError, match=rf"could not be written to; its disk has \d+ MB left .*and resume the run: .* {kept}"
+    ):
+        run(interrupted, resume=True)
+    monkeypatch.undo()
+    assert run(interrupted, resume=True).saved_path.exists()
+
+
+def test_an_error_of_safetensors_is_a_sentence_too(tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", full)
+    with pytest.raises(OSError, match=r"MB left \(Error while serializing.*resume the run: no checkpoint is complete"):
+        run(tmp_path / "new")
+
+
+def test_other_errors_stay_as_they_are(tmp_path, monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(SFTTrainer, "training_step", broken)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        run(tmp_path / "new")
 
 
 # What is refused
@@ -228,10 +420,10 @@ def test_a_run_that_was_begun_differently_is_not_resumed(settings, chats, said, 
 
 
 def test_a_run_is_not_resumed_with_another_base(interrupted):
-    unquantised = load_model(quantization=None, hardware=CPU)
-    said = "quantization was 'nf4, double_quant=True' and is now 'none'"
+    other = load_model(double_quant=False, hardware=CPU)
+    said = "quantization was 'nf4, double_quant=True' and is now 'nf4, double_quant=False'"
     with pytest.raises(ValueError, match=f"was begun differently: {said}"):
-        training.train(unquantised, None, CHATS, interrupted, SHORT, hardware=CPU, resume=True)
+        training.train(other, TOKENIZER, CHATS, interrupted, SHORT, hardware=CPU, resume=True)
 
 
 def test_a_damaged_record_is_refused(interrupted):

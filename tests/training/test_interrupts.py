@@ -154,7 +154,9 @@ def test_an_interrupt_after_the_training_says_where_the_adapter_is(quick, tmp_pa
     answers = iter([["nothing"] * 3])
     monkeypatch.setattr(evaluation, "answer", lambda *args: next(answers, None) or stop())
     assert main(["run", "--output", "new", "--steps", "1"]) == 130
-    assert capsys.readouterr().err.endswith("\nStopped after the training; what was trained is in new.\n")
+    said = capsys.readouterr().err
+    assert "\nStopped after the training; what was trained is in new. To continue:\n" in said
+    assert said.endswith("run --resume --output new --steps 1\n")
 
 
 def test_an_interrupt_of_another_command_is_one_line(monkeypatch, capsys):

@@ -21,6 +21,7 @@ from qlora_helpers.training.run_folder import (
     steps_saved,
     unfinished_run_folder,
 )
+from tests.support.holding import held_by_another
 
 OURS = {"steps": 6, "chats": "0", "model": "tiny-llama", "compute_dtype": "torch.float32"}
 
@@ -34,6 +35,7 @@ def run_in(folder, record=OURS, steps=(), finished=False):
     if finished:
         (folder / "adapter").mkdir()
         (folder / "adapter" / "adapter_model.safetensors").touch()
+        (folder / "report.json").write_text("{}")
     return folder
 
 
@@ -196,10 +198,11 @@ def test_it_is_said_where_a_run_begins_and_its_steps_come_from_its_record(
     begins = []
     monkeypatch.setattr(
         "qlora_helpers.commands.run._load_and_run",
-        lambda args, settings, aside: begins.append((settings.steps, aside)) or 0,
+        lambda args, settings, begin: begins.append((settings.steps, begin.name)) or 0,
     )
     assert main(["run", "--output", "latest", *arguments]) == 0
-    assert begins == [(steps, begun is not None and not arguments)] and said in capsys.readouterr().out
+    how = "NEW" if begun is None else "RESUME" if arguments else "ASIDE"
+    assert begins == [(steps, how)] and said in capsys.readouterr().out
 
 
 def test_the_run_that_was_there_is_moved_aside_and_that_is_said(tmp_path, monkeypatch, capsys):
@@ -208,6 +211,35 @@ def test_the_run_that_was_there_is_moved_aside_and_that_is_said(tmp_path, monkey
     _make_room(Path("latest"))
     assert "The run that was in latest is now in latest-until-" in capsys.readouterr().out
     assert list((tmp_path / "latest").iterdir()) == []
+
+
+@pytest.mark.parametrize("report", [None, "", '{"gear": "cp'], ids=["missing", "empty", "cut off"])
+def test_a_run_that_lacks_only_its_report_gets_it(report, here, capsys, monkeypatch):
+    run_in(here / "latest", steps=[6], finished=True)
+    (here / "latest" / "report.json").unlink()
+    if report is not None:
+        (here / "latest" / "report.json").write_text(report)
+    begins = []
+    monkeypatch.setattr(
+        "qlora_helpers.commands.run._load_and_run",
+        lambda args, settings, begin: begins.append(begin.name) or 0,
+        raising=False,
+    )
+    assert main(["run", "--output", "latest", "--resume"]) == 0
+    assert begins == ["REPORT"]
+    assert "The run in latest is trained, but was stopped before its report: only that is made now." in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_run_that_another_process_is_training_is_neither_moved_nor_resumed(here, capsys):
+    run_in(here / "latest", steps=[2])
+    before = everything_below(here / "latest")
+    with held_by_another(here / "latest") as process:
+        for how in ([], ["--resume"]):
+            said = refused(capsys, "--output", "latest", *how)
+            assert f"--output='latest' is being written by process {process.pid} on " in said
+    assert everything_below(here / "latest") == before
 
 
 def test_a_checkpoint_that_was_cut_off_is_not_counted(tmp_path):
@@ -248,6 +280,13 @@ def test_of_several_unfinished_runs_the_newest_is_taken_by_number(runs):
     (runs / "a-b-11").mkdir()
     (runs / "a-b-11" / "run.json").touch()
     assert unfinished_run_folder("a") == runs / "a-10"
+
+
+def test_a_run_that_another_process_is_training_is_not_the_unfinished_one(runs):
+    first = run_in(unfinished_run_folder("a"))
+    assert unfinished_run_folder("a") == first
+    with held_by_another(first):
+        assert unfinished_run_folder("a") == runs / "a-2"
 
 
 def test_google_drive_is_used_when_it_is_mounted(tmp_path, monkeypatch):
