@@ -87,7 +87,7 @@ $(COLAB_READY): colab/requirements.txt colab/runtime-packages.txt colab/looked-f
 	@$(COLAB_PIP) packaging && $(COLAB_HAS) constraints > $(COLAB)/constraints.txt
 	@$(COLAB_PIP) -c $(COLAB)/constraints.txt \
 		-r colab/requirements.txt $$(grep -E '^(torch|nbval|pytest|pytest-xdist)==' requirements.txt) \
-		transformers tokenizers peft accelerate safetensors numpy scipy pandas matplotlib psutil tqdm jinja2 \
+		transformers tokenizers peft accelerate safetensors filelock numpy scipy pandas matplotlib psutil tqdm jinja2 \
 		ipywidgets ipykernel ipython tornado jupyter_client nbformat traitlets
 	@touch $(COLAB_READY)
 

@@ -58,7 +58,7 @@ METHODS = {
 OTHERS = {
     r"(ax|axes|fig|left|other)\b.*": "matplotlib",
     r".*\.(add_argument|add_parser|add_subparsers|set_defaults)": "argparse",
-    r".*\.(mkdir|read_text|write_text)": "pathlib",
+    r".*\.(mkdir|read_text|unlink|write_text)": "pathlib",
     r".*\.format": "str",
     r"context\.(Pipe|Process)": "multiprocessing",
     r"specifier\.contains": "packaging, a range of versions (qlora_helpers.commands.doctor)",
