@@ -91,4 +91,4 @@ def _holder(file: Path) -> str:
     with suppress(OSError, ValueError, KeyError, TypeError):  # Windows does not let others read it; or it was just made
         said = json.loads(file.read_text(encoding="utf-8"))
         return f"process {said['process']} on {said['host']} since {said['since']} ({said['command']})"
-    return "another process"
+    return f"another process (if none is running any more, delete {file})"

@@ -298,7 +298,7 @@ except KeyboardInterrupt:
 
 # %% [markdown]
 # A kill can also come while a checkpoint is written. Then the newest folder is half full, and the trainer alone would stop
-# at it with an error. `trainer_state.json` is written last, so a folder without it is passed over:
+# at it with an error. Here each checkpoint ends with the checksums of its files, so one without them is known as cut off:
 
 # %% tags=["nbval-check-output"]
 half_written = folder / "checkpoint-16"
@@ -317,8 +317,10 @@ check("adapter tensors that differ", sum(not torch.equal(a, b) for a, b in pairs
 
 # %% [markdown]
 # It holds because the adapters are float32, and because the state of the optimizer, the schedule and the random numbers is
-# saved with them. A checkpoint that lacks one of these is refused, since the trainer would go on silently without it. So are
-# other settings (but for when to save), other chats, another base model and a finished run.
+# saved with them. A checkpoint that lacks one of these, or in which a single byte has changed, is refused, since the trainer
+# would go on silently with what is left. So are other settings (but for when to save), other chats, another base model and a
+# finished run. On another device, with another number of threads or other versions of the libraries, sums round differently;
+# then the run goes on, and says that its last bits may differ.
 #
 # ## What a T4 has and lacks
 #
