@@ -14,6 +14,7 @@ from qlora_helpers import validation
 from qlora_helpers.hardware import Hardware, detect
 from qlora_helpers.models.attention import REPEATED_KV
 from qlora_helpers.models.cpu_faults import make_safe_on_cpu
+from qlora_helpers.models.fingerprint import KEPT, fingerprint
 from qlora_helpers.models.hub import DEFAULT_MODEL, HubError, fetch
 from qlora_helpers.paths import data_path
 
@@ -118,6 +119,7 @@ def load_model(
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
+    setattr(model, KEPT, fingerprint(folder))
     if (quantization or saved_in_4_bits) and hardware.device == "cpu":
         make_safe_on_cpu(model)
     return model
