@@ -65,7 +65,9 @@ def weight_files(folder: str | Path) -> list[Path]:
         return [single]
     if not index.is_file():
         return sorted(folder.glob("*.safetensors"))
-    files = [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+    files = [
+        folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    ]
     if missing := [path.name for path in files if not path.is_file()]:
         raise refuse("folder", str(folder), f"has no {missing[0]}, which its index names: fetch or copy it again")
     return files
