@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import bitsandbytes as bnb
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging as transformers_logging
 
 from qlora_helpers import validation
 from qlora_helpers.hardware import Hardware, detect
 from qlora_helpers.models.attention import REPEATED_KV
 from qlora_helpers.models.cpu_faults import make_safe_on_cpu
+from qlora_helpers.models.fingerprint import KEPT, fingerprint
+from qlora_helpers.models.folder_config import no_own_code, read_config, saved_in_4_bits
 from qlora_helpers.models.hub import DEFAULT_MODEL, HubError, fetch
+from qlora_helpers.models.weights import linear_layers
 from qlora_helpers.paths import data_path
 
 if TYPE_CHECKING:
@@ -59,9 +63,12 @@ def load_tokenizer(name: str = SHIPPED_MODEL) -> PreTrainedTokenizerBase:
 
     Raises:
         HubError: a model from the Hub could not be fetched.
-        ValueError: the template has no marks, and TRL has no marked version of it.
+        ValueError: the template has no marks, and TRL has no marked version of it; or the tokenizer needs code of its own.
     """
-    tokenizer = AutoTokenizer.from_pretrained(_folder(name), padding_side="left", local_files_only=True)
+    with no_own_code(name):
+        tokenizer = AutoTokenizer.from_pretrained(
+            _folder(name), padding_side="left", local_files_only=True, trust_remote_code=False
+        )
     if "generation %}" not in (tokenizer.chat_template or "").replace("-%}", " %}"):
         from trl.chat_template_utils import get_training_chat_template  # only here: it takes seconds to import
 
@@ -80,7 +87,7 @@ def load_model(
     Args:
         name: "tiny-llama" (shipped), a folder, or a model from the Hub (owner/model).
         quantization: "nf4" or "fp4" for 4-bit linear layers through bitsandbytes, None to leave them as they are. A model
-            that was saved in 4 bits stays as it was saved.
+            that was saved in 4 bits stays as it was saved, with or without double quantisation.
         double_quant: store the scales of a 4-bit layer in 8 bits.
         hardware: what to load for; by default what `detect()` finds. All that is not in 4 bits is loaded in its compute
             dtype: float32 on a CPU, float16 on a T4, bfloat16 on newer GPUs. On a T4, attention repeats keys and values
@@ -88,14 +95,24 @@ def load_model(
 
     Raises:
         HubError: a model from the Hub could not be fetched.
-        ValueError: unknown `quantization`; or, on a CPU, a layer whose shape bitsandbytes decodes wrongly.
+        ValueError: unknown `quantization`, or the layers are not what it asks for; `name` is a folder that needs code of
+            its own, is quantised in another way, or is that of an adapter; or, on a CPU, a layer has a shape that
+            bitsandbytes decodes wrongly.
     """
     if quantization is not None:
         validation.one_of("quantization", quantization, ("nf4", "fp4"), otherwise="None")
+    validation.switch("double_quant", double_quant)
     hardware = hardware or detect()
     folder, options = _folder(name), {}
-    saved_in_4_bits = "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if quantization and not saved_in_4_bits:
+    config = read_config(folder, name)
+    saved = saved_in_4_bits(config, name)
+    if saved and quantization not in (None, saved):
+        raise validation.refuse(
+            "quantization",
+            quantization,
+            f"{name!r} was saved in 4 bits as {saved}: pass quantization={saved!r}, or the model that it was made from",
+        )
+    if quantization and not saved:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=quantization,
@@ -107,20 +124,57 @@ def load_model(
     if size < SMALL:  # loaded in less than a second: no bar
         transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=hardware.compute_dtype,
-            device_map={"": 0 if hardware.device == "cuda" else "cpu"},
-            attn_implementation=REPEATED_KV if hardware.gear == "t4" else "sdpa",
-            local_files_only=True,
-            **options,
-        )
+        with no_own_code(name):
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=hardware.compute_dtype,
+                device_map={"": 0 if hardware.device == "cuda" else "cpu"},
+                attn_implementation=REPEATED_KV if hardware.gear == "t4" else "sdpa",
+                local_files_only=True,
+                trust_remote_code=False,
+                **options,
+            )
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
-    if (quantization or saved_in_4_bits) and hardware.device == "cpu":
-        make_safe_on_cpu(model)
+    setattr(model, KEPT, fingerprint(folder))
+    if quantization or saved:
+        _check_4_bits(model, name, quantization or saved, None if saved else double_quant)
+        if hardware.device == "cpu":
+            make_safe_on_cpu(model)
     return model
+
+
+def _check_4_bits(model: PreTrainedModel, name: str, quantization: str, double_quant: bool | None) -> None:
+    """Hold the layers against what was asked for; transformers leaves some as they are by name, such as a tied head.
+
+    Raises:
+        ValueError: a layer is in another format, or there is no 4-bit layer at all.
+    """
+    skipped = model.hf_quantizer.modules_to_not_convert if getattr(model, "hf_quantizer", None) else []
+    other = {}
+    for layer_name, layer in linear_layers(model):
+        is_4_bit = isinstance(layer, bnb.nn.Linear4bit) and layer.weight.quant_state is not None
+        if is_4_bit:
+            state = layer.weight.quant_state
+            is_as_asked = state.quant_type == quantization and double_quant in (None, state.nested)
+            kind = f"{state.quant_type}, {'with' if state.nested else 'without'} double quantisation"
+        else:
+            is_as_asked = not should_convert_module(layer_name, skipped)
+            kind = f"{type(layer).__name__} in {layer.weight.dtype}"
+        if not is_as_asked:
+            other[layer_name] = kind
+    if not other and not any(isinstance(module, bnb.nn.Linear4bit) for module in model.modules()):
+        other["every layer"] = "unquantised"
+    if other:
+        layer_name, kind = next(iter(other.items()))
+        asked = "" if double_quant is None else f", {'with' if double_quant else 'without'} double quantisation"
+        raise validation.refuse(
+            "quantization",
+            quantization,
+            f"asks {name!r} for layers in {quantization}{asked}, but {layer_name} came as {kind} (layers like it: {len(other)}): "
+            "pass quantization=None, or a 16-bit model whose linear layers transformers can quantise",
+        )
 
 
 def name_of(model: PreTrainedModel | PeftModel) -> str:

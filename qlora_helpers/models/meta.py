@@ -23,4 +23,6 @@ def meta_model(config: dict[str, Any]) -> PreTrainedModel:
 
     options = {key: value for key, value in config.items() if key != "model_type"}
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **options))
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(config["model_type"], **options), trust_remote_code=False
+        )

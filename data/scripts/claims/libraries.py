@@ -51,7 +51,8 @@ def without_bars():
 def tiny_shape():
     """The shipped model without its values."""
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(MODEL))
+        config = transformers.AutoConfig.from_pretrained(MODEL, trust_remote_code=False)
+        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 # ---- names

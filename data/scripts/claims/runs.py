@@ -444,7 +444,7 @@ def a_merged_model_loads_without_peft() -> Finding:
     with tempfile.TemporaryDirectory() as folder, silence():
         merged.save_pretrained(folder)
         tokenizer().save_pretrained(folder)
-        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
     return by_setting(type(loaded).__name__ == "LlamaForCausalLM" and torch.allclose(logits(loaded), before, atol=1e-3))
 
 

@@ -59,7 +59,7 @@ def write(model_name: str, folder: Path, device: str | None = None) -> Path:
     tokenizer = make_tokenizer()
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     # as in Qwen2.5's own file, so that greedy answers are tested against it
     model.generation_config = GenerationConfig(
         do_sample=True,

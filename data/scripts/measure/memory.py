@@ -124,7 +124,7 @@ def build_model(row: dict, dry: bool):
         config.pad_token_id = config.bos_token_id = config.eos_token_id = None  # they may be outside the vocabulary
     dtype, device = (torch.float32, "cpu") if dry else (getattr(torch, row["compute_dtype"]), "cuda")
     with torch.device("meta"):
-        meta = AutoModelForCausalLM.from_config(config)
+        meta = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     four_bit = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

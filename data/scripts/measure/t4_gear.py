@@ -63,6 +63,7 @@ def _recipe_trainer(folder: str, chats: list, batch_size: int, tokens: int, outp
         ),
         dtype=dtype,
         device_map={"": 0},
+        trust_remote_code=False,
     )
     trainer = SFTTrainer(
         model=prepare_model_for_kbit_training(model),

@@ -1,0 +1,90 @@
+"""A model folder's config.json, and what in it stops the course from loading the folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qlora_helpers.validation import refuse
+
+__all__ = ["no_own_code", "read_config", "saved_in_4_bits"]
+
+
+def read_config(folder: str | Path, name: str) -> dict[str, Any]:
+    """The config.json of a model's folder.
+
+    Args:
+        name: how the caller called the model, for the messages.
+
+    Raises:
+        FileNotFoundError: `folder` has no config.json.
+        ValueError: it is damaged, or the folder is that of an adapter, which transformers would load with its base.
+    """
+    folder = Path(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise refuse(
+            "name",
+            name,
+            "is the folder of an adapter: load its base, then the adapter with adapters.files.load_adapter",
+        )
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"name={name!r} has no config.json: pass the folder of a model")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise refuse("name", name, f"its config.json is damaged ({error}): fetch or copy it again") from error
+    if not isinstance(config, dict):
+        raise refuse("name", name, "its config.json is not a JSON object: fetch or copy it again")
+    return config
+
+
+def saved_in_4_bits(config: dict[str, Any], name: str) -> str | None:
+    """The 4-bit format ("nf4" or "fp4") in which bitsandbytes saved a model, or None if it is not quantised.
+
+    transformers takes the entry for one of no quantisation if it is null, and skips one that it does not know.
+
+    Raises:
+        ValueError: the model is quantised in another way.
+    """
+    for part in (config, config.get("text_config") or {}):
+        if (saved := part.get("quantization_config")) is not None:
+            break
+    else:
+        return None
+    is_ours = (
+        isinstance(saved, dict)
+        and saved.get("quant_method", "bitsandbytes") == "bitsandbytes"
+        and saved.get("load_in_4bit") is True
+    )
+    if not is_ours:
+        method = saved.get("quant_method") if isinstance(saved, dict) else saved
+        raise refuse(
+            "name",
+            name,
+            f"its config.json says that it is quantised (quant_method={method!r}), and only bitsandbytes' 4 bits are loaded "
+            "here: pass the 16-bit model that it was made from",
+        )
+    return saved.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' own default
+
+
+@contextmanager
+def no_own_code(name: str) -> Iterator[None]:
+    """Around a call with `trust_remote_code=False`: a folder that needs code of its own is refused in our words.
+
+    transformers' message advises to switch the protection off. Left open (None), it asks the user, and runs the code on "y".
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise refuse(
+            "name",
+            name,
+            "asks for Python code of its own (auto_map in its files), which is never run here: pass a model whose "
+            "architecture is part of transformers",
+        ) from error
