@@ -22,6 +22,7 @@ from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 
+from qlora_helpers.models.fingerprint import fingerprint_of
 from qlora_helpers.settings import PREDICTOR_ONLY, Settings
 from qlora_helpers.training.checksums import changed_files, optimizer_states, write_checksums, written_whole
 from qlora_helpers.training.environment import changes, environment
@@ -181,6 +182,7 @@ def record_of(
         **{name: value for name, value in asdict(settings).items() if name not in NOT_RECORDED},
         "chats": hashlib.sha256(json.dumps(chats).encode()).hexdigest()[:16],
         "model": Path(model.config._name_or_path).name,
+        "base": fingerprint_of(model),
         "quantization": quantization,
         "compute_dtype": str(hardware.compute_dtype),
         "environment": environment(hardware),
@@ -227,9 +229,10 @@ def where_to_start(folder: Path, record: dict[str, Any], resume: bool, float16: 
 
 
 def _refuse_another_run(folder: Path, before: dict[str, Any], record: dict[str, Any]) -> None:
+    not_compared = {"environment"} | ({"base"} - before.keys())  # older versions did not record it
     differing = [
         f"{name} was {before.get(name)!r} and is now {record.get(name)!r}"
-        for name in sorted((before.keys() | record.keys()) - {"environment"})
+        for name in sorted((before.keys() | record.keys()) - not_compared)
         if before.get(name) != record.get(name)
     ]
     if differing:

@@ -18,7 +18,8 @@ from transformers.trainer_utils import sort_checkpoints
 from trl import SFTTrainer
 
 from qlora_helpers.folder_locks import FolderInUse
-from qlora_helpers.models.loading import load_model
+from qlora_helpers.models.loading import SHIPPED_MODEL, load_model
+from qlora_helpers.paths import data_path
 from qlora_helpers.safe_folders import NEW
 from qlora_helpers.settings import Settings
 from qlora_helpers.training import run as training
@@ -281,7 +282,7 @@ def test_a_damaged_checkpoint_is_refused_and_kept(damage, interrupted, steps_tak
 def without_checksums(folder):
     """Make a run one of an older version of the package."""
     record = json.loads((folder / "run.json").read_text())
-    del record["environment"]
+    del record["environment"], record["base"]
     (folder / "run.json").write_text(json.dumps(record))
     for path in folder.glob("checkpoint-*"):
         (path / CHECKSUMS).unlink()
@@ -423,6 +424,17 @@ def test_a_run_is_not_resumed_with_another_base(interrupted):
     other = load_model(double_quant=False, hardware=CPU)
     said = "quantization was 'nf4, double_quant=True' and is now 'nf4, double_quant=False'"
     with pytest.raises(ValueError, match=f"was begun differently: {said}"):
+        training.train(other, TOKENIZER, CHATS, interrupted, SHORT, hardware=CPU, resume=True)
+
+
+def test_a_run_is_not_resumed_with_other_weights_of_the_same_name(interrupted, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("other") / SHIPPED_MODEL
+    shutil.copytree(data_path(SHIPPED_MODEL), folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] *= 1.01
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    other = load_model(str(folder), hardware=CPU)
+    with pytest.raises(ValueError, match=r"was begun differently: base was 'sha256:.*' and is now 'sha256:"):
         training.train(other, TOKENIZER, CHATS, interrupted, SHORT, hardware=CPU, resume=True)
 
 
