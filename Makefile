@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 # Threads that wait by spinning make training several times slower as soon as another program needs a core.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help run lab preflight test test-all test-kills test-colab notebooks lint zip
+.PHONY: help run lab preflight test test-all test-kills test-colab attack notebooks lint zip
 
 help:
 	@echo "make run        the full QLoRA run on this machine, about two minutes after the first set-up"
@@ -21,6 +21,7 @@ help:
 	@echo "make test       every test of the helpers, and each lesson once"
 	@echo "make test-all   everything: all editions of the lessons, the long tests, 20 killed runs"
 	@echo "make test-colab the Colab editions under the versions that Colab has, in a separate environment"
+	@echo "make attack     random inputs, kills, full disks and tampered folders, against the package"
 	@echo "make notebooks  rebuild and execute every edition of the lessons; LESSON=03 for one"
 	@echo "make lint       ruff"
 	@echo "make zip        qlora-course.zip from the last commit, to upload to Colab or Kaggle"
@@ -54,6 +55,11 @@ test-all: $(READY)
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .
 	@$(PYTEST) --everything
 	@$(BIN)/python -m tests.support.kills
+
+# Random inputs, kills, full disks and tampered folders; another SEED tries others.
+SEED ?= 0
+attack: $(READY)
+	@$(PYTEST) -o python_files='attack_*.py' -o python_functions='attack_*' --hypothesis-seed=$(SEED) tests/attack
 
 # 20 runs, really killed; the output is kept in data/measured/kills.txt
 test-kills: $(READY)

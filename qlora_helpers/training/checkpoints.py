@@ -14,6 +14,8 @@ import os
 import shutil
 import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +35,7 @@ from qlora_helpers.training.run_folder import (
     complete_checkpoints,
     numbered_checkpoints,
     step_of,
+    steps_saved,
     trainer_state,
 )
 
@@ -50,6 +53,7 @@ __all__ = [
     "SaveByTheClock",
     "WriteChecksums",
     "check_tensors",
+    "failed_writing_explained",
     "last_whole_checkpoint",
     "log_history",
     "logged",
@@ -67,12 +71,34 @@ FREE_TO_CHANGE = ("save_steps", "save_minutes", "keep_checkpoints", "log_steps")
 NOT_RECORDED = (*FREE_TO_CHANGE, *PREDICTOR_ONLY, "double_quant", "compute_dtype")
 
 
+@contextmanager
+def failed_writing_explained(output_dir: Path) -> Iterator[None]:
+    """While a run writes, say what is saved if that fails, as it does when the disk is full.
+
+    safetensors and torch have errors of their own for it, some of which say no more than "iostream error".
+
+    Raises:
+        OSError: writing failed.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        saved, free = steps_saved(output_dir), shutil.disk_usage(output_dir).free
+        kept = f"the last complete checkpoint is that of step {saved}" if saved else "no checkpoint is complete"
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise OSError(
+            f"output_dir={str(output_dir)!r} could not be written to; its disk has {free / 1e6:.0f} MB left ({reason[0]}). "
+            f"Free some space, and resume the run: {kept}"
+        ) from error
+
+
 class WriteChecksums(TrainerCallback):
     """End each checkpoint with its checksums: the trainer calls this when all else is written."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        write_checksums(checkpoint, optimizer_states=len(kwargs["optimizer"].state))
+        with failed_writing_explained(Path(args.output_dir)):
+            write_checksums(checkpoint, optimizer_states=len(kwargs["optimizer"].state))
 
 
 class CheckOptimizer(TrainerCallback):
@@ -117,7 +143,7 @@ def _damaged(part: Path) -> bool:
         try:
             with safe_open(part, framework="pt") as file:  # checks the header against the file's length
                 return not file.keys()
-        except (FileNotFoundError, SafetensorError):
+        except (OSError, SafetensorError):  # a folder in its place is an OSError, too
             return True
     return not part.exists() or not zipfile.is_zipfile(part)
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import re
-import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from peft import load_peft_weights, set_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PrinterCallback, ProgressCallback
 
@@ -33,6 +29,7 @@ from qlora_helpers.training.checkpoints import (
     SaveByTheClock,
     WriteChecksums,
     check_tensors,
+    failed_writing_explained,
     log_history,
     record_of,
     where_to_start,
@@ -48,9 +45,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Run", "train"]
-
-NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-WRITING_FAILED = r"os error (28|122|27|5|30)\b|No space left|unexpected pos|failed writing|file write failed"
 
 
 @dataclass
@@ -124,13 +118,14 @@ def train(
     new = not output_dir.exists()
     make_run_folder(output_dir, "output_dir")
     try:
-        with locked(output_dir, "output_dir"), _failed_writing_explained(output_dir):
+        with locked(output_dir, "output_dir"):
             record = record_of(model, chats, settings, hardware)
             checkpoint = where_to_start(output_dir, record, resume, float16=hardware.compute_dtype == torch.float16)
             trainer = build_trainer(model, tokenizer, chats, output_dir, settings, hardware)
             if checkpoint:
                 check_tensors(trainer.model, checkpoint, settings.method)
-            write_record(output_dir, record)
+            with failed_writing_explained(output_dir):
+                write_record(output_dir, record)
             return _run(trainer, tokenizer, checkpoint, output_dir, settings, hardware, progress_bar, on_loss)
     except BaseException:
         if new:
@@ -150,7 +145,10 @@ def _run(trainer, tokenizer, checkpoint, output_dir: Path, settings: Settings, h
         _train_to_the_end(trainer, checkpoint, settings, output_dir, recorder, stop)
         seconds = time.perf_counter() - started
         model = trainer.model.eval()
-        trainable, total, saved_path = _save(model, tokenizer, output_dir / RESULT[settings.method], settings.method)
+        with failed_writing_explained(output_dir):
+            trainable, total, saved_path = _save(
+                model, tokenizer, output_dir / RESULT[settings.method], settings.method
+            )
     _say_what_was_skipped(watch.skipped, settings.steps)
     if stop.signal is not None:  # it came in the last step, or while what was trained was being saved
         where = f"after the last of {settings.steps} steps; what was trained is in {saved_path}"
@@ -167,26 +165,6 @@ def _run(trainer, tokenizer, checkpoint, output_dir: Path, settings: Settings, h
         skipped_steps=watch.skipped,
         spikes=watch.spike_watch.spikes,
     )
-
-
-@contextlib.contextmanager
-def _failed_writing_explained(output_dir: Path) -> Iterator[None]:
-    """Say what is saved when a checkpoint or the result cannot be written, usually because the disk is full.
-
-    safetensors and torch have errors of their own for it, which say no more than that writing failed.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if getattr(error, "errno", None) not in NOT_WRITTEN and not re.search(WRITING_FAILED, str(error)):
-            raise
-        saved, free = steps_saved(output_dir), shutil.disk_usage(output_dir).free
-        kept = f"the last complete checkpoint is that of step {saved}" if saved else "no checkpoint is complete"
-        reason = str(error).strip().splitlines()[0]
-        raise OSError(
-            f"output_dir={str(output_dir)!r} could not be written to; its disk has {free / 1e6:.0f} MB left ({reason}). Free "
-            f"some space, and resume the run: {kept}"
-        ) from error
 
 
 def _add_callbacks(trainer, settings: Settings, progress_bar: bool, recorder, stop, watch, checkpoint) -> None:

@@ -65,11 +65,12 @@ def numbered_checkpoints(folder: Path) -> list[Path]:
 
 
 def trainer_state(checkpoint: Path) -> dict[str, Any] | None:
-    """The trainer's state in a checkpoint; None if it is missing, or cut off."""
+    """The trainer's state in a checkpoint; None if it is missing, cut off, or something else."""
     try:
-        return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
+    return state if isinstance(state, dict) else None
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -95,7 +96,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     """What the run in a folder was begun with; None if the folder holds no run of this course."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
         return None
     ours = isinstance(record, dict) and record.keys() >= _IN_EVERY_RECORD
     return brought_up_to_date(record) if ours else None

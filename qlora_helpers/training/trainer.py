@@ -23,6 +23,7 @@ from qlora_helpers.chats import Chat, tokenized
 from qlora_helpers.hardware import Hardware
 from qlora_helpers.models.weights import linear_layers
 from qlora_helpers.settings import GPU_OPTIMIZER, PREDICTOR_ONLY, SCHEDULES, Settings
+from qlora_helpers.training.checkpoints import failed_writing_explained
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -48,6 +49,10 @@ class _Trainer(SFTTrainer):
         else:
             self.step_losses.append((step, loss.detach()))
         return loss
+
+    def _save_checkpoint(self, *args, **kwargs):
+        with failed_writing_explained(Path(self.args.output_dir)):
+            super()._save_checkpoint(*args, **kwargs)
 
 
 def build_trainer(
