@@ -7,7 +7,6 @@ Its answers are nonsense, but it takes the same memory and time as the real mode
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qlora_helpers.memory import known_config
 from qlora_helpers.paths import data_path
+from qlora_helpers.safe_folders import whole_folder
 
 SHARD = "2GB"  # small shards keep main memory use low while a model is loaded
 
@@ -69,11 +69,9 @@ def write(model_name: str, folder: Path, device: str | None = None) -> Path:
         repetition_penalty=1.05,
         eos_token_id=tokenizer.eos_token_id,
     )
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part, max_shard_size=SHARD)
-    tokenizer.save_pretrained(part)
-    part.rename(folder)
+    with whole_folder(folder) as part:
+        model.save_pretrained(part, max_shard_size=SHARD)
+        tokenizer.save_pretrained(part)
     return folder
 
 

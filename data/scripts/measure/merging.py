@@ -148,45 +148,54 @@ def main() -> None:
     )
     parser.add_argument("--dry", action="store_true", help="the shipped model and a few tokens, on any machine")
     parser.add_argument("--step", help=argparse.SUPPRESS)  # what a separate process does
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)  # where it finds and leaves what it makes
     args = parser.parse_args()
     if args.dry:
         global STEPS, TOKENS
         STEPS, TOKENS, args.shape = 2, 32, "tiny-llama"
-    models = args.models or Path(tempfile.mkdtemp())
-    base, adapter, merged = models / args.shape, models / f"{args.shape}-adapter", models / f"{args.shape}-merged"
     if args.step:
+        base, adapter, merged = args.models / args.shape, args.scratch / "adapter", args.scratch / "merged"
         if args.step == "adapter":
             row = train_adapter(base, adapter)
         elif args.step == "files":
             row = file_merge(base, adapter, merged)
         else:
-            row = measure(args.step, base, adapter, merged, models / f"{args.shape}-logits.pt")
+            row = measure(args.step, base, adapter, merged, args.scratch / "logits.pt")
         print(json.dumps(row))
         return
+    if args.models:
+        args.models.mkdir(parents=True, exist_ok=True)
+        measure_all(args, args.models)
+    else:
+        with tempfile.TemporaryDirectory() as models:
+            measure_all(args, Path(models))
+
+
+def measure_all(args: argparse.Namespace, models: Path) -> None:
+    """Make the base in `models` if it is not there, measure each step in a process of its own, and write the table."""
     import torch
 
     from data.scripts.make.stand_in_models import write
     from qlora_helpers.paths import data_path
 
-    models.mkdir(parents=True, exist_ok=True)
-    if args.dry:
-        shutil.copytree(data_path("tiny-llama"), base, dirs_exist_ok=True)
-    else:
-        write(args.shape, base)
+    if not args.dry:
+        write(args.shape, models / args.shape)
+    elif not (models / args.shape).exists():
+        shutil.copytree(data_path("tiny-llama"), models / args.shape)
     torch.cuda.empty_cache()
-    for left in (adapter, merged, merged.with_name("merged-4bit"), merged.with_name("merged-files")):
-        shutil.rmtree(left, ignore_errors=True)  # from an earlier measurement
+    with tempfile.TemporaryDirectory(dir=models) as scratch:
 
-    def in_a_process(step: str) -> dict:
-        command = [sys.executable, __file__, "--models", str(models), "--shape", args.shape, "--step", step]
-        command += ["--dry"] * args.dry
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{step}: {done.stderr}")
-        print(step, done.stdout.splitlines()[-1], flush=True)
-        return json.loads(done.stdout.splitlines()[-1])
+        def in_a_process(step: str) -> dict:
+            command = [sys.executable, __file__, "--models", str(models), "--shape", args.shape, "--step", step]
+            command += ["--scratch", scratch] + ["--dry"] * args.dry
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"{step}: {done.stderr}")
+            print(step, done.stdout.splitlines()[-1], flush=True)
+            return json.loads(done.stdout.splitlines()[-1])
 
-    trained = in_a_process("adapter")
+        trained = in_a_process("adapter")
+        rows = [in_a_process(step) for step in steps_of(args.only)]
     table = {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -195,14 +204,11 @@ def main() -> None:
         "tokens": CHATS * TOKENS,
         "adapter": trained,
     }
-    rows = [in_a_process(step) for step in steps_of(args.only)]
     if args.only:  # the other rows were measured with another adapter, made in the same way
-        new, table = {row["way"]: row for row in rows}, json.loads(args.table.read_text())
+        new, table = {row["way"]: row for row in rows}, json.loads(args.table.read_text(encoding="utf-8"))
         rows = [new.get(row["way"], row) for row in table["rows"]]
     table["rows"] = rows
-    args.table.write_text(json.dumps(table, indent=1) + "\n")
-    if not args.models:
-        shutil.rmtree(models)
+    args.table.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
