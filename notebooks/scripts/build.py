@@ -25,6 +25,7 @@ import os
 import sys
 import tempfile
 import time
+import tomllib
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -59,10 +60,12 @@ def colab_cells(name: str) -> list:
         link = "#upload=true"
         how = "\n\nUpload this notebook there, and the course's `qlora-course.zip` beside it (in Colab: the folder at the left)."
     badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/{link})"
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]  # its tag is what is fetched
     set_up = (ROOT / "colab" / "setup_cell.py").read_text().rstrip()
+    set_up = set_up.replace("GITHUB_REPOSITORY", repository).replace("COURSE_VERSION", version)
     return [
         nbformat.v4.new_markdown_cell(badge + how),
-        nbformat.v4.new_code_cell(set_up.replace("GITHUB_REPOSITORY", repository), metadata={"tags": ["setup"]}),
+        nbformat.v4.new_code_cell(set_up, metadata={"tags": ["setup"]}),
     ]
 
 

@@ -80,6 +80,7 @@ def small_course(tmp_path, monkeypatch):
         folder.mkdir()
     for name in ("repository.json", "setup_cell.py"):
         shutil.copy(build.ROOT / "colab" / name, tmp_path / "colab" / name)
+    shutil.copy(build.ROOT / "pyproject.toml", tmp_path)
     for name, value in {"ROOT": tmp_path, "SOURCES": source, "TIMINGS": timings, "EDITIONS": editions}.items():
         monkeypatch.setattr(build, name, value)
     monkeypatch.setattr(build, "readme_tables", lambda: {"lessons": "| a table |"})
