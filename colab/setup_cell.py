@@ -5,7 +5,7 @@ from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
 repository, version = "GITHUB_REPOSITORY", "COURSE_VERSION"  # owner/name on GitHub; empty: the course comes as a zip
-here, course, note = Path.cwd(), Path.cwd() / "qlora-course", Path.cwd() / "qlora-course/unpacked-from.txt"
+here, course, note = Path.cwd(), Path.cwd() / "qlora-course", "made-from.txt"
 upload = "upload qlora-course.zip beside this notebook (Kaggle: as a dataset), wait until it is complete"
 sentence = {"_render_traceback_": lambda error: [f"The set-up stopped: {error}"]}  # a notebook shows no more than this
 SetUpStopped = type("SetUpStopped", (RuntimeError,), sentence)
@@ -24,11 +24,12 @@ found = [place for place in places if is_course(place)]
 zips = [*here.glob("qlora-course*.zip"), *here.glob("drive/MyDrive/qlora-course*.zip")]
 zips = {hashlib.file_digest(file.open("rb"), "sha256").hexdigest(): file for file in zips if file.is_file()}
 made_from, source = next(iter(zips.items()), (f"v{version}", f"https://github.com/{repository}"))
+in_place = lambda: is_course(course) and (course / note).is_file() and (course / note).read_text() == made_from
 if len(zips) > 1:
     raise SetUpStopped(f"{' and '.join(map(str, zips.values()))} differ: delete all but one, and run this cell again.")
 if not (zips or found or repository):
     raise SetUpStopped(f"the course is not here: {upload}, and run this cell again.")
-if not found or (zips and not (is_course(course) and note.is_file() and note.read_text() == made_from)):
+if not (in_place() if zips else found):
     if zips and "qlora_helpers" in sys.modules:
         raise SetUpStopped(f"{source} is new, and the course is in use: restart the session, and run this cell again.")
     with tempfile.TemporaryDirectory(prefix="qlora-course-new-", dir=here, ignore_cleanup_errors=True) as folder:
@@ -49,11 +50,11 @@ if not found or (zips and not (is_course(course) and note.is_file() and note.rea
         except faults as error:
             why, first = str(error) or "files of the course are missing", "delete it, " if zips else ""
             raise SetUpStopped(f"{source} cannot be used ({why}): {first}{upload}, and run this cell again.") from None
-        if os.path.lexists(course):
+        (new / note).write_text(made_from)
+        if os.path.lexists(course) and not in_place():  # another notebook may just have put it there
             old = course.rename(f"{course}-old-{time.strftime('%Y%m%d-%H%M%S')}")
             print(f"The folder qlora-course is not from {source}: it is now {old}, with all that you changed.")
-        (new / note.name).write_text(made_from)
-        new.rename(course)
-        found = [course, *found]
-chosen = course if zips else found[0]
+        if not in_place():
+            new.rename(course)
+chosen = course if zips or not found else found[0]
 set_up = runpy.run_path(str(chosen / "colab/setup.py"), {"notebook_version": version, "found": found}, "__main__")

@@ -383,7 +383,7 @@ def test_a_new_zip_wins_over_an_old_folder_which_is_kept_and_named(runtime, uplo
         runtime.run(f"import zipfile; zipfile.ZipFile({str(upload)!r}).extractall()")
         runtime.run()
         shutil.rmtree(older_ones(runtime)[0])
-        (runtime.here / "qlora-course" / "unpacked-from.txt").unlink()
+        (runtime.here / "qlora-course" / "made-from.txt").unlink()
     (runtime.here / "qlora-course" / "mine.txt").write_text("my notes")
     with_entry(upload, "qlora-course/new.txt")
     done = runtime.run()
@@ -403,6 +403,27 @@ def test_a_damaged_new_zip_leaves_the_old_folder_where_it_is(runtime, upload):
     assert names_in(runtime.here) == ["qlora-course", "qlora-course.zip"]
     upload.unlink()
     assert completed(runtime.run(), NO_GPU)
+
+
+def test_a_cell_that_is_killed_before_the_new_folder_is_in_place_has_lost_nothing(runtime, upload):
+    course = runtime.here / "qlora-course"
+    course.mkdir()
+    (course / "mine.txt").write_text("my notes")
+    assert CELL.count("new.rename(course)") == 1
+    assert runtime.run(CELL.replace("new.rename(course)", "os._exit(9)")).returncode == 9
+    zip_away = upload.rename(runtime.here / "away")
+    assert last_line(runtime.run()) == NOT_HERE, "what is left does not count"
+    zip_away.rename(upload)
+    assert completed(runtime.run(), INSTALLED + NO_GPU)
+    assert (older_ones(runtime)[0] / "mine.txt").read_text() == "my notes"
+
+
+def test_a_folder_that_another_notebook_unpacks_meanwhile_stays(runtime, upload):
+    meanwhile = "(new / note).write_text(made_from)\n"
+    assert CELL.count(meanwhile) == 1
+    done = runtime.run(CELL.replace(meanwhile, meanwhile[:-1] + "; __import__('shutil').copytree(new, course)\n"))
+    assert completed(done, INSTALLED + NO_GPU), done
+    assert names_in(runtime.here) == ["qlora-course", "qlora-course.zip"]
 
 
 def test_a_new_zip_waits_until_no_session_has_the_old_course(runtime, upload):
@@ -627,12 +648,15 @@ def test_versions_that_the_course_does_not_know_are_named(colab):
     assert completed(done, INSTALLED + said + NO_GPU), done
 
 
-def test_a_notebook_shows_the_sentence_without_a_traceback(tmp_path):
+@pytest.mark.parametrize("of", ["the cell", "colab/setup.py"])
+def test_a_notebook_shows_the_sentence_without_a_traceback(tmp_path, of):
+    stopped = CELL.partition("# What is found is run")[0]
+    if of == "colab/setup.py":
+        stopped = f"import runpy\nSetUpStopped = runpy.run_path({str(ROOT / of)!r})['SetUpStopped']"
     script = (
-        "import runpy\n"
         "from IPython.core.interactiveshell import InteractiveShell\n"
-        f"stopped = runpy.run_path({str(ROOT / 'colab' / 'setup.py')!r})['SetUpStopped']\n"
-        "shell = InteractiveShell.instance(user_ns={'SetUpStopped': stopped})\n"
+        "shell = InteractiveShell.instance()\n"
+        f"shell.run_cell({stopped!r})\n"
         "shell.run_cell(\"raise SetUpStopped('do this')\")\n"
     )
     environment = {**os.environ, "IPYTHONDIR": str(tmp_path)}
@@ -809,7 +833,7 @@ def test_in_this_checkout_the_cell_installs_nothing_and_says_the_same_everywhere
     """Run it like a notebook, which also shows the last line's value; a pip that only logs hides the real one."""
     make_pip(tmp_path)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("COLAB_", "KAGGLE_"))}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tmp_path)}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     environment["IPYTHONDIR"] = str(tmp_path)
     environment.pop("QLORA_GEAR", None)
     cell = CELL.replace("GITHUB_REPOSITORY", "")
