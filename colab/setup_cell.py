@@ -30,8 +30,6 @@ if len(zips) > 1:
 if not (zips or found or repository):
     raise SetUpStopped(f"the course is not here: {upload}, and run this cell again.")
 if not (in_place() if zips else found):
-    if zips and "qlora_helpers" in sys.modules:
-        raise SetUpStopped(f"{source} is new, and the course is in use: restart the session, and run this cell again.")
     with tempfile.TemporaryDirectory(prefix="qlora-course-new-", dir=here, ignore_cleanup_errors=True) as folder:
         try:
             if zips:
@@ -50,6 +48,8 @@ if not (in_place() if zips else found):
         except faults as error:
             why, first = str(error) or "files of the course are missing", "delete it, " if zips else ""
             raise SetUpStopped(f"{source} cannot be used ({why}): {first}{upload}, and run this cell again.") from None
+        if "qlora_helpers" in sys.modules:
+            raise SetUpStopped(f"{source} is new, and the course is in use: restart the session, and run this cell.")
         (new / note).write_text(made_from)
         if os.path.lexists(course) and not in_place():  # another notebook may just have put it there
             old = course.rename(f"{course}-old-{time.strftime('%Y%m%d-%H%M%S')}")

@@ -434,6 +434,10 @@ def test_a_new_zip_waits_until_no_session_has_the_old_course(runtime, upload):
         sentence = last_line(runtime.run(session))
         assert f"{upload} is new" in sentence and "restart the session" in sentence
         assert not older_ones(runtime)
+    whole = upload.read_bytes()
+    upload.write_bytes(whole[:-9])
+    assert "cannot be used" in last_line(runtime.run(session)), "a restart would not help"
+    upload.write_bytes(whole)
     assert runtime.run().returncode == 0 and older_ones(runtime)
 
 
@@ -846,7 +850,7 @@ def test_in_this_checkout_the_cell_installs_nothing_and_says_the_same_everywhere
     assert not (tmp_path / "pip.log").exists()
 
 
-def test_the_cell_fits_a_screen():
+def test_the_cell_can_be_read_at_once():
     lines = CELL.splitlines()
     assert len(lines) <= 60
     assert max(map(len, lines)) <= 120
