@@ -1,8 +1,8 @@
 """Install what Colab or Kaggle lacks for the course, remove packages that its libraries refuse to work beside, use one
 GPU, and say in which gear the lessons run.
 
-The first cell of each Colab edition runs this file. A second run changes nothing. No restart is needed if this is the
-first thing that a session runs.
+The first cell of each Colab edition runs this file. A second run finds everything in place, unless something was
+installed, removed or uploaded since. No restart is needed if this is the first thing that a session runs.
 """
 
 import importlib
@@ -175,6 +175,41 @@ def warn_of_other_versions() -> None:
         print(f"Not tried with the course: {', '.join(others)}. If a lesson fails, take the newest runtime.")
 
 
+def warn_of_other_courses(found: list[Path], notebook_version: str | None) -> None:
+    """Say which course is used if there are several, or if the notebook was made with another version of it.
+
+    Args:
+        found: the courses that the set-up cell has found.
+        notebook_version: the version of the course that the notebook comes from; None if it does not say.
+    """
+    others = [str(place) for place in dict.fromkeys(place.resolve() for place in found) if place != COURSE]
+    if others:
+        print(f"The course in {COURSE} is used, and not the one in {' or '.join(others)}.")
+    with (COURSE / "pyproject.toml").open("rb") as file:
+        version = tomllib.load(file)["project"]["version"]
+    if notebook_version not in (None, version):
+        print(f"This notebook is of version {notebook_version}, but the course in {COURSE} is version {version}.")
+        print("If a lesson fails, take both from the same version.")
+
+
+def use_this_course() -> None:
+    """Let `import qlora_helpers` find the package of this course, also if another one is installed.
+
+    Raises:
+        SetUpStopped: this session has already imported the package of another course.
+    """
+    importlib.invalidate_caches()  # this folder may be new
+    package = importlib.util.find_spec("qlora_helpers")
+    if package and package.origin and Path(package.origin).resolve().parents[1] == COURSE:
+        return
+    if "qlora_helpers" in sys.modules:
+        raise SetUpStopped(
+            f"this session has imported another course than the one in {COURSE}. Restart the session "
+            f"({'Run' if KAGGLE else 'Runtime'} → Restart session), and run the cells from the top."
+        )
+    sys.path.insert(0, str(COURSE))
+
+
 def use_one_gpu() -> None:
     """Hide all GPUs but the first: with more, the Trainer uses DataParallel, which TRL refuses. Before torch starts."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
@@ -207,6 +242,9 @@ def report() -> None:
 def main() -> None:
     if KAGGLE:  # the course may be among the inputs, which are read-only
         os.environ.setdefault("QLORA_RUNS", str(Path.cwd() / "runs"))
+    # the set-up cell passes both as globals
+    warn_of_other_courses(globals().get("found", []), globals().get("notebook_version"))
+    use_this_course()
     before = imported()
     requirements = missing()
     if requirements:
@@ -218,8 +256,6 @@ def main() -> None:
     if in_the_way:
         remove(in_the_way)
         restart_if_changed(before)
-    if importlib.util.find_spec("qlora_helpers") is None:
-        sys.path.insert(0, str(COURSE))
     report()
 
 

@@ -3,6 +3,7 @@
     python -m notebooks.scripts.build                 # all lessons
     python -m notebooks.scripts.build 02 04           # some of them
     python -m notebooks.scripts.build --no-execute 02 # texts only; refused if the code has changed since then
+    python -m notebooks.scripts.build --set-up        # as --no-execute, after running the Colab editions' set-up cell
 
 A source is `notebooks/source/NN_title.py` in jupytext's percent format. Three editions are built from it:
 
@@ -25,6 +26,7 @@ import os
 import sys
 import tempfile
 import time
+import tomllib
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -59,10 +61,12 @@ def colab_cells(name: str) -> list:
         link = "#upload=true"
         how = "\n\nUpload this notebook there, and the course's `qlora-course.zip` beside it (in Colab: the folder at the left)."
     badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/{link})"
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]  # its tag is what is fetched
     set_up = (ROOT / "colab" / "setup_cell.py").read_text().rstrip()
+    set_up = set_up.replace("GITHUB_REPOSITORY", repository).replace("COURSE_VERSION", version)
     return [
         nbformat.v4.new_markdown_cell(badge + how),
-        nbformat.v4.new_code_cell(set_up.replace("GITHUB_REPOSITORY", repository), metadata={"tags": ["setup"]}),
+        nbformat.v4.new_code_cell(set_up, metadata={"tags": ["setup"]}),
     ]
 
 
@@ -187,6 +191,26 @@ def outputs_into(fresh: nbformat.NotebookNode, executed: nbformat.NotebookNode) 
     return fresh
 
 
+def renew_set_up(executed: dict[str, nbformat.NotebookNode]) -> None:
+    """Give executed Colab editions today's set-up cell, which is the same in all, and its outputs of one new run.
+
+    Args:
+        executed: the editions by the names of their lessons.
+
+    Raises:
+        ValueError: the outputs of an edition are not of its code.
+    """
+    for name, notebook in executed.items():
+        if notebook.metadata.get("course", {}).get("executed_code") != code_hash(notebook):
+            raise ValueError(f"lesson {name} has been edited since it was executed: build without --set-up")
+    set_up = nbformat.v4.new_notebook(cells=[colab_cells(next(iter(executed)))[1]])
+    execute(set_up, EDITIONS["colab"])
+    for notebook in executed.values():
+        cell = code_cells(notebook)[0]
+        cell.source, cell.outputs = set_up.cells[0].source, copy.deepcopy(set_up.cells[0].outputs)
+        notebook.metadata["course"]["executed_code"] = code_hash(notebook)
+
+
 def readme_tables() -> dict[str, str]:
     """The generated parts of README.md, by the name of the place for each."""
     timings = json.loads(TIMINGS.read_text())
@@ -289,16 +313,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("only", nargs="*", help="numbers of lessons, such as 02; all by default")
     parser.add_argument("--no-execute", action="store_true", help="update the texts, keep the outputs")
+    parser.add_argument("--set-up", action="store_true", help="run only the Colab editions' set-up cell")
     args = parser.parse_args()
     names = [name for name in lessons() if not args.only or name[:2] in args.only]
     if not names:
         sys.exit(f"no lesson {' '.join(args.only)}: there are {', '.join(lessons())}")
     timings = json.loads(TIMINGS.read_text()) if TIMINGS.exists() else {}
     done = {}
-    if args.no_execute:
+    if args.no_execute or args.set_up:
         for name in names:
             for edition, folder in EDITIONS.items():
                 done[name, edition] = nbformat.read(folder / f"{name}.ipynb", as_version=4)
+        if args.set_up:
+            renew_set_up({name: done[name, "colab"] for name in names})
     else:
         longest_first = sorted(names, key=lambda name: -timings.get(name, {"seconds": 0})["seconds"])
         with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:

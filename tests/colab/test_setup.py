@@ -26,7 +26,8 @@ from notebooks.scripts import build
 from tests import ROOT
 from tests.colab.environment import COLAB, colab_rows, size_of, stand_in
 
-CELL = (ROOT / "colab" / "setup_cell.py").read_text()
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+CELL = (ROOT / "colab" / "setup_cell.py").read_text().replace("COURSE_VERSION", VERSION)
 
 
 def requirements(path: Path) -> dict[str, str]:
@@ -80,6 +81,8 @@ def make_course(folder: Path) -> Path:
     (folder / "qlora_helpers").mkdir(parents=True)
     (folder / "qlora_helpers" / "__init__.py").write_text("")
     (folder / "qlora_helpers" / "hardware.py").write_text(textwrap.dedent(HARDWARE))
+    (folder / "data").mkdir()
+    (folder / "data" / "text.txt").write_text("some text, or a text that is some\n" * 9)
     (folder / "colab").mkdir()
     for name in ("colab/setup.py", "colab/requirements.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, folder / name)
@@ -156,6 +159,16 @@ def last_line(done: subprocess.CompletedProcess) -> str:
     return done.stderr.strip().splitlines()[-1]
 
 
+NOT_HERE = (
+    "SetUpStopped: the course is not here: upload qlora-course.zip beside this notebook (Kaggle: as a dataset), "
+    "wait until it is complete, and run this cell again."
+)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 # Where the course comes from
 
 
@@ -169,18 +182,16 @@ def test_an_uploaded_zip_is_unpacked(runtime, tmp_path, name):
 
 def test_a_zip_without_a_folder_in_it_is_unpacked(runtime, tmp_path):
     make_course(tmp_path / "course")
-    shutil.make_archive(str(runtime.here / "any"), "zip", tmp_path / "course")
+    shutil.make_archive(str(runtime.here / "qlora-course"), "zip", tmp_path / "course")
     assert completed(runtime.run(), INSTALLED + NO_GPU)
+    assert (runtime.here / "qlora-course" / "qlora_helpers").is_dir()
 
 
-def test_other_zips_and_half_an_upload_are_left_alone(runtime, tmp_path):
-    whole = zipped(make_course(tmp_path / "qlora-course"), tmp_path / "qlora-course.zip")
-    half = runtime.here / "qlora-course.zip"
-    half.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    with zipfile.ZipFile(runtime.here / "photos.zip", "w") as other:
-        other.writestr("photo.txt", "")
-    assert "wait until it is complete" in last_line(runtime.run())
-    assert not (runtime.here / "photo.txt").exists()
+@pytest.mark.parametrize("name", ["photos.zip", "course.zip"])
+def test_zips_of_other_names_are_left_alone(runtime, tmp_path, name):
+    zipped(make_course(tmp_path / "qlora-course"), runtime.here / name)
+    assert last_line(runtime.run()) == NOT_HERE
+    assert names_in(runtime.here) == [name]
 
 
 def test_a_folder_in_a_mounted_drive_is_used_where_it_is(runtime):
@@ -196,49 +207,13 @@ def test_a_zip_in_a_mounted_drive_is_unpacked_beside_the_notebook(runtime, tmp_p
     assert (runtime.here / "qlora-course" / "qlora_helpers").is_dir()
 
 
-def git(*arguments: str, folder: Path) -> None:
-    who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
-    subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True)
-
-
-def test_the_course_is_cloned_from_its_address(runtime, tmp_path):
-    source = make_course(tmp_path / "someone" / "course")
-    git("init", folder=source)
-    git("add", ".", folder=source)
-    git("commit", "-m", "x", folder=source)
-    instead = {
-        "GIT_CONFIG_COUNT": "1",
-        "GIT_CONFIG_KEY_0": f"url.file://{tmp_path}/.insteadOf",
-        "GIT_CONFIG_VALUE_0": "https://github.com/",
-    }
-    assert completed(runtime.run(repository="someone/course", **instead), INSTALLED + NO_GPU)
-    assert (runtime.here / "qlora-course" / ".git").is_dir()
-    # the second run finds what the first one fetched
-    shutil.rmtree(source)
-    assert completed(runtime.run(repository="someone/course", **instead), NO_GPU)
-
-
-def test_an_address_out_of_reach_is_named(runtime, tmp_path):
-    instead = {
-        "GIT_CONFIG_COUNT": "1",
-        "GIT_CONFIG_KEY_0": f"url.file://{tmp_path}/nowhere/.insteadOf",
-        "GIT_CONFIG_VALUE_0": "https://github.com/",
-    }
-    sentence = last_line(runtime.run(repository="someone/course", **instead))
-    assert "nor could https://github.com/someone/course be fetched (no Internet?)" in sentence
-    assert "upload qlora-course.zip" in sentence
-
-
 def test_without_a_course_one_sentence_says_what_to_do(runtime):
-    assert last_line(runtime.run()) == (
-        "FileNotFoundError: The course is not here: upload qlora-course.zip beside this notebook "
-        "(Kaggle: as a dataset), wait until it is complete, and run this cell again."
-    )
+    assert last_line(runtime.run()) == NOT_HERE
     assert not runtime.pip_calls
 
 
-@pytest.mark.parametrize("place", ["", "colab", "notebooks/mine"])
-def test_in_a_checkout_the_files_above_are_used(runtime, place):
+@pytest.mark.parametrize("place", ["", "colab", "notebooks"])
+def test_in_a_copy_of_the_repository_its_own_files_are_used(runtime, place):
     course = make_course(runtime.here / "checkout")
     runtime.here = course / place
     runtime.here.mkdir(parents=True, exist_ok=True)
@@ -255,6 +230,332 @@ def test_on_kaggle_a_dataset_is_the_course_and_runs_go_to_the_working_folder(tmp
     assert f"runs go to {runtime.here / 'runs'}\n" in runtime.told
     assert runtime.run(KAGGLE_KERNEL_RUN_TYPE="Interactive", QLORA_RUNS="/elsewhere").returncode == 0
     assert "runs go to /elsewhere\n" in runtime.told
+
+
+# Zips that are damaged, dangerous, or not the course
+
+
+@pytest.fixture
+def upload(runtime, tmp_path) -> Path:
+    """A whole zip of the course beside the notebook."""
+    return zipped(make_course(tmp_path / "made" / "qlora-course"), runtime.here / "qlora-course.zip")
+
+
+def flipped(archive: Path, name: str, part: float) -> bytes:
+    """The bytes of a zip with one bit of an entry's data flipped."""
+    with zipfile.ZipFile(archive) as opened:
+        entry = opened.getinfo(name)
+    raw = bytearray(archive.read_bytes())
+    raw[entry.header_offset + 30 + len(name) + int(part * entry.compress_size)] ^= 1
+    return bytes(raw)
+
+
+DAMAGE = {
+    "half an upload": lambda archive: archive.read_bytes()[: archive.stat().st_size // 2],
+    "the last byte is missing": lambda archive: archive.read_bytes()[:-1],
+    "the first bytes are missing": lambda archive: archive.read_bytes()[archive.stat().st_size // 4 :],
+    "empty": lambda archive: b"",
+    "a web page": lambda archive: b"<html>Sign in to download</html>",
+    "a flipped bit in the package": lambda archive: flipped(archive, "qlora-course/qlora_helpers/hardware.py", 0.5),
+    "a flipped bit in the data": lambda archive: flipped(archive, "qlora-course/data/text.txt", 0.9),
+    "a flipped bit in an entry's beginning": lambda archive: flipped(archive, "qlora-course/pyproject.toml", 0.1),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_zip_leaves_nothing_behind_and_a_good_one_helps(runtime, upload, damage):
+    good = upload.read_bytes()
+    upload.write_bytes(DAMAGE[damage](upload))
+    sentence = last_line(runtime.run())
+    assert sentence.startswith(f"SetUpStopped: {upload} cannot be used (")
+    assert "delete it, upload qlora-course.zip beside this notebook" in sentence
+    assert sentence.endswith("wait until it is complete, and run this cell again.")
+    assert names_in(runtime.here) == ["qlora-course.zip"]
+    upload.write_bytes(good)
+    assert completed(runtime.run(), INSTALLED + NO_GPU)
+
+
+def with_entry(archive: Path, name: str, content: str = "x", mode: int = 0o100644, count: int = 1) -> None:
+    with zipfile.ZipFile(archive, "a", zipfile.ZIP_DEFLATED) as opened:
+        for number in range(count):
+            entry = zipfile.ZipInfo(name.format(number))
+            entry.external_attr, entry.compress_type = mode << 16, zipfile.ZIP_DEFLATED
+            opened.writestr(entry, content)
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"name": "../evil.txt"}, "a path to another folder"),
+        ({"name": "qlora-course/../../evil.txt"}, "a path to another folder"),
+        ({"name": "/tmp/evil.txt"}, "a path to another folder"),
+        ({"name": "qlora-course/data/link", "content": "/etc", "mode": 0o120777}, "a link"),
+        ({"name": "qlora-course/many/{}", "count": 2001}, "more than 2,000 files"),
+        ({"name": "qlora-course/large", "content": "0" * 101_000_000}, "more than 100 MB"),
+    ],
+    ids=["above", "in the middle", "absolute", "link", "many", "large"],
+)
+def test_a_dangerous_zip_is_refused_as_a_whole(runtime, upload, more, why):
+    with_entry(upload, **more)
+    sentence = last_line(runtime.run())
+    assert f"{upload} cannot be used (it has" in sentence and why in sentence
+    assert names_in(runtime.here) == ["qlora-course.zip"]
+    assert not (runtime.here.parent / "evil.txt").exists()
+
+
+def test_a_zip_that_says_it_is_smaller_than_it_is_is_refused(runtime, upload):
+    with_entry(upload, "qlora-course/large", "0" * 101_000_000)
+    raw = upload.read_bytes()
+    assert raw.count((101_000_000).to_bytes(4, "little")) == 2, "in the entry and in the list of entries"
+    upload.write_bytes(raw.replace((101_000_000).to_bytes(4, "little"), (1000).to_bytes(4, "little")))
+    assert "cannot be used (Bad CRC-32 for file 'qlora-course/large')" in last_line(runtime.run())
+    assert names_in(runtime.here) == ["qlora-course.zip"]
+
+
+@pytest.mark.parametrize("name", ["colab/requirements.txt", "pyproject.toml", "qlora_helpers", "data"])
+def test_a_zip_without_all_of_the_course_is_refused(runtime, tmp_path, name):
+    course = make_course(tmp_path / "qlora-course")
+    (course / name).rename(tmp_path / "gone")
+    zipped(course, runtime.here / "qlora-course.zip")
+    assert "cannot be used (files of the course are missing): delete it" in last_line(runtime.run())
+    assert names_in(runtime.here) == ["qlora-course.zip"]
+
+
+def test_a_zip_with_a_password_is_refused(runtime, upload):
+    raw = upload.read_bytes()
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # what says that an entry is encrypted
+        parts = raw.split(signature)
+        raw = signature.join([parts[0], *(part[: flags - 4] + b"\x01" + part[flags - 3 :] for part in parts[1:])])
+    upload.write_bytes(raw)
+    assert "password required" in last_line(runtime.run())
+    assert names_in(runtime.here) == ["qlora-course.zip"]
+
+
+def test_of_two_zips_that_differ_none_is_chosen(runtime, upload):
+    other = shutil.copy(upload, runtime.here / "qlora-course (1).zip")
+    with_entry(other, "qlora-course/new.txt")
+    sentence = last_line(runtime.run())
+    assert "qlora-course.zip" in sentence and "qlora-course (1).zip" in sentence
+    assert sentence.endswith("differ: delete all but one, and run this cell again.")
+    assert names_in(runtime.here) == ["qlora-course (1).zip", "qlora-course.zip"]
+    shutil.copy(upload, other)
+    assert completed(runtime.run(), INSTALLED + NO_GPU), "two equal ones are one"
+
+
+@pytest.mark.parametrize("zips", [True, False])
+def test_what_damage_has_left_behind_is_no_course(runtime, upload, zips):
+    """An older set-up cell unpacked in place, until it came to the damage."""
+    (runtime.here / "qlora-course" / "colab").mkdir(parents=True)
+    (runtime.here / "qlora-course" / "colab" / "setup.py").write_text("print('half a course was run')")
+    if zips:
+        done = runtime.run()
+        assert done.returncode == 0 and done.stdout.endswith(INSTALLED + NO_GPU), done
+    else:
+        upload.unlink()
+        assert last_line(runtime.run()) == NOT_HERE
+
+
+# An older course beside a newer zip
+
+
+def older_ones(runtime: Runtime) -> list[Path]:
+    return sorted(runtime.here.glob("qlora-course-old-*"))
+
+
+def test_the_same_zip_again_changes_nothing_not_even_edited_files(runtime, upload):
+    runtime.run()
+    course = runtime.here / "qlora-course"
+    (course / "qlora_helpers" / "hardware.py").open("a").write("# mine\n")
+    (course / "data" / "text.txt").unlink()
+    (course / "runs").mkdir()
+    os.utime(upload, (2_000_000_000, 2_000_000_000))
+    before = {path: path.stat().st_mtime_ns for path in course.rglob("*") if "__pycache__" not in path.parts}
+    assert completed(runtime.run(), NO_GPU)
+    assert {path: path.stat().st_mtime_ns for path in course.rglob("*") if "__pycache__" not in path.parts} == before
+    assert names_in(runtime.here) == ["qlora-course", "qlora-course.zip"]
+
+
+@pytest.mark.parametrize("unpacked", ["by the cell", "by hand"])
+def test_a_new_zip_wins_over_an_old_folder_which_is_kept_and_named(runtime, upload, tmp_path, unpacked):
+    if unpacked == "by the cell":
+        runtime.run()
+    else:
+        runtime.run(f"import zipfile; zipfile.ZipFile({str(upload)!r}).extractall()")
+        runtime.run()
+        shutil.rmtree(older_ones(runtime)[0])
+        (runtime.here / "qlora-course" / "made-from.txt").unlink()
+    (runtime.here / "qlora-course" / "mine.txt").write_text("my notes")
+    with_entry(upload, "qlora-course/new.txt")
+    done = runtime.run()
+    [old] = older_ones(runtime)
+    said = f"The folder qlora-course is not from {upload}: it is now {old}, with all that you changed.\n"
+    assert completed(done, said + NO_GPU), done
+    assert (old / "mine.txt").read_text() == "my notes" and not (old / "new.txt").exists()
+    assert (runtime.here / "qlora-course" / "new.txt").exists()
+    assert completed(runtime.run(), NO_GPU)
+    assert older_ones(runtime) == [old]
+
+
+def test_a_damaged_new_zip_leaves_the_old_folder_where_it_is(runtime, upload):
+    runtime.run()
+    upload.write_bytes(upload.read_bytes()[:-9])
+    assert "cannot be used" in last_line(runtime.run())
+    assert names_in(runtime.here) == ["qlora-course", "qlora-course.zip"]
+    upload.unlink()
+    assert completed(runtime.run(), NO_GPU)
+
+
+def test_a_cell_that_is_killed_before_the_new_folder_is_in_place_has_lost_nothing(runtime, upload):
+    course = runtime.here / "qlora-course"
+    course.mkdir()
+    (course / "mine.txt").write_text("my notes")
+    assert CELL.count("new.rename(course)") == 1
+    assert runtime.run(CELL.replace("new.rename(course)", "os._exit(9)")).returncode == 9
+    zip_away = upload.rename(runtime.here / "away")
+    assert last_line(runtime.run()) == NOT_HERE, "what is left does not count"
+    zip_away.rename(upload)
+    assert completed(runtime.run(), INSTALLED + NO_GPU)
+    assert (older_ones(runtime)[0] / "mine.txt").read_text() == "my notes"
+
+
+def test_a_folder_that_another_notebook_unpacks_meanwhile_stays(runtime, upload):
+    meanwhile = "(new / note).write_text(made_from)\n"
+    assert CELL.count(meanwhile) == 1
+    done = runtime.run(CELL.replace(meanwhile, meanwhile[:-1] + "; __import__('shutil').copytree(new, course)\n"))
+    assert completed(done, INSTALLED + NO_GPU), done
+    assert names_in(runtime.here) == ["qlora-course", "qlora-course.zip"]
+
+
+def test_a_new_zip_waits_until_no_session_has_the_old_course(runtime, upload):
+    runtime.run()
+    with_entry(upload, "qlora-course/new.txt")
+    session = "import sys\nsys.path.insert(0, 'qlora-course')\nimport qlora_helpers\n" + CELL
+    for _ in range(2):
+        sentence = last_line(runtime.run(session))
+        assert f"{upload} is new" in sentence and "restart the session" in sentence
+        assert not older_ones(runtime)
+    whole = upload.read_bytes()
+    upload.write_bytes(whole[:-9])
+    assert "cannot be used" in last_line(runtime.run(session)), "a restart would not help"
+    upload.write_bytes(whole)
+    assert runtime.run().returncode == 0 and older_ones(runtime)
+
+
+def test_the_zip_s_package_is_imported_also_if_another_course_is_installed(runtime, upload, tmp_path):
+    installed = make_course(tmp_path / "installed")
+    (runtime.site / "course.pth").write_text(str(installed))
+    done = runtime.run(CELL + "\nimport qlora_helpers\nprint(qlora_helpers.__file__)")
+    course = runtime.here / "qlora-course"
+    said = f"The course in {course} is used, and not the one in {installed}.\n"
+    assert completed(done, f"{said}{INSTALLED}{NO_GPU}{course / 'qlora_helpers' / '__init__.py'}\n"), done
+
+
+def test_a_session_that_has_imported_another_course_needs_a_restart(runtime, upload, tmp_path):
+    runtime.run()
+    other = make_course(tmp_path / "other")
+    session = f"import sys\nsys.path.insert(0, {str(other)!r})\nimport qlora_helpers\n{CELL}"
+    assert "this session has imported another course" in last_line(runtime.run(session))
+
+
+def test_a_course_in_a_drive_gives_way_to_an_uploaded_zip_and_both_are_named(runtime, upload):
+    drive = make_course(runtime.here / "drive" / "MyDrive" / "qlora-course")
+    said = f"The course in {runtime.here / 'qlora-course'} is used, and not the one in {drive}.\n"
+    assert completed(runtime.run(), said + INSTALLED + NO_GPU)
+
+
+def test_a_notebook_of_another_version_says_so(runtime, upload):
+    done = runtime.run(CELL.replace(f'"{VERSION}"', '"9.0"'))
+    said = f"This notebook is of version 9.0, but the course in {runtime.here / 'qlora-course'} is version {VERSION}.\n"
+    assert done.returncode == 0 and said in done.stdout, done
+
+
+# Which folders count
+
+
+@pytest.mark.parametrize(
+    "place", ["..", "../..", "../input/qlora-course", "other", "../other", "drive/MyDrive", "colab/x"]
+)
+def test_a_course_in_any_other_folder_is_not_run(runtime, place):
+    runtime.here = runtime.here / "a" / "b"
+    runtime.here.mkdir(parents=True)
+    course = Path(os.path.normpath(runtime.here / place))
+    course.mkdir(parents=True, exist_ok=True)
+    for name in names_in(make_course(course / "x")):
+        (course / "x" / name).rename(course / name)
+    (course / "colab" / "setup.py").write_text("print('a foreign file was run')")
+    assert last_line(runtime.run()) == NOT_HERE
+
+
+def test_of_two_datasets_on_kaggle_the_one_in_use_is_named(tmp_path):
+    runtime = Runtime(tmp_path / "kaggle")
+    one, two = (make_course(tmp_path / "kaggle" / "input" / name / "qlora-course") for name in ("one", "two"))
+    done = runtime.run(KAGGLE_KERNEL_RUN_TYPE="Interactive", GPU_NAME="Tesla T4")
+    assert done.returncode == 0 and done.stdout.startswith(f"The course in {one} is used, and not the one in {two}.\n")
+
+
+# From GitHub
+
+
+def git(*arguments: str, folder: Path) -> None:
+    who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture
+def github(tmp_path) -> dict[str, str]:
+    """What makes git take someone/course from this machine; the course is tagged, and the newest commit breaks it."""
+    source = make_course(tmp_path / "someone" / "course")
+    git("init", folder=source)
+    for tag, text in ((f"v{VERSION}", None), ("newest", "raise SystemExit('another version')")):
+        if text:
+            (source / "colab" / "setup.py").write_text(text)
+        git("add", ".", folder=source)
+        git("commit", "-m", tag, folder=source)
+        git("tag", tag, folder=source)
+    return {
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.file://{tmp_path}/.insteadOf",
+        "GIT_CONFIG_VALUE_0": "https://github.com/",
+    }
+
+
+def test_the_course_is_cloned_at_the_notebook_s_version(runtime, github, tmp_path):
+    done = runtime.run(repository="someone/course", **github)
+    assert completed(done, INSTALLED + NO_GPU), done
+    assert (runtime.here / "qlora-course" / ".git").is_dir()
+    # the second run finds what the first one fetched
+    shutil.rmtree(tmp_path / "someone")
+    assert completed(runtime.run(repository="someone/course", **github), NO_GPU)
+    assert names_in(runtime.here) == ["qlora-course"]
+
+
+@pytest.mark.parametrize("fault", ["no such version", "no such repository", "no git", "not the course"])
+def test_a_clone_that_fails_says_why_and_leaves_nothing(runtime, github, tmp_path, fault):
+    cell, repository = CELL, "someone/course"
+    if fault == "no such version":
+        cell = CELL.replace(f'"{VERSION}"', '"9.0"')
+    elif fault == "no such repository":
+        repository = "someone/else"
+    elif fault == "no git":
+        (runtime.bin / "git").unlink()
+    else:
+        git("rm", "-r", "data", folder=tmp_path / "someone" / "course")
+        git("commit", "-m", "x", folder=tmp_path / "someone" / "course")
+        git("tag", "--force", f"v{VERSION}", folder=tmp_path / "someone" / "course")
+    sentence = last_line(runtime.run(cell, repository=repository, **github))
+    assert f"https://github.com/{repository} cannot be used (" in sentence and "upload qlora-course.zip" in sentence
+    assert names_in(runtime.here) == []
+
+
+def test_a_clone_that_hangs_is_ended(runtime):
+    (runtime.bin / "git").unlink()
+    (runtime.bin / "git").write_text(
+        f"#!{shutil.which('sh')}\nfor folder do :; done\n{shutil.which('mkdir')} -p $folder/colab\nexec {shutil.which('sleep')} 60\n"
+    )
+    (runtime.bin / "git").chmod(0o755)
+    sentence = last_line(runtime.run(CELL.replace("timeout=300", "timeout=1"), repository="someone/course"))
+    assert "timed out after" in sentence and "upload qlora-course.zip" in sentence
+    assert names_in(runtime.here) == []
 
 
 # What is installed
@@ -351,12 +652,15 @@ def test_versions_that_the_course_does_not_know_are_named(colab):
     assert completed(done, INSTALLED + said + NO_GPU), done
 
 
-def test_a_notebook_shows_the_sentence_without_a_traceback(tmp_path):
+@pytest.mark.parametrize("of", ["the cell", "colab/setup.py"])
+def test_a_notebook_shows_the_sentence_without_a_traceback(tmp_path, of):
+    stopped = CELL.partition("# What is found is run")[0]
+    if of == "colab/setup.py":
+        stopped = f"import runpy\nSetUpStopped = runpy.run_path({str(ROOT / of)!r})['SetUpStopped']"
     script = (
-        "import runpy\n"
         "from IPython.core.interactiveshell import InteractiveShell\n"
-        f"stopped = runpy.run_path({str(ROOT / 'colab' / 'setup.py')!r})['SetUpStopped']\n"
-        "shell = InteractiveShell.instance(user_ns={'SetUpStopped': stopped})\n"
+        "shell = InteractiveShell.instance()\n"
+        f"shell.run_cell({stopped!r})\n"
         "shell.run_cell(\"raise SetUpStopped('do this')\")\n"
     )
     environment = {**os.environ, "IPYTHONDIR": str(tmp_path)}
@@ -533,7 +837,7 @@ def test_in_this_checkout_the_cell_installs_nothing_and_says_the_same_everywhere
     """Run it like a notebook, which also shows the last line's value; a pip that only logs hides the real one."""
     make_pip(tmp_path)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("COLAB_", "KAGGLE_"))}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tmp_path)}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     environment["IPYTHONDIR"] = str(tmp_path)
     environment.pop("QLORA_GEAR", None)
     cell = CELL.replace("GITHUB_REPOSITORY", "")
@@ -546,11 +850,12 @@ def test_in_this_checkout_the_cell_installs_nothing_and_says_the_same_everywhere
     assert not (tmp_path / "pip.log").exists()
 
 
-def test_the_cell_fits_a_screen():
+def test_the_cell_can_be_read_at_once():
     lines = CELL.splitlines()
-    assert len(lines) <= 25
+    assert len(lines) <= 60
     assert max(map(len, lines)) <= 120
-    assert CELL.count("GITHUB_REPOSITORY") == 1
+    source = (ROOT / "colab" / "setup_cell.py").read_text()
+    assert source.count("GITHUB_REPOSITORY") == source.count("COURSE_VERSION") == 1
 
 
 def test_the_colab_pins_leave_the_runtime_s_own_alone_and_are_those_of_the_lessons():
@@ -571,13 +876,14 @@ def test_the_rows_of_colab_s_packages_are_complete():
 @pytest.mark.parametrize("address", ["", "someone/course"])
 def test_the_badge_opens_the_lesson_or_the_upload_page(tmp_path, monkeypatch, address):
     shutil.copytree(ROOT / "colab", tmp_path / "colab", ignore=shutil.ignore_patterns("*.ipynb"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "colab" / "repository.json").write_text(json.dumps({"github": address}))
     monkeypatch.setattr(build, "ROOT", tmp_path)
     badge, cell = build.colab_cells("04_qlora_run")
     page = f"github/{address}/blob/main/colab/04_qlora_run.ipynb" if address else "#upload=true"
     assert f"(https://colab.research.google.com/{page})" in badge.source
     assert ("`qlora-course.zip`" in badge.source) == (address == "")
-    assert f'repository, here = "{address}",' in cell.source
+    assert f'repository, version = "{address}", "{VERSION}"' in cell.source
 
 
 def test_make_zip_makes_a_small_zip_that_the_cell_can_use(tmp_path):
@@ -586,7 +892,10 @@ def test_make_zip_makes_a_small_zip_that_the_cell_can_use(tmp_path):
     archive = tmp_path / "course.zip"
     subprocess.run(["make", "zip", f"ZIP={archive}"], cwd=ROOT, check=True, capture_output=True)
     assert archive.stat().st_size < 12e6
-    names = zipfile.ZipFile(archive).namelist()
+    entries = zipfile.ZipFile(archive).infolist()
+    assert 3 * len(entries) < 2000 and 3 * sum(entry.file_size for entry in entries) < 100e6, "the cell's limits"
+    assert not any(".." in entry.filename for entry in entries), "the cell takes it for a path to another folder"
+    names = [entry.filename for entry in entries]
     for name in ("colab/setup.py", "colab/requirements.txt", "pyproject.toml", "qlora_helpers/paths.py"):
         assert f"qlora-course/{name}" in names, "not in the last commit"
     assert any(name.startswith("qlora-course/data/") and name.endswith(".safetensors") for name in names)

@@ -1,6 +1,7 @@
 """The build refuses stale outputs and lost places."""
 
 import copy
+import importlib.metadata
 import json
 import shutil
 import sys
@@ -80,6 +81,7 @@ def small_course(tmp_path, monkeypatch):
         folder.mkdir()
     for name in ("repository.json", "setup_cell.py"):
         shutil.copy(build.ROOT / "colab" / name, tmp_path / "colab" / name)
+    shutil.copy(build.ROOT / "pyproject.toml", tmp_path)
     for name, value in {"ROOT": tmp_path, "SOURCES": source, "TIMINGS": timings, "EDITIONS": editions}.items():
         monkeypatch.setattr(build, name, value)
     monkeypatch.setattr(build, "readme_tables", lambda: {"lessons": "| a table |"})
@@ -109,6 +111,47 @@ def test_new_code_is_not_taken_over_without_running_it(small_course, monkeypatch
     with pytest.raises(ValueError, match="build without --no-execute"):
         call(monkeypatch, "--no-execute")
     assert {edition: (small_course / edition / "01_one.ipynb").read_bytes() for edition in build.EDITIONS} == before
+
+
+@pytest.fixture
+def new_set_up(small_course, monkeypatch):
+    """The small course with a changed set-up cell, and a stand-in for what executes it."""
+
+    def execute(notebook, folder):
+        assert len(notebook.cells) == 1 and folder == small_course / "colab"
+        notebook.cells[0].outputs = [nbformat.v4.new_output("stream", text=notebook.cells[0].source)]
+
+    (small_course / "colab" / "setup_cell.py").write_text("set_up = 'GITHUB_REPOSITORY' or 'COURSE_VERSION'\n")
+    monkeypatch.setattr(build, "execute", execute)
+    return small_course
+
+
+def test_the_set_up_cell_alone_is_run_anew(new_set_up, monkeypatch):
+    with pytest.raises(ValueError, match="build without --no-execute"):
+        call(monkeypatch, "--no-execute")
+    before = {edition: (new_set_up / edition / "01_one.ipynb").read_bytes() for edition in ("learner", "solutions")}
+    monkeypatch.setattr(build, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("it started to execute lessons"))
+    call(monkeypatch, "--set-up")
+    made = nbformat.read(new_set_up / "colab" / "01_one.ipynb", as_version=4)
+    source = f"set_up = '' or '{importlib.metadata.version('qlora-helpers')}'"
+    assert made.cells[1].source == made.cells[1].outputs[0].text == source
+    assert made.metadata.course.executed_code == build.code_hash(made)
+    for edition, old in before.items():
+        assert (
+            nbformat.reads(old.decode(), 4).cells[1] == nbformat.read(new_set_up / edition / "01_one.ipynb", 4).cells[1]
+        )
+
+
+def test_a_new_set_up_cell_is_not_put_above_stale_outputs(new_set_up, monkeypatch):
+    path = new_set_up / "colab" / "01_one.ipynb"
+    edited = path.read_text().replace("a = 1", "a = 2")
+    path.write_text(edited)
+    with pytest.raises(ValueError, match="lesson 01_one has been edited since it was executed"):
+        call(monkeypatch, "--set-up")
+    (new_set_up / "source" / "01_one.py").write_text("# %%\na = 3\n")
+    path.write_text(edited.replace("a = 2", "a = 1"))
+    with pytest.raises(ValueError, match="the code has changed"):
+        call(monkeypatch, "--set-up")
 
 
 def test_a_lesson_that_is_not_there_is_named(small_course, monkeypatch):
