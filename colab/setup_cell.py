@@ -1,5 +1,6 @@
-# Set-up: unpacks, finds or fetches the course, and runs its colab/setup.py, which installs what Colab or Kaggle lacks.
-# It deletes nothing: a folder qlora-course that is not from the zip is renamed. The same zip again leaves it as it is.
+# @title Set-up: the course, and what Colab or Kaggle lacks for it
+# Finds, unpacks or fetches the course, and runs its colab/setup.py. Nothing is deleted: a folder qlora-course that is
+# not from the zip is renamed, and one that is stays as you left it.
 import hashlib, importlib.util, os, runpy, stat, subprocess, sys, tempfile, time, zlib
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
@@ -7,8 +8,8 @@ from zipfile import BadZipFile, ZipFile
 repository, version = "GITHUB_REPOSITORY", "COURSE_VERSION"  # owner/name on GitHub; empty: the course comes as a zip
 here, course, note = Path.cwd(), Path.cwd() / "qlora-course", "made-from.txt"
 upload = "upload qlora-course.zip beside this notebook (Kaggle: as a dataset), wait until it is complete"
-sentence = {"_render_traceback_": lambda error: [f"The set-up stopped: {error}"]}  # a notebook shows no more than this
-SetUpStopped = type("SetUpStopped", (RuntimeError,), sentence)
+shown = {"_render_traceback_": lambda error: [f"The set-up stopped: {error}"]}  # without a traceback
+SetUpStopped = type("SetUpStopped", (RuntimeError,), shown)
 files = "colab/setup.py", "colab/requirements.txt", "data", "pyproject.toml", "qlora_helpers/__init__.py"
 faults = OSError, EOFError, RuntimeError, ValueError, StopIteration, BadZipFile, subprocess.SubprocessError, zlib.error
 is_course = lambda folder: all((folder / file).exists() for file in files)

@@ -48,6 +48,10 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
+# The set-up cell is no part of a lesson: Colab shows its title and JupyterLab three dots, until its code is asked for.
+FOLDED = {"cellView": "form", "jupyter": {"source_hidden": True}}
+
+
 def lessons() -> list[str]:
     """The names of all lessons, such as `01_memory_maths`, in order."""
     return sorted(path.stem for path in SOURCES.glob("[0-9][0-9]_*.py"))
@@ -88,6 +92,8 @@ def build_edition(name: str, edition: str, timings: dict) -> nbformat.NotebookNo
         cell.id = f"cell-{number:02d}"
         tags = cell.metadata.get("tags")
         cell.metadata = nbformat.NotebookNode({"tags": list(tags)} if tags else {})
+        if "setup" in (tags or ()):
+            cell.metadata |= FOLDED
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     metadata = {
@@ -208,6 +214,7 @@ def renew_set_up(executed: dict[str, nbformat.NotebookNode]) -> None:
     for notebook in executed.values():
         cell = code_cells(notebook)[0]
         cell.source, cell.outputs = set_up.cells[0].source, copy.deepcopy(set_up.cells[0].outputs)
+        cell.metadata |= FOLDED
         notebook.metadata["course"]["executed_code"] = code_hash(notebook)
 
 

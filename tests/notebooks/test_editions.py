@@ -191,6 +191,13 @@ def test_exercises_are_unsolved_for_learners_and_right_in_the_solutions(name):
 
 
 @every_lesson
+def test_the_set_up_cell_shows_its_title_and_no_code(name):
+    cell = code_cells(stored(name, "colab"))[0]
+    assert cell.source.startswith("# @title Set-up") and cell.metadata["cellView"] == "form"
+    assert cell.metadata["jupyter"]["source_hidden"] is True
+
+
+@every_lesson
 def test_colab_starts_a_t4_and_adds_nothing_but_badge_and_set_up(name):
     learner, colab = stored(name, "learner"), stored(name, "colab")
     assert colab.metadata.accelerator == "GPU"
