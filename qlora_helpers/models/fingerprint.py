@@ -24,7 +24,8 @@ __all__ = ["fingerprint", "fingerprint_of", "weight_files"]
 WHOLE = 2**20  # bytes; a tensor of up to this size is hashed whole: all of the shipped model, and every norm
 PIECES, PIECE = 32, 2**13  # of a larger tensor, this many pieces of this many bytes
 
-KEPT = "base_fingerprint"  # the attribute of a loaded model, since its folder may be gone when an adapter is saved
+# the attribute of a loaded model, since its folder may be gone when an adapter is saved; None once weights are merged
+KEPT = "base_fingerprint"
 
 
 def fingerprint(folder: str | Path) -> str:
@@ -80,8 +81,8 @@ def fingerprint_of(model: PreTrainedModel | PeftModel) -> str | None:
         None if that is not known: the model was not made by `load_model`, and its config names no folder of weights.
     """
     base = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
-    if kept := getattr(base, KEPT, None):
-        return kept
+    if hasattr(base, KEPT):
+        return getattr(base, KEPT)
     folder = Path(base.config.name_or_path)
     is_known = bool(base.config.name_or_path) and (weight_files(folder) or list(folder.glob("*.bin")))
     return fingerprint(folder) if is_known else None
