@@ -64,7 +64,7 @@ def merge_files(base: str | Path, adapter: str | Path, folder: str | Path, overw
         raise ValueError(
             f"base={str(base)!r} was saved in 4 bits ({saved}): pass the 16-bit model that it was made from"
         )
-    check_base(found, adapter, name_in(base.resolve() if base.name in ("", "..") else base), fingerprint(base))
+    check_base(found, adapter, name_in(base), fingerprint(base))
     _check_plain(f"adapter={str(adapter)!r}", config)
     changes = _changes(base, base_config, adapter)
     with whole_folder(folder, overwrite) as part:

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from qlora_helpers.adapters.lora_options import DEFAULTS
 from qlora_helpers.models.fingerprint import fingerprint_of
-from qlora_helpers.models.loading import name_of
+from qlora_helpers.models.loading import name_in, name_of
 from qlora_helpers.safe_folders import settle, whole_folder
 from qlora_helpers.validation import refuse
 
@@ -137,9 +137,9 @@ def _module_name(key: str) -> str:
 
 def _base_name(said: str) -> str:
     """The base's name in a config that PEFT wrote: a name on the Hub, or the path of a folder on some machine."""
-    path = Path(said)
+    path = PureWindowsPath(said) if "\\" in said else PurePosixPath(said)
     is_path = path.is_absolute() or said.startswith(".") or len(path.parts) > 2
-    return path.name if is_path else said
+    return name_in(path) if is_path else said
 
 
 def same_name(one: str, other: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import bitsandbytes as bnb
@@ -182,8 +182,10 @@ def name_of(model: PreTrainedModel | PeftModel) -> str:
     return name_in(Path(model.config.name_or_path))
 
 
-def name_in(folder: Path) -> str:
+def name_in(folder: PurePath) -> str:
     """The name of the model in a folder."""
+    if folder.name in ("", ".."):  # such as the working folder, "."
+        folder = Path(folder).resolve()
     for part in folder.parts:  # the Hub's cache: models--owner--model/snapshots/commit
         if part.startswith("models--"):
             return part.removeprefix("models--").replace("--", "/", 1)

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import peft.peft_model
 import pytest
@@ -73,7 +74,9 @@ def test_a_folder_without_an_adapter_is_named(missing, tmp_path):
 @pytest.mark.parametrize(
     ("said", "name"),
     [("Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B"), ("tiny-llama", "tiny-llama"), ("/home/me/models/tiny-llama", "tiny-llama"),
-     ("./models/tiny-llama", "tiny-llama"), ("data/models/tiny-llama", "tiny-llama")],
+     ("./models/tiny-llama", "tiny-llama"), ("data/models/tiny-llama", "tiny-llama"), ("/tiny-llama", "tiny-llama"),
+     ("../tiny-llama", "tiny-llama"), ("C:\\models\\tiny-llama", "tiny-llama"),
+     ("/cache/hub/models--Qwen--Qwen2.5-7B/snapshots/0123abc", "Qwen/Qwen2.5-7B")],
 )  # fmt: skip
 def test_the_base_of_an_adapter_that_peft_saved_is_found(said, name):
     assert _base_name(said) == name
@@ -91,6 +94,12 @@ def test_a_local_copy_is_the_same_model(one, other, same):
 def test_a_model_of_the_hub_is_known_by_its_name_in_the_cache(tmp_path):
     assert name_in(tmp_path / "models--Qwen--Qwen2.5-7B" / "snapshots" / "0123abc") == "Qwen/Qwen2.5-7B"
     assert name_in(tmp_path / "my-model") == "my-model"
+
+
+def test_the_working_folder_has_a_name(monkeypatch):
+    monkeypatch.chdir(data_path("tiny-llama"))
+    assert name_in(Path()) == "tiny-llama" and name_in(Path("..")) == "data"
+    assert load_adapter(load_model(".", hardware=CPU), SHIPPED).active_adapters == ["default"]
 
 
 def test_saved_and_loaded_it_is_the_same_to_the_last_bit(model, tmp_path):
