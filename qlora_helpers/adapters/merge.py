@@ -93,7 +93,7 @@ def _check_mergeable(model: PeftModel) -> None:
             f"{', '.join(sorted(model.peft_config))}, outside of disable_adapter()"
         )
     base = model.get_base_model()
-    if base.config.get_text_config(decoder=True).tie_word_embeddings:
+    if base.config.get_text_config().tie_word_embeddings:
         for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
             if any(isinstance(part, LoraLayer) for part in layer.modules()):
                 raise ValueError(
