@@ -36,12 +36,12 @@ _OTHER_FORMATS = {".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", "
 def merge_files(base: str | Path, adapter: str | Path, folder: str | Path, overwrite: bool = False) -> Path:
     """Merge into the original 16-bit weights from file to file, with one weight at a time in memory.
 
-    The base's folder is copied, and each weight that the adapter changes is overwritten in the copy. W + B A alpha / r (with
-    rsLoRA, alpha / sqrt(r)) is computed in float32 and rounded once to the base's own dtype. `merge(adapter, "16bit")` in the
-    cpu gear, rounded to that dtype, is bit-identical; a GPU sums in another order.
+    The base's folder is copied, and each weight that the adapter changes is overwritten in the copy. W + B A alpha / r
+    (with rsLoRA, alpha / sqrt(r)) is computed in float32 and rounded once to the base's own dtype. In the cpu gear,
+    `merge(adapter, "16bit")`, rounded to that dtype, is bit-identical; a GPU sums in another order.
 
-    Which tensors the adapter must have, and the scale of each layer, are PEFT's own: its layers are made on tensors without
-    memory. A second copy of the base's weights in another format (.bin, .gguf) is left out.
+    Which tensors the adapter must have, and the scale of each layer, are PEFT's own: its layers are made on tensors
+    without memory. A second copy of the base's weights in another format (.bin, .gguf) is left out.
 
     Args:
         base: the folder of the 16-bit model, with its safetensors files.
@@ -51,8 +51,9 @@ def merge_files(base: str | Path, adapter: str | Path, folder: str | Path, overw
     Raises:
         FileExistsError: `folder` holds files, and `overwrite` is not set.
         FileNotFoundError: `base` has no safetensors files, or no config.json.
-        ValueError: the adapter belongs to another base (`adapters.files.WrongBase`), or is more than plain LoRA, or its file
-            lacks a tensor, has one too many or one of another shape; or the base is quantised, or has not these weights.
+        ValueError: the adapter belongs to another base (`adapters.files.WrongBase`), or is more than plain LoRA, or its
+            file lacks a tensor, has one too many or one of another shape; or the base is quantised, or has not these
+            weights.
     """
     base, adapter = Path(base), settle(adapter)
     found, config = describe(adapter), read_adapter_config(adapter)
@@ -78,8 +79,8 @@ def merge_files(base: str | Path, adapter: str | Path, folder: str | Path, overw
                     change, weight = changes.pop(key), file.get_tensor(key)
                     if weight.shape != change.shape or weight.dtype not in _DTYPES:
                         raise ValueError(
-                            f"{key} has the shape {tuple(weight.shape)} in {weight.dtype} in {path}, but the adapter is for "
-                            f"{change.shape} in 16 or 32 bits"
+                            f"{key} has the shape {tuple(weight.shape)} in {weight.dtype} in {path}, but the adapter "
+                            f"is for {change.shape} in 16 or 32 bits"
                         )
                     delta = (change.b.float() @ change.a.float()) * change.scale
                     _overwrite(part / path.name, key, (weight.float() + delta).to(weight.dtype))
@@ -113,8 +114,8 @@ def _check_plain(said: str, config: dict[str, Any]) -> None:
         raise ValueError(f"{said} has task_type={task!r}: only adapters of a causal language model are merged")
     if (start := config.get("init_lora_weights", True)) not in _BASE_IS_KEPT:
         raise ValueError(
-            f"{said} has init_lora_weights={start!r}, which changes the base's weights, too: save the adapter again with PEFT's "
-            "path_initial_model_for_weight_conversion, or merge it with merge() instead"
+            f"{said} has init_lora_weights={start!r}, which changes the base's weights, too: save the adapter again with "
+            "PEFT's path_initial_model_for_weight_conversion, or merge it with merge() instead"
         )
 
 
@@ -147,12 +148,13 @@ def _changes(base: Path, base_config: dict[str, Any], adapter: Path) -> dict[str
     for name, layer in layers.items():
         if type(layer) is not lora.Linear or type(layer.get_base_layer()) is not torch.nn.Linear:
             raise ValueError(
-                f"adapter={str(adapter)!r} changes {name}, which is no linear layer (target_modules): merge it with merge() instead"
+                f"adapter={str(adapter)!r} changes {name}, which is no linear layer (target_modules): "
+                "merge it with merge() instead"
             )
         if f"{name}.weight" in tied:
             raise ValueError(
-                f"adapter={str(adapter)!r} changes {name} (target_modules), which shares its weight with the embedding: keep the "
-                "adapter beside its base, with load_adapter"
+                f"adapter={str(adapter)!r} changes {name} (target_modules), which shares its weight with the "
+                "embedding: keep the adapter beside its base, with load_adapter"
             )
     tensors = load_file(adapter / WEIGHTS)
     _check_tensors(adapter, tensors, get_peft_model_state_dict(adapted, save_embedding_layers=False))
@@ -178,6 +180,6 @@ def _check_tensors(adapter: Path, tensors: dict[str, torch.Tensor], wanted: dict
     for key, tensor in tensors.items():
         if tensor.shape != wanted[key].shape:
             raise ValueError(
-                f"{said} has {key} in the shape {tuple(tensor.shape)}, but its config (r, rank_pattern) and the base need "
-                f"{tuple(wanted[key].shape)}"
+                f"{said} has {key} in the shape {tuple(tensor.shape)}, but its config (r, rank_pattern) "
+                f"and the base need {tuple(wanted[key].shape)}"
             )

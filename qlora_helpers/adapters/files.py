@@ -1,8 +1,8 @@
 """Adapters as files: read what is in them, save and load them without loss, and put several on one base.
 
 An adapter is the change that a run has learned for one base model. On another base it is noise, and PEFT does not
-notice. So an adapter saved here carries the name of its base and a fingerprint of its weights (in `base.json`, a file that
-PEFT does not look at), and is not loaded onto another one. An adapter without a fingerprint is known by the name alone.
+notice. So an adapter saved here carries the name of its base and a fingerprint of its weights (in `base.json`, a file
+that PEFT does not look at), and is not loaded onto another one. Without a fingerprint, the name alone decides.
 """
 
 from __future__ import annotations
@@ -166,9 +166,9 @@ def check_base(found: AdapterFiles, folder: str | Path, name: str, fingerprint: 
         )
     if found.fingerprint and fingerprint and found.fingerprint != fingerprint:
         raise WrongBase(
-            f"the adapter in {folder} was trained on {found.base!r} with the weights {found.fingerprint}, and this model has that "
-            f"name with the weights {fingerprint}: load the files that it was trained on. If you know that they are one model, "
-            f"such as in 4 and in 16 bits, delete {BASE_FILE} in the adapter's folder"
+            f"the adapter in {folder} was trained on {found.base!r} with the weights {found.fingerprint}, and this "
+            f"model has that name with the weights {fingerprint}: load the files that it was trained on. If you know that "
+            f"they are one model, such as in 4 and in 16 bits, delete {BASE_FILE} in the adapter's folder"
         )
 
 
@@ -217,7 +217,8 @@ def load_adapter(model: PreTrainedModel | PeftModel, folder: str | Path, name: s
     Raises:
         FileNotFoundError: there is no adapter in `folder`.
         WrongBase: the adapter was trained on another model, or on other weights under this model's name.
-        ValueError: a file of it is damaged, it is not LoRA, the model already has an adapter of this name, or torch does not allow the name.
+        ValueError: a file of it is damaged, lacks a tensor or has one too many; it is not LoRA; the model already has an
+            adapter of this name, or torch does not allow the name.
     """
     if not name or "." in name or hasattr(torch.nn.ModuleDict(), name):  # PEFT keeps adapters in a ModuleDict
         raise ValueError(f"name={name!r} is one that torch uses itself: choose another")

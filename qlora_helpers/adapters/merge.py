@@ -97,6 +97,6 @@ def _check_mergeable(model: PeftModel) -> None:
         for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
             if any(isinstance(part, LoraLayer) for part in layer.modules()):
                 raise ValueError(
-                    "model has LoRA on an embedding that is its output head, too (target_modules, tie_word_embeddings): a merge "
-                    "would change both. Keep the adapter beside its base, with load_adapter"
+                    "model has LoRA on an embedding that is its output head, too (target_modules, tie_word_embeddings): "
+                    "a merge would change both. Keep the adapter beside its base, with load_adapter"
                 )

@@ -31,8 +31,8 @@ KEPT = "base_fingerprint"
 def fingerprint(folder: str | Path) -> str:
     """The fingerprint of the weights in a model's folder; an 8B model takes about a second.
 
-    It does not depend on the folder's name, on how the tensors are spread over safetensors files, or on what else lies in
-    the folder. The same weights in another dtype, or saved in 4 bits, are other tensors and have another fingerprint.
+    It does not depend on the folder's name, on how the tensors are spread over safetensors files, or on what else lies
+    in the folder. The same weights in another dtype, or saved in 4 bits, are other tensors and have another fingerprint.
 
     Returns:
         "sha256:" and 64 hexadecimal digits.
@@ -89,7 +89,7 @@ def fingerprint_of(model: PreTrainedModel | PeftModel) -> str | None:
 
 
 def _tensors(path: Path) -> list[tuple[str, str, str, Path, int, int]]:
-    """(name, dtype, shape, file, first byte, byte after the last) of each tensor, from the header of a safetensors file."""
+    """(name, dtype, shape, file, first byte, byte after the last) of each tensor, from a safetensors file's header."""
     with path.open("rb") as file:
         start = 8 + (length := int.from_bytes(file.read(8), "little"))
         try:

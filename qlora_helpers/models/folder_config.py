@@ -65,8 +65,8 @@ def saved_in_4_bits(config: dict[str, Any], name: str, argument: str = "name") -
         raise refuse(
             argument,
             name,
-            f"its config.json says that it is quantised (quant_method={method!r}), and only bitsandbytes' 4 bits are loaded "
-            "here: pass the 16-bit model that it was made from",
+            f"its config.json says that it is quantised (quant_method={method!r}), and only bitsandbytes' 4 bits are "
+            "loaded here: pass the 16-bit model that it was made from",
         )
     return saved.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' own default
 
@@ -75,7 +75,7 @@ def saved_in_4_bits(config: dict[str, Any], name: str, argument: str = "name") -
 def no_own_code(name: str) -> Iterator[None]:
     """Around a call with `trust_remote_code=False`: a folder that needs code of its own is refused in our words.
 
-    transformers' message advises to switch the protection off. Left open (None), it asks the user, and runs the code on "y".
+    transformers' message advises to switch the protection off. Left open (None), it asks the user, and "y" runs the code.
     """
     try:
         yield

@@ -63,7 +63,8 @@ def load_tokenizer(name: str = SHIPPED_MODEL) -> PreTrainedTokenizerBase:
 
     Raises:
         HubError: a model from the Hub could not be fetched.
-        ValueError: the template has no marks, and TRL has no marked version of it; or the tokenizer needs code of its own.
+        ValueError: the template has no marks, and TRL has no marked version of it; or the tokenizer needs code of its
+            own.
     """
     with no_own_code(name):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -86,8 +87,8 @@ def load_model(
 
     Args:
         name: "tiny-llama" (shipped), a folder, or a model from the Hub (owner/model).
-        quantization: "nf4" or "fp4" for 4-bit linear layers through bitsandbytes, None to leave them as they are. A model
-            that was saved in 4 bits stays as it was saved, with or without double quantisation.
+        quantization: "nf4" or "fp4" for 4-bit linear layers through bitsandbytes, None to leave them as they are. A
+            model that was saved in 4 bits stays as it was saved, with or without double quantisation.
         double_quant: store the scales of a 4-bit layer in 8 bits.
         hardware: what to load for; by default what `detect()` finds. All that is not in 4 bits is loaded in its compute
             dtype: float32 on a CPU, float16 on a T4, bfloat16 on newer GPUs. On a T4, attention repeats keys and values
@@ -172,8 +173,8 @@ def _check_4_bits(model: PreTrainedModel, name: str, quantization: str, double_q
         raise validation.refuse(
             "quantization",
             quantization,
-            f"asks {name!r} for layers in {quantization}{asked}, but {layer_name} came as {kind} (layers like it: {len(other)}): "
-            "pass quantization=None, or a 16-bit model whose linear layers transformers can quantise",
+            f"asks {name!r} for layers in {quantization}{asked}, but {layer_name} came as {kind} "
+            f"(layers like it: {len(other)}): pass quantization=None, or a 16-bit model whose linear layers transformers can quantise",
         )
 
 

@@ -161,6 +161,8 @@ def test_a_weight_of_the_base_that_is_not_as_the_adapter_needs_it_is_named(chang
         merge_files(base, SHIPPED, tmp_path / "merged")
     with pytest.raises(FileNotFoundError, match="has no safetensors files"):
         merge_files(tmp_path, SHIPPED, tmp_path / "merged")
+    with pytest.raises(ValueError, match=r"^base='.*sentences': is the folder of an adapter"):
+        merge_files(SHIPPED, SHIPPED, tmp_path / "merged")
     assert {path.name for path in tmp_path.iterdir()} == {"tiny-llama"}
 
 

@@ -16,7 +16,7 @@ from peft.tuners.lora.config import (
     MontecloraConfig,
     VeloraConfig,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_helpers.adapters.drift import drift, logits
@@ -151,6 +151,36 @@ def test_a_merge_gives_the_live_model_or_is_refused_by_the_option_s_name(kind, b
     if not from_files:  # the same, rounded once to the dtype of the files
         for name, weight in load_file(tmp_path / "merged" / "model.safetensors").items():
             assert torch.equal(weight, merged.state_dict()[name].to(torch.bfloat16)), name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_layer_that_stores_its_weight_the_other_way_round_is_refused_although_its_weight_is_square(bases, tmp_path):
+    folder = tmp_path / "adapter"
+    make(bases["gpt2"], folder, {"target_modules": ["attn.c_proj"]})
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"fan_in_fan_out": False}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"changes transformer\.h\.0\.attn\.c_proj, which is no linear layer"):
+        merge_files(bases["gpt2"], folder, tmp_path / "merged")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_tied_head_is_refused_also_if_the_file_has_nothing_but_a_and_b(bases, tmp_path):
+    folder = tmp_path / "adapter"
+    make(bases["tied"], folder, HEAD)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({key: value for key, value in tensors.items() if "lora_" in key}, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"changes lm_head \(target_modules\), which shares its weight"):
+        merge_files(bases["tied"], folder, tmp_path / "merged")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_of_its_own_is_merged_if_the_file_has_nothing_but_a_and_b(tmp_path):
+    folder = tmp_path / "adapter"
+    live = make(str(BASE), folder, HEAD)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({key: value for key, value in tensors.items() if "lora_" in key}, folder / "adapter_model.safetensors")
+    merged = load_file(merge_files(BASE, folder, tmp_path / "merged") / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(merged, merge_into(live).lm_head.weight.to(torch.bfloat16))
 
 
 def test_every_option_of_peft_is_one_of_these_kinds_or_refused():
