@@ -174,7 +174,8 @@ def _check_4_bits(model: PreTrainedModel, name: str, quantization: str, double_q
             "quantization",
             quantization,
             f"asks {name!r} for layers in {quantization}{asked}, but {layer_name} came as {kind} "
-            f"(layers like it: {len(other)}): pass quantization=None, or a 16-bit model whose linear layers transformers can quantise",
+            f"(layers like it: {len(other)}): pass quantization=None, or a 16-bit model whose linear layers "
+            "transformers can quantise",
         )
 
 
