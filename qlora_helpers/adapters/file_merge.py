@@ -1,78 +1,92 @@
 """Merge an adapter into 16-bit weights from file to file, with one weight at a time in memory."""
 
+from __future__ import annotations
+
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from qlora_helpers.adapters.files import CONFIG, WEIGHTS, WrongBase, describe, same_name
+from qlora_helpers.adapters.files import WEIGHTS, check_base, describe, read_adapter_config
+from qlora_helpers.adapters.lora_options import PLAIN, check_options
+from qlora_helpers.models.fingerprint import fingerprint, weight_files
+from qlora_helpers.models.folder_config import read_config, saved_in_4_bits
 from qlora_helpers.models.loading import name_in
+from qlora_helpers.models.meta import meta_model
 from qlora_helpers.safe_folders import put_back, whole_folder
 
 __all__ = ["merge_files"]
 
-# options of a LoraConfig with which a merge is more than W + B A alpha / r
-_NOT_PLAIN = (
-    "use_dora",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "fan_in_fan_out",
-    "lora_bias",
-)
+# initialisations of A and B that leave the base's weights as they are; PiSSA and others subtract B A from them
+_BASE_IS_KEPT = (True, False, "gaussian", "orthogonal", "eva")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# the same weights in other formats: a copy of them would be the base, unmerged, in the folder of the merged model
+_OTHER_FORMATS = {".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors"}
 
 
 def merge_files(base: str | Path, adapter: str | Path, folder: str | Path, overwrite: bool = False) -> Path:
     """Merge into the original 16-bit weights from file to file, with one weight at a time in memory.
 
-    The base's folder is copied, and each weight that the adapter changes is overwritten in the copy. W + B A alpha / r is
-    computed in float32 and rounded once to the base's own dtype. `merge(adapter, "16bit")` in the cpu gear, rounded to that
-    dtype, is bit-identical; a GPU sums in another order.
+    The base's folder is copied, and each weight that the adapter changes is overwritten in the copy. W + B A alpha / r
+    (with rsLoRA, alpha / sqrt(r)) is computed in float32 and rounded once to the base's own dtype. In the cpu gear,
+    `merge(adapter, "16bit")`, rounded to that dtype, is bit-identical; a GPU sums in another order.
+
+    Which tensors the adapter must have, and the scale of each layer, are PEFT's own: its layers are made on tensors
+    without memory. A second copy of the base's weights in another format (.bin, .gguf) is left out.
 
     Args:
         base: the folder of the 16-bit model, with its safetensors files.
-        adapter: the folder of a plain LoRA adapter.
+        adapter: the folder of an adapter of plain LoRA on linear layers; ranks and alphas may differ by layer.
         folder: appears complete or not at all; an existing one is kept.
 
     Raises:
         FileExistsError: `folder` holds files, and `overwrite` is not set.
-        FileNotFoundError: `base` has no safetensors files.
-        ValueError: the adapter belongs to another base (`adapters.files.WrongBase`), is not plain LoRA, or changes a weight that
-            the base does not have in this shape.
+        FileNotFoundError: `base` has no safetensors files, or no config.json.
+        ValueError: the adapter belongs to another base (`adapters.files.WrongBase`), or is more than plain LoRA, or its
+            file lacks a tensor, has one too many or one of another shape; or the base is quantised, or has not these
+            weights.
     """
-    base, adapter = Path(base), put_back(adapter)
-    files, found = sorted(base.glob("*.safetensors")), describe(adapter)
+    base, adapter = put_back(base), put_back(adapter)
+    found, config = describe(adapter), read_adapter_config(adapter)
+    files = weight_files(base)
     if not files:
         raise FileNotFoundError(f"base={str(base)!r} has no safetensors files: pass the folder of a 16-bit model")
-    if not same_name(found.base, name_in(base)):
-        raise WrongBase(f"the adapter in {adapter} was trained on {found.base!r}, and base is {name_in(base)!r}")
-    config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
-    if extras := [name for name in _NOT_PLAIN if config.get(name)]:
-        raise ValueError(f"adapter={str(adapter)!r} has {', '.join(extras)} set: merge it with merge() instead")
-    pairs = _pairs(load_file(adapter / WEIGHTS))
+    base_config = read_config(base, str(base), argument="base")
+    if saved := saved_in_4_bits(base_config, str(base), argument="base"):
+        raise ValueError(
+            f"base={str(base)!r} was saved in 4 bits ({saved}): pass the 16-bit model that it was made from"
+        )
+    check_base(found, adapter, name_in(base), fingerprint(base))
+    _check_plain(f"adapter={str(adapter)!r}", config)
+    changes = _changes(base, base_config, adapter)
     with whole_folder(folder, overwrite) as part:
         for path in sorted(base.iterdir()):
-            if path.is_file():
+            if path.is_file() and (path in files or not _OTHER_FORMATS.intersection(path.suffixes)):
                 shutil.copyfile(path, part / path.name)
         for path in files:
             with safe_open(path, framework="pt") as file:
-                keys = [key for key in file.keys() if key in pairs]  # noqa: SIM118 - the file cannot be iterated over
+                keys = [key for key in file.keys() if key in changes]  # noqa: SIM118 - the file cannot be iterated over
                 for key in keys:
-                    a, b = pairs.pop(key)
-                    weight = file.get_tensor(key)
-                    if weight.shape != (b.shape[0], a.shape[1]):
+                    change, weight = changes.pop(key), file.get_tensor(key)
+                    if weight.shape != change.shape or weight.dtype not in _DTYPES:
                         raise ValueError(
-                            f"{key} has the shape {tuple(weight.shape)} in {path}, but the adapter is for another shape"
+                            f"{key} has the shape {tuple(weight.shape)} in {weight.dtype} in {path}, but the adapter "
+                            f"is for {change.shape} in 16 or 32 bits"
                         )
-                    delta = (b.float() @ a.float()) * (found.alpha / found.rank)
+                    delta = (change.b.float() @ change.a.float()) * change.scale
                     _overwrite(part / path.name, key, (weight.float() + delta).to(weight.dtype))
-        if pairs:
+        if changes:
             raise ValueError(
-                f"the adapter changes {len(pairs)} weights that {base} does not have, such as {min(pairs)}"
+                f"the adapter changes {len(changes)} weights that {base} does not have, such as {min(changes)}"
             )
     return Path(folder)
 
@@ -93,13 +107,79 @@ def _overwrite(path: Path, key: str, value: torch.Tensor) -> None:
         file.write(data)
 
 
-def _pairs(weights: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """LoRA's A [rank, in] and B [out, rank], by the name of the weight that they change."""
-    return {
-        key.removeprefix("base_model.model.").replace(".lora_A.", "."): (
-            a,
-            weights[key.replace(".lora_A.", ".lora_B.")],
+def _check_plain(said: str, config: dict[str, Any]) -> None:
+    """Refuse what is more than W + B A scale, by the name of the option."""
+    check_options(said, config, PLAIN)
+    if (task := config.get("task_type")) not in (None, "CAUSAL_LM"):
+        raise ValueError(f"{said} has task_type={task!r}: only adapters of a causal language model are merged")
+    if (start := config.get("init_lora_weights", True)) not in _BASE_IS_KEPT:
+        raise ValueError(
+            f"{said} has init_lora_weights={start!r}, which changes the base's weights, too: save the adapter again with "
+            "PEFT's path_initial_model_for_weight_conversion, or merge it with merge() instead"
         )
-        for key, a in weights.items()
-        if ".lora_A." in key
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What is added to one weight: B [out, rank] times A [rank, in], times the scale."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.b.shape[0], self.a.shape[1]
+
+
+def _changes(base: Path, base_config: dict[str, Any], adapter: Path) -> dict[str, _Change]:
+    """The change of each weight, by its name in the base's files, once the adapter's file is what PEFT would load."""
+    if (kind := base_config.get("model_type")) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(
+            f"base={str(base)!r} has model_type={kind!r}: transformers has no causal language model of that type"
+        )
+    config = LoraConfig.from_pretrained(adapter)
+    config.base_model_name_or_path, config.init_lora_weights = None, True  # the values come from the file
+    model = meta_model(base_config)
+    tied = {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
+    with torch.device("meta"):
+        adapted = get_peft_model(model, config)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    for name, layer in layers.items():
+        if type(layer) is not lora.Linear or type(layer.get_base_layer()) is not torch.nn.Linear:
+            raise ValueError(
+                f"adapter={str(adapter)!r} changes {name}, which is no linear layer (target_modules): "
+                "merge it with merge() instead"
+            )
+        if f"{name}.weight" in tied:
+            raise ValueError(
+                f"adapter={str(adapter)!r} changes {name} (target_modules), which shares its weight with the "
+                "embedding: keep the adapter beside its base, with load_adapter"
+            )
+    tensors = load_file(adapter / WEIGHTS)
+    _check_tensors(adapter, tensors, get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    return {
+        f"{name}.weight": _Change(
+            tensors[f"base_model.model.{name}.lora_A.weight"],
+            tensors[f"base_model.model.{name}.lora_B.weight"],
+            layer.scaling["default"],
+        )
+        for name, layer in layers.items()
     }
+
+
+def _check_tensors(adapter: Path, tensors: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """Hold the adapter's file against the tensors that PEFT makes of its config for this base."""
+    said = f"adapter={str(adapter)!r}"
+    if extra := sorted(tensors.keys() - wanted.keys()):
+        raise ValueError(
+            f"{said} has tensors in {WEIGHTS} that its config has no place for on this base, such as {extra[0]}"
+        )
+    if missing := sorted(wanted.keys() - tensors.keys()):
+        raise ValueError(f"{said} lacks tensors in {WEIGHTS} that its config asks for, such as {missing[0]}")
+    for key, tensor in tensors.items():
+        if tensor.shape != wanted[key].shape:
+            raise ValueError(
+                f"{said} has {key} in the shape {tuple(tensor.shape)}, but its config (r, rank_pattern) "
+                f"and the base need {tuple(wanted[key].shape)}"
+            )

@@ -1,39 +1,47 @@
 """Adapters as files: read what is in them, save and load them without loss, and put several on one base.
 
 An adapter is the change that a run has learned for one base model. On another base it is noise, and PEFT does not
-notice. So an adapter saved here carries the name of its base, and is not loaded onto a base of another name.
+notice. So an adapter saved here carries the name of its base and a fingerprint of its weights (in `base.json`, a file
+that PEFT does not look at), and is not loaded onto another one. Without a fingerprint, the name alone decides.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
-from safetensors import safe_open
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 
-from qlora_helpers.models.loading import name_of
+from qlora_helpers.adapters.lora_options import DEFAULTS
+from qlora_helpers.models.fingerprint import fingerprint_of
+from qlora_helpers.models.loading import name_in, name_of
 from qlora_helpers.safe_folders import put_back, whole_folder
+from qlora_helpers.validation import refuse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
+    "BASE_FILE",
     "CONFIG",
     "WEIGHTS",
     "AdapterFiles",
     "WrongBase",
+    "check_base",
     "describe",
     "load_adapter",
+    "read_adapter_config",
     "same_name",
     "save_adapter",
 ]
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, BASE_FILE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 
 
 class WrongBase(ValueError):
@@ -50,6 +58,8 @@ class AdapterFiles:
         modules: the layers it changes, by the last part of their names.
         parameters: how many it has.
         bytes: the size of its weights file, header included.
+        fingerprint: of the base's weights (`qlora_helpers.models.fingerprint`), or None if the adapter has none, as one
+            saved by plain PEFT.
     """
 
     base: str
@@ -58,40 +68,78 @@ class AdapterFiles:
     modules: tuple[str, ...]
     parameters: int
     bytes: int
+    fingerprint: str | None = None
 
 
 def describe(folder: str | Path) -> AdapterFiles:
-    """Read an adapter's files without loading it.
+    """Read a LoRA adapter's files without loading it.
 
     Raises:
         FileNotFoundError: there is no adapter in `folder`.
+        ValueError: a file is damaged, the adapter is not LoRA, or it names no base.
     """
     folder = put_back(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"folder={str(folder)!r} has no {name}: it is not the folder of an adapter")
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = read_adapter_config(folder)
+    if config.get("peft_type") != "LORA":
+        raise refuse(
+            "folder", str(folder), f"has peft_type={config.get('peft_type')!r} in {CONFIG}: only LoRA is read here"
+        )
+    if not isinstance(said := config.get("base_model_name_or_path"), str) or not said:
+        raise refuse("folder", str(folder), f"names no base: write base_model_name_or_path into its {CONFIG}")
     modules, parameters = set(), 0
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        keys = file.keys()  # the file itself cannot be iterated over
-        for key in keys:
-            parameters += math.prod(file.get_slice(key).get_shape())
-            modules.add(key.split(".lora_")[0].rpartition(".")[2])
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            keys = file.keys()  # the file itself cannot be iterated over
+            for key in keys:
+                parameters += math.prod(file.get_slice(key).get_shape())
+                modules.add(_module_name(key))
+    except SafetensorError as error:
+        raise refuse("folder", str(folder), f"its {WEIGHTS} is damaged ({error}): copy or save it again") from error
+    base = _read_json(folder, BASE_FILE) if (folder / BASE_FILE).is_file() else {}
     return AdapterFiles(
-        base=_base_name(config["base_model_name_or_path"]),
-        rank=config["r"],
-        alpha=config["lora_alpha"],
+        base=_base_name(said),
+        rank=config.get("r", DEFAULTS["r"]),
+        alpha=config.get("lora_alpha", DEFAULTS["lora_alpha"]),
         modules=tuple(sorted(modules)),
         parameters=parameters,
         bytes=(folder / WEIGHTS).stat().st_size,
+        fingerprint=base.get("fingerprint"),
     )
+
+
+def read_adapter_config(folder: str | Path) -> dict[str, Any]:
+    """An adapter's adapter_config.json.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    return _read_json(Path(folder), CONFIG)
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise refuse("folder", str(folder), f"its {name} is damaged ({error}): copy or save it again") from error
+    if not isinstance(found, dict):
+        raise refuse("folder", str(folder), f"its {name} is not a JSON object: copy or save it again")
+    return found
+
+
+def _module_name(key: str) -> str:
+    """The last part of the name of the layer that a tensor belongs to: it is followed by what PEFT put into the layer."""
+    layer = re.split(r"\.(?:lora_|base_layer\b|modules_to_save\b|token_adapter\b|(?:weight|bias)$)", key)[0]
+    return layer.rpartition(".")[2]
 
 
 def _base_name(said: str) -> str:
     """The base's name in a config that PEFT wrote: a name on the Hub, or the path of a folder on some machine."""
-    path = Path(said)
+    path = PureWindowsPath(said) if "\\" in said else PurePosixPath(said)
     is_path = path.is_absolute() or said.startswith(".") or len(path.parts) > 2
-    return path.name if is_path else said
+    return name_in(path) if is_path else said
 
 
 def same_name(one: str, other: str) -> bool:
@@ -101,8 +149,31 @@ def same_name(one: str, other: str) -> bool:
     return one.rpartition("/")[2] == other.rpartition("/")[2]
 
 
+def check_base(found: AdapterFiles, folder: str | Path, name: str, fingerprint: str | None) -> None:
+    """Hold what an adapter says of its base against a base.
+
+    Args:
+        found: from `describe`.
+        folder: the adapter's, for the message.
+        name, fingerprint: of the base; a fingerprint of None is not known, and then the name decides.
+
+    Raises:
+        WrongBase: the name or the weights differ.
+    """
+    if not same_name(found.base, name):
+        raise WrongBase(
+            f"the adapter in {folder} was trained on {found.base!r}, and this model is {name!r}: load {found.base!r} instead"
+        )
+    if found.fingerprint and fingerprint and found.fingerprint != fingerprint:
+        raise WrongBase(
+            f"the adapter in {folder} was trained on {found.base!r} with the weights {found.fingerprint}, and this "
+            f"model has that name with the weights {fingerprint}: load the files that it was trained on. If you know that "
+            f"they are one model, such as in 4 and in 16 bits, delete {BASE_FILE} in the adapter's folder"
+        )
+
+
 def save_adapter(model: PeftModel, folder: str | Path, name: str = "default", overwrite: bool = False) -> Path:
-    """Save one adapter of a model, with the name of its base.
+    """Save one adapter of a model, with the name of its base and the fingerprint of the base's files.
 
     Args:
         folder: appears complete or not at all; an existing one is kept.
@@ -127,9 +198,12 @@ def save_adapter(model: PeftModel, folder: str | Path, name: str = "default", ov
         # PEFT writes the base's path on this machine, which means nothing on another one
         config = json.loads((part / CONFIG).read_text(encoding="utf-8"))
         config["base_model_name_or_path"] = name_of(model)
-        # an option that is off is PEFT's default: left out, since an older PEFT warns about each key it does not know
-        config = {key: value for key, value in config.items() if value or key == "init_lora_weights"}
+        # an option that is off by default is left out, since an older PEFT warns about each key it does not know
+        config = {key: value for key, value in config.items() if value or DEFAULTS.get(key, not value) != value}
         (part / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if known := fingerprint_of(model):
+            base = {"fingerprint": known, "name": name_of(model)}
+            (part / BASE_FILE).write_text(json.dumps(base, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return Path(folder)
 
 
@@ -142,22 +216,38 @@ def load_adapter(model: PreTrainedModel | PeftModel, folder: str | Path, name: s
 
     Raises:
         FileNotFoundError: there is no adapter in `folder`.
-        WrongBase: the adapter was trained on another model.
-        ValueError: the model already has an adapter of this name, or torch does not allow the name.
+        WrongBase: the adapter was trained on another model, or on other weights under this model's name.
+        ValueError: a file of it is damaged, lacks a tensor or has one too many; it is not LoRA; the model already has an
+            adapter of this name, or torch does not allow the name.
     """
     if not name or "." in name or hasattr(torch.nn.ModuleDict(), name):  # PEFT keeps adapters in a ModuleDict
         raise ValueError(f"name={name!r} is one that torch uses itself: choose another")
-    found, base = describe(folder), name_of(model)
-    if not same_name(found.base, base):
-        raise WrongBase(
-            f"the adapter in {folder} was trained on {found.base!r}, and this model is {base!r}: load {found.base!r} instead"
-        )
+    check_base(describe(folder), folder, name_of(model), fingerprint_of(model))
     if not isinstance(model, PeftModel):
-        return PeftModel.from_pretrained(model, folder, adapter_name=name).eval()
+        loaded = PeftModel.from_pretrained(model, folder, adapter_name=name)
+        if wrong := _not_loaded(loaded, folder, name):
+            loaded.unload()
+            raise refuse("folder", str(folder), wrong)
+        return loaded.eval()
     if name in model.peft_config:
         raise ValueError(
             f"name={name!r}: the model has an adapter of this name. Choose another, or delete_adapter first"
         )
     model.load_adapter(folder, adapter_name=name)
+    if wrong := _not_loaded(model, folder, name):
+        model.delete_adapter(name)
+        raise refuse("folder", str(folder), wrong)
     model.set_adapter(name)
     return model.eval()
+
+
+def _not_loaded(model: PeftModel, folder: str | Path, name: str) -> str:
+    """What PEFT did not find in the file, so that the layer has random values, or found and had no layer for."""
+    with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
+        found = set(file.keys())
+    wanted = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).keys()
+    if missing := sorted(wanted - found):
+        return f"its {WEIGHTS} lacks tensors that its config asks for, such as {missing[0]}: copy or save it again"
+    if extra := sorted(key for key in found - wanted if "lora_" in key):
+        return f"its {WEIGHTS} has tensors that its config has no place for on this base, such as {extra[0]}"
+    return ""

@@ -13,13 +13,17 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+
 from qlora_helpers import validation
 from qlora_helpers.adapters.files import load_adapter
+from qlora_helpers.adapters.lora_options import IN_MEMORY, check_options
 from qlora_helpers.hardware import Hardware
+from qlora_helpers.models.fingerprint import KEPT
 from qlora_helpers.models.loading import SHIPPED_MODEL, load_model
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel
 
 __all__ = ["BASES", "load_base", "merge", "merge_into"]
@@ -34,10 +38,14 @@ def load_base(into: str, name: str = SHIPPED_MODEL, hardware: Hardware | None = 
     """Load one of the three bases; see the module's docstring.
 
     Raises:
-        ValueError: `into` is not one of them.
+        ValueError: `into` is not one of them, or is "16bit" and the model was saved in 4 bits.
     """
     validation.one_of("into", into, BASES)
     model = load_model(name, quantization=None if into == "16bit" else "nf4", hardware=hardware)
+    if into == "16bit" and getattr(model, "is_quantized", False):
+        raise validation.refuse(
+            "into", into, f"{name!r} was saved in 4 bits: name the 16-bit model, or choose another way"
+        )
     return model.dequantize() if into == "dequantised" else model
 
 
@@ -52,13 +60,43 @@ def merge(
         name: of the base, as `load_model` takes it.
 
     Raises:
-        ValueError: `into` is not one of the three; or the adapter belongs to another base (`adapters.files.WrongBase`).
+        ValueError: `into` is not one of the three; the adapter belongs to another base (`adapters.files.WrongBase`); or it
+            has an option with which a merge is not the live model (see `merge_into`).
     """
     return merge_into(load_adapter(load_base(into, name, hardware), adapter))
 
 
 def merge_into(model: PeftModel) -> PreTrainedModel:
-    """Add the active adapter of a PEFT model to the base weights, and return the plain model."""
+    """Add the active adapters of a PEFT model to the base weights, and return the plain model.
+
+    Raises:
+        ValueError: the model has no active LoRA adapter; or PEFT's merge would not give the live model: an option such as
+            layer_replication, or LoRA on an embedding that is the output head, too.
+    """
+    _check_mergeable(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_ROUNDING)
-        return model.merge_and_unload().eval()
+        merged = model.merge_and_unload().eval()
+    setattr(merged, KEPT, None)  # its weights are no longer those of its files
+    return merged
+
+
+def _check_mergeable(model: PeftModel) -> None:
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"model is a {type(model).__name__} without adapters: load one with load_adapter first")
+    for name, config in sorted(model.peft_config.items()):
+        check_options(f"model's adapter {name!r}", config.to_dict(), IN_MEMORY)
+    status = model.get_model_status()
+    if status.enabled is not True or status.active_adapters in ([], "irregular"):
+        raise ValueError(
+            "model has no adapter that is active in every layer: call model.set_adapter with one of "
+            f"{', '.join(sorted(model.peft_config))}, outside of disable_adapter()"
+        )
+    base = model.get_base_model()
+    if base.config.get_text_config().tie_word_embeddings:
+        for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
+            if any(isinstance(part, LoraLayer) for part in layer.modules()):
+                raise ValueError(
+                    "model has LoRA on an embedding that is its output head, too (target_modules, tie_word_embeddings): "
+                    "a merge would change both. Keep the adapter beside its base, with load_adapter"
+                )

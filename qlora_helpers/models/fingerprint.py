@@ -24,14 +24,15 @@ __all__ = ["fingerprint", "fingerprint_of", "weight_files"]
 WHOLE = 2**20  # bytes; a tensor of up to this size is hashed whole: all of the shipped model, and every norm
 PIECES, PIECE = 32, 2**13  # of a larger tensor, this many pieces of this many bytes
 
-KEPT = "base_fingerprint"  # the attribute of a loaded model, since its folder may be gone when an adapter is saved
+# the attribute of a loaded model, since its folder may be gone when an adapter is saved; None once weights are merged
+KEPT = "base_fingerprint"
 
 
 def fingerprint(folder: str | Path) -> str:
     """The fingerprint of the weights in a model's folder; an 8B model takes about a second.
 
-    It does not depend on the folder's name, on how the tensors are spread over safetensors files, or on what else lies in
-    the folder. The same weights in another dtype, or saved in 4 bits, are other tensors and have another fingerprint.
+    It does not depend on the folder's name, on how the tensors are spread over safetensors files, or on what else lies
+    in the folder. The same weights in another dtype, or saved in 4 bits, are other tensors and have another fingerprint.
 
     Returns:
         "sha256:" and 64 hexadecimal digits.
@@ -80,15 +81,15 @@ def fingerprint_of(model: PreTrainedModel | PeftModel) -> str | None:
         None if that is not known: the model was not made by `load_model`, and its config names no folder of weights.
     """
     base = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
-    if kept := getattr(base, KEPT, None):
-        return kept
+    if hasattr(base, KEPT):
+        return getattr(base, KEPT)
     folder = Path(base.config.name_or_path)
     is_known = bool(base.config.name_or_path) and (weight_files(folder) or list(folder.glob("*.bin")))
     return fingerprint(folder) if is_known else None
 
 
 def _tensors(path: Path) -> list[tuple[str, str, str, Path, int, int]]:
-    """(name, dtype, shape, file, first byte, byte after the last) of each tensor, from the header of a safetensors file."""
+    """(name, dtype, shape, file, first byte, byte after the last) of each tensor, from a safetensors file's header."""
     with path.open("rb") as file:
         start = 8 + (length := int.from_bytes(file.read(8), "little"))
         try:

@@ -13,11 +13,11 @@ from qlora_helpers.validation import refuse
 __all__ = ["no_own_code", "read_config", "saved_in_4_bits"]
 
 
-def read_config(folder: str | Path, name: str) -> dict[str, Any]:
+def read_config(folder: str | Path, name: str, argument: str = "name") -> dict[str, Any]:
     """The config.json of a model's folder.
 
     Args:
-        name: how the caller called the model, for the messages.
+        name, argument: the model as the caller gave it, and the argument that it was given as, for the messages.
 
     Raises:
         FileNotFoundError: `folder` has no config.json.
@@ -26,23 +26,23 @@ def read_config(folder: str | Path, name: str) -> dict[str, Any]:
     folder = Path(folder)
     if (folder / "adapter_config.json").is_file():
         raise refuse(
-            "name",
+            argument,
             name,
             "is the folder of an adapter: load its base, then the adapter with adapters.files.load_adapter",
         )
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"name={name!r} has no config.json: pass the folder of a model")
+        raise FileNotFoundError(f"{argument}={name!r} has no config.json: pass the folder of a model")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise refuse("name", name, f"its config.json is damaged ({error}): fetch or copy it again") from error
+        raise refuse(argument, name, f"its config.json is damaged ({error}): fetch or copy it again") from error
     if not isinstance(config, dict):
-        raise refuse("name", name, "its config.json is not a JSON object: fetch or copy it again")
+        raise refuse(argument, name, "its config.json is not a JSON object: fetch or copy it again")
     return config
 
 
-def saved_in_4_bits(config: dict[str, Any], name: str) -> str | None:
+def saved_in_4_bits(config: dict[str, Any], name: str, argument: str = "name") -> str | None:
     """The 4-bit format ("nf4" or "fp4") in which bitsandbytes saved a model, or None if it is not quantised.
 
     transformers takes the entry for one of no quantisation if it is null, and skips one that it does not know.
@@ -63,10 +63,10 @@ def saved_in_4_bits(config: dict[str, Any], name: str) -> str | None:
     if not is_ours:
         method = saved.get("quant_method") if isinstance(saved, dict) else saved
         raise refuse(
-            "name",
+            argument,
             name,
-            f"its config.json says that it is quantised (quant_method={method!r}), and only bitsandbytes' 4 bits are loaded "
-            "here: pass the 16-bit model that it was made from",
+            f"its config.json says that it is quantised (quant_method={method!r}), and only bitsandbytes' 4 bits are "
+            "loaded here: pass the 16-bit model that it was made from",
         )
     return saved.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' own default
 
@@ -75,7 +75,7 @@ def saved_in_4_bits(config: dict[str, Any], name: str) -> str | None:
 def no_own_code(name: str) -> Iterator[None]:
     """Around a call with `trust_remote_code=False`: a folder that needs code of its own is refused in our words.
 
-    transformers' message advises to switch the protection off. Left open (None), it asks the user, and runs the code on "y".
+    transformers' message advises to switch the protection off. Left open (None), it asks the user, and "y" runs the code.
     """
     try:
         yield

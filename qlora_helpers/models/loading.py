@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import bitsandbytes as bnb
@@ -20,6 +20,7 @@ from qlora_helpers.models.folder_config import no_own_code, read_config, saved_i
 from qlora_helpers.models.hub import DEFAULT_MODEL, HubError, fetch
 from qlora_helpers.models.weights import linear_layers
 from qlora_helpers.paths import data_path
+from qlora_helpers.safe_folders import put_back
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,7 +44,8 @@ def _folder(name: str) -> Path:
     """The local folder of a model; one from the Hub is fetched first."""
     if name == SHIPPED_MODEL:
         return data_path(SHIPPED_MODEL)
-    return Path(name) if Path(name).is_dir() else fetch(name)
+    folder = put_back(name)
+    return folder if folder.is_dir() else fetch(name)
 
 
 def default_model(hardware: Hardware | None = None) -> str:
@@ -63,7 +65,8 @@ def load_tokenizer(name: str = SHIPPED_MODEL) -> PreTrainedTokenizerBase:
 
     Raises:
         HubError: a model from the Hub could not be fetched.
-        ValueError: the template has no marks, and TRL has no marked version of it; or the tokenizer needs code of its own.
+        ValueError: the template has no marks, and TRL has no marked version of it; or the tokenizer needs code of its
+            own.
     """
     with no_own_code(name):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -86,8 +89,8 @@ def load_model(
 
     Args:
         name: "tiny-llama" (shipped), a folder, or a model from the Hub (owner/model).
-        quantization: "nf4" or "fp4" for 4-bit linear layers through bitsandbytes, None to leave them as they are. A model
-            that was saved in 4 bits stays as it was saved, with or without double quantisation.
+        quantization: "nf4" or "fp4" for 4-bit linear layers through bitsandbytes, None to leave them as they are. A
+            model that was saved in 4 bits stays as it was saved, with or without double quantisation.
         double_quant: store the scales of a 4-bit layer in 8 bits.
         hardware: what to load for; by default what `detect()` finds. All that is not in 4 bits is loaded in its compute
             dtype: float32 on a CPU, float16 on a T4, bfloat16 on newer GPUs. On a T4, attention repeats keys and values
@@ -172,8 +175,9 @@ def _check_4_bits(model: PreTrainedModel, name: str, quantization: str, double_q
         raise validation.refuse(
             "quantization",
             quantization,
-            f"asks {name!r} for layers in {quantization}{asked}, but {layer_name} came as {kind} (layers like it: {len(other)}): "
-            "pass quantization=None, or a 16-bit model whose linear layers transformers can quantise",
+            f"asks {name!r} for layers in {quantization}{asked}, but {layer_name} came as {kind} "
+            f"(layers like it: {len(other)}): pass quantization=None, or a 16-bit model whose linear layers "
+            "transformers can quantise",
         )
 
 
@@ -182,8 +186,10 @@ def name_of(model: PreTrainedModel | PeftModel) -> str:
     return name_in(Path(model.config.name_or_path))
 
 
-def name_in(folder: Path) -> str:
+def name_in(folder: PurePath) -> str:
     """The name of the model in a folder."""
+    if folder.name in ("", ".."):  # such as the working folder, "."
+        folder = Path(folder).resolve()
     for part in folder.parts:  # the Hub's cache: models--owner--model/snapshots/commit
         if part.startswith("models--"):
             return part.removeprefix("models--").replace("--", "/", 1)

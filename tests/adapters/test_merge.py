@@ -12,6 +12,8 @@ from qlora_helpers.adapters.merge import BASES, load_base, merge
 from qlora_helpers.chats import read_chats
 from qlora_helpers.evaluation import seconds_per_token
 from qlora_helpers.memory import find_shape, predict_merge
+from qlora_helpers.models.loading import load_model
+from qlora_helpers.models.saving import save_model
 from qlora_helpers.models.weights import linear_layers
 from qlora_helpers.paths import data_path
 from qlora_helpers.quantize import NF4, dequantize, quantize
@@ -86,3 +88,10 @@ def test_an_unknown_way_is_refused():
 
 def test_a_token_takes_time(models):
     assert 0 < seconds_per_token(models["16bit"], TOKENIZER, CHATS[0][:1], tokens=4) < 5
+
+
+def test_a_model_that_was_saved_in_4_bits_is_no_16_bit_base(tmp_path):
+    folder = str(save_model(load_model(hardware=CPU), TOKENIZER, tmp_path / "tiny-llama"))
+    assert load_base("4bit", folder, hardware=CPU).is_quantized
+    with pytest.raises(ValueError, match=r"^into='16bit': '.*tiny-llama' was saved in 4 bits: name the 16-bit model"):
+        load_base("16bit", folder, hardware=CPU)

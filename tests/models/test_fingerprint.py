@@ -84,6 +84,13 @@ def test_of_a_large_tensor_the_two_ends_and_pieces_between_are_read(place, tmp_p
     assert sum(read[1:]) < module.PIECES * module.PIECE + 200
 
 
+def test_a_tensor_of_a_mebibyte_is_hashed_whole(tmp_path):
+    tensor = torch.zeros(module.WHOLE, dtype=torch.uint8)
+    before = fingerprint(folder_of(tmp_path / "before", {"weight": tensor}))
+    tensor[module.PIECE + 1] = 1  # it would be between the first two pieces
+    assert fingerprint(folder_of(tmp_path / "after", {"weight": tensor})) != before
+
+
 class Counting:
     def __init__(self, read):
         self.read = read

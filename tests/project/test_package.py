@@ -79,7 +79,7 @@ def test_a_project_of_one_s_own_uses_it_from_its_folder(site, tmp_path):
     assert Path(found.pop("where")) == project / "runs" / "mine-1" / "adapter"
     assert found == {
         "from": str(site), "typed": True, "gpu": "Tesla T4", "fits": True, "levels": 16,
-        "adapter": ["adapter_config.json", "adapter_model.safetensors"], "answers": 1,
+        "adapter": ["adapter_config.json", "adapter_model.safetensors", "base.json"], "answers": 1,
     }  # fmt: skip
 
 
