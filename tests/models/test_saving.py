@@ -6,9 +6,10 @@ from transformers import AutoModelForCausalLM
 
 from qlora_helpers.adapters.drift import drift, logits
 from qlora_helpers.chats import read_chats
-from qlora_helpers.models.loading import load_model
+from qlora_helpers.models.loading import load_model, load_tokenizer
 from qlora_helpers.models.saving import save_model
 from qlora_helpers.paths import data_path
+from qlora_helpers.safe_folders import OLD
 from tests.support.merged_models import merged_models, weights
 from tests.support.short_runs import CPU, TOKENIZER
 
@@ -40,3 +41,12 @@ def test_a_model_is_not_saved_over_another_nor_with_its_adapters_beside(models, 
     with pytest.raises(ValueError, match="the model is 4-bit"):
         save_model(models["4bit"], TOKENIZER, tmp_path / "other", dtype=torch.bfloat16)
     assert {path.name for path in tmp_path.iterdir()} == {"merged"}
+
+
+def test_a_model_that_lost_its_name_to_a_kill_is_found(models, tmp_path):
+    """A kill between the two renames of a new save; then the name was looked up on the Hub."""
+    folder = save_model(models["16bit"], TOKENIZER, tmp_path / "merged")
+    folder.rename(tmp_path / f".merged.0123abcd{OLD}")
+    assert load_tokenizer(str(folder)).vocab_size == TOKENIZER.vocab_size
+    assert load_model(str(folder), quantization=None, hardware=CPU).num_parameters() > 10**6
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
