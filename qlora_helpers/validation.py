@@ -14,6 +14,9 @@ from numbers import Real
 
 __all__ = ["number", "one_of", "refuse", "switch", "whole"]
 
+_LARGEST = 2**63 - 1
+_LARGEST_FLOAT = (2 - 2**-23) * 2.0**127  # float32's
+
 
 class _Short(reprlib.Repr):
     """A value as Python shows it, cut if it is long."""
@@ -60,9 +63,12 @@ def whole(
         number = operator.index(value)
     except TypeError:
         number = None
-    outside = number is None or _is_boolean(value) or number < at_least or (at_most is not None and number > at_most)
-    if outside or (among and number not in among):
+    most = _LARGEST if at_most is None else at_most
+    held = number is not None and not _is_boolean(value) and at_least <= number <= most
+    if not held or (among and number not in among):
         bounds = f"{at_least} or more" if at_most is None else f"{at_least} to {at_most}"
+        if at_most is None and number is not None and number > _LARGEST:
+            bounds += ", in 64 bits"  # larger ones fail deep in torch
         kind = f"one of {', '.join(map(str, among))}" if among else f"a whole number, {bounds}"
         raise refuse(name, value, f"must be {kind}{otherwise and f', or {otherwise}'}")
     return number
@@ -91,13 +97,14 @@ def number(
 ) -> float:
     """A finite number within its bounds; one of the lower bounds, `above` or `at_least`, must be given."""
     number = _plain(value)
-    held = number is not None and math.isfinite(number) and number < below
+    too_large = number is not None and _LARGEST_FLOAT < abs(number) < math.inf  # fails deep in torch
+    held = number is not None and math.isfinite(number) and number < below and not too_large
     if above is not None:
         held, bound = held and number > above, f"more than {above:g}"
     else:
         held, bound = held and number >= at_least, f"{at_least:g} or more"
     if not held:
-        less = "" if below == math.inf else f" and less than {below:g}"
+        less = ", that float32 can hold" if too_large else "" if below == math.inf else f" and less than {below:g}"
         raise refuse(name, value, f"must be a number, {bound}{less}{otherwise and f', or {otherwise}'}")
     return number
 
