@@ -12,15 +12,13 @@ import reprlib
 from collections.abc import Collection, Iterable
 from numbers import Real
 
-__all__ = ["number", "one_of", "refuse", "switch", "whole"]
+__all__ = ["number", "one_of", "refuse", "shown", "switch", "whole"]
 
 _LARGEST = 2**63 - 1
 _LARGEST_FLOAT = (2 - 2**-23) * 2.0**127  # float32's
 
 
 class _Short(reprlib.Repr):
-    """A value as Python shows it, cut if it is long."""
-
     def __init__(self) -> None:
         super().__init__()
         self.maxstring = self.maxother = 200
@@ -31,12 +29,14 @@ class _Short(reprlib.Repr):
         return repr(value) if value.bit_length() < 2_000 else f"an integer of {value.bit_length():,} bits"
 
 
-_shown = _Short().repr
+def shown(value: object) -> str:
+    """A value for a message: as Python shows it, cut if it is long."""
+    return _Short().repr(value)
 
 
 def refuse(name: str, value: object, allowed: str) -> ValueError:
     """The error for a value that is not allowed; `allowed` begins with "must be" or names the cure."""
-    return ValueError(f"{name}={_shown(value)}: {allowed}")
+    return ValueError(f"{name}={shown(value)}: {allowed}")
 
 
 def _is_boolean(value: object) -> bool:
@@ -92,17 +92,19 @@ def number(
     value: object,
     above: float | None = None,
     at_least: float | None = None,
+    at_most: float = math.inf,
     below: float = math.inf,
     otherwise: str = "",
 ) -> float:
     """A finite number within its bounds; one of the lower bounds, `above` or `at_least`, must be given."""
     number = _plain(value)
     too_large = number is not None and _LARGEST_FLOAT < abs(number) < math.inf  # fails deep in torch
-    held = number is not None and math.isfinite(number) and number < below and not too_large
+    held = number is not None and math.isfinite(number) and number < below and number <= at_most and not too_large
     if above is not None:
         held, bound = held and number > above, f"more than {above:g}"
     else:
-        held, bound = held and number >= at_least, f"{at_least:g} or more"
+        bound = f"{at_least:g} or more" if at_most == math.inf else f"{at_least:g} to {at_most:g}"
+        held = held and number >= at_least
     if not held:
         less = ", that float32 can hold" if too_large else "" if below == math.inf else f" and less than {below:g}"
         raise refuse(name, value, f"must be a number, {bound}{less}{otherwise and f', or {otherwise}'}")

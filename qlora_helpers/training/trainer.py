@@ -19,7 +19,7 @@ from transformers.training_args import OptimizerNames
 from trl import SFTConfig, SFTTrainer
 
 from qlora_helpers import validation
-from qlora_helpers.chats import Chat, tokenized
+from qlora_helpers.chats import Chat, check_texts, fault_in, tokenized
 from qlora_helpers.hardware import Hardware
 from qlora_helpers.models.weights import linear_layers
 from qlora_helpers.settings import GPU_OPTIMIZER, PREDICTOR_ONLY, SCHEDULES, Settings
@@ -62,8 +62,8 @@ def build_trainer(
 
     Raises:
         ValueError: the model is not of the kind that the settings describe; a setting has a value that only the
-            predictor takes; a chat is longer than `settings.max_length` tokens, or the chat template marks no answer in
-            it.
+            predictor takes; or a chat has a fault that `read_chats` would find, is longer than `settings.max_length`
+            tokens, or has no answer that the chat template marks.
     """
     check_settings(model, settings, hardware)
     rows = _rows(chats, tokenizer, settings.max_length)
@@ -128,6 +128,10 @@ def _check_targets(model, targets: tuple[str, ...]) -> None:
 
 def _rows(chats: list[Chat], tokenizer, max_length: int) -> list[dict]:
     """The chats as the trainer takes them: tokens, and which of them are the assistant's."""
+    for number, chat in enumerate(chats, start=1):  # they need not come from `read_chats`
+        if fault := fault_in({"messages": chat}):
+            raise ValueError(f"chat {number}: {fault}")
+    check_texts(chats, tokenizer)
     rows = tokenized(chats, tokenizer)
     for number, row in enumerate(rows, start=1):
         if len(row["input_ids"]) > max_length:
