@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from qlora_helpers.commands.settings_options import add_settings, as_words, given, option_of
@@ -82,7 +82,7 @@ def _where_to_begin(args: argparse.Namespace) -> tuple[Settings, bool]:
         print(f"Continuing the run in {folder} after step {saved} of {record['steps']}.")
     else:
         print(f"The run in {folder} was stopped before its first checkpoint: it starts again at step 1.")
-    return replace(new, **begun), False
+    return Settings(save_steps=SAVE_STEPS, **changed | begun), False
 
 
 def _make_room(folder: Path) -> None:

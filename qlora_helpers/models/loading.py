@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from qlora_helpers import validation
-from qlora_helpers.hardware import Hardware, detect
+from qlora_helpers.hardware import Hardware, detect, of_hardware
 from qlora_helpers.models.attention import REPEATED_KV
 from qlora_helpers.models.cpu_faults import make_safe_on_cpu
 from qlora_helpers.models.hub import DEFAULT_MODEL, HubError, fetch
@@ -88,11 +88,13 @@ def load_model(
 
     Raises:
         HubError: a model from the Hub could not be fetched.
-        ValueError: unknown `quantization`; or, on a CPU, a layer whose shape bitsandbytes decodes wrongly.
+        ValueError: unknown `quantization`, or another argument of a wrong kind; or, on a CPU, a layer whose shape
+            bitsandbytes decodes wrongly.
     """
     if quantization is not None:
         validation.one_of("quantization", quantization, ("nf4", "fp4"), otherwise="None")
-    hardware = hardware or detect()
+    double_quant = validation.switch("double_quant", double_quant)
+    hardware = detect() if hardware is None else of_hardware(hardware)
     folder, options = _folder(name), {}
     saved_in_4_bits = "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if quantization and not saved_in_4_bits:

@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 from qlora_helpers import validation
 from qlora_helpers.chats import Chat, check_texts, fault_in, tokenized
-from qlora_helpers.hardware import Hardware
+from qlora_helpers.hardware import Hardware, of_hardware
 from qlora_helpers.models.weights import linear_layers
 from qlora_helpers.settings import GPU_OPTIMIZER, PREDICTOR_ONLY, SCHEDULES, Settings
 
@@ -90,6 +90,9 @@ def check_settings(model: PreTrainedModel | PeftModel, settings: Settings, hardw
     Raises:
         ValueError: they do not; the message names the setting and the cure.
     """
+    if not isinstance(settings, Settings):
+        raise validation.refuse("settings", settings, "give a Settings(...)")
+    of_hardware(hardware)
     quantised = getattr(model, "is_quantized", False)
     if settings.method == "qlora" and not quantised:
         cure = "the model has no 4-bit layers. Load it with quantization='nf4', or use 'lora'"

@@ -121,6 +121,19 @@ def test_a_chat_that_read_chats_would_refuse_is_refused_by_its_number_before_any
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "hardware", "said"),
+    [
+        ({"steps": 2}, CPU, r"settings=\{'steps': 2\}: give a Settings\(\.\.\.\)"),
+        (SHORT, "cpu", r"hardware='cpu': pass what qlora_helpers\.hardware\.detect\(\) returns"),
+    ],
+)
+def test_settings_and_hardware_of_another_kind_are_refused(settings, hardware, said, tmp_path):
+    with pytest.raises(ValueError, match=f"^{said}"):
+        build_trainer(load_model(hardware=CPU), TOKENIZER, CHATS, tmp_path / "new", settings, hardware)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_template_that_marks_no_answers_is_refused(tmp_path):
     unmarked = load_tokenizer()
     unmarked.chat_template = unmarked.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
