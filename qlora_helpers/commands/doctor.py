@@ -297,7 +297,7 @@ def _memory(report: Report) -> None:
     if not timings.is_file():
         report.notice("the lessons are not next to the package", "work in a copy of the course's repository")
         return
-    needs = {name: lesson["gigabytes"] for name, lesson in json.loads(timings.read_text()).items()}
+    needs = {name: lesson["gigabytes"] for name, lesson in json.loads(timings.read_text(encoding="utf-8")).items()}
     most = max(needs.values())
     if most > total / GB:
         report.problem(
@@ -318,10 +318,10 @@ def _memory_bytes() -> tuple[int, int]:
     memory = psutil.virtual_memory()
     total, available = memory.total, memory.available
     limit = Path("/sys/fs/cgroup/memory.max")  # a container's, which psutil does not see
-    if limit.is_file() and (text := limit.read_text().strip()).isdecimal():
+    if limit.is_file() and (text := limit.read_text(encoding="utf-8").strip()).isdecimal():
         used = Path("/sys/fs/cgroup/memory.current")
         total = min(total, int(text))
-        available = min(available, int(text) - int(used.read_text()) if used.is_file() else total)
+        available = min(available, int(text) - int(used.read_text(encoding="utf-8")) if used.is_file() else total)
     return total, available
 
 

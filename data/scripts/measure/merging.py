@@ -197,10 +197,10 @@ def main() -> None:
     }
     rows = [in_a_process(step) for step in steps_of(args.only)]
     if args.only:  # the other rows were measured with another adapter, made in the same way
-        new, table = {row["way"]: row for row in rows}, json.loads(args.table.read_text())
+        new, table = {row["way"]: row for row in rows}, json.loads(args.table.read_text(encoding="utf-8"))
         rows = [new.get(row["way"], row) for row in table["rows"]]
     table["rows"] = rows
-    args.table.write_text(json.dumps(table, indent=1) + "\n")
+    args.table.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     if not args.models:
         shutil.rmtree(models)
 
