@@ -353,7 +353,14 @@ def _torch(report: Report) -> None:
     )
     try:
         done = subprocess.run(
-            [sys.executable, "-c", ASK_TORCH], cwd=COURSE, capture_output=True, text=True, timeout=SECONDS, check=False
+            [sys.executable, "-c", ASK_TORCH],
+            cwd=COURSE,
+            env=os.environ | {"PYTHONIOENCODING": "utf-8"},  # not that of the doctor's own output
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         report.problem(f"torch was not imported within {SECONDS} s", "try again when the disk is not busy, or " + cure)
