@@ -108,6 +108,8 @@ def check_settings(model: PreTrainedModel | PeftModel, settings: Settings, hardw
         if getattr(settings, name) != used:
             cure = f"only the predictor takes it; training uses {used!r}. Leave it out"
             raise validation.refuse(name, getattr(settings, name), cure)
+    for name in ("steps", "batch_size", "accumulation", "max_length", "rank"):  # a larger one fails deep in torch
+        validation.whole(name, getattr(settings, name), at_most=2**63 - 1)
     if settings.optimizer is not None:
         validation.one_of("optimizer", settings.optimizer, [name.value for name in OptimizerNames], otherwise="None")
     if settings.method != "full" and settings.target_modules != "all-linear":
