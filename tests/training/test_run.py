@@ -15,6 +15,7 @@ from qlora_helpers.training import run as training
 from qlora_helpers.training.callbacks import TrainingDiverged
 from qlora_helpers.training.run import train
 from tests.support.short_runs import CHATS, CPU, SHORT, TOKENIZER, adapter, run
+from tests.test_settings import REFUSED
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,13 @@ def test_gradient_checkpointing_computes_the_same(tmp_path):
 def test_no_chats_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"chats=\[\]: there is nothing to learn"):
         run(tmp_path, chats=[])
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), REFUSED)
+def test_a_setting_of_a_bad_value_is_refused_before_anything_is_written(name, value, allowed, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(f": {allowed}")):
+        train(None, TOKENIZER, CHATS, tmp_path / "new", Settings(**{name: value}), hardware=CPU)
+    assert not (tmp_path / "new").exists()
 
 
 # The values that `Settings` itself refuses are in tests/test_settings.py.
