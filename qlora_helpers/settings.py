@@ -42,8 +42,7 @@ class Settings:
         max_length: the longest sequence in tokens. Training refuses a longer chat; it does not truncate it. The
             predictor assumes that every sequence is this long.
         learning_rate: its peak, after a linear warm-up; then it follows the schedule.
-        warmup_steps: optimizer steps of warm-up, at most `steps`; None for 15, or all steps of a shorter run. The field
-            then holds that number.
+        warmup_steps: optimizer steps of warm-up, at most `steps`; None for 15, or all steps of a shorter run.
         schedule: of the learning rate after the warm-up: "linear" or "cosine" decay to zero, or "constant".
         max_grad_norm: gradients with a larger norm are clipped to this one; None for no clipping.
         rank: of the two LoRA matrices. "full" uses neither this nor alpha, dropout and target_modules.
@@ -83,7 +82,7 @@ class Settings:
     accumulation: int = 1
     max_length: int = 64
     learning_rate: float = 1e-3
-    warmup_steps: int | None = None
+    warmup_steps: int | None = None  # a number once it is checked
     schedule: str = "linear"
     max_grad_norm: float | None = 1.0
     rank: int = 16
