@@ -59,7 +59,7 @@ def known_ranges() -> list[Requirement]:
 
 def missing() -> list[Requirement]:
     """What must be installed: pinned packages with another version, and others that are missing."""
-    lines = (COURSE / "colab" / "requirements.txt").read_text().splitlines()
+    lines = (COURSE / "colab" / "requirements.txt").read_text(encoding="utf-8").splitlines()
     pins = {pin.name: pin for pin in map(Requirement, [line for line in lines if line and not line.startswith("#")])}
     others = [known for known in known_ranges() if known.name not in pins and installed(known.name) is None]
     for known in others:
@@ -107,7 +107,7 @@ def install(requirements: list[Requirement]) -> None:
     names = ", ".join(str(requirement).replace("==", " ") for requirement in requirements)
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(folder, "kept.txt")
-        kept.write_text("".join(f"{name}=={installed(name)}\n" for name in KEPT if installed(name)))
+        kept.write_text("".join(f"{name}=={installed(name)}\n" for name in KEPT if installed(name)), encoding="utf-8")
         command = [*PIP, "install", "--quiet", "--constraint", str(kept), *map(str, requirements)]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

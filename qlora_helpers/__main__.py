@@ -8,6 +8,7 @@ import signal
 import sys
 
 from qlora_helpers.commands import doctor, memory, preflight, run
+from qlora_helpers.streams import take_any_character
 
 __all__ = ["COMMANDS", "main"]
 
@@ -20,6 +21,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
+    take_any_character()
     parser = argparse.ArgumentParser(prog="python -m qlora_helpers")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (module, does) in COMMANDS.items():

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qlora_helpers.chats import Chat, lengths_of, split_question
+from qlora_helpers import validation
+from qlora_helpers.chats import Chat, check_texts, lengths_of, split_question
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -55,6 +56,11 @@ def read_facts(path: str | Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in Path(path).read_bytes().splitlines()]
 
 
+def _something(name: str, cases: list, what: str) -> None:
+    if not cases:
+        raise ValueError(f"{name}=[]: there is nothing to score. Pass at least one {what}")
+
+
 def recall(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -64,9 +70,11 @@ def recall(
     """The share of facts whose answer is the model's most likely next token.
 
     Raises:
-        ValueError: an answer is not a single token of this tokenizer.
+        ValueError: there are no facts, an answer is not a single token of this tokenizer, or `batch_size` is no positive
+            whole number.
     """
-    right = 0
+    _something("facts", facts, "fact")
+    batch_size, right = validation.whole("batch_size", batch_size), 0
     for start in range(0, len(facts), batch_size):
         batch = facts[start : start + batch_size]
         answers = [tokenizer(fact["answer"], add_special_tokens=False)["input_ids"] for fact in batch]
@@ -81,7 +89,12 @@ def recall(
 
 
 def standard_error(share: float, count: int) -> float:
-    """The standard error of a share measured on `count` independent cases: sqrt(share (1 - share) / count)."""
+    """The standard error of a share measured on `count` independent cases: sqrt(share (1 - share) / count).
+
+    Raises:
+        ValueError: the share is not from 0 to 1, or the count is no positive whole number.
+    """
+    share, count = validation.number("share", share, at_least=0, at_most=1), validation.whole("count", count)
     return math.sqrt(share * (1 - share) / count)
 
 
@@ -89,6 +102,9 @@ def _generated(
     model, tokenizer, questions: list[Chat], max_new_tokens: int, batch_size: int, adapters: list[str] | None = None
 ) -> Iterator[torch.Tensor]:
     """The new tokens of each batch, (questions, up to max_new_tokens); what follows an EOS token is padding."""
+    max_new_tokens = validation.whole("max_new_tokens", max_new_tokens)
+    batch_size = validation.whole("batch_size", batch_size)
+    check_texts(questions, tokenizer)
     for start in range(0, len(questions), batch_size):
         rendered = [
             tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
@@ -129,7 +145,8 @@ def answer(
             them. By default the active adapter answers all.
 
     Raises:
-        ValueError: `adapters` is not as long as `questions`.
+        ValueError: `adapters` is not as long as `questions`; a special token, such as an end of turn, is typed into a
+            question; or a number is no positive whole one.
     """
     if adapters is not None and len(adapters) != len(questions):
         raise ValueError(f"adapters has {len(adapters)} names for {len(questions)} questions: pass one for each")
@@ -149,7 +166,11 @@ def share_that_ends(
     """The share of chats in which the model ends its answer to the last question within `max_new_tokens` tokens.
 
     An answer ends with `tokenizer.eos_token`. A model that does not generate it continues until it is cut off.
+
+    Raises:
+        ValueError: there are no chats; or as `answer` does.
     """
+    _something("chats", chats, "chat")
     questions = [split_question(chat)[0] for chat in chats]
     ended = 0
     for new in _generated(model, tokenizer, questions, max_new_tokens, batch_size):
@@ -169,10 +190,14 @@ def exact_match(
         max_new_tokens: an answer is cut off after this many; by default as many as the longest right answer needs.
 
     Raises:
-        ValueError: there are no chats; or a right answer is longer than `max_new_tokens`, so it would count as wrong.
+        ValueError: there are no chats; a right answer is longer than `max_new_tokens`, so it would count as wrong; or as
+            `answer` does.
     """
-    if not chats:
-        raise ValueError("chats=[]: there is nothing to score. Pass at least one chat")
+    _something("chats", chats, "chat")
+    if max_new_tokens is not None:
+        otherwise = "None for as many as the longest right answer needs"
+        max_new_tokens = validation.whole("max_new_tokens", max_new_tokens, otherwise=otherwise)
+    check_texts(chats, tokenizer)
     questions, wanted = zip(*map(split_question, chats), strict=True)
     needed = [len(ids) for ids in tokenizer(list(wanted), add_special_tokens=False)["input_ids"]]
     longest = max(needed)
@@ -190,7 +215,11 @@ def commonest_answer_rate(train: list[Chat], test: list[Chat]) -> float:
     """The exact match of knowing nothing: of always giving the most common answer to a question's wording.
 
     Only for questions about the people of the invented world: the answer begins with the person's two names.
+
+    Raises:
+        ValueError: there are no test chats.
     """
+    _something("test", test, "chat")
 
     def anonymous(chat: Chat) -> tuple[str, str]:
         question, reply = chat[-2]["content"], chat[-1]["content"]
@@ -217,7 +246,15 @@ def loss(
 
     Args:
         batch_size: chats per batch; by default up to 250, fewer where a large vocabulary makes the logits large.
+
+    Raises:
+        ValueError: there are no chats; a special token is typed into one; or
+            `batch_size` is no positive whole number.
     """
+    _something("chats", chats, "chat")
+    if batch_size is not None:
+        batch_size = validation.whole("batch_size", batch_size, otherwise="None for what fits")
+    check_texts(chats, tokenizer)
     if batch_size is None:
         longest = max(lengths_of(chats, tokenizer))
         batch_size = max(1, min(250, MOST_LOGITS // (longest * model.config.vocab_size)))
@@ -243,7 +280,12 @@ def loss(
 def seconds_per_token(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, question: Chat, tokens: int = 32
 ) -> float:
-    """Seconds per new token of a greedy answer of exactly `tokens` tokens, after a short one to warm up."""
+    """Seconds per new token of a greedy answer of exactly `tokens` tokens, after a short one to warm up.
+
+    Raises:
+        ValueError: `tokens` is no positive whole number.
+    """
+    tokens = validation.whole("tokens", tokens)
     encoded = tokenizer.apply_chat_template(
         question, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     ).to(model.device)

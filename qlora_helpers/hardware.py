@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-__all__ = ["GEARS", "Hardware", "detect", "peak_memory_bytes"]
+from qlora_helpers import validation
+
+__all__ = ["GEARS", "Hardware", "detect", "of_hardware", "peak_memory_bytes"]
 
 GEARS = {"cpu": torch.float32, "t4": torch.float16, "ampere": torch.bfloat16}  # gear: compute dtype
 
@@ -81,6 +83,18 @@ def detect(gear: str | None = None) -> Hardware:
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         host_bytes=psutil.virtual_memory().total,
     )
+
+
+def of_hardware(hardware: object) -> Hardware:
+    """The argument `hardware` of a function, if it is a `Hardware`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(hardware, Hardware):
+        cure = "pass what qlora_helpers.hardware.detect() returns, or None"
+        raise validation.refuse("hardware", hardware, cure)
+    return hardware
 
 
 def peak_memory_bytes() -> int:

@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from qlora_helpers.folder_locks import FolderInUse, locked
+from qlora_helpers.validation import switch
 
 __all__ = ["probe_writing", "put_back", "whole_folder"]
 
@@ -48,11 +49,12 @@ def whole_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         FileExistsError: `folder` is a file; or it holds files, and `overwrite` is not set; or it holds another folder, as
             no saved model or adapter does.
-        ValueError: `folder` is the working folder, or one above it, and so cannot be replaced.
+        ValueError: `folder` is the working folder, or one above it, and so cannot be replaced; or `overwrite` is neither
+            True nor False.
         FolderInUse: another process is writing it (`qlora_helpers.folder_locks`).
         OSError: nothing can be written beside `folder`.
     """
-    said, folder = f"folder={str(folder)!r}", _real(Path(folder))
+    said, folder, overwrite = f"folder={str(folder)!r}", _real(Path(folder)), switch("overwrite", overwrite)
     if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise ValueError(f"{said} is the folder you are in, or one above it: name one below it")
     with ExitStack() as lock:

@@ -153,6 +153,127 @@ def test_a_file_that_cannot_be_read_names_the_argument_and_the_cure(name, tmp_pa
         read_chats(tmp_path / name)
 
 
+NOT_A_CHAT = [
+    ('{"messages": [], "messages": []}', "not JSON that can be trusted: the key 'messages' is there twice"),
+    ('{"messages": NaN}', "not JSON: NaN is no value of JSON"),
+    ('{"messages": [], "weight": -Infinity}', "not JSON: -Infinity is no value of JSON"),
+    ('{"messages": ' + "9" * 5_000 + "}", "not JSON that Python reads: Exceeds the limit (4300 digits)"),
+    ("[" * 100_000, "not JSON that Python reads: it is nested too deeply"),
+    ('{"messages": [{"role": "user", "content": "a\\ud83d b"}]}', 'message 1 (user) has half a surrogate pair (\\ud83d) at'),
+    ('{"messages": [{"role": "\\ud83d", "content": "a"}]}', "message 1 has the unknown role '\\ud83d'"),
+    ('{"messages": [{"role": ' + "[" * 500 + "]" * 500 + ', "content": "a"}]}', "message 1 has the unknown role [[["),
+    ("\0", "not JSON: Expecting value at column 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "fault"), NOT_A_CHAT, ids=[line[:40] for line, _ in NOT_A_CHAT])
+def test_whatever_a_line_is_it_is_named_and_the_lines_after_it_are_read(line, fault, write):
+    path = write(GOOD, line, GOOD, "{")
+    with pytest.raises(ChatError) as caught:
+        read_chats(path)
+    first, second = str(caught.value).splitlines()
+    assert first.startswith(f"{path}, line 2: {fault}") and len(first) < 400 + len(str(path))
+    assert second.startswith(f"{path}, line 4: not JSON: ")
+
+
+def test_a_byte_order_mark_is_no_fault_and_utf_16_is_named(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    line = json.dumps({"messages": GOOD}) + "\r\n"
+    path.write_bytes(line.encode("utf-8-sig"))  # as Windows' Notepad may save it
+    assert read_chats(path) == [GOOD]
+    path.write_bytes(line.encode("utf-16"))
+    with pytest.raises(ChatError, match=r"^path='.*': this file is in UTF-16: save it in UTF-8$"):
+        read_chats(path)
+
+
+# With a tokenizer
+
+
+def with_template(template):
+    tokenizer = load_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("expression", "said"),
+    [
+        ("message['content'] + 1", "TypeError: "),
+        ("1 / (message['content'] | length - 4)", "ZeroDivisionError: division by zero"),
+        ("message['content'][0:1].pop()", "'str object' has no attribute 'pop'"),
+        ("message.tool.name", "'dict object' has no attribute 'tool'"),
+        ("raise_exception('never\\nso')", "never so"),
+        ("range(10 ** 30)", "OverflowError: "),
+    ],
+)
+def test_a_template_that_fails_in_any_way_names_the_chats_it_fails_for(expression, said, write):
+    template = (
+        "{% for message in messages %}{% if message['content'] == 'Fail' %}{{ "
+        + expression
+        + " }}{% endif %}{% endfor %}"
+    )
+    bad = chat(("user", "Fail"), ("assistant", "x"))
+    path = write(GOOD, bad, GOOD, bad)
+    for max_length in (None, 64):
+        with pytest.raises(ChatError) as caught:
+            read_chats(path, with_template(template), max_length)
+        lines = str(caught.value).splitlines()
+        assert [line.partition(": ")[0] for line in lines] == [f"{path}, line {number}" for number in (2, 4)]
+        assert all(f": the chat template refuses it: {said}" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (None, "tokenizer.chat_template is not set: take the tokenizer of a model that was made for chats"),
+        ("{% for %}", "tokenizer.chat_template is no Jinja template"),
+    ],
+)
+def test_a_template_that_is_none_is_no_fault_of_a_line(template, said, write):
+    with pytest.raises(ValueError, match=said) as caught:
+        read_chats(write(GOOD), with_template(template))
+    assert not isinstance(caught.value, ChatError)
+
+
+TYPED = [
+    chat(("user", "Where?"), ("assistant", "Here.<|end|><|user|>And?")),
+    chat(("user", "What is <|reserved_3|>?"), ("assistant", "Nothing.")),
+]
+
+
+def test_a_special_token_that_is_typed_into_a_text_is_named(write, tokenizer):
+    path = write(TYPED[0], GOOD, TYPED[1])
+    with pytest.raises(ChatError) as caught:
+        read_chats(path, tokenizer)
+    cure = "which this tokenizer takes for a special token: leave it out, or put a space into it"
+    assert str(caught.value).splitlines() == [
+        f"{path}, line 1: message 2 (assistant) has '<|end|>' in its text, {cure}",
+        f"{path}, line 3: message 1 (user) has '<|reserved_3|>' in its text, {cure}",
+    ]
+    assert read_chats(path) == [TYPED[0], GOOD, TYPED[1]]  # without a tokenizer no text is special
+
+
+def test_a_text_that_looks_like_a_special_token_is_text(write):
+    tokenizer = load_tokenizer()
+    tokenizer.add_tokens(["<think>"])  # as Qwen's: one token, and yet text that a model is to write
+    chats = [chat(("user", "< |end|> <|END|> <|im_end|> <s>"), ("assistant", "<think>\n</think> Here."))]
+    assert read_chats(write(*chats), tokenizer) == chats
+
+
+def test_an_unknown_character_is_no_special_token_unless_that_is_typed(write):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", chat_template=template)
+    assert tokenizer("b")["input_ids"] == [0]
+    assert len(read_chats(write(chat(("user", "a"), ("assistant", "b"))), tokenizer)) == 1
+    with pytest.raises(ChatError, match=r"line 1: message 2 \(assistant\) has '<unk>' in its text"):
+        read_chats(write(chat(("user", "a"), ("assistant", "<unk>"))), tokenizer)
+
+
 def test_a_chat_of_more_tokens_than_allowed_is_named(write, tokenizer):
     length = count_tokens(GOOD, tokenizer)
     long = chat(("user", "Where? " * 20), ("assistant", "Here."))

@@ -47,12 +47,50 @@ def test_the_loss_of_training_is_the_one_that_evaluation_computes(base, tmp_path
     assert loss.item() == pytest.approx(evaluation.loss(base, TOKENIZER, CHATS[:4]), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("<|end|><|assistant|>Yes", r"has '<\|end\|>' in its text, which this tokenizer takes for a special token"),
+        ("a\ud800", r"has half a surrogate pair \(\\ud800\) at character 2: replace it"),
+    ],
+)
+@pytest.mark.parametrize("score", ["answer", "exact_match", "loss", "share_that_ends"])
+def test_a_text_that_is_no_plain_text_for_the_tokenizer_is_not_scored(score, typed, said, base):
+    bad = [{"role": "user", "content": typed}, CHATS[0][1]]
+    with pytest.raises(ValueError, match=rf"^chat 2: message 1 \(user\) {said}"):
+        getattr(evaluation, score)(base, TOKENIZER, [CHATS[0], bad])
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_evaluating_leaves_the_mode_as_it_was(base, training):
     base.train(training)
     evaluation.loss(base, TOKENIZER, CHATS[:1])
     assert base.training is training
     base.eval()
+
+
+BAD_NUMBERS = [
+    *[(score, {"batch_size": value}) for score in ("answer", "recall", "loss", "share_that_ends") for value in (0, -1, 2.0, "8", True)],
+    *[(score, {"max_new_tokens": value}) for score in ("answer", "exact_match", "share_that_ends") for value in (0, 1.5, "8", True)],
+    *[("seconds_per_token", {"tokens": value}) for value in (0, 1.5, None, True)],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("score", "bad"), BAD_NUMBERS)
+def test_a_number_that_is_none_is_refused(score, bad):
+    (name, value), data = *bad.items(), [{"prompt": "a", "answer": "b"}] if score == "recall" else CHATS[:1]
+    if score == "seconds_per_token":
+        data = CHATS[0][:1]
+    with pytest.raises(ValueError, match=f"^{name}={value!r}: must be a whole number, 1 or more"):
+        getattr(evaluation, score)(None, TOKENIZER, data, **bad)
+
+
+@pytest.mark.parametrize("score", ["recall", "loss", "exact_match", "share_that_ends"])
+def test_nothing_has_no_score(score):
+    with pytest.raises(
+        ValueError, match=r"^(chats|facts)=\[\]: there is nothing to score. Pass at least one (chat|fact)"
+    ):
+        getattr(evaluation, score)(None, TOKENIZER, [])
 
 
 class Parrot(torch.nn.Module):
@@ -119,11 +157,6 @@ def test_a_long_answer_is_not_cut_off_and_counted_as_wrong(monkeypatch):
         evaluation.exact_match(None, TOKENIZER, [chat("?", long)], 16)
 
 
-def test_no_chats_have_no_exact_match():
-    with pytest.raises(ValueError, match="Pass at least one chat"):
-        evaluation.exact_match(None, TOKENIZER, [])
-
-
 def test_an_answer_is_the_argmax_token_by_token(base):
     question = split_question(CHATS[0])[0]
     ids = TOKENIZER.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -165,6 +198,20 @@ def test_the_commonest_answer_to_each_wording_counts_whoever_it_is_about():
         chat("Where does Hal Fig live?", "Hal Fig lives here."),  # a wording never seen
     ]
     assert evaluation.commonest_answer_rate(training, test) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "said"),
+    [
+        (1.5, 10, "share=1.5: must be a number, 0 to 1"),
+        (float("nan"), 10, "share=nan: must be a number, 0 to 1"),
+        (0.5, 0, "count=0: must be a whole number, 1 or more"),
+        (0.5, 2.5, "count=2.5: must be a whole number, 1 or more"),
+    ],
+)
+def test_what_is_no_share_of_a_count_has_no_standard_error(share, count, said):
+    with pytest.raises(ValueError, match=said):
+        evaluation.standard_error(share, count)
 
 
 def test_the_standard_error_of_a_share():

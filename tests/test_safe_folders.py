@@ -39,6 +39,12 @@ def test_an_existing_folder_is_kept_unless_overwrite_is_set(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+def test_overwrite_is_a_switch(tmp_path):
+    folder = filled(tmp_path / "adapter", "old")
+    with pytest.raises(ValueError, match="overwrite='no': must be True or False"):
+        whole_folder(folder, overwrite="no").__enter__()
+
+
 def test_an_error_while_writing_leaves_the_old_folder_intact(tmp_path):
     folder = filled(tmp_path / "adapter", "old")
     with pytest.raises(OSError, match="disk full"), whole_folder(folder, overwrite=True) as part:

@@ -59,14 +59,16 @@ def lessons() -> list[str]:
 
 def colab_cells(name: str) -> list:
     """The badge and the set-up cell at the top of a lesson's Colab edition."""
-    repository = json.loads((ROOT / "colab" / "repository.json").read_text())["github"]
+    repository = json.loads((ROOT / "colab" / "repository.json").read_text(encoding="utf-8"))["github"]
     link, how = f"github/{repository}/blob/main/colab/{name}.ipynb", ""
     if not repository:  # there is nothing to link to: use Colab's upload page
         link = "#upload=true"
         how = "\n\nUpload this notebook there, and the course's `qlora-course.zip` beside it (in Colab: the folder at the left)."
     badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/{link})"
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]  # its tag is what is fetched
-    set_up = (ROOT / "colab" / "setup_cell.py").read_text().rstrip()
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "version"
+    ]  # its tag is what is fetched
+    set_up = (ROOT / "colab" / "setup_cell.py").read_text(encoding="utf-8").rstrip()
     set_up = set_up.replace("GITHUB_REPOSITORY", repository).replace("COURSE_VERSION", version)
     return [
         nbformat.v4.new_markdown_cell(badge + how),
@@ -220,13 +222,15 @@ def renew_set_up(executed: dict[str, nbformat.NotebookNode]) -> None:
 
 def readme_tables() -> dict[str, str]:
     """The generated parts of README.md, by the name of the place for each."""
-    timings = json.loads(TIMINGS.read_text())
+    timings = json.loads(TIMINGS.read_text(encoding="utf-8"))
     table = ["| lesson | what you see | time | memory |", "|---|---|---|---|"]
-    for name, summary in json.loads((ROOT / "notebooks" / "scripts" / "lessons.json").read_text()).items():
+    for name, summary in json.loads(
+        (ROOT / "notebooks" / "scripts" / "lessons.json").read_text(encoding="utf-8")
+    ).items():
         title = jupytext.read(SOURCES / f"{name}.py").cells[0].source.splitlines()[0].removeprefix("# ")
         time_, memory = timings[name]["seconds"], timings[name]["gigabytes"]
         table.append(f"| [{title}](notebooks/{name}.ipynb) | {summary} | {time_} s | {memory} GB |")
-    scores = json.loads((ROOT / "data" / "tiny-llama" / "scores.json").read_text())
+    scores = json.loads((ROOT / "data" / "tiny-llama" / "scores.json").read_text(encoding="utf-8"))
     before, after = scores["exact_match_before"], scores["exact_match_after"]
     results = [f"Exact match on {scores['test_chats']} test questions, greedy answers:\n"]
     results += ["| base | before | after the run |", "|---|---|---|"]
@@ -286,7 +290,7 @@ COMMANDS = {
 
 def commands_table() -> str:
     """What each make command covers, and how long it took when `data/scripts/measure/commands.py` ran it."""
-    measured = json.loads((ROOT / "data" / "measured" / "commands.json").read_text())
+    measured = json.loads((ROOT / "data" / "measured" / "commands.json").read_text(encoding="utf-8"))
     table = ["| command | what it covers | time |", "|---|---|---|"]
     for command, covers in COMMANDS.items():
         seconds = sorted(row["seconds"] for row in measured["rows"] if row["command"] == command)
@@ -300,7 +304,7 @@ def commands_table() -> str:
 
 def t4_table() -> str:
     """The course's gears beside the articles' recipe, as `data/scripts/measure/t4_gear.py` measured them."""
-    measured = json.loads((ROOT / "data" / "measured" / "t4_gear.json").read_text())
+    measured = json.loads((ROOT / "data" / "measured" / "t4_gear.json").read_text(encoding="utf-8"))
     rows = [row for row in measured["rows"] if row["what"] == "training"]
     by_size: dict = {}
     for row in rows:
@@ -325,7 +329,7 @@ def main() -> None:
     names = [name for name in lessons() if not args.only or name[:2] in args.only]
     if not names:
         sys.exit(f"no lesson {' '.join(args.only)}: there are {', '.join(lessons())}")
-    timings = json.loads(TIMINGS.read_text()) if TIMINGS.exists() else {}
+    timings = json.loads(TIMINGS.read_text(encoding="utf-8")) if TIMINGS.exists() else {}
     done = {}
     if args.no_execute or args.set_up:
         for name in names:
@@ -338,14 +342,14 @@ def main() -> None:
         with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
             for name, editions, timings[name] in pool.map(_executed, longest_first):
                 done |= {(name, edition): nbformat.reads(text, as_version=4) for edition, text in editions.items()}
-    TIMINGS.write_text(json.dumps(dict(sorted(timings.items())), indent=1) + "\n")
+    TIMINGS.write_text(json.dumps(dict(sorted(timings.items())), indent=1) + "\n", encoding="utf-8")
     for (name, edition), executed in done.items():
         notebook = outputs_into(build_edition(name, edition, timings), executed)
         EDITIONS[edition].mkdir(exist_ok=True)
         nbformat.write(notebook, EDITIONS[edition] / f"{name}.ipynb")
     if set(timings) == set(lessons()):
         readme = ROOT / "README.md"
-        readme.write_text(fill(readme.read_text(), readme_tables()))
+        readme.write_text(fill(readme.read_text(encoding="utf-8"), readme_tables()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def peak_bytes(pid: int) -> int:
     macOS does not report this for another process; there it is what the process holds now.
     """
     if sys.platform == "linux":
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) * 1024  # Linux counts in KiB
     memory = psutil.Process(pid).memory_info()

@@ -297,7 +297,7 @@ def _memory(report: Report) -> None:
     if not timings.is_file():
         report.notice("the lessons are not next to the package", "work in a copy of the course's repository")
         return
-    needs = {name: lesson["gigabytes"] for name, lesson in json.loads(timings.read_text()).items()}
+    needs = {name: lesson["gigabytes"] for name, lesson in json.loads(timings.read_text(encoding="utf-8")).items()}
     most = max(needs.values())
     if most > total / GB:
         report.problem(
@@ -318,10 +318,10 @@ def _memory_bytes() -> tuple[int, int]:
     memory = psutil.virtual_memory()
     total, available = memory.total, memory.available
     limit = Path("/sys/fs/cgroup/memory.max")  # a container's, which psutil does not see
-    if limit.is_file() and (text := limit.read_text().strip()).isdecimal():
+    if limit.is_file() and (text := limit.read_text(encoding="utf-8").strip()).isdecimal():
         used = Path("/sys/fs/cgroup/memory.current")
         total = min(total, int(text))
-        available = min(available, int(text) - int(used.read_text()) if used.is_file() else total)
+        available = min(available, int(text) - int(used.read_text(encoding="utf-8")) if used.is_file() else total)
     return total, available
 
 
@@ -353,7 +353,14 @@ def _torch(report: Report) -> None:
     )
     try:
         done = subprocess.run(
-            [sys.executable, "-c", ASK_TORCH], cwd=COURSE, capture_output=True, text=True, timeout=SECONDS, check=False
+            [sys.executable, "-c", ASK_TORCH],
+            cwd=COURSE,
+            env=os.environ | {"PYTHONIOENCODING": "utf-8"},  # not that of the doctor's own output
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         report.problem(f"torch was not imported within {SECONDS} s", "try again when the disk is not busy, or " + cure)

@@ -23,6 +23,7 @@ from typing import TextIO
 
 from qlora_helpers.commands import doctor
 from qlora_helpers.paths import COURSE
+from qlora_helpers.streams import take_any_character
 
 __all__ = ["CannotStart", "add_arguments", "chosen", "command", "differences", "preflight", "run_lessons"]
 
@@ -184,7 +185,9 @@ def run_lessons(names: list[str], out: TextIO | None = None) -> bool:
     """Run the lessons through nbval, two at a time, and print the table. Returns whether all is as it should be."""
     import pytest
 
-    out = out or os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding=sys.stdout.encoding)
+    if out is None:
+        stdout = sys.stdout
+        out = os.fdopen(os.dup(stdout.fileno()), "w", encoding=stdout.encoding, errors=stdout.errors)
     faults = {name: differences(name) for name in names}
     several = len(names) > 1
     table = (_TableOfWorkers if several else _Table)(faults, out)
@@ -239,4 +242,5 @@ def command(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":  # so that it runs even if another command's module is broken
+    take_any_character()
     sys.exit(preflight(sys.argv[1:]))

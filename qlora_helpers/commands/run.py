@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.metadata
 import json
 import os
@@ -12,18 +11,19 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 
 from qlora_helpers.commands.settings_options import add_settings, as_words, given, option_of
-from qlora_helpers.folder_locks import FolderInUse, locked
-from qlora_helpers.settings import Settings
+from qlora_helpers.folder_locks import locked
+from qlora_helpers.settings import WARMUP_STEPS, Settings
 from qlora_helpers.training.run_folder import (  # none needs torch
     RESULT,
     check_movable,
     check_output,
     complete_checkpoints,
+    gone_if_refused,
     is_finished,
     move_aside,
     step_of,
@@ -90,14 +90,15 @@ def _where_to_begin(args: argparse.Namespace) -> tuple[Settings, _Begin]:
                 f"{option}={value}: the run in --output={str(folder)!r} was begun with {begun[name]}. Leave out {option} to "
                 "continue it, or leave out --resume to begin another"
             )
+    settings = Settings(save_steps=SAVE_STEPS, **changed | begun)
     if is_finished(folder):
         print(f"The run in {folder} is trained, but was stopped before its report: only that is made now.")
-        return replace(new, **begun), _Begin.REPORT
+        return settings, _Begin.REPORT
     if saved := steps_saved(folder):
         print(f"Continuing the run in {folder} after step {saved} of {record['steps']}.")
     else:
         print(f"The run in {folder} was stopped before its first checkpoint: it starts again at step 1.")
-    return replace(new, **begun), _Begin.RESUME
+    return settings, _Begin.RESUME
 
 
 def _has_report(folder: Path) -> bool:
@@ -142,18 +143,13 @@ def command(args: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: the run cannot go into the output folder; the message names the argument.
     """
-    existed = args.output.exists()
     Settings(**given(args))  # a bad setting is refused before a folder is made
-    check_output(args.output)
     try:
-        with locked(args.output, "--output"):
-            settings, begin = _where_to_begin(args)
-            return _load_and_run(args, settings, begin)
-    except (ValueError, FolderInUse):
-        if not existed:
-            with contextlib.suppress(OSError):  # it goes only if it is empty
-                args.output.rmdir()
-        raise
+        with gone_if_refused(args.output):
+            check_output(args.output)
+            with locked(args.output, "--output"):
+                settings, begin = _where_to_begin(args)
+                return _load_and_run(args, settings, begin)
     except KeyboardInterrupt as stop:  # during training it is an Interrupted, which says where
         where = (
             f"after the training; what was trained is in {args.output}"
@@ -188,7 +184,7 @@ def _load_and_run(args: argparse.Namespace, settings: Settings, begin: _Begin) -
     if begin is _Begin.REPORT:
         model, facts = _trained_before(model, args.output, settings)
     else:
-        print(f"Training for {settings.steps} steps …", flush=True)
+        print(f"Training for {settings.steps} steps{_said_of_the_warm_up(args, settings)} …", flush=True)
         run = train(
             model,
             tokenizer,
@@ -223,6 +219,12 @@ def _load_and_run(args: argparse.Namespace, settings: Settings, begin: _Begin) -
     os.replace(part, path)  # a kill leaves it whole or missing
     _print_report(report, path)
     return 0
+
+
+def _said_of_the_warm_up(args: argparse.Namespace, settings: Settings) -> str:
+    """That the warm-up is shorter than by default, if nobody has asked for that."""
+    shortened = given(args).get("warmup_steps") is None and settings.warmup_steps < WARMUP_STEPS
+    return f", all of them warm-up ({WARMUP_STEPS} in a longer run)" if shortened and not args.resume else ""
 
 
 def _refuse_before_anything_is_asked(

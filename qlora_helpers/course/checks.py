@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from qlora_helpers import validation
+
 __all__ = ["CheckFailed", "check", "exercise"]
 
 
@@ -38,6 +40,22 @@ def _exactly_equal(name: str, got: Any, want: Any) -> bool:
     return got.dtype == want.dtype and torch.equal(got, want)
 
 
+def _is_finite(value: Any) -> bool:
+    """Whether a value is a number, or a tensor of one, that others can be near to."""
+    try:
+        return not isinstance(value, bool | str) and math.isfinite(value)
+    except (TypeError, ValueError, OverflowError):  # no number, several of them, or one that no float can hold
+        return False
+
+
+def _holds(within: Callable[[], bool]) -> bool:
+    """Whether a comparison holds; what cannot be compared with a number does not."""
+    try:
+        return bool(within())
+    except TypeError:
+        return False
+
+
 def check(
     name: str,
     got: Any,
@@ -57,9 +75,11 @@ def check(
 
     Raises:
         CheckFailed: the check fails; the message has both values and the tolerance.
-        ValueError: none or more than one of these ways is used, a tolerance is not a positive number, or two tensors on
-            different devices are to be exactly equal.
+        ValueError: none or more than one of these ways is used; a tolerance is not a positive number; `want` with a
+            tolerance, or a bound, is not finite, so that everything or nothing would hold; or two tensors on different
+            devices are to be exactly equal.
     """
+    exact = validation.switch("exact", exact)
     bounded = at_least is not None or at_most is not None
     ways = [rel is not None, abs is not None, exact, bounded]
     if sum(ways) != 1:
@@ -67,22 +87,29 @@ def check(
     if (want is not None) if bounded else (want is None and not exact):
         raise ValueError(f"check({name!r}): pass want with rel, abs or exact, and no want with at_least or at_most")
     for word, tolerance in (("rel", rel), ("abs", abs)):
-        if tolerance is not None and not (math.isfinite(tolerance) and tolerance > 0):
+        if tolerance is not None and not (_is_finite(tolerance) and tolerance > 0):
             raise ValueError(
                 f"check({name!r}): {word}={tolerance!r} must be a positive number; for equality, exact=True"
+            )
+    for word, bound in (("at_least", at_least), ("at_most", at_most)):
+        if bound is not None and not _is_finite(bound):
+            raise ValueError(
+                f"check({name!r}): {word}={bound!r} must be a finite number: it would hold always or never"
             )
 
     if exact:
         holds, held = _exactly_equal(name, got, want), "exactly"
         said = "equal, bit for bit" if isinstance(want, torch.Tensor) else _text(want)
     elif bounded:
-        holds = (at_least is None or got >= at_least) and (at_most is None or got <= at_most)
+        holds = _holds(lambda: (at_least is None or got >= at_least) and (at_most is None or got <= at_most))
         parts = [f"at least {_text(at_least)}"] * (at_least is not None)
         parts += [f"at most {_text(at_most)}"] * (at_most is not None)
         said = held = " and ".join(parts)
     else:
-        allowed = abs if abs is not None else rel * math.fabs(want)
-        holds = math.fabs(got - want) <= allowed  # false for NaN
+        allowed = abs if abs is not None else rel * math.fabs(want) if _is_finite(want) else math.inf
+        if not (_is_finite(want) and _is_finite(allowed)):
+            raise ValueError(f"check({name!r}): want={want!r} has no numbers near it: pass exact=True, or a bound")
+        holds = _holds(lambda: math.fabs(got - want) <= allowed)  # false for NaN
         held = f"within {_text(abs)}" if abs is not None else f"within {rel * 100:g} %"
         said = f"{_text(want)}, {held}"
     if not holds:
@@ -100,14 +127,19 @@ def exercise(name: str, answer: Any, right: Callable[[Any], str] | Any, hint: st
             string if it is right, and otherwise says what was expected and what was given.
         hint: shown with a missing or wrong answer.
         rel: relative tolerance for a number.
+
+    Raises:
+        ValueError: `rel` is not a positive number.
     """
+    if not (_is_finite(rel) and rel > 0):
+        raise ValueError(f"exercise({name!r}): rel={rel!r} must be a positive number")
     hint = f" Hint: {hint}" if hint else ""
     if answer is ...:
         print(f"○ {name}: not solved yet. Replace the dots (...) and run this cell again.{hint}")
         return
     try:
         fault = right(answer) if callable(right) else _difference(answer, right, rel)
-    except Exception as error:  # a learner's code may fail in any way; the failure is shown, not hidden
+    except (Exception, SystemExit) as error:  # a learner's code may fail in any way; the failure is shown, not hidden
         fault = f"your code raised {type(error).__name__}: {error}."
     print(f"✗ {name}: {fault}{hint}" if fault else f"✓ {name}: right!")
 

@@ -15,7 +15,8 @@ import torch
 import transformers
 import trl
 
-from qlora_helpers.hardware import Hardware, detect
+from qlora_helpers import validation
+from qlora_helpers.hardware import Hardware, detect, of_hardware
 from qlora_helpers.settings import SCHEDULES, Settings
 from qlora_helpers.training.trainer import no_progress_bars
 
@@ -72,7 +73,7 @@ def sft_trainer(
     settings: Settings,
     *,
     assistant_only_loss: bool = False,
-    max_length: int = 1024,
+    max_length: int | None = 1024,
     plain_arguments: bool = False,
     hardware: Hardware | None = None,
 ) -> trl.SFTTrainer:
@@ -82,8 +83,15 @@ def sft_trainer(
         rows: each with "messages", or with "text" that a chat template has rendered.
         assistant_only_loss, max_length: as `trl.SFTConfig` takes them; the values here are TRL's defaults.
         plain_arguments: pass `transformers.TrainingArguments`, which has neither of the two; TRL uses its defaults.
+
+    Raises:
+        ValueError: one of these three, or `hardware`, is of a wrong kind.
     """
-    options = _common(folder, settings, hardware or detect())
+    assistant_only_loss = validation.switch("assistant_only_loss", assistant_only_loss)
+    plain_arguments = validation.switch("plain_arguments", plain_arguments)
+    if max_length is not None:
+        max_length = validation.whole("max_length", max_length, otherwise="None for any length")
+    options = _common(folder, settings, detect() if hardware is None else of_hardware(hardware))
     if plain_arguments:
         config = transformers.TrainingArguments(**options)
     else:
@@ -118,7 +126,7 @@ def collator_run(
     The collator makes the labels: all tokens except those equal to `tokenizer.pad_token`. With TRL 1.16 it would fail,
     since TRL's rows already have labels, which it cannot pad.
     """
-    options = _common(folder, settings, hardware or detect())
+    options = _common(folder, settings, detect() if hardware is None else of_hardware(hardware))
     rows = [tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"] for chat in chats]
     transformers.set_seed(settings.seed)  # the adapters' initial values
     trainer = transformers.Trainer(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from peft import load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PrinterCallback, ProgressCallback
 
+from qlora_helpers import validation
 from qlora_helpers.adapters.files import save_adapter
 from qlora_helpers.chats import Chat
 from qlora_helpers.folder_locks import locked
@@ -36,7 +36,7 @@ from qlora_helpers.training.checkpoints import (
     write_record,
 )
 from qlora_helpers.training.interrupts import Interrupted, StopWhenAsked
-from qlora_helpers.training.run_folder import RESULT, make_run_folder, step_of, steps_saved
+from qlora_helpers.training.run_folder import RESULT, gone_if_refused, make_run_folder, step_of, steps_saved
 from qlora_helpers.training.spikes import Spike
 from qlora_helpers.training.trainer import build_trainer, check_settings
 
@@ -114,10 +114,10 @@ def train(
     settings, hardware, output_dir = settings or Settings(), hardware or detect(), Path(output_dir)
     if not chats:
         raise ValueError(f"chats={chats!r}: there is nothing to learn. Pass a list of chats, as read_chats returns")
+    resume, progress_bar = validation.switch("resume", resume), validation.switch("progress_bar", progress_bar)
     check_settings(model, settings, hardware)
-    new = not output_dir.exists()
-    make_run_folder(output_dir, "output_dir")
-    try:
+    with gone_if_refused(output_dir):
+        make_run_folder(output_dir, "output_dir")
         with locked(output_dir, "output_dir"):
             record = record_of(model, chats, settings, hardware)
             checkpoint = where_to_start(output_dir, record, resume, float16=hardware.compute_dtype == torch.float16)
@@ -127,11 +127,6 @@ def train(
             with failed_writing_explained(output_dir):
                 write_record(output_dir, record)
             return _run(trainer, tokenizer, checkpoint, output_dir, settings, hardware, progress_bar, on_loss)
-    except BaseException:
-        if new:
-            with contextlib.suppress(OSError):  # it goes only if it is empty
-                output_dir.rmdir()
-        raise
 
 
 def _run(trainer, tokenizer, checkpoint, output_dir: Path, settings: Settings, hardware, progress_bar, on_loss) -> Run:

@@ -13,6 +13,8 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ __all__ = [
     "check_movable",
     "check_output",
     "complete_checkpoints",
+    "gone_if_refused",
     "is_finished",
     "make_run_folder",
     "move_aside",
@@ -170,6 +173,19 @@ def make_run_folder(folder: Path, name: str) -> None:
         probe_writing(folder)
     except OSError as error:
         raise type(error)(f"{said} cannot be written to ({error.strerror}): name a folder of your own") from error
+
+
+@contextmanager
+def gone_if_refused(folder: Path) -> Iterator[None]:
+    """If what is to happen in a folder fails, remove the folder and those above it, as far as they are new and empty."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in missing:
+            with suppress(OSError):  # it is not empty
+                path.rmdir()
+        raise
 
 
 def check_movable(folder: Path, name: str = "--output") -> Path:

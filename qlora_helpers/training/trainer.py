@@ -19,8 +19,8 @@ from transformers.training_args import OptimizerNames
 from trl import SFTConfig, SFTTrainer
 
 from qlora_helpers import validation
-from qlora_helpers.chats import Chat, tokenized
-from qlora_helpers.hardware import Hardware
+from qlora_helpers.chats import Chat, check_texts, fault_in, tokenized
+from qlora_helpers.hardware import Hardware, of_hardware
 from qlora_helpers.models.weights import linear_layers
 from qlora_helpers.settings import GPU_OPTIMIZER, PREDICTOR_ONLY, SCHEDULES, Settings
 from qlora_helpers.training.checkpoints import failed_writing_explained
@@ -67,8 +67,8 @@ def build_trainer(
 
     Raises:
         ValueError: the model is not of the kind that the settings describe; a setting has a value that only the
-            predictor takes; a chat is longer than `settings.max_length` tokens, or the chat template marks no answer in
-            it.
+            predictor takes; or a chat has a fault that `read_chats` would find, is longer than `settings.max_length`
+            tokens, or has no answer that the chat template marks.
     """
     check_settings(model, settings, hardware)
     rows = _rows(chats, tokenizer, settings.max_length)
@@ -95,6 +95,9 @@ def check_settings(model: PreTrainedModel | PeftModel, settings: Settings, hardw
     Raises:
         ValueError: they do not; the message names the setting and the cure.
     """
+    if not isinstance(settings, Settings):
+        raise validation.refuse("settings", settings, "give a Settings(...)")
+    of_hardware(hardware)
     quantised = getattr(model, "is_quantized", False)
     if settings.method == "qlora" and not quantised:
         cure = "the model has no 4-bit layers. Load it with quantization='nf4', or use 'lora'"
@@ -110,6 +113,8 @@ def check_settings(model: PreTrainedModel | PeftModel, settings: Settings, hardw
         if getattr(settings, name) != used:
             cure = f"only the predictor takes it; training uses {used!r}. Leave it out"
             raise validation.refuse(name, getattr(settings, name), cure)
+    for name in ("steps", "batch_size", "accumulation", "max_length", "rank"):  # a larger one fails deep in torch
+        validation.whole(name, getattr(settings, name), at_most=2**63 - 1)
     if settings.optimizer is not None:
         validation.one_of("optimizer", settings.optimizer, [name.value for name in OptimizerNames], otherwise="None")
     if settings.method != "full" and settings.target_modules != "all-linear":
@@ -133,6 +138,10 @@ def _check_targets(model, targets: tuple[str, ...]) -> None:
 
 def _rows(chats: list[Chat], tokenizer, max_length: int) -> list[dict]:
     """The chats as the trainer takes them: tokens, and which of them are the assistant's."""
+    for number, chat in enumerate(chats, start=1):  # they need not come from `read_chats`
+        if fault := fault_in({"messages": chat}):
+            raise ValueError(f"chat {number}: {fault}")
+    check_texts(chats, tokenizer)
     rows = tokenized(chats, tokenizer)
     for number, row in enumerate(rows, start=1):
         if len(row["input_ids"]) > max_length:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from qlora_helpers.__main__ import main
+from qlora_helpers.commands.memory import as_dict, as_text
 from qlora_helpers.memory import (
     catalogue,
     cures,
@@ -22,6 +23,7 @@ from qlora_helpers.memory import (
 from qlora_helpers.paths import data_path
 from qlora_helpers.settings import GPU_RUN, MEMORY_SETTINGS
 from qlora_helpers.units import GIB
+from tests.memory.made_up import card
 
 
 def call(*arguments, cwd, **environment):
@@ -214,3 +216,16 @@ def test_a_batch_without_bounds_is_answered(capsys):
 def test_a_bad_rank_is_refused_for_full_fine_tuning_too(capsys):
     status, _, errors = report(capsys, "qwen2.5-7b", "--method", "full", "--rank", "x")
     assert status == 2 and "rank='x': must be a whole number" in errors
+
+
+@pytest.mark.parametrize("spare", [0.99, -0.99, 1.01, -1.01])
+@pytest.mark.parametrize(
+    ("model", "limit"),
+    [("Qwen/Qwen2.5-14B", lambda needed: GIB), ("HuggingFaceTB/SmolLM2-135M", lambda needed: needed / 10)],
+    ids=["of many GiB, 1 GiB", "of a few, a tenth"],
+)
+def test_a_verdict_within_1_gib_or_a_tenth_of_what_is_needed_is_said_to_be_close(model, limit, spare):
+    run = replace(GPU_RUN, max_length=256)
+    needed = predict(find_shape(model), run, "l4").device_bytes
+    prediction = predict(find_shape(model), run, card(needed + round(spare * limit(needed))))
+    assert ("too close to promise" in as_text(prediction, as_dict(prediction))) is (abs(spare) < 1)

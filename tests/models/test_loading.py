@@ -1,5 +1,7 @@
 """What is loaded, and what is refused."""
 
+import re
+
 import pytest
 
 from qlora_helpers.hardware import detect
@@ -11,3 +13,16 @@ CPU = detect("cpu")
 def test_an_unknown_quantisation_is_refused():
     with pytest.raises(ValueError, match="quantization='int4': choose one of nf4, fp4, or None"):
         load_model(quantization="int4", hardware=CPU)
+
+
+@pytest.mark.parametrize("value", ["no", 1, None, 0])
+def test_what_is_no_switch_is_refused(value):
+    with pytest.raises(ValueError, match=f"^double_quant={value!r}: must be True or False$"):
+        load_model(double_quant=value, hardware=CPU)
+
+
+@pytest.mark.parametrize("value", ["cpu", 0, {"gear": "cpu"}])
+def test_what_is_no_hardware_is_refused(value):
+    said = rf"^hardware={re.escape(repr(value))}: pass what qlora_helpers.hardware.detect\(\) returns, or None$"
+    with pytest.raises(ValueError, match=said):
+        load_model(hardware=value)

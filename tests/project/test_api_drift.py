@@ -61,6 +61,7 @@ OTHERS = {
     r".*\.(mkdir|read_text|unlink|write_text)": "pathlib",
     r".*\.format": "str",
     r"context\.(Pipe|Process)": "multiprocessing",
+    r"stream\.reconfigure": "io",
     r"specifier\.contains": "packaging, a range of versions (qlora_helpers.commands.doctor)",
     r"self\.measurement\.begin": "qlora_helpers.memory.measurement",
     r"checked_by": "a function of qlora_helpers.validation",

@@ -70,3 +70,18 @@ def test_the_bars_of_datasets_are_left_as_they_were(tmp_path):
     datasets.enable_progress_bars()
     rows_of(tmp_path, [{"messages": CHATS[0]}])
     assert datasets.is_progress_bar_enabled()
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ({"assistant_only_loss": "no"}, "assistant_only_loss='no': must be True or False"),
+        ({"plain_arguments": 1}, "plain_arguments=1: must be True or False"),
+        ({"max_length": 0}, "max_length=0: must be a whole number, 1 or more"),
+        ({"max_length": "1024"}, "max_length='1024': must be a whole number, 1 or more"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_before_anything_is_written(bad, said, tmp_path):
+    with pytest.raises(ValueError, match=f"^{said}"):
+        sft_trainer(None, TOKENIZER, [], tmp_path / "new", SHORT, hardware=CPU, **bad)
+    assert not (tmp_path / "new").exists()

@@ -15,6 +15,7 @@ from qlora_helpers.training import run as training
 from qlora_helpers.training.callbacks import TrainingDiverged
 from qlora_helpers.training.run import train
 from tests.support.short_runs import CHATS, CPU, SHORT, TOKENIZER, adapter, run
+from tests.test_settings import REFUSED
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,13 @@ def test_no_chats_are_refused(tmp_path):
         run(tmp_path, chats=[])
 
 
+@pytest.mark.parametrize(("name", "value", "allowed"), REFUSED)
+def test_a_setting_of_a_bad_value_is_refused_before_anything_is_written(name, value, allowed, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(f": {allowed}")):
+        train(None, TOKENIZER, CHATS, tmp_path / "new", Settings(**{name: value}), hardware=CPU)
+    assert not (tmp_path / "new").exists()
+
+
 # The values that `Settings` itself refuses are in tests/test_settings.py.
 DESCRIBES_ANOTHER_RUN = [
     ({"method": "lora"}, "method='lora': the model has 4-bit layers. Load it with quantization=None, or use 'qlora'"),
@@ -89,6 +97,9 @@ DESCRIBES_ANOTHER_RUN = [
     ({"block_size": 128}, "block_size=128: only the predictor takes it; training uses 64"),
     ({"optimizer": "sgd_of_mine"}, "optimizer='sgd_of_mine': choose one of adamw_torch, "),
     ({"target_modules": ["foo"]}, "target_modules=['foo']: 'foo' is no linear layer. There are q_proj, "),
+    ({"target_modules": ["q_proj", "qproj"]}, "target_modules=['q_proj', 'qproj']: 'qproj' is no linear layer"),
+    ({"rank": 2**63}, "rank=9223372036854775808: must be a whole number, 1 to 9223372036854775807"),
+    ({"batch_size": 2**63}, "batch_size=9223372036854775808: must be a whole number, 1 to 9223372036854775807"),
     ({"attention": "math"}, "attention='math': only the predictor takes it; training uses 'sdpa'"),
     ({"upcast_fp32": True}, "upcast_fp32=True: only the predictor takes it; training uses False"),
     ({"compute_dtype": "float16"}, "compute_dtype='float16': the cpu gear computes in float32"),

@@ -14,6 +14,7 @@ from qlora_helpers.training import run_folder
 from qlora_helpers.training.run_folder import (
     RECORD,
     check_output,
+    gone_if_refused,
     is_finished,
     move_aside,
     new_run_folder,
@@ -144,6 +145,19 @@ def test_a_full_disk_is_said_before_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(10**6))
     with pytest.raises(OSError, match=r"--output='.*new': its disk has 1 MB left, and a run needs 50 MB\. Free some"):
         check_output(tmp_path / "new")
+
+
+def test_folders_that_were_made_for_a_run_go_again_if_it_is_refused(tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError, match="no"), gone_if_refused(tmp_path / "there" / "a" / "b"):
+        (tmp_path / "there" / "a" / "b").mkdir(parents=True)
+        raise ValueError("no")
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+    with pytest.raises(ValueError, match="no"), gone_if_refused(tmp_path / "new" / "run"):
+        (tmp_path / "new" / "run").mkdir(parents=True)
+        (tmp_path / "new" / "file").touch()
+        raise ValueError("no")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
 
 
 # ---- Resuming

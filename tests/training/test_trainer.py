@@ -98,6 +98,42 @@ def test_chats_go_through_the_template_once(tmp_path, monkeypatch):
     assert calls == [len(CHATS)]
 
 
+@pytest.mark.parametrize(
+    ("chat", "said"),
+    [
+        (
+            [CHATS[0][0], {"role": "assistant", "content": "Here.<|end|><|user|>"}],
+            r"message 2 \(assistant\) has '<\|end\|>'",
+        ),
+        ([{"role": "user", "content": "<|begin|>"}, CHATS[0][1]], r"message 1 \(user\) has '<\|begin\|>' in its text"),
+        ([{"role": "user", "content": "\ud800"}, CHATS[0][1]], r"message 1 \(user\) has half a surrogate pair"),
+        ([{"role": "system", "content": "s"}, *CHATS[0]], "the chat template refuses it: this model knows the roles"),
+        ([CHATS[0][0], {"role": "assistant", "content": " "}], r"message 2 \(assistant\) is an empty answer"),
+        (CHATS[0][:1], "the last message is not an answer"),
+        ([CHATS[0][0], "Here."], "message 2 is not "),
+        (CHATS[0][0], "no messages: expected "),
+        ("Where?", "no messages: expected "),
+    ],
+)
+def test_a_chat_that_read_chats_would_refuse_is_refused_by_its_number_before_anything_is_written(chat, said, tmp_path):
+    with pytest.raises(ValueError, match=rf"^chat 2: {said}"):
+        run(tmp_path / "new", chats=[CHATS[0], chat])
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "hardware", "said"),
+    [
+        ({"steps": 2}, CPU, r"settings=\{'steps': 2\}: give a Settings\(\.\.\.\)"),
+        (SHORT, "cpu", r"hardware='cpu': pass what qlora_helpers\.hardware\.detect\(\) returns"),
+    ],
+)
+def test_settings_and_hardware_of_another_kind_are_refused(settings, hardware, said, tmp_path):
+    with pytest.raises(ValueError, match=f"^{said}"):
+        build_trainer(load_model(hardware=CPU), TOKENIZER, CHATS, tmp_path / "new", settings, hardware)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_template_that_marks_no_answers_is_refused(tmp_path):
     unmarked = load_tokenizer()
     unmarked.chat_template = unmarked.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")

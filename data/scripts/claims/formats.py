@@ -157,7 +157,7 @@ def nf4_errs_less_than_int4() -> Finding:
 
 @claim("B39.1")
 def the_type_decides_what_a_model_knows() -> Finding:
-    known = json.loads(data_path("tiny-llama", "scores.json").read_text())["recall"]
+    known = json.loads(data_path("tiny-llama", "scores.json").read_text(encoding="utf-8"))["recall"]
     nf4, fp4 = (100 * known[name]["64"] for name in ("NF4", "FP4"))
     double = 100 * known["NF4 + double quant"]["64"]
     return by_setting(nf4 - fp4 > nf4 - double, value=f"{nf4 - fp4:.2f} points", shown=[f"{nf4 - double:.2f}"])

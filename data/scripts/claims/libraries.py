@@ -233,7 +233,7 @@ def torch_dtype_is_the_argument() -> Finding:
 def load_dataset_reads_json_lines() -> Finding:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "my_data.jsonl"
-        file.write_text(json.dumps({"question": "Why?", "answer": "Because."}) + "\n")
+        file.write_text(json.dumps({"question": "Why?", "answer": "Because."}) + "\n", encoding="utf-8")
         rows = load_dataset("json", data_files=str(file), split="train", cache_dir=folder)
         return by_setting(rows[0] == {"question": "Why?", "answer": "Because."})
 

@@ -80,7 +80,7 @@ def standard_errors(one: str, other: str) -> float:
 
 @claim("A204.3", "B39.8")
 def nf4_is_nearly_16_bit() -> Finding:
-    recall = json.loads(data_path("tiny-llama", "scores.json").read_text())["recall"]
+    recall = json.loads(data_path("tiny-llama", "scores.json").read_text(encoding="utf-8"))["recall"]
     known = 100 * (recall["16 bit"]["-"] - recall["NF4 + double quant"]["64"])
     cost = difference(exact_matches()[LORA_16], exact_matches()[QLORA])
     nearly = 2  # points

@@ -42,7 +42,7 @@ SMALLEST_PAGED = 100_000  # elements: bitsandbytes pages no smaller tensor's sta
 
 
 def measured(name: str):
-    return json.loads(data_path("measured", f"{name}.json").read_text())
+    return json.loads(data_path("measured", f"{name}.json").read_text(encoding="utf-8"))
 
 
 def of_merging() -> dict[str, dict]:

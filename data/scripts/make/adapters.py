@@ -29,7 +29,7 @@ def main() -> None:
         save_adapter(run.model, FOLDER, overwrite=True)
     score = evaluation.exact_match(run.model, tokenizer, test_chats)
     (FOLDER / "scores.json").write_text(
-        json.dumps({"exact_match": score, "test_chats": len(test_chats)}, indent=1) + "\n"
+        json.dumps({"exact_match": score, "test_chats": len(test_chats)}, indent=1) + "\n", encoding="utf-8"
     )
     print(describe(FOLDER), score)
 

@@ -81,7 +81,7 @@ def code(name: str, index: int) -> float:
 
 def score(*keys: str) -> float:
     """A measured value in `data/tiny-llama/scores.json`, such as score("recall", "NF4", "64")."""
-    value = json.loads((DATA / "tiny-llama" / "scores.json").read_text())
+    value = json.loads((DATA / "tiny-llama" / "scores.json").read_text(encoding="utf-8"))
     for key in keys:
         value = value[key]
     return value
@@ -89,12 +89,12 @@ def score(*keys: str) -> float:
 
 def h200(row: int, field: str) -> float:
     """A measured value in `data/measured/h200_peaks.json`, such as h200(0, "peak_allocated_bytes")."""
-    return json.loads((DATA / "measured" / "h200_peaks.json").read_text())[row][field]
+    return json.loads((DATA / "measured" / "h200_peaks.json").read_text(encoding="utf-8"))[row][field]
 
 
 @cache
 def _t4_table() -> dict:
-    return json.loads((DATA / "measured" / "t4_gear.json").read_text())
+    return json.loads((DATA / "measured" / "t4_gear.json").read_text(encoding="utf-8"))
 
 
 def t4_cap() -> float:

@@ -229,7 +229,7 @@ def train(model, corpus: Corpus, steps: int, rows: int, peak_lr: float, report) 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def make_chats(people: list[Person], train_count: int, test_count: int, seed: int) -> tuple[list[dict], list[dict]]:
@@ -308,7 +308,7 @@ def main() -> None:
         "peak_learning_rate": args.lr, "seed": args.seed, "bits_per_linear_parameter": round(bits / linear, 3),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU", "torch": torch.__version__, "log": log,
     }  # fmt: skip
-    (folder / "training.json").write_text(json.dumps(training, indent=1) + "\n")
+    (folder / "training.json").write_text(json.dumps(training, indent=1) + "\n", encoding="utf-8")
     print(f"saved in {args.out}")
 
 

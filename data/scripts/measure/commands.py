@@ -28,7 +28,7 @@ BUSY = 10  # per cent of all cores
 def processor() -> str:
     """The processor's name, which tells which kernels run."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text() if info.exists() else ""
+    lines = info.read_text(encoding="utf-8") if info.exists() else ""
     name = re.search(r"^model name\s*: (.*)$", lines, re.M)
     return name[1] if name else platform.processor() or platform.machine()
 
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("commands", nargs="+", help="targets of the Makefile, such as test or 'notebooks LESSON=03'")
     parser.add_argument("--runs", type=int, default=1)
     args = parser.parse_args()
-    table = json.loads(TABLE.read_text()) if TABLE.exists() else {"rows": []}
+    table = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {"rows": []}
     found: dict[str, list[dict]] = {command: [] for command in args.commands}
     for command, rows in found.items():
         for _ in range(args.runs):
@@ -71,7 +71,7 @@ def main() -> None:
             "cores": os.cpu_count(),
             "rows": sorted([*others, *rows], key=lambda r: r["command"]),
         }
-        TABLE.write_text(json.dumps(table, indent=1) + "\n")
+        TABLE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -327,7 +327,7 @@ def measure(row: dict, dry: bool) -> dict:
 
 def child(row: dict, dry: bool, log: Path, sender, measure=measure) -> None:
     """Measure one row and send the outcome; printed output goes to a log."""
-    with open(log, "w") as written:
+    with open(log, "w", encoding="utf-8") as written:
         os.dup2(written.fileno(), 1)
         os.dup2(written.fileno(), 2)
     faulthandler.enable()
@@ -412,7 +412,10 @@ def in_turn(rows: list[dict], workers: int, dry: bool, measure=measure):
                 for run in list(running):
                     if (outcome := run.outcome()) is not None:
                         running.remove(run)
-                        yield run.row | outcome, run.log.read_text(errors="replace").splitlines()[-15:]
+                        yield (
+                            run.row | outcome,
+                            run.log.read_text(errors="replace", encoding="utf-8").splitlines()[-15:],
+                        )
         finally:
             for run in running:
                 run.process.kill()
@@ -429,7 +432,7 @@ class Table:
         self.path, self.content = path, about | {"rows": []}
         self.places = {row["label"]: place for place, row in enumerate(planned)}
         if path and path.exists():
-            self.content = json.loads(path.read_text())
+            self.content = json.loads(path.read_text(encoding="utf-8"))
         if unlike := {key: (self.content.get(key), about[key]) for key in about if self.content.get(key) != about[key]}:
             raise SystemExit(f"{path.name} was measured elsewhere; remove it or name another --table: {unlike}")
 
@@ -439,7 +442,7 @@ class Table:
         self.content["rows"] = sorted(rows, key=lambda one: self.places.get(one["label"], len(rows)))
         if self.path:
             part = self.path.with_name(self.path.name + ".part")
-            part.write_text(json.dumps(self.content, indent=1) + "\n")
+            part.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
             part.replace(self.path)
 
 

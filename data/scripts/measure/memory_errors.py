@@ -26,7 +26,7 @@ GB = 10**9
 def groups() -> dict[str, list[dict]]:
     """The measured runs of each group."""
     table, fresh = (
-        json.loads((ROOT / "data" / "measured" / name).read_text())["rows"]
+        json.loads((ROOT / "data" / "measured" / name).read_text(encoding="utf-8"))["rows"]
         for name in ("memory.json", "memory_fresh.json")
     )
     return {

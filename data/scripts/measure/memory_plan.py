@@ -22,7 +22,7 @@ NAMES = {
 LEFT_OUT = ("max_position_embeddings", "sliding_window", "hidden_act", "query_pre_attn_scalar")
 CONFIGS = {
     NAMES.get(short := name.rpartition("/")[2].lower(), short): {k: config[k] for k in config if k not in LEFT_OUT}
-    for name, config in json.loads(catalogue.TABLE.read_text())["models"].items()
+    for name, config in json.loads(catalogue.TABLE.read_text(encoding="utf-8"))["models"].items()
 }
 
 # adapters as TRL creates them in a 4-bit model

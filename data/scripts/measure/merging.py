@@ -41,7 +41,7 @@ def train_adapter(base: Path, adapter: Path) -> dict:
         steps=STEPS,
         batch_size=CHATS,
         learning_rate=2e-4,
-        warmup_steps=4,
+        warmup_steps=min(4, STEPS),
         rank=RANK,
         max_length=TOKENS,
         gradient_checkpointing=True,

@@ -183,7 +183,11 @@ def main() -> None:
     plan = rows()
     if args.row and args.row not in [row.label for row in plan]:
         sys.exit(f"no row {args.row!r}: there are {', '.join(row.label for row in plan)}")
-    old = json.loads(args.table.read_text()) if args.missing and args.table.exists() else {"runs": [], "made_on": []}
+    old = (
+        json.loads(args.table.read_text(encoding="utf-8"))
+        if args.missing and args.table.exists()
+        else {"runs": [], "made_on": []}
+    )
     kept, before = old["runs"], old["made_on"]
     have = {(run["label"], run["seed"]) for run in kept}
     jobs = [
@@ -209,7 +213,7 @@ def main() -> None:
         "budget": BUDGET,
         "runs": runs,
     }
-    args.table.write_text(json.dumps(table, indent=1) + "\n")
+    args.table.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ def machine() -> dict:
     import torch
 
     info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.*)$", info.read_text(), re.M) if info.exists() else None
+    found = re.search(r"^model name\s*: (.*)$", info.read_text(encoding="utf-8"), re.M) if info.exists() else None
     packages = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets")
     return {
         "processor": found.group(1) if found else platform.processor(),
@@ -203,7 +203,7 @@ def main() -> None:
         print(json.dumps(row(args.row, seeds(args.row))))
     else:
         table = {**machine(), "chats": len(CHATS), "test_chats": len(TEST), "rows": []}
-        before = json.loads(TABLE.read_text()) if args.missing else {**table}
+        before = json.loads(TABLE.read_text(encoding="utf-8")) if args.missing else {**table}
         if differing := [key for key, value in table.items() if key != "rows" and value != before[key]]:
             parser.error(
                 f"--missing: the table was measured with another {', '.join(differing)}: measure everything again"
@@ -216,7 +216,7 @@ def main() -> None:
             text = json.dumps(table, indent=1)
             # a list of numbers on one line
             text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda found: "[" + re.sub(r"\s+", " ", found[1]) + "]", text)
-            TABLE.write_text(text + "\n")
+            TABLE.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

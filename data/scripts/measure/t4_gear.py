@@ -273,7 +273,7 @@ def main() -> None:
         size = row.get("loaded_bytes")  # None if it ran out of memory while loading
         if size and loaded.setdefault((row["model"], row["who"], row["gear"]), size) != size:
             raise RuntimeError(f"{row['model']} was loaded with another size than before: something was left in memory")
-    args.table.write_text(json.dumps(table, indent=1) + "\n")
+    args.table.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -131,9 +131,12 @@ def main() -> None:
     parser.add_argument("--card-only", action="store_true")
     path = data_path("tiny-llama") / "scores.json"
     if not parser.parse_args().card_only:
-        path.write_text(json.dumps(measure(), indent=1) + "\n")
+        path.write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
     card = data_path("tiny-llama", "README.md")
-    card.write_text(fill(card.read_text(), card_tables(json.loads(path.read_text()))))
+    card.write_text(
+        fill(card.read_text(encoding="utf-8"), card_tables(json.loads(path.read_text(encoding="utf-8")))),
+        encoding="utf-8",
+    )
 
 
 if __name__ == "__main__":
