@@ -30,7 +30,8 @@ class _Short(reprlib.Repr):
 
 def shown(value: object) -> str:
     """A value for a message: as Python shows it, cut if it is long."""
-    return _Short().repr(value)
+    text = _Short().repr(value)
+    return text if len(text) <= 600 else f"{text[:600]}…"
 
 
 def refuse(name: str, value: object, allowed: str) -> ValueError:
