@@ -19,7 +19,23 @@ from qlora_helpers import validation
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["FAMILIES", "Linear", "ModelShape"]
+__all__ = ["FAMILIES", "MOST", "Linear", "ModelShape", "bounded"]
+
+MOST = 10**36  # of any size or number: a product of a few of them is still within a float's range
+
+
+def bounded(name: str, value: object) -> int:
+    """A whole number from 1 to 10**36, with which every size can still be computed.
+
+    Raises:
+        ValueError: it is none.
+    """
+    number = validation.whole(name, value)
+    if number > MOST:
+        # Python refuses to print a number of more than 4,300 digits
+        shown = number if number.bit_length() < 1_000 else f"a number of {number.bit_length():,} bits"
+        raise validation.refuse(name, shown, "must be no more than 10**36")
+    return number
 
 
 @dataclass(frozen=True)
