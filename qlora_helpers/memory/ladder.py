@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from qlora_helpers.memory.gpus import GPU, find_gpu
-from qlora_helpers.memory.layers import EAGER_ONLY
-from qlora_helpers.memory.prediction import Prediction, predict
+from qlora_helpers.memory.layers import EAGER_ONLY, LayerSettings
+from qlora_helpers.memory.prediction import Prediction, on_gpu, predict
 from qlora_helpers.memory.search import MOST_DIVISORS, divisors, longest_sequence
 from qlora_helpers.memory.shape import ModelShape
 from qlora_helpers.memory.trained import OPTIMIZERS
@@ -57,12 +57,15 @@ def _no_upcast(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
 def _fused_attention(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
     if settings.attention == "sdpa" or shape.model_type in EAGER_ONLY:
         return []
-    if gpu.compute_capability >= (8, 0):
-        what, price = "attention by sdpa, in FlashAttention", "nothing: the same result, and faster"
-    else:
+    changed = replace(settings, attention="sdpa")
+    if gpu.compute_capability < (8, 0):
         what = "this course's attention (qlora_helpers.models.attention), in the memory-efficient kernel"
         price = "a copy of keys and values: the same result, and faster"
-    return [(what, price, replace(settings, attention="sdpa"))]
+    elif LayerSettings.of(shape, on_gpu(changed, gpu), gpu).kernel == "flash":
+        what, price = "attention by sdpa, in FlashAttention", "nothing: the same result, and faster"
+    else:  # FlashAttention takes neither float32 nor a mask
+        what, price = "attention by sdpa", "nothing: the same result"
+    return [(what, price, changed)]
 
 
 def _fused_optimizer(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
@@ -188,6 +191,26 @@ def _apply(
     return tuple(notes[rung][:2] for rung in LADDER if rung in notes), settings, predict(shape, settings, gpu)
 
 
+def _strongest(shape: ModelShape, settings: Settings, gpu: GPU, rungs: Sequence) -> tuple[dict, Prediction]:
+    """Rungs at their strongest: the first of them with which the run fits, else those with which it takes the least.
+
+    A change can raise what the others leave, such as accumulation: it keeps the gradients, which can be larger than what a
+    smaller batch saves.
+    """
+    levels, prediction = {}, predict(shape, settings, gpu)
+    for rung in rungs:
+        levels[rung] = STRONGEST
+        prediction = _apply(shape, settings, gpu, levels)[2]
+        if prediction.fits:
+            return levels, prediction
+    for rung in (*rungs, *rungs):  # twice: what is left out later can change what an earlier one does
+        others = {other: level for other, level in levels.items() if other is not rung}
+        without = _apply(shape, settings, gpu, others)[2]
+        if without.device_bytes < prediction.device_bytes:
+            levels, prediction = others, without
+    return levels, prediction
+
+
 def cures(shape: ModelShape, settings: Settings, gpu: str | GPU) -> list[Change]:
     """What makes a run fit, the cheapest first; an empty list if it fits already.
 
@@ -222,15 +245,11 @@ def cures(shape: ModelShape, settings: Settings, gpu: str | GPU) -> list[Change]
                 return level
         return bisect_left(range(STRONGEST), True, lo=2, key=lambda level: fits(levels | {rung: level}))
 
-    levels = {}
-    for rung in cheaper:
-        levels[rung] = STRONGEST
-        notes, _, prediction = _apply(shape, settings, gpu, levels)
-        if prediction.fits:
-            break
-    else:
+    levels, prediction = _strongest(shape, settings, gpu, cheaper)
+    if not prediction.fits:
         if found:
             return found
+        notes = _apply(shape, settings, gpu, levels)[0]
         price = f"nothing else is enough: with all other changes it is still {-prediction.spare_bytes / GIB:.2f} GiB too much"
         return [Change("a smaller model, or a GPU with more memory", price, None, prediction, notes)]
     for rung in reversed(list(levels)):  # take back what is not needed, the most expensive first
