@@ -15,6 +15,7 @@ __all__ = [
     "METHODS",
     "PREDICTOR_ONLY",
     "SCHEDULES",
+    "WARMUP_STEPS",
     "Settings",
 ]
 
@@ -24,6 +25,8 @@ ATTENTION = ("sdpa", "math", "eager")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes'
 # transformers' name for each. Its own "constant" has no warm-up, whatever warmup_steps says.
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+WARMUP_STEPS = 15  # where the settings name none
+_LARGEST_SEED = 2**32 - 1  # numpy's
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Settings:
         max_length: the longest sequence in tokens. Training refuses a longer chat; it does not truncate it. The
             predictor assumes that every sequence is this long.
         learning_rate: its peak, after a linear warm-up; then it follows the schedule.
-        warmup_steps: optimizer steps of warm-up; less than 1 is a share of all steps.
+        warmup_steps: optimizer steps of warm-up, at most `steps`; None for 15, or all steps of a shorter run. The field
+            then holds that number.
         schedule: of the learning rate after the warm-up: "linear" or "cosine" decay to zero, or "constant".
         max_grad_norm: gradients with a larger norm are clipped to this one; None for no clipping.
         rank: of the two LoRA matrices. "full" uses neither this nor alpha, dropout and target_modules.
@@ -79,7 +83,7 @@ class Settings:
     accumulation: int = 1
     max_length: int = 64
     learning_rate: float = 1e-3
-    warmup_steps: int | float = 15
+    warmup_steps: int | None = None
     schedule: str = "linear"
     max_grad_norm: float | None = 1.0
     rank: int = 16
@@ -122,6 +126,8 @@ class Settings:
         self._hold_unless_none(validation.one_of, "compute_dtype", DTYPES, otherwise="None for the GPU's default")
         if not (self.optimizer is None or (isinstance(self.optimizer, str) and self.optimizer)):
             raise validation.refuse("optimizer", self.optimizer, "name one that transformers' optim takes, or None")
+        if self.optimizer:
+            object.__setattr__(self, "optimizer", "".join(self.optimizer))  # a plain text
 
     def _check_the_adapters(self) -> None:
         self._hold(validation.whole, "rank")
@@ -136,27 +142,39 @@ class Settings:
     def _check_the_run(self) -> None:
         self._hold(validation.whole, "steps")
         self._hold(validation.number, "learning_rate", above=0)
-        self._hold(validation.number, "warmup_steps", at_least=0)
+        self._check_the_warm_up()
         self._hold(validation.one_of, "schedule", SCHEDULES)
         self._hold_unless_none(validation.number, "max_grad_norm", above=0, otherwise="None for no clipping")
         self._hold_unless_none(validation.whole, "log_steps", otherwise="None for twenty times per run")
         self._hold_unless_none(validation.whole, "save_steps", otherwise="None for no checkpoints")
         self._hold_unless_none(validation.number, "save_minutes", at_least=0, otherwise="None for no checkpoints")
-        self._hold(validation.whole, "seed", at_least=0)
+        self._hold(validation.whole, "seed", at_least=0, at_most=_LARGEST_SEED)
         try:
             self._hold(validation.whole, "keep_checkpoints", at_least=2)
         except ValueError as error:
             raise ValueError(f"{error}; with fewer, a kill can leave none") from None
 
+    def _check_the_warm_up(self) -> None:
+        if self.warmup_steps is None:
+            object.__setattr__(self, "warmup_steps", min(WARMUP_STEPS, self.steps))
+        # transformers takes a number below 1 for a share of the run, and never ends a warm-up longer than the run
+        otherwise = f"None for {WARMUP_STEPS} (all steps of a shorter run)"
+        try:
+            self._hold(validation.whole, "warmup_steps", at_least=0, at_most=self.steps, otherwise=otherwise)
+        except ValueError as error:
+            counts = f"It counts steps, and is no share of them: the run has {self.steps}"
+            raise ValueError(f"{error}. {counts}") from None
+
 
 def _targets(value: object) -> str | tuple[str, ...]:
     """The names of adapted layers as one tuple, so that equal settings are equal; or "all-linear"."""
-    if value == "all-linear":
+    if isinstance(value, str) and value == "all-linear":
         return "all-linear"
     names = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else []
     if not names or not all(isinstance(name, str) and name for name in names):
         cure = 'must be "all-linear", or a list of names such as ["q_proj", "v_proj"]'
         raise validation.refuse("target_modules", value, cure)
+    names = ["".join(name) for name in names]  # plain texts, where they are numpy's
     return tuple(sorted(names) if isinstance(value, set | frozenset) else names)
 
 

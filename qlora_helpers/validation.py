@@ -8,22 +8,54 @@ from __future__ import annotations
 
 import math
 import operator
+import reprlib
 from collections.abc import Collection, Iterable
 from numbers import Real
 
 __all__ = ["number", "one_of", "refuse", "switch", "whole"]
 
+_LARGEST = 2**63 - 1
+_LARGEST_FLOAT = (2 - 2**-23) * 2.0**127  # float32's
+
+
+class _Short(reprlib.Repr):
+    """A value as Python shows it, cut if it is long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 200
+        self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdict = 20
+
+    def repr_int(self, value: int, level: int) -> str:
+        # Python refuses to write thousands of digits
+        return repr(value) if value.bit_length() < 2_000 else f"an integer of {value.bit_length():,} bits"
+
+
+_shown = _Short().repr
+
 
 def refuse(name: str, value: object, allowed: str) -> ValueError:
     """The error for a value that is not allowed; `allowed` begins with "must be" or names the cure."""
-    return ValueError(f"{name}={value!r}: {allowed}")
+    return ValueError(f"{name}={_shown(value)}: {allowed}")
 
 
-def whole(name: str, value: object, at_least: int = 1, among: Collection[int] = (), otherwise: str = "") -> int:
+def _is_boolean(value: object) -> bool:
+    """Whether a value is a bool, or one of numpy's or torch's."""
+    return isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
+
+
+def whole(
+    name: str,
+    value: object,
+    at_least: int = 1,
+    at_most: int | None = None,
+    among: Collection[int] = (),
+    otherwise: str = "",
+) -> int:
     """A whole number: an int, or what converts to one without loss, such as a numpy integer.
 
     Args:
-        at_least: the least that is allowed.
+        at_least, at_most: the least and the most that are allowed.
         among: if given, only these are allowed.
         otherwise: what else is allowed, for the message, such as "None for no checkpoints".
     """
@@ -31,17 +63,28 @@ def whole(name: str, value: object, at_least: int = 1, among: Collection[int] = 
         number = operator.index(value)
     except TypeError:
         number = None
-    if number is None or isinstance(value, bool) or number < at_least or (among and number not in among):
-        kind = f"one of {', '.join(map(str, among))}" if among else f"a whole number, {at_least} or more"
+    most = _LARGEST if at_most is None else at_most
+    held = number is not None and not _is_boolean(value) and at_least <= number <= most
+    if not held or (among and number not in among):
+        bounds = f"{at_least} or more" if at_most is None else f"{at_least} to {at_most}"
+        if at_most is None and number is not None and number > _LARGEST:
+            bounds += ", in 64 bits"  # larger ones fail deep in torch
+        kind = f"one of {', '.join(map(str, among))}" if among else f"a whole number, {bounds}"
         raise refuse(name, value, f"must be {kind}{otherwise and f', or {otherwise}'}")
     return number
 
 
-def _is_finite(value: Real) -> bool:
+def _plain(value: object) -> int | float | None:
+    """A real number of any library as an int or a float; None for what is none, or is too large for a float."""
+    if not isinstance(value, Real) or _is_boolean(value):
+        return None
     try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number that is larger than any float
-        return False
+        as_float = float(value)
+        return operator.index(value)
+    except OverflowError:
+        return None
+    except TypeError:  # not a whole number
+        return as_float
 
 
 def number(
@@ -53,15 +96,17 @@ def number(
     otherwise: str = "",
 ) -> float:
     """A finite number within its bounds; one of the lower bounds, `above` or `at_least`, must be given."""
-    held = isinstance(value, Real) and not isinstance(value, bool) and _is_finite(value) and value < below
+    number = _plain(value)
+    too_large = number is not None and _LARGEST_FLOAT < abs(number) < math.inf  # fails deep in torch
+    held = number is not None and math.isfinite(number) and number < below and not too_large
     if above is not None:
-        held, bound = held and value > above, f"more than {above:g}"
+        held, bound = held and number > above, f"more than {above:g}"
     else:
-        held, bound = held and value >= at_least, f"{at_least:g} or more"
+        held, bound = held and number >= at_least, f"{at_least:g} or more"
     if not held:
-        less = "" if below == math.inf else f" and less than {below:g}"
+        less = ", that float32 can hold" if too_large else "" if below == math.inf else f" and less than {below:g}"
         raise refuse(name, value, f"must be a number, {bound}{less}{otherwise and f', or {otherwise}'}")
-    return value if isinstance(value, int | float) else float(value)  # such as a numpy number
+    return number
 
 
 def one_of(name: str, value: object, known: Iterable[str], otherwise: str = "") -> str:
@@ -69,11 +114,12 @@ def one_of(name: str, value: object, known: Iterable[str], otherwise: str = "") 
     known = list(known)
     if not isinstance(value, str) or value not in known:
         raise refuse(name, value, f"choose one of {', '.join(known)}{otherwise and f', or {otherwise}'}")
-    return value
+    return known[known.index(value)]  # a plain text, where the value is one of numpy's
 
 
 def switch(name: str, value: object) -> bool:
-    """True or False, and nothing that merely counts as one of them."""
-    if not isinstance(value, bool):
+    """True or False, or one of numpy's; nothing that merely counts as one of them."""
+    of_numpy = type(value).__module__ == "numpy" and _is_boolean(value)
+    if not (isinstance(value, bool) or of_numpy):
         raise refuse(name, value, "must be True or False")
-    return value
+    return bool(value)

@@ -10,10 +10,17 @@ import pytest
 from qlora_helpers.settings import GPU_RUN, MEMORY_SETTINGS, PREDICTOR_ONLY, Settings
 
 WHOLE, SWITCH = "must be a whole number, 1 or more", "must be True or False"
+WARM_UP = (
+    "must be a whole number, 0 to 300, or None for 15 (all steps of a shorter run). It counts steps, and is no share of them: "
+    "the run has 300"
+)
+TARGETS = 'must be "all-linear", or a list of names such as'
 REFUSED = [
     ("method", "dora", "choose one of qlora, lora, full"),
     ("steps", 0, WHOLE),
     ("steps", True, WHOLE),
+    ("steps", 2.0, WHOLE),
+    ("steps", np.bool_(True), WHOLE),
     ("batch_size", 1.5, WHOLE),
     ("accumulation", "2", WHOLE),
     ("max_length", None, WHOLE),
@@ -21,28 +28,39 @@ REFUSED = [
     ("learning_rate", math.nan, "must be a number, more than 0"),
     ("learning_rate", math.inf, "must be a number, more than 0"),
     ("learning_rate", "1e-4", "must be a number, more than 0"),
-    ("warmup_steps", -1, "must be a number, 0 or more"),
+    ("warmup_steps", -1, WARM_UP),
+    ("warmup_steps", 0.5, WARM_UP),
+    ("warmup_steps", 15.0, WARM_UP),
+    ("warmup_steps", 301, WARM_UP),
     ("schedule", "polynomial", "choose one of linear, cosine, constant"),
     ("max_grad_norm", 0, "must be a number, more than 0, or None for no clipping"),
     ("rank", -1, WHOLE),
+    ("rank", True, WHOLE),
     ("alpha", 0, "must be a number, more than 0"),
     ("dropout", 1.0, "must be a number, 0 or more and less than 1"),
-    ("target_modules", 5, 'must be "all-linear", or a list of names such as'),
-    ("target_modules", [5], 'must be "all-linear", or a list of names such as'),
-    ("target_modules", "q_proj", 'must be "all-linear", or a list of names such as'),
-    ("target_modules", (), 'must be "all-linear", or a list of names such as'),
+    ("target_modules", 5, TARGETS),
+    ("target_modules", [5], TARGETS),
+    ("target_modules", "q_proj", TARGETS),
+    ("target_modules", (), TARGETS),
+    ("target_modules", np.array([1, 2]), TARGETS),
+    ("target_modules", ["q_proj", ""], TARGETS),
     ("alpha", 10**400, "must be a number, more than 0"),
     ("gradient_checkpointing", 3, SWITCH),
+    ("gradient_checkpointing", "no", SWITCH),
     ("optimizer", ["x"], "name one that transformers' optim takes, or None"),
     ("optimizer", "", "name one that transformers' optim takes, or None"),
     ("compute_dtype", "fp8", "choose one of float32, float16, bfloat16, or None for the GPU's default"),
     ("double_quant", "yes", SWITCH),
     ("save_steps", 0, f"{WHOLE}, or None for no checkpoints"),
+    ("save_steps", math.nan, f"{WHOLE}, or None for no checkpoints"),
+    ("save_steps", 2.0, f"{WHOLE}, or None for no checkpoints"),
+    ("save_minutes", math.nan, "must be a number, 0 or more, or None for no checkpoints"),
     ("save_minutes", -1, "must be a number, 0 or more, or None for no checkpoints"),
     ("keep_checkpoints", 1, "must be a whole number, 2 or more; with fewer, a kill can leave none"),
     ("log_steps", 0, f"{WHOLE}, or None for twenty times per run"),
-    ("seed", -1, "must be a whole number, 0 or more"),
-    ("seed", 0.5, "must be a whole number, 0 or more"),
+    ("seed", -1, "must be a whole number, 0 to 4294967295"),
+    ("seed", 0.5, "must be a whole number, 0 to 4294967295"),
+    ("seed", 2**32, "must be a whole number, 0 to 4294967295"),
     ("adapter_dtype", None, "choose one of float32, float16, bfloat16"),
     ("block_size", 100, "must be one of 32, 64, 128"),
     ("attention", "flash", "choose one of sdpa, math, eager"),
@@ -78,6 +96,32 @@ def test_numbers_of_numpy_are_numbers():
     )
     assert settings == Settings(batch_size=2, rank=8, dropout=0.5)
     assert json.loads(json.dumps(asdict(settings)))["dropout"] == 0.5
+
+
+def test_values_of_numpy_are_kept_as_plain_ones():
+    """A record in JSON, a message and a comparison then show what a user would type."""
+    given = {
+        "method": np.str_("lora"), "rank": np.int64(2), "learning_rate": np.float64(1e-3), "double_quant": np.bool_(True),
+        "warmup_steps": np.int32(3), "target_modules": np.array(["q_proj", "v_proj"]), "optimizer": np.str_("sgd"),
+    }  # fmt: skip
+    kept = asdict(Settings(**given))
+    assert kept == asdict(Settings()) | given | {"target_modules": ("q_proj", "v_proj")}
+    assert {type(kept[name]) for name in given} == {str, int, float, bool, tuple}
+    assert {type(name) for name in kept["target_modules"]} == {str}
+
+
+@pytest.mark.parametrize(("steps", "warm_up"), [(300, 15), (15, 15), (14, 14), (1, 1)])
+def test_the_default_warm_up_is_no_longer_than_the_run(steps, warm_up):
+    assert Settings(steps=steps).warmup_steps == warm_up
+
+
+def test_a_warm_up_that_was_chosen_is_never_changed():
+    assert Settings(steps=20, warmup_steps=20).warmup_steps == 20
+    with pytest.raises(ValueError, match=r"^warmup_steps=21: must be a whole number, 0 to 20, or None"):
+        Settings(steps=20, warmup_steps=21)
+    with pytest.raises(ValueError, match=r"^warmup_steps=15: must be a whole number, 0 to 5, or None"):
+        replace(Settings(), steps=5)  # a copy has every value, and cannot know that this one was a default
+    assert replace(Settings(), steps=5, warmup_steps=None).warmup_steps == 5
 
 
 def test_targets_are_kept_so_that_equal_settings_are_equal():

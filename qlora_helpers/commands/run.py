@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from qlora_helpers.commands.settings_options import add_settings, as_words, given, option_of
-from qlora_helpers.settings import Settings
+from qlora_helpers.settings import WARMUP_STEPS, Settings
 from qlora_helpers.training.run_folder import (  # none needs torch
     check_movable,
     check_output,
@@ -158,7 +158,7 @@ def _load_and_run(args: argparse.Namespace, settings: Settings, aside: bool) -> 
 
     print(f"\nAsking {len(test_chats)} questions about people that no training chat mentions …", flush=True)
     before = _scores(model, tokenizer, test_chats)
-    print(f"Training for {settings.steps} steps …", flush=True)
+    print(f"Training for {settings.steps} steps{_said_of_the_warm_up(args, settings)} …", flush=True)
     run = train(
         model,
         tokenizer,
@@ -186,6 +186,12 @@ def _load_and_run(args: argparse.Namespace, settings: Settings, aside: bool) -> 
     path.write_text(json.dumps(report, indent=1) + "\n")
     _print_report(report, path)
     return 0
+
+
+def _said_of_the_warm_up(args: argparse.Namespace, settings: Settings) -> str:
+    """That the warm-up is shorter than by default, if nobody has asked for that."""
+    shortened = given(args).get("warmup_steps") is None and settings.warmup_steps < WARMUP_STEPS
+    return f", all of them warm-up ({WARMUP_STEPS} in a longer run)" if shortened and not args.resume else ""
 
 
 def _refuse_before_anything_is_asked(
