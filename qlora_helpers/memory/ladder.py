@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from qlora_helpers.memory.gpus import GPU, find_gpu
 from qlora_helpers.memory.layers import EAGER_ONLY, LayerSettings
 from qlora_helpers.memory.prediction import Prediction, on_gpu, predict
-from qlora_helpers.memory.search import MOST_DIVISORS, divisors, longest_sequence
+from qlora_helpers.memory.search import MOST, MOST_DIVISORS, divisors, longest_sequence
 from qlora_helpers.memory.shape import ModelShape
 from qlora_helpers.memory.trained import OPTIMIZERS
 from qlora_helpers.settings import GPU_OPTIMIZER, Settings
@@ -124,7 +124,10 @@ class _SmallerBatches(Sequence):
 
 
 def _smaller_batch(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
-    return _SmallerBatches(settings, divisors(settings.batch_size)[1:])
+    passes = settings.accumulation * settings.batch_size
+    return _SmallerBatches(
+        settings, tuple(size for size in divisors(settings.batch_size)[1:] if passes // size <= MOST)
+    )
 
 
 def _lower_rank(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:

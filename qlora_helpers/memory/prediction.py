@@ -13,7 +13,7 @@ from qlora_helpers import validation
 from qlora_helpers.memory.gpus import GPU, find_gpu
 from qlora_helpers.memory.layers import LayerSettings
 from qlora_helpers.memory.loaded import loaded_bytes, weights_by_part
-from qlora_helpers.memory.shape import ModelShape, bounded
+from qlora_helpers.memory.shape import ModelShape
 from qlora_helpers.memory.step import Moment, mask_bytes, moments_of_a_step
 from qlora_helpers.memory.trained import OPTIMIZERS, Trained, what_is_trained
 from qlora_helpers.settings import GPU_OPTIMIZER, Settings
@@ -94,8 +94,6 @@ def _check(shape: ModelShape, settings: Settings) -> None:
     if settings.method != "full" and settings.rank > shape.hidden_size:
         allowed = f"must be no more than the model's hidden size, {shape.hidden_size}"
         raise validation.refuse("rank", settings.rank, allowed)
-    for name in ("batch_size", "accumulation", "max_length"):
-        bounded(name, getattr(settings, name))
     longest = shape.max_position_embeddings
     if longest and settings.max_length > longest:
         allowed = f"must be no more than max_position_embeddings of this model, {longest}"

@@ -15,10 +15,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_helpers import validation
 from qlora_helpers.memory.catalogue import find_shape
 from qlora_helpers.memory.gpus import GPU, find_gpu
 from qlora_helpers.memory.prediction import Prediction, predict
-from qlora_helpers.memory.shape import MOST, ModelShape, bounded
+from qlora_helpers.memory.shape import ModelShape
 from qlora_helpers.settings import GPU_RUN, Settings
 from qlora_helpers.units import GIB
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LONGEST",
+    "MOST",
     "MOST_DIVISORS",
     "STEP",
     "Suggestion",
@@ -37,6 +39,7 @@ __all__ = [
     "what_fits",
 ]
 
+MOST = 2**63 - 1  # that a setting can be
 STEP = 128  # tokens: sequence lengths are tried in multiples of it
 LONGEST = 131_072  # tokens: where the search ends for a model whose config states no limit
 MOST_DIVISORS = 2**20  # of a number are looked for: without a bound a large prime would take for ever
@@ -68,9 +71,9 @@ def largest_batch(shape: ModelShape, settings: Settings, gpu: str | GPU) -> int:
         return predict(shape, replace(settings, batch_size=batch), gpu).fits
 
     high = 1
-    while high < MOST and fits(high):
+    while high <= MOST and fits(high):
         high *= 2
-    return _largest(fits, high // 2, min(high, MOST) - 1)
+    return _largest(fits, high // 2, high - 1)
 
 
 def longest_sequence(shape: ModelShape, settings: Settings, gpu: str | GPU, at_most: int | None = None) -> int:
@@ -83,7 +86,7 @@ def longest_sequence(shape: ModelShape, settings: Settings, gpu: str | GPU, at_m
         at_most: look for no longer one than this, in tokens.
 
     Raises:
-        ValueError: as `predict` does, or `at_most` is not a whole number from 1 to 10**36.
+        ValueError: as `predict` does, or `at_most` is not a positive whole number.
     """
 
     def fits(steps: int) -> bool:
@@ -91,7 +94,7 @@ def longest_sequence(shape: ModelShape, settings: Settings, gpu: str | GPU, at_m
 
     most = shape.max_position_embeddings or LONGEST
     if at_most is not None:
-        most = min(most, bounded("at_most", at_most))
+        most = min(most, validation.whole("at_most", at_most))
     window = min(shape.sliding_window or most, most)
     # a sequence beyond the window has a mask, and may run in a kernel that takes less memory
     for above, up_to in ((window // STEP, most // STEP), (0, window // STEP)):
@@ -125,9 +128,9 @@ def suggest(shape: ModelShape, gpu: str | GPU, settings: Settings = GPU_RUN, eff
         effective_batch: sequences per optimizer step.
 
     Raises:
-        ValueError: not even a batch of 1 fits, or `effective_batch` is not a whole number from 1 to 10**36.
+        ValueError: not even a batch of 1 fits, or `effective_batch` is not a positive whole number.
     """
-    wanted = bounded("effective_batch", effective_batch)
+    wanted = validation.whole("effective_batch", effective_batch)
     gpu = find_gpu(gpu)
 
     def predicted(batch: int) -> Prediction:

@@ -19,23 +19,7 @@ from qlora_helpers import validation
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["FAMILIES", "MOST", "Linear", "ModelShape", "bounded"]
-
-MOST = 10**36  # of any size or number: a product of a few of them is still within a float's range
-
-
-def bounded(name: str, value: object) -> int:
-    """A whole number from 1 to 10**36, with which every size can still be computed.
-
-    Raises:
-        ValueError: it is none.
-    """
-    number = validation.whole(name, value)
-    if number > MOST:
-        # Python refuses to print a number of more than 4,300 digits
-        shown = number if number.bit_length() < 1_000 else f"a number of {number.bit_length():,} bits"
-        raise validation.refuse(name, shown, "must be no more than 10**36")
-    return number
+__all__ = ["FAMILIES", "Linear", "ModelShape"]
 
 
 @dataclass(frozen=True)
@@ -146,7 +130,7 @@ class ModelShape:
             )
         fields_of = _Fields(family, config)
         sizes = fields_of.sizes()
-        _complete_heads(family, sizes)
+        _complete_heads(fields_of, sizes)
         sizes["rotary_dim"] = fields_of.rotary_dim(sizes)
         stated = config.get("_name_or_path")
         return cls(
@@ -334,7 +318,7 @@ class _Fields:
 
     def size(self, key: str) -> int | None:
         value = self[key]
-        return None if value is None else bounded(self.stated(key), value)
+        return None if value is None else validation.whole(self.stated(key), value)
 
     def switch(self, key: str) -> bool:
         value = self[key]
@@ -344,7 +328,7 @@ class _Fields:
         """All sizes, each a positive whole number, or None if the family has none or it follows from others."""
         unused = {"rotary_dim"} if self.family != "gptj" else set()
         if self.family in ("gpt_neox", "gptj"):
-            unused |= {"num_key_value_heads", "head_dim"}
+            unused |= {"num_key_value_heads", "head_dim"}  # these two have neither
         asks_for_windows = self.family in ("qwen2", "qwen3") and self.switch("use_sliding_window")
         if not (self.family in ("mistral", "phi3") or asks_for_windows):
             unused.add("sliding_window")
@@ -374,14 +358,14 @@ class _Fields:
         return int(sizes["head_dim"] * share)
 
 
-def _complete_heads(family: str, sizes: dict) -> None:
+def _complete_heads(fields_of: _Fields, sizes: dict) -> None:
     """Fill in the head size where it follows from other fields, and check that the heads divide evenly."""
     hidden, heads, key_heads = sizes["hidden_size"], sizes["num_attention_heads"], sizes["num_key_value_heads"]
-    if sizes["head_dim"] is None or family in ("gpt_neox", "gptj"):  # these two have no head_dim
+    name_of_heads = fields_of.stated("num_attention_heads")
+    if sizes["head_dim"] is None:
         if hidden % heads:
-            cure = f"must be a multiple of num_attention_heads={heads}, since the config states no head_dim"
-            raise validation.refuse("hidden_size", hidden, cure)
+            cure = f"must be a multiple of {name_of_heads}={heads}, since the config states no head_dim"
+            raise validation.refuse(fields_of.stated("hidden_size"), hidden, cure)
         sizes["head_dim"] = hidden // heads
     if heads % key_heads:
-        cure = f"must be a multiple of num_key_value_heads={key_heads}"
-        raise validation.refuse("num_attention_heads", heads, cure)
+        raise validation.refuse(name_of_heads, heads, f"must be a multiple of num_key_value_heads={key_heads}")

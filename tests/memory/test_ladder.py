@@ -226,7 +226,7 @@ def test_fewer_adapters_are_named_as_the_family_names_its_layers(name, adapted):
     assert adapted in [change.settings.target_modules for change in found]
 
 
-@pytest.mark.parametrize("size", [2**40, 10**18 + 3, 2**63, 10**30, 10**36, math.lcm(*range(1, 48))])
+@pytest.mark.parametrize("size", [2**40, 10**18 + 3, 2**62, 10**18, 2**63 - 1, math.lcm(*range(1, 41))])
 def test_a_huge_batch_is_cured_quickly(asked, size):
     run = replace(GPU_RUN, batch_size=size)
     found = cures(QWEN_7B, run, "l4")
@@ -238,6 +238,14 @@ def test_a_huge_batch_is_cured_quickly(asked, size):
     (change,) = cures(QWEN_7B, combined, card(8 * GIB))  # several changes are needed
     assert len(change.steps) > 1 and change.prediction.fits
     assert 0 < len(asked) < 500
+
+
+def test_no_accumulation_is_offered_that_no_setting_can_hold():
+    (none,) = cures(QWEN_7B, replace(GPU_RUN, batch_size=2**40, accumulation=2**40), "l4")
+    assert none.settings is None
+    run = replace(GPU_RUN, batch_size=64, accumulation=2**58)
+    gpu = card(predict(QWEN_7B, replace(run, batch_size=2), "l4").device_bytes - 1)
+    assert all(change.settings.batch_size > 2 for change in cures(QWEN_7B, run, gpu))
 
 
 MISTRAL = replace(find_shape("mistralai/Mistral-7B-v0.1"), num_hidden_layers=2)

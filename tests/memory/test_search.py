@@ -133,8 +133,8 @@ def test_the_suggested_batch_divides_the_effective_one_and_no_larger_one_does_an
             assert not predict(QWEN_7B, accumulated, "t4").fits
 
 
-# a prime, powers, one above every whole number of 64 bits, and one with more than 10,000 divisors
-HUGE = [10**18 + 3, 2**63, 10**30, 10**36, math.lcm(*range(1, 48))]
+# a prime, powers, the largest of 64 bits, and one with more than 10,000 divisors
+HUGE = [10**18 + 3, 2**62, 10**18, 2**63 - 1, math.lcm(*range(1, 41))]
 
 
 @pytest.mark.parametrize("effective", HUGE)
@@ -149,18 +149,10 @@ def test_a_huge_effective_batch_is_answered_after_few_predictions(effective, ask
         assert not predict(QWEN_7B, accumulated, "t4").fits
 
 
-@pytest.mark.parametrize("number", [10**36 + 1, 10**40, 10**5_000], ids=["just", "some", "5,000 digits"])
-def test_a_number_beyond_all_sense_is_refused_by_name(number):
-    for name in ("batch_size", "accumulation", "max_length"):
-        with pytest.raises(ValueError, match=rf"^{name}=.*: must be no more than 10\*\*36$"):
-            predict(replace(QWEN_7B, max_position_embeddings=None), replace(GPU_RUN, **{name: number}))
-    with pytest.raises(ValueError, match=r"^effective_batch=.*: must be no more than 10\*\*36$"):
-        suggest(QWEN_7B, "t4", effective_batch=number)
-
-
 def test_a_card_beyond_all_sense_ends_the_search(asked):
-    assert largest_batch(QWEN_7B, GPU_RUN, card(10**60)) >= 10**36 // 2
-    assert longest_sequence(replace(QWEN_7B, max_position_embeddings=10**36), GPU_RUN, card(10**90)) > 10**35
+    assert largest_batch(QWEN_7B, GPU_RUN, card(10**90)) == 2**63 - 1
+    longest = longest_sequence(replace(QWEN_7B, max_position_embeddings=2**63 - 1), GPU_RUN, card(10**90))
+    assert longest == 2**63 - 128
     assert len(asked) < 500
 
 
@@ -168,7 +160,7 @@ def test_the_divisors_of_a_number():
     assert divisors(1) == (1,)
     assert divisors(36) == (36, 18, 12, 9, 6, 4, 3, 2, 1)
     assert divisors(10**18 + 3) == (10**18 + 3, 1)
-    assert len(divisors(math.lcm(*range(1, 48)))) > 10_000
+    assert len(divisors(math.lcm(*range(1, 41)))) > 10_000
 
 
 def test_suggest_has_defaults():
