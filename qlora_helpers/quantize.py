@@ -230,12 +230,12 @@ def quantize(
         double_quant: store the scales in 8 bits too, with one float32 scale per 256 of them.
 
     Raises:
-        TypeError: `weight` is not a float tensor of 16 or 32 bits.
+        TypeError: `weight` is not a float tensor of 16 or 32 bits, or `codebook` is no Codebook.
         ValueError: `weight` is empty, not on a CPU, or not finite; `block_size` is not a positive whole number;
-            `codebook` is no Codebook; `double_quant` is not a bool.
+            `double_quant` is not a bool.
     """
     if not isinstance(codebook, Codebook):
-        raise validation.refuse("codebook", codebook, "pass a Codebook, such as NF4")
+        raise TypeError(f"codebook is {type(codebook).__name__}: pass a Codebook, such as NF4")
     double_quant = validation.switch("double_quant", double_quant)
     if not isinstance(weight, torch.Tensor) or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         found = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
@@ -252,10 +252,8 @@ def quantize(
         bad = int((~torch.isfinite(flat)).sum())
         raise ValueError(f"weight holds {bad} values that are infinite or NaN; each would spoil its whole block")
 
-    whole_blocks = flat.numel() // block_size
-    full = whole_blocks * block_size
-    # torch cannot hold a row of any length: with no whole block there is none
-    blocks = flat[:full].view(whole_blocks, block_size if whole_blocks else 1)
+    full = flat.numel() // block_size * block_size
+    blocks = flat[:full].view(-1, block_size)
     absmax = blocks.abs().amax(dim=1)
     # bitsandbytes multiplies by the reciprocal, which rounds differently from a division
     scaled = torch.clamp(blocks * (1.0 / absmax.clamp(min=SMALLEST_ABSMAX).unsqueeze(1)), -1, 1).view(-1)
@@ -279,8 +277,7 @@ def dequantize(quantized: Quantized) -> torch.Tensor:
     values = quantized.codebook.values[quantized.codes.flatten().int()]
     scales, block = quantized.scales(), quantized.block_size
     full = values.numel() // block * block
-    if full:
-        values[:full].view(-1, block).mul_(scales[: full // block].unsqueeze(1))
+    values[:full].view(-1, block).mul_(scales[: full // block].unsqueeze(1))
     if full < values.numel():
         values[full:] *= scales[-1]
     return values.view(quantized.shape).to(quantized.dtype)
