@@ -63,8 +63,8 @@ class LayerSettings:
         compute = DTYPES[settings.compute_dtype]
         lora, four_bit = settings.method != "full", settings.method == "qlora"
         upcast = settings.upcast_fp32 and lora
-        # for sequences longer than the window transformers makes a mask, which FlashAttention does not take
-        masked = shape.sliding_window is not None and settings.max_length > shape.sliding_window
+        # from the window's length on transformers makes a mask, which FlashAttention does not take (masking_utils.py)
+        masked = shape.sliding_window is not None and settings.max_length >= shape.sliding_window
         targets = shape.targets(settings.target_modules) if lora else ()
         return cls(
             batch_size=settings.batch_size,

@@ -95,9 +95,9 @@ def longest_sequence(shape: ModelShape, settings: Settings, gpu: str | GPU, at_m
     most = shape.max_position_embeddings or LONGEST
     if at_most is not None:
         most = min(most, validation.whole("at_most", at_most))
-    window = min(shape.sliding_window or most, most)
-    # a sequence beyond the window has a mask, and may run in a kernel that takes less memory
-    for above, up_to in ((window // STEP, most // STEP), (0, window // STEP)):
+    unmasked = min((shape.sliding_window or most + 1) - 1, most)
+    # a sequence that fills the window has a mask, and may run in a kernel that takes less memory
+    for above, up_to in ((unmasked // STEP, most // STEP), (0, unmasked // STEP)):
         if (found := _largest(fits, above, up_to)) > above:
             return found * STEP
     return 0

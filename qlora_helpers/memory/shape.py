@@ -98,7 +98,7 @@ class ModelShape:
     max_position_embeddings: int | None = None
     rotary_dim: int = 0  # elements of a head that are rotated; 0 for the whole head
     use_parallel_residual: bool = False
-    sliding_window: int | None = None  # how many tokens attention looks back; longer sequences need a mask
+    sliding_window: int | None = None  # how many tokens attention looks back; a sequence that long needs a mask
     name: str = field(default="", compare=False)
 
     @classmethod

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from qlora_helpers.__main__ import main
+from qlora_helpers.commands import memory
 from qlora_helpers.memory import (
     catalogue,
     cures,
@@ -204,6 +205,25 @@ def test_memory_needs_no_torch(tmp_path):
     whole = call("memory", "qwen2.5-14b", "--upcast-fp32", cwd=tmp_path)
     assert (whole.returncode, whole.stdout) == (done.returncode, done.stdout)
     assert whole.returncode in (0, 1)
+
+
+def test_a_verdict_that_hangs_on_little_says_so(monkeypatch, capsys):
+    """On less than 1 GiB, or a tenth of what the run takes if that is less, in either direction."""
+    for model, of_all in (("smollm2-135m", True), ("llama-3.1-70b", False)):
+        needs = predict(find_shape(model), GPU_RUN, "l4").device_bytes
+        assert (needs / 10 < GIB) == of_all
+        margin = needs / 10 if of_all else GIB
+        for spare, close in (
+            (0, True),
+            (margin - 2, True),
+            (margin + 2, False),
+            (2 - margin, True),
+            (-margin - 2, False),
+        ):
+            gpu = replace(find_gpu("l4"), usable_bytes=int(needs + spare))
+            monkeypatch.setattr(memory, "find_gpu", lambda name, gpu=gpu: gpu)
+            _, text, _ = report(capsys, model, "--gpu", "l4")
+            assert ("too close to promise" in text) == close, (model, spare)
 
 
 # the models for which one change, several changes, and none at all is enough

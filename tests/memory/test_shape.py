@@ -99,6 +99,9 @@ def test_a_null_is_as_many_heads_as_there_are_or_no_window():
     assert ModelShape.from_config(few).num_key_value_heads == 14
     assert ModelShape.from_config({"model_type": "mistral"}).sliding_window == 4_096
     assert ModelShape.from_config({"model_type": "mistral", "sliding_window": None}).sliding_window is None
+    assert ModelShape.from_config({"model_type": "phi3", "sliding_window": 2_047}).sliding_window == 2_047
+    assert ModelShape.from_config({"model_type": "phi3"}).sliding_window is None
+    assert ModelShape.from_config({"model_type": "llama", "sliding_window": 2_047}).sliding_window is None
     windowed = {"model_type": "qwen2", "sliding_window": 1_024}
     assert ModelShape.from_config(windowed).sliding_window is None
     assert ModelShape.from_config(windowed | {"use_sliding_window": True}).sliding_window == 1_024
@@ -237,6 +240,20 @@ def test_rotated_elements_of_gpt_neox_are_read_as_transformers_reads_them():
         ({"rope_scaling": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}, 48),
     ):
         assert rotated(**fields) == (wanted, wanted), fields
+
+
+@pytest.mark.parametrize("fields", [{}, {"n_positions": 512}, {"n_positions": 100, "rotary_dim": 16}], ids=str)
+def test_the_tables_of_gpt_j_s_positions_are_those_of_transformers(fields):
+    config = {"model_type": "gptj", "n_embd": 256, "n_head": 4, "n_layer": 3, "vocab_size": 100} | fields
+    tables = [buffer.nbytes for name, buffer in meta_model(config).named_buffers() if "embed_positions" in name]
+    assert len(tables) == 3
+    assert ModelShape.from_config(config).buffer_bytes == sum(tables)
+
+
+def test_no_other_family_has_tables_in_every_layer():
+    assert {ModelShape.from_config({"model_type": family}).buffer_bytes for family in FAMILIES if family != "gptj"} == {
+        0
+    }
 
 
 def test_targets_that_match_nothing_are_refused():
