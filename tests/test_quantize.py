@@ -68,11 +68,12 @@ SMALLEST_NORMAL = 2.0**-126
 def bitsandbytes_values(packed, state):
     """What bitsandbytes decodes, by its own torch code where its compiled code is wrong or rounds differently.
 
-    It is wrong for the shapes of fault B of qlora_helpers.models.cpu_faults.
+    It is wrong for the shapes of fault B of qlora_helpers.models.cpu_faults. It takes a weight of one byte for a transposed
+    one, and fails if that has three dimensions.
     """
     wanted = torch_values(packed, state)
     fault_b = state.shape[-1] % 16 == 0 and state.shape[-1] % state.blocksize
-    if fault_b or (state.dtype == torch.float16 and TIES_AWAY_FROM_ZERO):
+    if fault_b or len(packed) == 1 or (state.dtype == torch.float16 and TIES_AWAY_FROM_ZERO):
         return wanted
     compiled = bnb.dequantize_4bit(packed, state)
     if state.dtype == torch.bfloat16 and TINY_BECOMES_ZERO:
