@@ -1,8 +1,10 @@
 """Block-wise absmax quantisation from scratch: codebooks, encode, decode, double quantisation.
 
 The arithmetic follows bitsandbytes 0.50 on a CPU operation by operation, so that packed bytes, scales and decoded
-values are bit-identical (`tests/test_quantize.py` compares them, and names the one exception: in its CUDA builds
-bitsandbytes rounds float16 ties on the CPU away from zero instead of to even). Only torch is needed.
+values are bit-identical to what its torch code gives (`tests/test_quantize.py` compares them). Its compiled code differs
+from that in two cases, both where decoded values are rounded to 16 bits: its CUDA builds round float16 ties on the CPU
+away from zero instead of to even, and its CPU build, on a processor with AVX512-BF16, makes bfloat16 values below 2**-126
+zero. Only torch is needed.
 
 Source of the formats: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314, section 3.
 """
@@ -12,6 +14,8 @@ from functools import cache
 from statistics import NormalDist
 
 import torch
+
+from qlora_helpers import validation
 
 __all__ = [
     "FP4",
@@ -39,13 +43,32 @@ class Codebook:
 
     Attributes:
         name: for tables and plots.
-        bits: bits per code.
-        values: float32 tensor; `values[code]` is the value of a code. It need not be sorted (FP4 is not).
+        bits: bits per code, 1 to 8. bitsandbytes has 4-bit codebooks only.
+        values: float32 tensor of 2 to 2**bits values; `values[code]` is the value of a code. It need not be sorted,
+            and may repeat (FP4 is not sorted, and has two zeros).
+
+    Raises:
+        ValueError: `bits` or `values` are not as described.
     """
 
     name: str
     bits: int
     values: torch.Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bits", validation.whole("bits", self.bits, at_most=8))
+        values, codes = self.values, 2**self.bits
+        if not isinstance(values, torch.Tensor) or values.dtype != torch.float32 or values.device.type != "cpu":
+            found = (
+                f"of {values.dtype} on {values.device}" if isinstance(values, torch.Tensor) else type(values).__name__
+            )
+            raise ValueError(f"values is {found}: pass a tensor of float32 on a CPU")
+        if values.dim() != 1 or not 2 <= len(values) <= codes:
+            found = f"values has the shape {tuple(values.shape)}"
+            raise ValueError(f"{found}: a codebook of {self.bits} bits is a row of 2 to {codes} values")
+        if not (values.abs() <= 1).all():  # NaN included
+            bad = values[~(values.abs() <= 1)][0].item()
+            raise ValueError(f"values has {bad}: each must lie between -1 and 1, as weights divided by their absmax do")
 
     def __repr__(self) -> str:
         return f"Codebook({self.name}, {self.bits} bits, {len(self.values)} values)"
@@ -140,9 +163,12 @@ class Quantized:
     def packed(self) -> torch.Tensor:
         """The codes, two to a byte, the first in the high half: uint8, (ceil(values / 2),).
 
-        An odd last value is paired with the code of zero. A 3-bit code takes half a byte here, too.
+        An odd last value is paired with the code of zero. A code of fewer than 4 bits takes half a byte here, too, and one
+        of more than 4 bits a whole byte: then it is one code to a byte.
         """
         flat = self.codes.flatten()
+        if self.codebook.bits > 4:
+            return flat
         if flat.numel() % 2:
             flat = torch.cat([flat, _nearest(torch.zeros(1), self.codebook)])
         return (flat[::2] << 4) | flat[1::2]
@@ -168,7 +194,9 @@ class Quantized:
     @property
     def nbytes(self) -> int:
         """Bytes of everything that has to be stored: packed codes, scales, codebooks, offset."""
-        total = (self.codes.numel() + 1) // 2 + self.absmax.nbytes + self.codebook.values.nbytes
+        codes = self.codes.numel()
+        total = codes if self.codebook.bits > 4 else (codes + 1) // 2
+        total += self.absmax.nbytes + self.codebook.values.nbytes
         if self.nested is not None:
             total += self.nested.absmax.nbytes + self.nested.offset.nbytes + self.nested.values.nbytes
         return total
@@ -202,9 +230,13 @@ def quantize(
         double_quant: store the scales in 8 bits too, with one float32 scale per 256 of them.
 
     Raises:
-        TypeError: `weight` is not a float tensor of 16 or 32 bits.
-        ValueError: `weight` is empty, not on a CPU, or not finite; `block_size` is not a positive whole number.
+        TypeError: `weight` is not a float tensor of 16 or 32 bits, or `codebook` is no Codebook.
+        ValueError: `weight` is empty, not on a CPU, or not finite; `block_size` is not a positive whole number;
+            `double_quant` is not a bool.
     """
+    if not isinstance(codebook, Codebook):
+        raise TypeError(f"codebook is {type(codebook).__name__}: pass a Codebook, such as NF4")
+    double_quant = validation.switch("double_quant", double_quant)
     if not isinstance(weight, torch.Tensor) or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         found = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
         raise TypeError(f"weight is {found}: pass a tensor of float32, bfloat16 or float16")
@@ -214,8 +246,7 @@ def quantize(
         )
     if weight.numel() == 0:
         raise ValueError(f"weight of shape {tuple(weight.shape)} holds no values: there is nothing to quantise")
-    if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:
-        raise ValueError(f"block_size={block_size!r}: pass a positive whole number, such as 64")
+    block_size = validation.whole("block_size", block_size)
     flat = weight.detach().reshape(-1).float()
     if not torch.isfinite(flat).all():
         bad = int((~torch.isfinite(flat)).sum())

@@ -75,11 +75,14 @@ def _names() -> dict[str, str]:
 def _is_path(model: str) -> bool:
     # A folder that merely has a model's name, such as one for its checkpoints, is not the path of a model.
     named = Path(model)
-    return (
-        model.endswith(".json")
-        or (named / "config.json").is_file()
-        or (named.is_dir() and model.lower() not in _names())
-    )
+    try:
+        return (
+            model.endswith(".json")
+            or (named / "config.json").is_file()
+            or (named.is_dir() and model.lower() not in _names())
+        )
+    except OSError:  # too long to be the name of a file
+        return False
 
 
 def _hub_name(model: str) -> str:

@@ -63,8 +63,8 @@ class LayerSettings:
         compute = DTYPES[settings.compute_dtype]
         lora, four_bit = settings.method != "full", settings.method == "qlora"
         upcast = settings.upcast_fp32 and lora
-        # for sequences longer than the window transformers makes a mask, which FlashAttention does not take
-        masked = shape.sliding_window is not None and settings.max_length > shape.sliding_window
+        # from the window's length on transformers makes a mask, which FlashAttention does not take (masking_utils.py)
+        masked = shape.sliding_window is not None and settings.max_length >= shape.sliding_window
         targets = shape.targets(settings.target_modules) if lora else ()
         return cls(
             batch_size=settings.batch_size,
@@ -308,15 +308,15 @@ class DecoderLayer:
 
     # ---- attention
 
-    def rotary(self, x: Tensor, share: float = 1.0) -> Tensor:
-        """x * cos + rotate_half(x) * sin, on a share of each head; cos and sin are small and kept once per model."""
+    def rotary(self, x: Tensor, rotated: int | None = None) -> Tensor:
+        """x * cos + rotate_half(x) * sin, on so many elements of each head; cos and sin are small and kept once per model."""
         new, elements, width = self.tape.new, x.elements, x.width
-        part = int(elements * share)
+        part = elements if rotated is None else elements // self.shape.head_dim * rotated
         needs = x.node is not None
         head = x.view(part)
         cosine = self.scale(head)
         half = new(part // 2, width)
-        rotated = new(part, width)
+        turned = new(part, width)
         del half
 
         def back_to_x(g):  # the gradients of the two halves, each written into zeros
@@ -327,9 +327,9 @@ class DecoderLayer:
             return (first if needs else None,)
 
         source = self.tape.apply(0, width, (head,), back_to_x)
-        rotated = Tensor(rotated.buffer, part, width, source.node)
-        sine = self.scale(rotated)
-        del rotated, source
+        turned = Tensor(turned.buffer, part, width, source.node)
+        sine = self.scale(turned)
+        del turned, source
         out = self.add(cosine, sine)
         if part == elements:
             return out
@@ -516,9 +516,9 @@ class DecoderLayer:
 
     def _gpt_neox(self, x: Tensor) -> Tensor:
         shape = self.shape
-        h, share = shape.hidden_size, shape.rotary_dim / shape.head_dim
+        h, rotated = shape.hidden_size, shape.rotary_dim
         q, k, v = self._split(self.linear(self.layer_norm(x, h), "query_key_value"), (h, h, h))
-        rotated_q, rotated_k = self.rotary(q, share), self.rotary(k, share)
+        rotated_q, rotated_k = self.rotary(q, rotated), self.rotary(k, rotated)
         del q, k
         attended = self.linear(self.attention(rotated_q, rotated_k, v), "dense")
         del rotated_q, rotated_k, v
@@ -534,8 +534,8 @@ class DecoderLayer:
         h = shape.hidden_size
         normed = self.layer_norm(x, h)
         q, k, v = (self.linear(normed, name) for name in ("q_proj", "k_proj", "v_proj"))
-        share = shape.rotary_dim / shape.head_dim if shape.rotary_dim else 1.0  # none stated: the whole head
-        k, q = self.rotary(k, share), self.rotary(q, share)
+        rotated = shape.rotary_dim or None  # none stated: the whole head
+        k, q = self.rotary(k, rotated), self.rotary(q, rotated)
         # GPT-J casts queries and keys to float32 before attention
         mixed = self._eager(self.cast(q, FLOAT32), self.cast(k, FLOAT32), v)
         del q, k, v

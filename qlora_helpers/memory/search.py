@@ -1,13 +1,17 @@
 """From "does it fit?" to "what fits?": the largest batch, the longest sequence, and a table of models and GPUs.
 
-Memory only grows with batch size and sequence length, so bisection finds the limit. Each search calls `predict` tens of
-times.
+Memory grows with the batch size, and with the sequence length on either side of a model's attention window; where the
+window begins it can fall, because the mask for it needs another kernel. So bisection finds each limit, on each side of the
+window for itself. A search calls `predict` tens of times, whatever the numbers are.
 """
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,18 +26,38 @@ from qlora_helpers.units import GIB
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["LONGEST", "STEP", "Suggestion", "largest_batch", "longest_sequence", "suggest", "what_fits"]
+__all__ = [
+    "LONGEST",
+    "MOST",
+    "MOST_DIVISORS",
+    "STEP",
+    "Suggestion",
+    "divisors",
+    "largest_batch",
+    "longest_sequence",
+    "suggest",
+    "what_fits",
+]
 
+MOST = 2**63 - 1  # that a setting can be
 STEP = 128  # tokens: sequence lengths are tried in multiples of it
 LONGEST = 131_072  # tokens: where the search ends for a model whose config states no limit
+MOST_DIVISORS = 2**20  # of a number are looked for: without a bound a large prime would take for ever
 
 
-def _bisect(fits: Callable[[int], bool], low: int, high: int) -> int:
-    """The largest number that fits, where `low` does (or is 0) and `high` does not."""
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+def _largest(fits: Callable[[int], bool], above: int, up_to: int) -> int:
+    """The largest number above `above`, and up to `up_to`, that fits; `above` if none does. All below it must fit, too."""
+    while above < up_to:
+        middle = (above + up_to + 1) // 2
+        above, up_to = (middle, up_to) if fits(middle) else (above, middle - 1)
+    return above
+
+
+@lru_cache(maxsize=64)
+def divisors(number: int) -> tuple[int, ...]:
+    """The divisors of a number, the largest first: those up to 2**20, and what each of them leaves."""
+    small = [size for size in range(1, min(math.isqrt(number), MOST_DIVISORS) + 1) if number % size == 0]
+    return tuple(sorted({*small, *(number // size for size in small)}, reverse=True))
 
 
 def largest_batch(shape: ModelShape, settings: Settings, gpu: str | GPU) -> int:
@@ -47,27 +71,36 @@ def largest_batch(shape: ModelShape, settings: Settings, gpu: str | GPU) -> int:
         return predict(shape, replace(settings, batch_size=batch), gpu).fits
 
     high = 1
-    while fits(high):
+    while high <= MOST and fits(high):
         high *= 2
-    return _bisect(fits, high // 2, high)
+    return _largest(fits, high // 2, high - 1)
 
 
-def longest_sequence(shape: ModelShape, settings: Settings, gpu: str | GPU) -> int:
+def longest_sequence(shape: ModelShape, settings: Settings, gpu: str | GPU, at_most: int | None = None) -> int:
     """The longest `max_length` with which the run fits at its batch size, in tokens: a multiple of 128; 0 if none fits.
 
-    The search ends at the model's `max_position_embeddings`, or at 131,072 if the config does not state it.
+    The search ends at the model's `max_position_embeddings`, or at 131,072 if the config does not state it. With a model
+    that has an attention window, some shorter sequences may need more memory and not fit.
+
+    Args:
+        at_most: look for no longer one than this, in tokens.
 
     Raises:
-        ValueError: as `predict` does.
+        ValueError: as `predict` does, or `at_most` is not a positive whole number.
     """
 
     def fits(steps: int) -> bool:
         return predict(shape, replace(settings, max_length=steps * STEP), gpu).fits
 
-    most = (shape.max_position_embeddings or LONGEST) // STEP
-    if most and fits(most):
-        return most * STEP
-    return _bisect(fits, 0, most) * STEP
+    most = shape.max_position_embeddings or LONGEST
+    if at_most is not None:
+        most = min(most, validation.whole("at_most", at_most))
+    unmasked = min((shape.sliding_window or most + 1) - 1, most)
+    # a sequence that fills the window has a mask, and may run in a kernel that takes less memory
+    for above, up_to in ((unmasked // STEP, most // STEP), (0, unmasked // STEP)):
+        if (found := _largest(fits, above, up_to)) > above:
+            return found * STEP
+    return 0
 
 
 @dataclass(frozen=True)
@@ -99,10 +132,19 @@ def suggest(shape: ModelShape, gpu: str | GPU, settings: Settings = GPU_RUN, eff
     """
     wanted = validation.whole("effective_batch", effective_batch)
     gpu = find_gpu(gpu)
-    for batch in (size for size in range(wanted, 0, -1) if wanted % size == 0):
-        prediction = predict(shape, replace(settings, batch_size=batch, accumulation=wanted // batch), gpu)
-        if prediction.fits:
-            return Suggestion(batch, wanted // batch, prediction)
+
+    def predicted(batch: int) -> Prediction:
+        return predict(shape, replace(settings, batch_size=batch, accumulation=wanted // batch), gpu)
+
+    # the whole batch for itself: without accumulation it keeps no gradients, and may fit where a smaller one does not
+    batch, *smaller = divisors(wanted)
+    prediction = predicted(batch)
+    if smaller and not prediction.fits:
+        place = bisect_left(smaller, True, key=lambda size: predicted(size).fits)
+        batch = smaller[min(place, len(smaller) - 1)]
+        prediction = predicted(batch)
+    if prediction.fits:
+        return Suggestion(batch, wanted // batch, prediction)
     missing = -prediction.spare_bytes / GIB
     raise ValueError(
         f"gpu is {gpu.name}: not even a batch of 1 fits; {missing:.2f} GiB more would be needed. "

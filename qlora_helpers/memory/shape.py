@@ -98,7 +98,7 @@ class ModelShape:
     max_position_embeddings: int | None = None
     rotary_dim: int = 0  # elements of a head that are rotated; 0 for the whole head
     use_parallel_residual: bool = False
-    sliding_window: int | None = None  # how many tokens attention looks back; longer sequences need a mask
+    sliding_window: int | None = None  # how many tokens attention looks back; a sequence that long needs a mask
     name: str = field(default="", compare=False)
 
     @classmethod
@@ -110,10 +110,17 @@ class ModelShape:
                 path of a model's folder. Missing fields take transformers' defaults; `model_type` must be there.
 
         Raises:
-            ValueError: the family is not known here, or a field is not a positive whole number.
+            ValueError: the file is not JSON, the family is not known here, or a field has no sense; the message names it.
             FileNotFoundError: there is no such file.
         """
-        config, name = _as_dict(config)
+        try:
+            return cls._of(*_as_dict(config))
+        except RecursionError:  # while the file is read, or a value is shown
+            what = f"config: {config}" if isinstance(config, str | Path) else "config"
+            raise ValueError(f"{what} is nested too deeply: give the config.json of a model") from None
+
+    @classmethod
+    def _of(cls, config: dict, name: str) -> ModelShape:
         family = config.get("model_type")
         if not isinstance(family, str) or family not in _DEFAULTS:
             raise validation.refuse(
@@ -123,15 +130,16 @@ class ModelShape:
             )
         fields_of = _Fields(family, config)
         sizes = fields_of.sizes()
-        _complete_heads(family, sizes)
+        _complete_heads(fields_of, sizes)
         sizes["rotary_dim"] = fields_of.rotary_dim(sizes)
+        stated = config.get("_name_or_path")
         return cls(
             model_type=family,
-            tie_word_embeddings=bool(fields_of["tie_word_embeddings"]),
-            attention_bias=family == "qwen2" or bool(fields_of["attention_bias"]),
-            mlp_bias=family in ("gpt_neox", "gptj") or bool(fields_of["mlp_bias"]),
-            use_parallel_residual=family == "gptj" or bool(fields_of["use_parallel_residual"]),
-            name=name or str(config.get("_name_or_path") or ""),
+            tie_word_embeddings=fields_of.switch("tie_word_embeddings"),
+            attention_bias=fields_of.switch("attention_bias") or family == "qwen2",
+            mlp_bias=fields_of.switch("mlp_bias") or family in ("gpt_neox", "gptj"),
+            use_parallel_residual=fields_of.switch("use_parallel_residual") or family == "gptj",
+            name=name or (stated if isinstance(stated, str) else ""),
             **sizes,
         )
 
@@ -279,12 +287,13 @@ def _as_dict(config) -> tuple[dict, str]:
             raise FileNotFoundError(f"config: there is no file {path}; give a config.json or a folder that has one")
         try:
             name, config = path.resolve().parent.name, json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"config: {path} is not JSON ({error})") from error
+        except ValueError as error:  # not UTF-8, or not JSON
+            raise ValueError(f"config: {path} is not JSON ({error}): give the config.json of a model") from error
     elif hasattr(config, "to_dict"):
         config = config.to_dict()
     if not isinstance(config, dict):
-        raise ValueError(f"config is a {type(config).__name__}; give a dict, a PretrainedConfig or a path")
+        where = f" in {name}" if name else ""
+        raise ValueError(f"config{where} is a {type(config).__name__}; give a dict, a PretrainedConfig or a path")
     return config, name
 
 
@@ -302,41 +311,61 @@ class _Fields:
                 return self.config[stated]
         return _DEFAULTS[self.family].get(key)
 
+    def stated(self, key: str) -> str:
+        """The name that the config itself has for a field, for messages."""
+        ours = self.names.get(key, key)
+        return key if self.config.get(ours) is None and self.config.get(key) is not None else ours
+
+    def size(self, key: str) -> int | None:
+        value = self[key]
+        return None if value is None else validation.whole(self.stated(key), value)
+
+    def switch(self, key: str) -> bool:
+        value = self[key]
+        return False if value is None else validation.switch(key, value)
+
     def sizes(self) -> dict[str, int | None]:
         """All sizes, each a positive whole number, or None if the family has none or it follows from others."""
-        sizes = {key: self[key] for key in _SIZES}
+        unused = {"rotary_dim"} if self.family != "gptj" else set()
+        if self.family in ("gpt_neox", "gptj"):
+            unused |= {"num_key_value_heads", "head_dim"}  # these two have neither
+        asks_for_windows = self.family in ("qwen2", "qwen3") and self.switch("use_sliding_window")
+        if not (self.family in ("mistral", "phi3") or asks_for_windows):
+            unused.add("sliding_window")
+        sizes = {key: None if key in unused else self.size(key) for key in _SIZES}
         if sizes["intermediate_size"] is None:
             sizes["intermediate_size"] = 4 * sizes["hidden_size"]  # GPT-J's default
-        if self.family in ("gpt_neox", "gptj") or sizes["num_key_value_heads"] is None:
+        if sizes["num_key_value_heads"] is None:
             sizes["num_key_value_heads"] = sizes["num_attention_heads"]
-        asks_for_windows = self.family in ("qwen2", "qwen3") and self.config.get("use_sliding_window")
-        if not (self.family in ("mistral", "phi3") or asks_for_windows):
-            sizes["sliding_window"] = None
-        if self.family != "gptj":
-            sizes["rotary_dim"] = None
-        return {
-            key: None if size is None else validation.whole(self.names.get(key, key), size)
-            for key, size in sizes.items()
-        }
+        return sizes
 
     def rotary_dim(self, sizes: dict) -> int:
         """Elements of a head that are rotated; 0 for the whole head."""
         if self.family != "gpt_neox":
-            return sizes["rotary_dim"] or 0
-        share = (self.config.get("rope_parameters") or {}).get("partial_rotary_factor") or self["rotary_pct"]
-        if not isinstance(share, Real) or not 0 < share <= 1:
-            raise validation.refuse("rotary_pct", share, "must be a number above 0 and up to 1")
+            rotated = sizes["rotary_dim"] or 0
+            if rotated > sizes["head_dim"]:
+                raise validation.refuse("rotary_dim", rotated, f"must be no more than a head has, {sizes['head_dim']}")
+            return rotated
+        name, share = "rotary_pct", self["rotary_pct"]
+        for key in ("rope_parameters", "rope_scaling"):  # the later goes before, as in transformers
+            nested = self.config.get(key)
+            if nested is not None and not isinstance(nested, dict):
+                raise validation.refuse(key, nested, "must be an object, or null")
+            if nested and nested.get("partial_rotary_factor") is not None:
+                name, share = f"{key}.partial_rotary_factor", nested["partial_rotary_factor"]
+        if isinstance(share, bool) or not isinstance(share, Real) or not 0 < share <= 1:
+            raise validation.refuse(name, share, "must be a number above 0 and up to 1")
         return int(sizes["head_dim"] * share)
 
 
-def _complete_heads(family: str, sizes: dict) -> None:
+def _complete_heads(fields_of: _Fields, sizes: dict) -> None:
     """Fill in the head size where it follows from other fields, and check that the heads divide evenly."""
     hidden, heads, key_heads = sizes["hidden_size"], sizes["num_attention_heads"], sizes["num_key_value_heads"]
-    if sizes["head_dim"] is None or family in ("gpt_neox", "gptj"):  # these two have no head_dim
+    name_of_heads = fields_of.stated("num_attention_heads")
+    if sizes["head_dim"] is None:
         if hidden % heads:
-            cure = f"must be a multiple of num_attention_heads={heads}, since the config states no head_dim"
-            raise validation.refuse("hidden_size", hidden, cure)
+            cure = f"must be a multiple of {name_of_heads}={heads}, since the config states no head_dim"
+            raise validation.refuse(fields_of.stated("hidden_size"), hidden, cure)
         sizes["head_dim"] = hidden // heads
     if heads % key_heads:
-        cure = f"must be a multiple of num_key_value_heads={key_heads}"
-        raise validation.refuse("num_attention_heads", heads, cure)
+        raise validation.refuse(name_of_heads, heads, f"must be a multiple of num_key_value_heads={key_heads}")

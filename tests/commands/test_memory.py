@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from qlora_helpers.__main__ import main
+from qlora_helpers.commands import memory
 from qlora_helpers.commands.memory import as_dict, as_text
 from qlora_helpers.memory import (
     catalogue,
@@ -208,9 +209,71 @@ def test_memory_needs_no_torch(tmp_path):
     assert whole.returncode in (0, 1)
 
 
-def test_a_batch_without_bounds_is_answered(capsys):
-    status, text, _ = report(capsys, "qwen2.5-7b", "--batch-size", 10**20)
-    assert status == 1 and "does not fit" in text
+def test_a_verdict_that_hangs_on_little_says_so(monkeypatch, capsys):
+    """On less than 1 GiB, or a tenth of what the run takes if that is less, in either direction."""
+    for model, of_all in (("smollm2-135m", True), ("llama-3.1-70b", False)):
+        needs = predict(find_shape(model), GPU_RUN, "l4").device_bytes
+        assert (needs / 10 < GIB) == of_all
+        margin = needs / 10 if of_all else GIB
+        for spare, close in (
+            (0, True),
+            (margin - 2, True),
+            (margin + 2, False),
+            (2 - margin, True),
+            (-margin - 2, False),
+        ):
+            gpu = replace(find_gpu("l4"), usable_bytes=int(needs + spare))
+            monkeypatch.setattr(memory, "find_gpu", lambda name, gpu=gpu: gpu)
+            _, text, _ = report(capsys, model, "--gpu", "l4")
+            assert ("too close to promise" in text) == close, (model, spare)
+
+
+# the models for which one change, several changes, and none at all is enough
+@pytest.mark.parametrize("model", ["qwen2.5-7b", "llama-3.1-8b", "llama-3.1-70b"])
+@pytest.mark.parametrize("number", [10**18 + 3, 2**62, 2**63 - 1])
+@pytest.mark.parametrize("option", ["--batch-size", "--accumulation", "--max-length", "--rank"])
+def test_a_number_of_any_size_is_answered_or_refused(capsys, option, number, model):
+    status, text, errors = report(capsys, model, "--no-gradient-checkpointing", "--upcast-fp32", option, number)
+    if option in ("--max-length", "--rank"):
+        assert status == 2 and f"{option[2:].replace('-', '_')}={number}: must be no more than" in errors
+    else:
+        assert status in (0, 1) and "peak allocated" in text
+
+
+@pytest.mark.parametrize("number", [2**63, 10**20, 10**30, "9" * 5_000, "inf", "nan", "1e30", -(10**30)])
+def test_a_number_beyond_64_bits_is_refused(capsys, number):
+    for option in ("--batch-size", "--accumulation", "--max-length", "--rank"):
+        status, text, errors = report(capsys, "qwen2.5-7b", f"{option}={number}")
+        assert (status, text) == (2, "")
+        assert f"{option[2:].replace('-', '_')}=" in errors and "must be a whole number" in errors
+
+
+def test_a_model_without_a_stated_end_takes_a_sequence_of_any_length(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral"}))
+    for length in (10**18 + 3, 2**63 - 1):
+        status, text, _ = report(capsys, tmp_path, "--max-length", length)
+        assert status == 1 and "does not fit" in text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 100_000, b"\xff", b"{", b"[]", b'{"model_type": "gpt_neox", "rope_parameters": [1]}'],
+    ids=range(5),
+)
+def test_a_file_that_is_no_config_is_refused(capsys, content, tmp_path):
+    (tmp_path / "config.json").write_bytes(content)
+    for model in (tmp_path, tmp_path / "config.json"):
+        status, text, errors = report(capsys, model)
+        assert (status, text) == (2, "")
+        assert errors.startswith("error: ") and len(errors) < 500
+
+
+@pytest.mark.parametrize(
+    "model", ["x" * 5_000, "x/" * 3_000, "\0", "..", "con\nfig", "x" * 5_000 + ".json"], ids=range(6)
+)
+def test_a_name_that_no_model_has_is_refused(capsys, model):
+    status, text, errors = report(capsys, model)
+    assert (status, text) == (2, "") and errors.startswith("error: ")
 
 
 def test_a_bad_rank_is_refused_for_full_fine_tuning_too(capsys):

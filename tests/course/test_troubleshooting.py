@@ -8,6 +8,7 @@ import ast
 import gc
 import importlib.metadata
 import importlib.util
+import itertools
 import re
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import pytest
 import torch
 
 from qlora_helpers.__main__ import main
-from qlora_helpers.course.troubleshooting import PAGE, _literals, find, read_entries, search
+from qlora_helpers.course.troubleshooting import PAGE, Entry, _literals, find, read_entries, search
 from qlora_helpers.models.loading import load_tokenizer
 from qlora_helpers.training.trainer import SFTConfig, SFTTrainer  # quietens the libraries first
 from tests.colab.environment import stand_in
@@ -932,6 +933,64 @@ def test_unrelated_text_finds_nothing(text):
 def test_an_empty_text_is_refused(text):
     with pytest.raises(ValueError, match=r"empty\. Paste the message"):
         find(text, ENTRIES)
+
+
+# ---- The limits of the three steps, on made-up entries
+
+WORDS = ["".join(letters) for letters in itertools.product("bdfgk", "aeiou", "lmnpr", "aeiou")]  # no two begin alike
+
+
+def entry(heading="A heading", message="", **parts):
+    return Entry(
+        heading, "A group", (message,) if message else (), "" if message else "It is seen.", **PARTS_OF | parts
+    )
+
+
+PARTS_OF = {"meaning": "", "cure": "", "where": ""}
+LONG = "".join(WORDS)  # every run of 24 letters occurs once
+
+
+def found_by_pieces(*lengths):
+    """Whether pieces of a message are enough, each at another place of it and followed by something else."""
+    starts = itertools.accumulate(lengths, initial=0)
+    text = " 0123456789 ".join(LONG[start : start + length] for start, length in zip(starts, lengths, strict=False))
+    return find(f"1234 {text} 5678", (entry(message=LONG), entry("Another", "something else altogether"))) is not None
+
+
+def test_eight_runs_of_24_letters_are_needed():
+    assert found_by_pieces(31) and not found_by_pieces(30)
+    assert found_by_pieces(*[24] * 8) and not found_by_pieces(*[24] * 7)
+    assert not found_by_pieces(*[23] * 20)
+
+
+def test_a_short_text_is_a_piece_of_a_message_from_eight_letters_on():
+    entries = (entry(message="it says abcd efgh ijkl"), entry("Another", "something else altogether"))
+    assert find("abcd efgh", entries) and not find("abcd efg", entries)
+    assert not find("efghijkl", entries)  # a single word
+
+
+def test_the_class_of_an_error_may_change_if_its_text_has_sixteen_letters():
+    for letters, told in ((16, True), (15, False)):
+        entries = (entry(message=f"ValueError: {LONG[:letters]}"), entry("Another", "something else altogether"))
+        assert (find(f"1 2 3 RuntimeError: {LONG[:letters]} 4 5 6", entries) is not None) == told
+
+
+def test_65_of_100_of_the_words_by_weight_are_needed():
+    """Words that one entry or none has weigh the same."""
+    for known, told in ((33, True), (32, False)):
+        text = " ".join([*WORDS[:known], *WORDS[100 : 150 - known]])
+        entries = (entry(" ".join(reversed(WORDS[:known]))), entry("Another"), entry("A third"))
+        assert (find(text, entries) is not None) == told
+
+
+def test_the_best_entry_must_be_a_tenth_ahead_of_the_next():
+    """Both have all words; one of them has some only in its explanation, where they count half."""
+    words = WORDS[:50]
+    for in_heading, told in ((39, True), (41, False)):
+        best = entry(" ".join(reversed(words)))
+        other = entry(" ".join(reversed(words[:in_heading])), meaning=" ".join(words[in_heading:]))
+        found = find(" ".join(words), (other, best, *(entry(f"Another {n}") for n in range(5))))
+        assert found == (best if told else None)
 
 
 # ---- The reader of the page

@@ -1,5 +1,6 @@
 """The cheapest changes that make a run fit: each fits, and none could be milder or left out."""
 
+import math
 from dataclasses import replace
 from itertools import groupby
 
@@ -225,10 +226,65 @@ def test_fewer_adapters_are_named_as_the_family_names_its_layers(name, adapted):
     assert adapted in [change.settings.target_modules for change in found]
 
 
-def test_a_huge_batch_is_cured_quickly(asked):
-    found = cures(QWEN_7B, replace(GPU_RUN, batch_size=2**40), "l4")
-    assert changed(GPU_RUN, found[0].settings) == {"batch_size"}
+@pytest.mark.parametrize("size", [2**40, 10**18 + 3, 2**62, 10**18, 2**63 - 1, math.lcm(*range(1, 41))])
+def test_a_huge_batch_is_cured_quickly(asked, size):
+    run = replace(GPU_RUN, batch_size=size)
+    found = cures(QWEN_7B, run, "l4")
+    assert changed(run, found[0].settings) == {"batch_size"}
+    assert found[0].settings.batch_size * found[0].settings.accumulation == size
+    assert 0 < len(asked) < 100
+    asked.clear()
+    combined = replace(WASTEFUL, batch_size=size, compute_dtype="bfloat16", max_length=8_192)
+    (change,) = cures(QWEN_7B, combined, card(8 * GIB))  # several changes are needed
+    assert len(change.steps) > 1 and change.prediction.fits
     assert 0 < len(asked) < 500
+
+
+def test_no_accumulation_is_offered_that_no_setting_can_hold():
+    (none,) = cures(QWEN_7B, replace(GPU_RUN, batch_size=2**40, accumulation=2**40), "l4")
+    assert none.settings is None
+    run = replace(GPU_RUN, batch_size=64, accumulation=2**58)
+    gpu = card(predict(QWEN_7B, replace(run, batch_size=2), "l4").device_bytes - 1)
+    assert all(change.settings.batch_size > 2 for change in cures(QWEN_7B, run, gpu))
+
+
+MISTRAL = replace(find_shape("mistralai/Mistral-7B-v0.1"), num_hidden_layers=2)
+
+
+def test_shorter_sequences_are_sought_below_those_of_the_run():
+    """From the window on a float32 run fits that does not within it: the longest sequence of all is no cure."""
+    run = replace(GPU_RUN, compute_dtype="float32", max_length=4_095)
+    gpu = card(predict(MISTRAL, replace(run, max_length=3_072), "l4").device_bytes)
+    assert longest_sequence(MISTRAL, run, gpu) >= 4_096
+    (shorter,) = [change for change in cures(MISTRAL, run, gpu) if changed(run, change.settings) == {"max_length"}]
+    assert shorter.settings.max_length == 3_072
+
+
+def test_the_kernel_that_is_named_is_the_one_that_runs():
+    run = replace(GPU_RUN, attention="eager", max_length=8_192)
+
+    def words(**change):
+        gpu = card(predict(MISTRAL, replace(run, **change), "l4").device_bytes - 1)
+        found = cures(MISTRAL, replace(run, **change), gpu)
+        return next(change.what for change in found if change.settings.attention == "sdpa")
+
+    assert words(max_length=4_095) == "attention by sdpa, in FlashAttention"
+    assert (
+        words() == words(max_length=4_096) == words(compute_dtype="float32") == "attention by sdpa"
+    )  # there is a mask
+
+
+def test_a_change_that_makes_it_worse_is_left_out_of_the_combination():
+    """A model of one layer has nothing to gain from checkpointing, which would keep the layer's input besides."""
+    shape = replace(find_shape("EleutherAI/pythia-410m"), num_hidden_layers=1, vocab_size=500_000)
+    run = replace(GPU_RUN, rank=8, max_length=64, gradient_checkpointing=False, upcast_fp32=True, double_quant=False)
+    lowest = replace(run, upcast_fp32=False, double_quant=True, rank=4, target_modules=("query_key_value",))
+    gpu = card(predict(shape, lowest, "l4").device_bytes)
+    assert not predict(shape, replace(lowest, gradient_checkpointing=True), gpu).fits
+    (change,) = cures(shape, run, gpu)
+    assert change.settings == lowest
+    (too_small,) = cures(shape, run, card(gpu.usable_bytes - 1))
+    assert too_small.settings is None and too_small.prediction.spare_bytes == -1
 
 
 def test_16_bits_are_those_that_the_card_is_fast_in():

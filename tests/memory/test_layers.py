@@ -3,8 +3,13 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from transformers import AutoConfig
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from qlora_helpers.memory import ModelShape, find_gpu, predict
+from qlora_helpers.memory.layers import LayerSettings
+from qlora_helpers.memory.step import mask_bytes
 from qlora_helpers.settings import GPU_RUN, Settings
 from tests.memory.fake_step import transient_peak
 
@@ -70,6 +75,29 @@ def test_the_count_of_fake_tensors_can_disagree():
     run = replace(RUN, gradient_checkpointing=False)
     counted = transient_peak(LLAMA, run)
     assert predicted(LLAMA, replace(run, dropout=0.0)) != pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.parametrize(("tokens", "window"), [(63, 64), (64, 64), (65, 64), (200, 64), (200, None)])
+def test_the_mask_of_sdpa_is_the_one_that_transformers_makes(tokens, window):
+    """One byte for each pair of tokens, once for all layers, and only for sequences that fill the window."""
+    config = AutoConfig.for_model(**CONFIGS["mistral"], sliding_window=window, attn_implementation="sdpa")
+    hidden = torch.empty(3, tokens, 512)
+    make = create_sliding_window_causal_mask if window else create_causal_mask
+    mask = make(config, inputs_embeds=hidden, attention_mask=torch.ones(3, tokens), past_key_values=None)
+    shape = ModelShape.from_config(CONFIGS["mistral"] | {"sliding_window": window})
+    run = replace(RUN, batch_size=3, max_length=tokens)
+    how = LayerSettings.of(shape, run, find_gpu("h200"))
+    assert how.masked == (mask is not None)
+    assert mask_bytes(shape, how) == (mask.nbytes if how.masked else 0)
+
+
+def test_eager_attention_has_a_mask_in_the_width_of_its_products():
+    for family, masks in (("llama", 1), ("gemma2", 2)):
+        shape = ModelShape.from_config(CONFIGS[family])
+        for dtype, width in (("bfloat16", 2), ("float32", 4)):
+            run = replace(RUN, attention="eager", compute_dtype=dtype)
+            how = LayerSettings.of(shape, run, find_gpu("h200"))
+            assert mask_bytes(shape, how) == masks * 2 * 512**2 * width
 
 
 def test_the_math_kernel_is_quadratic_and_the_fused_one_is_not():

@@ -1,5 +1,6 @@
 """The largest batch and the longest sequence: what is said to fit does, and one more does not."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from qlora_helpers.memory import (
     suggest,
     what_fits,
 )
+from qlora_helpers.memory.search import divisors
 from qlora_helpers.settings import GPU_RUN
 from qlora_helpers.units import GIB
 from tests.memory.made_up import card
@@ -61,6 +63,44 @@ def test_batch_and_sequence_grow_with_the_card_to_the_byte():
     assert longest_sequence(QWEN_7B, GPU_RUN, card(needs - 1)) == 1_152
 
 
+WINDOWED = replace(find_shape("mistralai/Mistral-7B-v0.1"), num_hidden_layers=2, max_position_embeddings=3_000)
+
+
+@pytest.mark.parametrize("window", [300, 1_000, 1_024, 2_999])
+@pytest.mark.parametrize("attention", ["sdpa", "math", "eager"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_longest_sequence_is_that_of_a_search_through_all_of_them(window, attention, dtype):
+    """With float32 and shared heads sdpa needs less from the window on, where the mask rules out torch's math kernel."""
+    shape = replace(WINDOWED, sliding_window=window)
+    run = replace(GPU_RUN, compute_dtype=dtype, attention=attention)
+    for like in ("t4", "l4"):
+        needs = {
+            tokens: predict(shape, replace(run, max_length=tokens), like).device_bytes
+            for tokens in range(128, 3_001, 128)
+        }
+        before = [tokens for tokens in needs if tokens < window]
+        assert sorted(needs.values()) == list(needs.values()) or (like, dtype, attention) == ("l4", "float32", "sdpa")
+        for enough_for in (128, before[-1], before[len(before) // 2], 2_944):
+            for usable in (needs[enough_for], needs[enough_for] - 1):
+                fitting = [tokens for tokens, size in needs.items() if size <= usable]
+                assert longest_sequence(shape, run, card(usable, like)) == max(fitting, default=0)
+                up_to = max((tokens for tokens in fitting if tokens <= 1_500), default=0)
+                assert longest_sequence(shape, run, card(usable, like), at_most=1_500) == up_to
+
+
+def test_memory_grows_with_the_batch_whatever_the_kernel():
+    for shape in (WINDOWED, GPT_J):
+        for attention in ("sdpa", "math", "eager"):
+            for accumulation in (1, 4):
+                run = replace(GPU_RUN, attention=attention, accumulation=accumulation, max_length=512)
+                for dtype in ("float32", "float16"):
+                    sizes = [
+                        predict(shape, replace(run, compute_dtype=dtype, batch_size=batch), "l4").device_bytes
+                        for batch in (1, 2, 3, 4, 7, 16, 100, 10**6)
+                    ]
+                    assert sizes == sorted(sizes)
+
+
 def test_nothing_fits_on_too_small_a_card():
     assert largest_batch(LLAMA_70B, GPU_RUN, "t4") == 0
     assert longest_sequence(LLAMA_70B, GPU_RUN, "t4") == 0
@@ -91,6 +131,36 @@ def test_the_suggested_batch_divides_the_effective_one_and_no_larger_one_does_an
         if effective % larger == 0:
             accumulated = replace(GPU_RUN, batch_size=larger, accumulation=effective // larger)
             assert not predict(QWEN_7B, accumulated, "t4").fits
+
+
+# a prime, powers, the largest of 64 bits, and one with more than 10,000 divisors
+HUGE = [10**18 + 3, 2**62, 10**18, 2**63 - 1, math.lcm(*range(1, 41))]
+
+
+@pytest.mark.parametrize("effective", HUGE)
+def test_a_huge_effective_batch_is_answered_after_few_predictions(effective, asked):
+    suggestion = suggest(QWEN_7B, "t4", GPU_RUN, effective)
+    assert 0 < len(asked) < 50
+    assert suggestion.batch_size * suggestion.accumulation == effective
+    assert suggestion.prediction.fits
+    (next_larger, *_) = [size for size in range(suggestion.batch_size + 1, 2**20) if effective % size == 0] or [None]
+    if next_larger:
+        accumulated = replace(GPU_RUN, batch_size=next_larger, accumulation=effective // next_larger)
+        assert not predict(QWEN_7B, accumulated, "t4").fits
+
+
+def test_a_card_beyond_all_sense_ends_the_search(asked):
+    assert largest_batch(QWEN_7B, GPU_RUN, card(10**90)) == 2**63 - 1
+    longest = longest_sequence(replace(QWEN_7B, max_position_embeddings=2**63 - 1), GPU_RUN, card(10**90))
+    assert longest == 2**63 - 128
+    assert len(asked) < 500
+
+
+def test_the_divisors_of_a_number():
+    assert divisors(1) == (1,)
+    assert divisors(36) == (36, 18, 12, 9, 6, 4, 3, 2, 1)
+    assert divisors(10**18 + 3) == (10**18 + 3, 1)
+    assert len(divisors(math.lcm(*range(1, 41)))) > 10_000
 
 
 def test_suggest_has_defaults():

@@ -95,6 +95,14 @@ def test_the_allocator_s_history_becomes_a_timeline():
     assert line.marks == ((BETWEEN, 0), ("forward", 1), ("backward", 2))
 
 
+def test_the_pauses_of_all_marks_are_taken_out_of_the_time():
+    history = [{"action": "alloc", "size": 512, "time_us": moment} for moment in (1_000, 1_110, 1_320, 1_330, 1_730)]
+    marks = [("forward", 0, 50.0), ("loss", 1, 100.0), ("backward", 2, 200.0), ("optimizer step", 4, 400.0)]
+    line = from_history(history, marks, start=0)
+    assert line.seconds == pytest.approx((0.0, 10e-6, 20e-6, 30e-6, 30e-6), abs=1e-9)
+    assert line.marks == (("forward", 0), ("loss", 1), ("backward", 2), ("optimizer step", 4))
+
+
 def test_storages_are_counted_until_they_are_freed():
     held = torch.zeros(1_000)
     history = StorageHistory(lambda: [held, held[:10]])

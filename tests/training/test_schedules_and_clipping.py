@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from qlora_helpers.models.loading import load_model
 from qlora_helpers.settings import Settings
+from qlora_helpers.training.run_folder import brought_up_to_date
 from qlora_helpers.training.trainer import build_trainer
 from tests.support.short_runs import CHATS, CPU, SHORT, TOKENIZER, adapter, differing, run, trainer_of
 
@@ -88,3 +90,12 @@ def test_the_interval_of_logging_may_change_when_a_run_is_resumed(tmp_path):
     interrupted(tmp_path, SHORT, lambda record: record)
     resumed = run(tmp_path, replace(SHORT, log_steps=3), resume=True)
     assert [step for step, _ in resumed.history] == [1, 2, 3, 6]
+
+
+def test_a_record_from_before_these_settings_is_completed_with_what_every_run_did():
+    """Those versions named neither: they had the trainer's own clipping and schedule."""
+    arguments = TrainingArguments()
+    record = brought_up_to_date(without_the_new_settings({"method": "qlora", "schedule": None, "max_grad_norm": None}))
+    assert (record["schedule"], record["max_grad_norm"]) == (arguments.lr_scheduler_type, arguments.max_grad_norm)
+    kept = {"schedule": "cosine", "max_grad_norm": None, "method": "qlora"}
+    assert brought_up_to_date(kept) == kept
