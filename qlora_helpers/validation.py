@@ -14,6 +14,7 @@ from numbers import Real
 
 __all__ = ["number", "one_of", "refuse", "shown", "switch", "whole"]
 
+_LARGEST = 2**63 - 1
 _LARGEST_FLOAT = (2 - 2**-23) * 2.0**127  # float32's
 
 
@@ -55,7 +56,7 @@ def whole(
     """A whole number: an int, or what converts to one without loss, such as a numpy integer.
 
     Args:
-        at_least, at_most: the least and the most that are allowed.
+        at_least, at_most: the least and the most that are allowed; by default the most is what 64 bits hold.
         among: if given, only these are allowed.
         otherwise: what else is allowed, for the message, such as "None for no checkpoints".
     """
@@ -63,10 +64,12 @@ def whole(
         number = operator.index(value)
     except TypeError:
         number = None
-    held = number is not None and not _is_boolean(value) and number >= at_least
-    held = held and (at_most is None or number <= at_most)
+    most = _LARGEST if at_most is None else at_most
+    held = number is not None and not _is_boolean(value) and at_least <= number <= most
     if not held or (among and number not in among):
         bounds = f"{at_least} or more" if at_most is None else f"{at_least} to {at_most}"
+        if at_most is None and number is not None and number > _LARGEST:
+            bounds += ", in 64 bits"  # larger ones fail deep in torch
         kind = f"one of {', '.join(map(str, among))}" if among else f"a whole number, {bounds}"
         raise refuse(name, value, f"must be {kind}{otherwise and f', or {otherwise}'}")
     return number
