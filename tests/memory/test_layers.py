@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 
 from qlora_helpers.memory import ModelShape, find_gpu, predict
+from qlora_helpers.memory.layers import DecoderLayer, LayerSettings
+from qlora_helpers.memory.tape import Tape
 from qlora_helpers.settings import GPU_RUN, Settings
 from tests.memory.fake_step import transient_peak
 
@@ -62,7 +64,7 @@ def test_the_tape_agrees_with_the_libraries_own_step(family, how):
     if family == "gptj" and run.target_modules != "all-linear":
         run = replace(run, target_modules=("q_proj", "v_proj"))
     counted = transient_peak(config, run)
-    assert predicted(config, run) == pytest.approx(counted, rel=0.05), counted
+    assert predicted(config, run) == pytest.approx(counted, rel=0.05 if family == "gptj" else 0.008), counted
 
 
 def test_the_count_of_fake_tensors_can_disagree():
@@ -70,6 +72,16 @@ def test_the_count_of_fake_tensors_can_disagree():
     run = replace(RUN, gradient_checkpointing=False)
     counted = transient_peak(LLAMA, run)
     assert predicted(LLAMA, replace(run, dropout=0.0)) != pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.parametrize(("share", "beyond"), [(1.0, 3.0), (0.25, 1.25)])
+def test_positions_turn_a_share_of_each_head_and_the_rest_is_copied(share, beyond):
+    """All: cos, rotated and sin, or cos, sin and their sum. A quarter: its result, and a copy of the whole."""
+    tape, shape = Tape(), ModelShape.from_config(CONFIGS["gpt_neox"])
+    x = tape.new(65_536, 2)
+    out = DecoderLayer(shape, LayerSettings.of(shape, RUN, find_gpu("h200")), tape).rotary(x, share)
+    assert (out.elements, out.width) == (x.elements, 2)
+    assert tape.peak == (1 + beyond) * x.buffer.size
 
 
 def test_the_math_kernel_is_quadratic_and_the_fused_one_is_not():

@@ -46,7 +46,8 @@ SEED = 0
 COUNT = 200
 LIST = ROOT / "data" / "measured" / "mutants.csv"
 STATE = ROOT / ".mutants"  # what a stopped run has done so far
-SECONDS_OF_OTHER_TESTS = 60  # for one mutant, by the time that they take without it
+# By the time that tests take without a mutant: which files are quick, and how long the others of one mutant may take.
+QUICK, SECONDS_OF_OTHER_TESTS = 12, 60
 WITHOUT = ("gpu", "notebooks", "colab")  # rooms whose tests need a GPU, or start kernels
 LIBRARIES = (
     "torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "matplotlib.pyplot", "ipywidgets",
@@ -229,22 +230,27 @@ def in_slots(items: list, work: Callable, scratch: Path, jobs: int, done: Path) 
     us = os.getpid()
 
     def slot(copy: Path) -> None:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        while os.getppid() == us:  # if we were killed, nobody continues
-            with following.get_lock():
-                number = following.value
-                following.value += 1
-            if number >= len(items):
-                break
-            row = work(items[number], copy)
-            with done.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        with contextlib.suppress(KeyboardInterrupt):
+            while os.getppid() == us:  # if we were killed, nobody continues
+                with following.get_lock():
+                    number = following.value
+                    following.value += 1
+                if number >= len(items):
+                    break
+                row = work(items[number], copy)
+                with done.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
 
     processes = [fork.Process(target=slot, args=(scratch / str(number),)) for number in range(jobs)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
     if any(process.exitcode for process in processes):
         raise SystemExit("A worker has died; the same command continues.")
 
@@ -281,7 +287,7 @@ def judge(mutant: Mutant, copy: Path, usual: dict[str, dict]) -> dict:
     importing = [file for file, row in usual.items() if dotted in row["imported"] and file != own]
     others = []
     for file in sorted(importing, key=lambda f: (not name.search((copy / f).read_text()), usual[f]["seconds"])):
-        if usual[file]["seconds"] <= left:
+        if usual[file]["seconds"] <= min(QUICK, left):
             others.append(file)
             left -= usual[file]["seconds"]
     path = copy / mutant.module
@@ -357,6 +363,7 @@ def main() -> None:
     parser.add_argument("--survivors", action="store_true", help="believe the last list in what was killed")
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     begun = time.monotonic()
     mutants = sample(args.count, args.seed)
 
