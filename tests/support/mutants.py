@@ -398,6 +398,7 @@ def main() -> None:
         in_slots(rest, lambda mutant, copy: judge(mutant, copy, usual), scratch, args.jobs, done_file)
     outcomes = {row["identity"]: {key: row[key] for key in ("outcome", "by")} for row in lines(done_file)}
     killed = write_list(mutants, outcomes, args.seed)
+    shutil.rmtree(STATE)
     print(f"{time.monotonic() - begun:.0f} s, {args.jobs} at a time")
     sys.exit(0 if killed >= 0.9 else 1)
 
