@@ -30,7 +30,7 @@ def test_the_list_has_its_command_its_seed_and_a_word_on_each_survivor():
 
 def test_the_readme_says_how_many_were_noticed():
     count = Counter(row["outcome"] == "survived" for row in mutants.read_list())
-    said = f"of {count.total()} small changes of the helpers their tests notice {count[False]}"
+    said = f"Of {count.total()} small changes of the helpers their tests notice {count[False]}"
     assert said in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 
 

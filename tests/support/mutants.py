@@ -399,7 +399,10 @@ def main() -> None:
     outcomes = {row["identity"]: {key: row[key] for key in ("outcome", "by")} for row in lines(done_file)}
     killed = write_list(mutants, outcomes, args.seed)
     shutil.rmtree(STATE)
-    print(f"{time.monotonic() - begun:.0f} s, {args.jobs} at a time")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(
+        f"{time.monotonic() - begun:.0f} s, {args.jobs} at a time; {used.ru_utime + used.ru_stime:.0f} s of processor time"
+    )
     sys.exit(0 if killed >= 0.9 else 1)
 
 
