@@ -775,6 +775,22 @@ def test_a_piece_of_31_characters_is_a_message(characters, known):
     assert not _shared_runs(message[:characters], (entry, made_up("the same letters", message)))
 
 
+def test_of_several_pieces_the_longest_tells_and_equal_ones_do_not():
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    messages = [letters + letters[::step] + letters[::-1] for step in (3, 5, 7)]
+    entries = tuple(made_up(f"number {step}", message) for step, message in zip((3, 5, 7), messages, strict=True))
+
+    def pieces(*lengths: int) -> str:
+        middles = [message[20 : 20 + length] for message, length in zip(messages, lengths, strict=True)]
+        return "###".join(middles)
+
+    assert [search(pieces(*lengths), entries).entry for lengths in ((40, 32, 32), (32, 32, 38), (32, 40, 32))] == [
+        entries[0], entries[2], entries[1],
+    ]  # fmt: skip
+    undecided = search(pieces(32, 32, 10), entries)
+    assert undecided.entry is None and set(undecided.others) == set(entries[:2])
+
+
 @pytest.mark.parametrize(("words", "known"), [(60, True), (61, False)])
 def test_of_more_than_60_words_the_last_line_and_those_that_name_an_error_count(words, known):
     entry = made_up("the kettle whistles", symptom="steam everywhere")
