@@ -93,6 +93,12 @@ def test_a_first_layer_whose_input_needs_no_gradient_does_not_keep_it():
     assert first.kept < layer.kept and again.kept >= first.kept
 
 
+def test_a_checkpoint_that_a_layer_saves_again_counts_once():
+    run = replace(RUN, upcast_fp32=True)  # the first norm saves its float32 input, which is the checkpoint itself
+    alone = cost_of(SHAPE, how(run), DecoderLayer.__call__, keep_input=False)
+    assert moments(run)["last layer backward"].at_work.total == alone.backward.total - TOKENS * H * 4
+
+
 @pytest.mark.parametrize("method", ["qlora", "full"])
 def test_the_gradients_above_a_layer_are_there_when_the_backward_pass_reaches_it(method):
     run = replace(RUN, method=method)

@@ -47,7 +47,7 @@ COUNT = 200
 LIST = ROOT / "data" / "measured" / "mutants.csv"
 STATE = ROOT / ".mutants"  # what a stopped run has done so far
 # By the time that tests take without a mutant: which files are quick, and how long the others of one mutant may take.
-QUICK, SECONDS_OF_OTHER_TESTS = 12, 60
+QUICK, SECONDS_OF_OTHER_TESTS = 12, 90
 WITHOUT = ("gpu", "notebooks", "colab")  # rooms whose tests need a GPU, or start kernels
 LIBRARIES = (
     "torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "matplotlib.pyplot", "ipywidgets",
@@ -280,22 +280,36 @@ def try_file(file: str, copy: Path) -> dict:
     return run_tests(copy, [file], 600) | {"file": file}
 
 
+def others(module: str, copy: Path, usual: dict[str, dict]) -> list[str]:
+    """The quick test files that import a module and are not its own: first those that name it, and those of its room."""
+    own, dotted = own_test(module), module.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    package, _, name = dotted.rpartition(".")
+    named = re.compile(rf"\b{re.escape(package)}(\.| import .*\b){name}\b")
+
+    def order(file: str) -> tuple:
+        in_its_room = Path(file).parent == Path(own).parent
+        return not named.search((copy / file).read_text(encoding="utf-8")), not in_its_room, usual[file]["seconds"]
+
+    found, left = [], SECONDS_OF_OTHER_TESTS
+    for file in sorted((file for file, row in usual.items() if dotted in row["imported"] and file != own), key=order):
+        if usual[file]["seconds"] <= min(QUICK, left):
+            found.append(file)
+            left -= usual[file]["seconds"]
+    return found
+
+
 def judge(mutant: Mutant, copy: Path, usual: dict[str, dict]) -> dict:
     """Put a mutant into a copy and run its tests."""
-    own, dotted = own_test(mutant.module), mutant.module.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    name, left = re.compile(rf"\b{dotted.rpartition('.')[2]}\b"), SECONDS_OF_OTHER_TESTS
-    importing = [file for file, row in usual.items() if dotted in row["imported"] and file != own]
-    others = []
-    for file in sorted(importing, key=lambda f: (not name.search((copy / f).read_text()), usual[f]["seconds"])):
-        if usual[file]["seconds"] <= min(QUICK, left):
-            others.append(file)
-            left -= usual[file]["seconds"]
+    own = own_test(mutant.module)
     path = copy / mutant.module
     original = path.read_text(encoding="utf-8")
     row = {"identity": mutant.identity, "outcome": "survived", "by": ""}
     try:
         path.write_text(mutant.code, encoding="utf-8")
-        for files, who in (([own] if own in usual else [], "its own tests"), (others, "other tests")):
+        for files, who in (
+            ([own] if own in usual else [], "its own tests"),
+            (others(mutant.module, copy, usual), "other tests"),
+        ):
             if not files:
                 continue
             ran = run_tests(copy, files, 30 + 4 * sum(usual[file]["seconds"] for file in files))

@@ -11,13 +11,14 @@ from logging.handlers import BufferingHandler
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import TrainerControl
 from transformers.trainer_utils import sort_checkpoints
 from trl import SFTTrainer
 
 from qlora_helpers.models.loading import load_model
 from qlora_helpers.settings import Settings
 from qlora_helpers.training import run as training
-from qlora_helpers.training.checkpoints import PARTS, WEIGHTS, last_whole_checkpoint
+from qlora_helpers.training.checkpoints import PARTS, WEIGHTS, SaveByTheClock, last_whole_checkpoint
 from tests.support import kills
 from tests.support.short_runs import CHATS, CPU, SHORT, adapter, differing, run
 
@@ -112,6 +113,18 @@ def test_a_checkpoint_is_written_when_its_minutes_are_over_and_the_newest_two_ar
     run(tmp_path, Settings(steps=9, batch_size=1, rank=4, save_minutes=2.5), CHATS[:4])
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-9"}  # 3 is gone
     assert last_whole_checkpoint(tmp_path).name == "checkpoint-9"
+
+
+def test_a_checkpoint_is_not_written_before_its_time(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    callback, asked = SaveByTheClock(2.5), []
+    callback.on_train_begin(None, None, None)
+    for clock[0] in (100.0 + 149.9, 100.0 + 150):
+        control = TrainerControl()
+        callback.on_step_end(None, None, control)
+        asked.append(control.should_save)
+    assert asked == [False, True]
 
 
 def test_checkpoints_of_one_second_leave_no_warning_on_the_page(tmp_path):

@@ -283,3 +283,10 @@ def test_a_run_has_a_plain_name(find, name, runs):
     with pytest.raises(ValueError, match=f"name='{name}': pass the plain name of a folder"):
         find(name)
     assert not runs.exists()
+
+
+def test_a_folder_that_another_process_has_just_made_is_left_to_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_RUNS", str(tmp_path))
+    (tmp_path / "a-1").mkdir()
+    monkeypatch.setattr(Path, "exists", lambda self: False)  # when it was looked for
+    assert new_run_folder("a") == tmp_path / "a-2"
