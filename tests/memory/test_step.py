@@ -98,7 +98,8 @@ def test_a_checkpoint_that_a_layer_saves_again_counts_once():
         RUN, upcast_fp32=True, dropout=0.0
     )  # the first norm saves its float32 input, which is the checkpoint itself
     alone = cost_of(SHAPE, how(run), DecoderLayer.__call__, keep_input=False)
-    assert moments(run)["last layer backward"].at_work.total == alone.backward.total - TOKENS * H * 4
+    x, found = TOKENS * H * 4, moments(run)["last layer backward"].at_work.total
+    assert found == max(alone.forward.total + x, alone.backward.total - x) < alone.backward.total
 
 
 @pytest.mark.parametrize("method", ["qlora", "full"])
