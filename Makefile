@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 # Threads that wait by spinning make training several times slower as soon as another program needs a core.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help run lab preflight test test-all test-kills test-colab attack notebooks lint zip
+.PHONY: help run lab preflight test test-all test-kills test-colab attack mutants notebooks lint zip
 
 help:
 	@echo "make run        the full QLoRA run on this machine, about two minutes after the first set-up"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-all   everything: all editions of the lessons, the long tests, 20 killed runs"
 	@echo "make test-colab the Colab editions under the versions that Colab has, in a separate environment"
 	@echo "make attack     random inputs, kills, full disks and tampered folders, against the package"
+	@echo "make mutants    200 small changes of the helpers, each of which their tests should notice"
 	@echo "make notebooks  rebuild and execute every edition of the lessons; LESSON=03 for one"
 	@echo "make lint       ruff"
 	@echo "make zip        qlora-course.zip from the last commit, to upload to Colab or Kaggle"
@@ -64,6 +65,11 @@ attack: $(READY)
 # 20 runs, really killed; the output is kept in data/measured/kills.txt
 test-kills: $(READY)
 	@set -o pipefail; $(BIN)/python -m tests.support.kills | tee data/measured/kills.txt
+
+# 200 changes of the package; the list is kept in data/measured/mutants.csv. A stopped run is continued.
+mutants: $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/support/mutants.requirements.txt
+	@$(BIN)/python -m tests.support.mutants
 
 lab: $(READY)
 	@cd notebooks && ../$(BIN)/jupyter lab

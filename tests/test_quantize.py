@@ -364,6 +364,19 @@ def test_formats_in_the_order_of_their_error_on_gaussian_weights():
     assert errors == sorted(errors)
 
 
+@pytest.mark.parametrize(
+    ("codebook", "values"),
+    [
+        (INT4, [-1 + 2 * code / 15 for code in range(16)]),
+        (INT4_SYMMETRIC, [code / 7 for code in range(-7, 8)]),
+        (INT3, [-1 + 2 * code / 7 for code in range(8)]),
+    ],
+    ids=repr,
+)
+def test_integer_formats_have_equal_steps_from_minus_one_to_one(codebook, values):
+    assert codebook.values.tolist() == pytest.approx(values, abs=1e-6)
+
+
 @pytest.mark.parametrize("codebook", [INT4, INT4_SYMMETRIC, INT3], ids=repr)
 def test_each_value_goes_to_the_nearest_of_a_codebook_that_bitsandbytes_lacks(codebook):
     weight = gaussian(64, 64)

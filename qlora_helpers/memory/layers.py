@@ -55,7 +55,7 @@ class LayerSettings:
     dropout: bool
     adapted: frozenset[str]
     kernel: str
-    masked: bool = False
+    masked: bool
 
     @classmethod
     def of(cls, shape: ModelShape, settings: Settings, gpu: GPU) -> LayerSettings:

@@ -264,3 +264,39 @@ def test_a_disk_without_room_for_the_model_of_lesson_4_is_a_notice(tmp_path, mon
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(2 * GB))
     ((kind, text, cure),) = found(doctor._hub)
     assert kind == "notice" and text.startswith("lesson 4's last part downloads 3.1 GB") and "HF_HOME" in cure
+
+
+def test_the_hub_s_cache_is_in_the_home_folder_unless_hf_home_says_otherwise(tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(2 * GB))
+    ((_, text, _),) = found(doctor._hub)
+    assert f"into {tmp_path / '.cache' / 'huggingface'}, which has 2.0 GB free" in text
+    (tmp_path / ".cache/huggingface/hub" / f"models--{doctor.HUB_MODEL.replace('/', '--')}" / "snapshots/1").mkdir(
+        parents=True
+    )
+    assert found(doctor._hub) == []  # it has been downloaded already
+
+
+# ---- The command
+
+
+def test_a_dash_reads_the_error_from_standard_input_and_a_text_does_not(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(sys, "stdin", namedtuple("stdin", "read")(lambda: asked.append("read") or "CUDA out of memory"))
+    assert main(["doctor", "--error", "CUDA out of memory"]) == 0
+    said = capsys.readouterr().out
+    assert asked == [] and "out of memory" in said
+    assert main(["doctor", "--error", "-"]) == 0
+    assert asked == ["read"] and capsys.readouterr().out == said
+    assert main(["doctor", "--error", "no such thing"]) == 1
+
+
+def test_problems_are_printed_after_notices(monkeypatch, capsys):
+    report = Report()
+    report.fact("Python", "3.12")
+    report.problem("broken", "mend it")
+    report.notice("small")
+    monkeypatch.setattr(doctor, "examine", lambda: report)
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().out.splitlines() == ["Python          3.12", "", "· small", "✗ broken: mend it"]

@@ -1,5 +1,6 @@
 """What an instructor sees before class: a course of small lessons, each but the first with one fault."""
 
+import io
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jupytext
 import nbformat
@@ -180,3 +182,84 @@ def test_a_missing_package_is_named_with_its_cure(monkeypatch):
     monkeypatch.setitem(preflight.NEEDED, "no_such_module", "no-such-package")
     with pytest.raises(preflight.CannotStart, match=r"not installed: no-such-package\. Run  pip install -r"):
         preflight.chosen([])
+
+
+@pytest.mark.parametrize("there", [(), ("conftest.py",), ("notebooks/",)], ids=str)
+def test_what_is_not_a_copy_of_the_course_is_said(there, tmp_path, monkeypatch):
+    for name in there:
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).touch()
+    monkeypatch.setattr(preflight, "COURSE", tmp_path)
+    monkeypatch.setattr(preflight, "NOTEBOOKS", tmp_path / "notebooks")
+    with pytest.raises(preflight.CannotStart, match="is not a copy of the course's repository"):
+        preflight.chosen([])
+
+
+# ---- The rows, from what pytest tells of its tests
+
+
+@pytest.fixture
+def table():
+    made = preflight._Table({"03_lesson": []}, io.StringIO())
+    made.count(["notebooks/03_lesson.ipynb::Cell 1", "notebooks/03_lesson.ipynb::Cell 2"])
+    return made
+
+
+def told(table, cell, outcome="passed", said=(), seconds=2.0):
+    for when in ("setup", "call", "teardown"):
+        failed = outcome == "failed" and when == "call"
+        table.pytest_runtest_logreport(
+            SimpleNamespace(
+                nodeid=f"notebooks/03_lesson.ipynb::{cell}", when=when, duration=seconds, failed=failed,
+                user_properties=said, longreprtext="first line\nlast line\n",
+            )
+        )  # fmt: skip
+
+
+def test_a_row_counts_cells_comparisons_seconds_and_the_peak(table):
+    told(table, "Cell 1", said=[("compared", True), ("peak_bytes", 1_500_000_000)])
+    assert table.out.getvalue() == ""
+    told(table, "Cell 2", said=[("peak_bytes", 1_000_000_000)])
+    assert table.out.getvalue() == f"✓ {'03_lesson':28}     2         1       12     1.50\n"
+    assert table.ok == {"03_lesson": True}
+
+
+def test_a_failure_without_words_is_the_last_line_of_its_report(table):
+    told(table, "Cell 1", "failed")
+    told(table, "Cell 2", "failed", said=[("fault", "cell [2]: no")])
+    assert table.out.getvalue().splitlines()[1:] == [
+        "    lesson 03, call: last line",
+        "    lesson 03, cell [2]: no",
+    ]
+    assert table.ok == {"03_lesson": False}
+
+
+def test_a_notebook_that_cannot_be_collected_is_a_fault_and_another_file_is_none(table):
+    for nodeid, failed in (("notebooks/03_lesson.ipynb", True), ("conftest.py", True), ("03_lesson.ipynb", False)):
+        table.pytest_collectreport(SimpleNamespace(nodeid=nodeid, failed=failed, longrepr="first\nlast\n"))
+    assert table.failed == {"03_lesson": ["last"]}
+
+
+def test_cells_that_did_not_run_are_counted_and_make_it_red(table):
+    told(table, "Cell 1")
+    table.row("03_lesson")
+    assert table.ok == {"03_lesson": False}
+    assert table.out.getvalue().splitlines()[1] == "    lesson 03, 1 of its 2 cells ran"
+
+
+def test_more_than_four_faults_are_only_counted(table):
+    table.faults["03_lesson"] = [f"fault {number}" for number in range(6)]
+    table.row("03_lesson")
+    said = table.out.getvalue().splitlines()
+    assert len(said) == 6 and said[-1] == "    … and 2 more, most likely because of these"
+
+
+@pytest.mark.parametrize(
+    ("line", "other", "said"),
+    [
+        ("a block has 64 values", "a block has 65 values", ("a block has 64 values", "a block has 65 values")),
+        ("x" * 40 + "1" + "y" * 40, "x" * 40 + "2" + "y" * 40, tuple(f"…{'x' * 24}{d}{'y' * 24}…" for d in "12")),
+        ("same, and more", "same", ("same, and more", "same")),
+    ],
+)
+def test_lines_are_cut_down_to_where_they_differ(line, other, said):
+    assert preflight._around(line, other) == said

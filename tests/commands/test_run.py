@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 
 from qlora_helpers import evaluation
 from qlora_helpers.__main__ import main
+from qlora_helpers.commands.run import _print_report
 
 
 def call(*arguments, cwd, **environment):
@@ -119,3 +121,26 @@ def test_an_empty_name_of_a_folder_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["run", "--output", ""])
     assert "'' is not a folder: name one, such as runs/latest" in capsys.readouterr().err
+
+
+def test_the_printed_report_has_every_number_and_says_which_answers_are_right(tmp_path, capsys):
+    example = {"question": "Where is the key?", "before": "nowhere", "right": "under the mat"}
+    _print_report(
+        {
+            "trainable_parameters": 262_144, "all_parameters": 10_000_000, "exact_match_before": 0.0,
+            "exact_match_after": 0.95, "test_chats": 500, "commonest_answer_rate": 0.014, "loss_before": 4.5,
+            "loss_after": 0.1234, "train_seconds": 61.4, "total_seconds": 99.6, "peak_memory_bytes": 3 * 2**29,
+            "adapter_path": "runs/latest/adapter",
+            "examples": [example | {"after": "under the mat"}, example | {"after": "in the tree"}],
+        },
+        tmp_path / "report.json",
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    assert "262,144 of 10,000,000 (2.62%)" in said
+    assert re.search(r"exact match +0\.0% +95\.0% +\(500 questions; always the commonest answer: 1\.4%\)", said)
+    assert re.search(r"loss +4\.500 +0\.123 ", said) and "61 s of 100 s in all" in said and "1.50 GiB" in said
+    assert re.findall(r"after +(.*)\n   (.*)", said) == [
+        ("under the mat", "right"),
+        ("in the tree", "wrong: under the mat"),
+    ]
+    assert f"report                {(tmp_path / 'report.json').as_posix()}" in said

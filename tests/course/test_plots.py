@@ -1,8 +1,11 @@
 """Figures are shown with alt text, and the live plot keeps up with the run."""
 
+import numpy as np
 import pytest
+import torch
 
 from qlora_helpers.course import plots
+from qlora_helpers.memory import phases
 from qlora_helpers.memory.timeline import Timeline
 
 
@@ -61,3 +64,50 @@ def test_a_tree_has_its_question_and_every_branch():
     _, ax = plots.figure()
     plots.decision_tree(ax, "where?", [("load", "4 bits"), ("forward", "checkpointing")])
     assert {text.get_text() for text in ax.texts} == {"where?", "load", "4 bits", "forward", "checkpointing"}
+
+
+def test_what_is_between_the_steps_has_no_name_in_the_legend():
+    line = Timeline((0.0, 1.0, 2.0), (10, 40, 20), (("forward", 0), (phases.BETWEEN, 1)))
+    _, ax = plots.figure()
+    plots.memory_timeline(ax, line, unit=10)
+    assert ax.get_legend_handles_labels()[1] == ["forward"]
+    assert len(ax.collections) == 2  # both are filled
+
+
+def test_bars_are_stacked_with_their_total_at_the_end():
+    _, ax = plots.figure()
+    plots.stacked_bars(ax, ["one", "two"], {"a": [1, 2], "b": [3, 8]}, "GiB")
+    assert [(bar.get_x(), bar.get_width()) for bar in ax.patches] == [(0, 1), (0, 2), (1, 3), (2, 8)]
+    assert [(text.get_text(), text.get_position()) for text in ax.texts] == [(" 4.0", (4, 0)), (" 10.0", (10, 1))]
+    assert ax.get_xlim() == (0, pytest.approx(11.2)) and ax.get_xlabel() == "GiB" and ax.yaxis_inverted()
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
+
+
+def test_every_code_is_in_view_at_its_value():
+    _, ax = plots.figure()
+    plots.code_histogram(ax, [0.04, 0.1], [-1, 1], "NF4")
+    assert [line.tolist() for line in ax.collections[0].get_segments()] == [[[-1, 0], [-1, 4]], [[1, 0], [1, 10]]]
+    left, right = ax.get_xlim()
+    assert -1.2 < left < -1 and 1 < right < 1.2
+
+
+def test_all_weights_are_counted_and_the_levels_lie_below_them():
+    weights, levels = torch.linspace(-1, 1, 1_001), torch.tensor([-1.0, 0.0, 1.0])
+    _, ax = plots.figure()
+    plots.weights_and_levels(ax, weights, levels, "NF4")
+    starts = [bar.get_x() for bar in ax.patches]
+    assert len(starts) == 120 and min(starts) == -1 and max(starts) == pytest.approx(1 - 2 / 120)
+    marks = np.array(ax.collections[0].get_segments())
+    assert marks[:, 0, 0].tolist() == [-1, 0, 1]
+    bottom = ax.get_ylim()[0]
+    assert bottom < marks[..., 1].min() < marks[..., 1].max() < 0 and bottom > -0.5
+
+
+def test_the_branches_of_a_tree_lie_on_the_canvas():
+    _, ax = plots.figure()
+    plots.decision_tree(ax, "where?", [("load", "4 bits"), ("forward", "checkpointing"), ("step", "paging")])
+    (left, right), (low, high) = ax.get_xlim(), sorted(ax.get_ylim())
+    points = [*(text.get_position() for text in ax.texts), *(point for line in ax.lines for point in line.get_xydata())]
+    assert len(ax.lines) == 3 and len(points) == 7 + 3 * 3
+    assert all(left <= x <= right and low <= y <= high for x, y in points)
+    assert [line.get_ydata().tolist() for line in ax.lines] == [[1, 0, 0], [1, 1, 1], [1, 2, 2]]

@@ -9,6 +9,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import itertools
+import math
 import re
 import subprocess
 import sys
@@ -21,7 +22,16 @@ import pytest
 import torch
 
 from qlora_helpers.__main__ import main
-from qlora_helpers.course.troubleshooting import PAGE, Entry, _literals, find, read_entries, search
+from qlora_helpers.course.troubleshooting import (
+    PAGE,
+    Entry,
+    _literals,
+    _shared_runs,
+    _shares_of_words,
+    find,
+    read_entries,
+    search,
+)
 from qlora_helpers.models.loading import load_tokenizer
 from qlora_helpers.training.trainer import SFTConfig, SFTTrainer  # quietens the libraries first
 from tests.colab.environment import stand_in
@@ -752,6 +762,57 @@ def test_every_entry_is_found_by_half_of_its_message():
                 assert found(f"ValueError: {longest[: len(longest) * 2 // 3]}") == entry.heading
                 tried += 1
     assert tried >= len(ENTRIES) / 3
+
+
+def made_up(heading: str, *messages: str, symptom: str = "", meaning: str = "", cure: str = "") -> Entry:
+    return Entry(heading, "made up", messages, symptom, meaning, cure, "nowhere")
+
+
+@pytest.mark.parametrize(("characters", "known"), [(31, True), (30, False)])
+def test_a_piece_of_31_characters_is_a_message(characters, known):
+    message = "abcdefghijklmnopqrstuvwxyz0123456789"
+    entry, other = made_up("letters", message), made_up("digits", message[::-1])
+    assert list(_shared_runs(f"###{message[:characters]}###", (entry, other))) == [entry] * known
+    assert not _shared_runs(message[:characters], (entry, made_up("the same letters", message)))
+
+
+def test_of_several_pieces_the_longest_tells_and_equal_ones_do_not():
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    messages = [letters + letters[::step] + letters[::-1] for step in (3, 5, 7)]
+    entries = tuple(made_up(f"number {step}", message) for step, message in zip((3, 5, 7), messages, strict=True))
+
+    def pieces(*lengths: int) -> str:
+        middles = [message[20 : 20 + length] for message, length in zip(messages, lengths, strict=True)]
+        return "###".join(middles)
+
+    assert [search(pieces(*lengths), entries).entry for lengths in ((40, 32, 32), (32, 32, 38), (32, 40, 32))] == [
+        entries[0], entries[2], entries[1],
+    ]  # fmt: skip
+    undecided = search(pieces(32, 32, 10), entries)
+    assert undecided.entry is None and set(undecided.others) == set(entries[:2])
+
+
+@pytest.mark.parametrize(("words", "known"), [(60, True), (61, False)])
+def test_of_more_than_60_words_the_last_line_and_those_that_name_an_error_count(words, known):
+    entry = made_up("the kettle whistles", symptom="steam everywhere")
+    text = "kettle whistles\n" + "word " * (words - 3) + "\nlast"
+    assert len(text.split()) == words
+    assert (entry in _shares_of_words(text, (entry,))) == known
+    assert entry in _shares_of_words(text.replace("kettle", "KettleError kettle"), (entry,))
+
+
+def test_a_word_of_what_is_seen_counts_twice_as_much_as_one_of_the_explanation():
+    seen, explained = made_up("the kettle whistles"), made_up("the kettle", meaning="It whistles.")
+    scores = _shares_of_words("kettle whistles", (seen, explained))
+    assert scores[seen] == 1 and explained not in scores  # one word of its own is not enough
+    explained = made_up("a loud kettle", meaning="It whistles.")
+    scores = _shares_of_words("loud kettle whistles", (seen, explained))
+    weight = {"loud": math.log(3 / 1), "kettle": math.log(3 / 2), "whistles": math.log(3 / 2)}
+    total = sum(weight.values())
+    assert scores[seen] == pytest.approx((weight["kettle"] + weight["whistles"]) / total)
+    assert scores[explained] == pytest.approx((weight["loud"] + weight["kettle"] + weight["whistles"] / 2) / total)
+    named = made_up("another", meaning="See save_steps.")
+    assert _shares_of_words("save_steps", (named,)) == {named: 1}  # a name_like_this is enough
 
 
 def test_the_last_message_of_a_text_counts_and_the_others_are_named():

@@ -8,10 +8,12 @@ import pytest
 
 from qlora_helpers.memory import (
     cures,
+    find_gpu,
     find_shape,
     longest_sequence,
     predict,
 )
+from qlora_helpers.memory.ladder import _fused_optimizer
 from qlora_helpers.settings import GPU_RUN
 from qlora_helpers.units import GIB
 from tests.memory.made_up import card
@@ -292,3 +294,9 @@ def test_16_bits_are_those_that_the_card_is_fast_in():
     for name, dtype in (("t4", "float16"), ("l4", "bfloat16")):
         gpu = card(predict(QWEN_7B, run, name).device_bytes - 1, like=name)
         assert cures(QWEN_7B, run, gpu)[0].settings == replace(run, compute_dtype=dtype)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit"])
+def test_torch_s_fused_optimizer_is_offered_in_place_of_its_slow_one_alone(optimizer):
+    offered = list(_fused_optimizer(QWEN_7B, replace(GPU_RUN, optimizer=optimizer), find_gpu("l4")))
+    assert [changed.optimizer for _, _, changed in offered] == ["adamw_torch_fused"] * (optimizer == "adamw_torch")

@@ -8,8 +8,9 @@ from transformers import AutoConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from qlora_helpers.memory import ModelShape, find_gpu, predict
-from qlora_helpers.memory.layers import LayerSettings
+from qlora_helpers.memory.layers import DecoderLayer, LayerSettings
 from qlora_helpers.memory.step import mask_bytes
+from qlora_helpers.memory.tape import Tape
 from qlora_helpers.settings import GPU_RUN, Settings
 from tests.memory.fake_step import transient_peak
 
@@ -67,7 +68,7 @@ def test_the_tape_agrees_with_the_libraries_own_step(family, how):
     if family == "gptj" and run.target_modules != "all-linear":
         run = replace(run, target_modules=("q_proj", "v_proj"))
     counted = transient_peak(config, run)
-    assert predicted(config, run) == pytest.approx(counted, rel=0.05), counted
+    assert predicted(config, run) == pytest.approx(counted, rel=0.05 if family == "gptj" else 0.008), counted
 
 
 def test_the_count_of_fake_tensors_can_disagree():
@@ -98,6 +99,69 @@ def test_eager_attention_has_a_mask_in_the_width_of_its_products():
             run = replace(RUN, attention="eager", compute_dtype=dtype)
             how = LayerSettings.of(shape, run, find_gpu("h200"))
             assert mask_bytes(shape, how) == masks * 2 * 512**2 * width
+
+
+def on_a_tape(config: dict, run: Settings = RUN) -> tuple[Tape, DecoderLayer]:
+    shape, tape = ModelShape.from_config(config), Tape()
+    return tape, DecoderLayer(shape, LayerSettings.of(shape, run, find_gpu("h200")), tape)
+
+
+def backward_peak(tape: Tape, out) -> int:
+    """What the backward pass takes beyond what was there, the gradient of `out` included."""
+    before, node, elements, width = tape.live, out.node, out.elements, out.width
+    del out
+    tape.forget_peak()
+    tape.backward(node, tape.new(elements, width))
+    return tape.peak - before
+
+
+@pytest.mark.parametrize(("share", "beyond"), [(1.0, 3.0), (0.25, 1.25)])
+def test_positions_turn_a_share_of_each_head_and_the_rest_is_copied(share, beyond):
+    """All: cos, rotated and sin, or cos, sin and their sum. A quarter: its result, and a copy of the whole."""
+    tape, layer = on_a_tape(CONFIGS["gpt_neox"])
+    x = tape.new(65_536, 2)
+    out = layer.rotary(x, share)
+    assert (out.elements, out.width) == (x.elements, 2)
+    assert tape.peak == (1 + beyond) * x.buffer.size
+
+
+def test_flash_attention_accumulates_in_float32_in_its_backward_pass():
+    """Rows of 128 tokens, and heads of a multiple of 32."""
+    tape, layer = on_a_tape(
+        LLAMA | {"num_key_value_heads": 8, "head_dim": 72}, replace(RUN, batch_size=1, max_length=200)
+    )
+    size = 200 * 8 * 72
+    q, k, v = (tape.source(size, 2) for _ in range(3))
+    out = layer._fused(q, k, v)
+    assert (
+        tape.live == 4 * 2 * size + 200 * 8 * 4 + 256
+    )  # q, k, v, the result, and a number per query and head, in blocks
+    del q, k, v
+    rows = 8 * 256
+    assert backward_peak(tape, out) == (1 + 3) * 2 * size + rows * 4 + rows * 96 * 4
+
+
+@pytest.mark.parametrize(("softmax", "further"), [(False, 1), (True, 2)])
+def test_an_operation_that_keeps_its_result_takes_a_gradient_and_softmax_a_product(softmax, further):
+    tape, layer = on_a_tape(LLAMA)
+    x = tape.source(4_096, 4)
+    out = layer.keeping_result(x, 4, **({"softmax": True} if softmax else {}))
+    del x
+    assert tape.live == 4 * 4_096  # the result alone
+    assert backward_peak(tape, out) == (1 + further) * 4 * 4_096
+
+
+@pytest.mark.parametrize(("a_flows", "b_flows"), [(True, True), (True, False), (False, True)])
+def test_a_product_saves_a_factor_for_the_gradient_of_the_other(a_flows, b_flows):
+    tape, layer = on_a_tape(LLAMA)
+    a, b = (
+        tape.source(size, 2) if flows else tape.new(size, 2) for size, flows in ((1_024, a_flows), (4_096, b_flows))
+    )
+    out = layer.matmul(a, b, 2_048)
+    del a, b
+    saved = 2 * (1_024 * b_flows + 4_096 * a_flows)
+    assert tape.live == saved + 2 * 2_048
+    assert backward_peak(tape, out) == 2 * (2_048 + 1_024 * a_flows + 4_096 * b_flows)
 
 
 def test_the_math_kernel_is_quadratic_and_the_fused_one_is_not():

@@ -32,3 +32,7 @@ def test_a_larger_rank_and_fewer_layers_change_the_memory_of_a_merge():
     assert large.peak_bytes - small.peak_bytes == large.adapter_bytes - small.adapter_bytes == 3 * small.adapter_bytes
     narrow = predict_merge(LLAMA_8B, "16bit", replace(GPU_RUN, target_modules=("q_proj",)))
     assert narrow.peak_bytes - narrow.base_bytes - narrow.adapter_bytes == 8 * 4096 * 4096
+    narrow = predict_merge(LLAMA_8B, "4bit", replace(GPU_RUN, target_modules=("q_proj",)))
+    weight, difference, merged, on_device, packed, scales = 2, 4, 4, 4, 1 / 2, 4 / 64  # bytes of each of its weights
+    held = weight + difference + merged + on_device + packed + 2 * scales
+    assert narrow.peak_bytes - narrow.base_bytes - narrow.adapter_bytes == held * 4096 * 4096

@@ -63,6 +63,11 @@ def test_a_text_that_is_no_such_message_is_refused(text):
         read_message(text)
 
 
+def test_a_refused_text_is_quoted_up_to_80_characters():
+    with pytest.raises(ValueError, match=rf"^text is '{'x' * 80}', without asked_bytes, "):
+        read_message("x" * 100)
+
+
 SITE = "/usr/lib/python3/site-packages"
 CALLS = {  # a run's frames, outermost first
     "load": [("transformers/modeling_utils.py", "from_pretrained"), ("bitsandbytes/nn/modules.py", "forward")],

@@ -130,6 +130,12 @@ def test_float32_has_no_flash_attention():
     )
 
 
+def test_loading_needs_the_largest_tensor_in_main_memory_twice_over_in_16_bits():
+    table = 128_256 * 4_096
+    found, narrow = predict(LLAMA, GPU_RUN), predict(replace(LLAMA, vocab_size=1_000), GPU_RUN)
+    assert found.host_bytes_to_load - narrow.host_bytes_to_load == 2 * (table - 14_336 * 4_096)
+
+
 def test_a_name_in_place_of_a_shape_is_refused_with_the_cure():
     with pytest.raises(ValueError, match=r"shape='Qwen/Qwen2.5-7B': give a ModelShape, such as find_shape"):
         predict("Qwen/Qwen2.5-7B", GPU_RUN)

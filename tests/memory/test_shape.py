@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -92,6 +93,12 @@ def test_a_config_comes_as_dict_object_file_or_folder(tmp_path):
     ):
         assert ModelShape.from_config(given).parameters == wanted.parameters
     assert ModelShape.from_config(tmp_path) == wanted
+
+
+def test_a_shape_made_by_hand_has_no_biases_no_window_and_turns_whole_heads():
+    plain = ModelShape("llama", 32_000, 4_096, 11_008, 32, 32, 32, 128, False)
+    assert plain == replace(ModelShape.from_config({"model_type": "llama"}), max_position_embeddings=None)
+    assert not plain.use_parallel_residual and plain.rotary_dim == 0 and plain.sliding_window is None
 
 
 def test_a_null_is_as_many_heads_as_there_are_or_no_window():

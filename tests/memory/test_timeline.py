@@ -9,6 +9,7 @@ from qlora_helpers.hardware import detect
 from qlora_helpers.memory.phases import IN_A_STEP
 from qlora_helpers.memory.timeline import (
     BETWEEN,
+    AllocatorHistory,
     PhaseTracker,
     StorageHistory,
     Timeline,
@@ -101,6 +102,26 @@ def test_the_pauses_of_all_marks_are_taken_out_of_the_time():
     line = from_history(history, marks, start=0)
     assert line.seconds == pytest.approx((0.0, 10e-6, 20e-6, 30e-6, 30e-6), abs=1e-9)
     assert line.marks == (("forward", 0), ("loss", 1), ("backward", 2), ("optimizer step", 4))
+
+
+def test_the_allocator_is_recorded_from_the_beginning_to_the_end(monkeypatch):
+    entries = [{"action": "alloc", "size": 512, "time_us": 0}] * 3  # of an earlier recording
+    recorded, held = [], iter((4_096, 4_096, 5_120))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(held))
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **options: recorded.append(options))
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"device_traces": [list(entries)]})
+    history = AllocatorHistory()
+    history.begin()
+    history.mark("forward")
+    entries.append({"action": "alloc", "size": 1_024, "time_us": 10})
+    history.mark("backward")
+    entries.append({"action": "free_requested", "size": 1_024, "time_us": 10_000_000})
+    line = history.end()
+    assert line.levels == (5_120, 4_096) and line.marks == (("forward", 0), ("backward", 1))
+    assert history.held == [4_096, 5_120]
+    assert [options.get("enabled", "on") for options in recorded] == ["on", None]
 
 
 def test_storages_are_counted_until_they_are_freed():

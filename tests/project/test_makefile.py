@@ -139,6 +139,7 @@ def test_tests_run_offline_in_two_workers_of_one_thread_that_do_not_spin(course)
         ("test-all", "-m pytest", "python -m pytest -n 2 -q --everything"),
         ("test-all", "support.kills", "python -m tests.support.kills"),
         ("test-kills", "support.kills", "python -m tests.support.kills"),  # before a pipe
+        ("mutants", "support.mutants", "python -m tests.support.mutants"),
         ("test-colab", "--everything colab", "python -m pytest -q -p no:anyio --everything colab"),
         ("lint", "ruff format", "ruff format --check ."),
     ],

@@ -114,7 +114,8 @@ def test_importing_a_module_gives_the_module():
 
 
 def test_nothing_edits_the_path_of_modules_but_what_must():
-    """Scripts are modules. Colab's set-up, and preflight called from any folder, need modules that pip does not install."""
+    """Scripts are modules. Colab's set-up, and preflight called from any folder, need modules that pip does not install;
+    mutants are imported from a copy."""
     editing = [
         path.relative_to(ROOT).as_posix()
         for folder in ("qlora_helpers", "data", "notebooks", "tests", "colab")
@@ -124,6 +125,7 @@ def test_nothing_edits_the_path_of_modules_but_what_must():
     assert sorted(editing) == [
         "colab/setup.py",
         "qlora_helpers/commands/preflight.py",
+        "tests/support/mutants.py",
     ]
 
 

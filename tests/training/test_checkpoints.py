@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import Trainer
+from transformers import Trainer, TrainerControl
 from transformers.trainer_utils import sort_checkpoints
 from trl import SFTTrainer
 
@@ -23,7 +23,7 @@ from qlora_helpers.paths import data_path
 from qlora_helpers.safe_folders import NEW
 from qlora_helpers.settings import Settings
 from qlora_helpers.training import run as training
-from qlora_helpers.training.checkpoints import PARTS, WEIGHTS, last_whole_checkpoint
+from qlora_helpers.training.checkpoints import PARTS, WEIGHTS, SaveByTheClock, last_whole_checkpoint
 from qlora_helpers.training.checksums import CHECKSUMS, optimizer_states, write_checksums
 from tests.support import kills
 from tests.support.holding import held_by_another
@@ -126,6 +126,18 @@ def test_a_checkpoint_is_written_when_its_minutes_are_over_and_the_newest_two_ar
     run(tmp_path, Settings(steps=9, batch_size=1, rank=4, save_minutes=2.5), CHATS[:4])
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-9"}  # 3 is gone
     assert last_whole_checkpoint(tmp_path).name == "checkpoint-9"
+
+
+def test_a_checkpoint_is_not_written_before_its_time(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    callback, asked = SaveByTheClock(2.5), []
+    callback.on_train_begin(None, None, None)
+    for clock[0] in (100.0 + 149.9, 100.0 + 150):
+        control = TrainerControl()
+        callback.on_step_end(None, None, control)
+        asked.append(control.should_save)
+    assert asked == [False, True]
 
 
 def test_checkpoints_of_one_second_leave_no_warning_on_the_page(tmp_path):

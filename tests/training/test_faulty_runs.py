@@ -55,6 +55,7 @@ def test_a_run_with_the_collator_trains_the_adapters_alone(tmp_path):
     trainer = collator_run(load_model(hardware=CPU), load_tokenizer(), CHATS, tmp_path, settings, CPU)
     trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name for name in trained)
+    assert not trainer.data_collator.mlm  # no token is masked: the next one is predicted
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2]
 
 

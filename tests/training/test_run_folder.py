@@ -1,5 +1,6 @@
 """Where runs are stored and may be: a folder without a run is never changed, refusals name the argument and cure."""
 
+import errno
 import json
 import shutil
 from collections import namedtuple
@@ -336,3 +337,27 @@ def test_a_run_has_a_plain_name(find, name, runs):
     with pytest.raises(ValueError, match=f"name='{name}': pass the plain name of a folder"):
         find(name)
     assert not runs.exists()
+
+
+def test_a_folder_that_another_process_has_just_made_is_left_to_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_RUNS", str(tmp_path))
+    (tmp_path / "a-1").mkdir()
+    monkeypatch.setattr(Path, "exists", lambda self: False)  # when it was looked for
+    assert new_run_folder("a") == tmp_path / "a-2"
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [(OSError(errno.EBUSY, "it is in use"), "it is in use"), (OSError(errno.EBUSY, ""), "EBUSY")],
+)
+def test_a_run_that_cannot_be_renamed_says_why(error, why, tmp_path, monkeypatch):
+    def refuse(self, target):
+        raise error
+
+    folder = run_in(tmp_path / "latest")
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(
+        OSError, match=rf"holds a run that cannot be moved aside \({why}\): .* continue it with --resume"
+    ):
+        move_aside(folder)
+    assert (folder / RECORD).exists()

@@ -1,5 +1,7 @@
 """The trainer of a run: what it trains, on which tokens, and which chats it refuses."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from bitsandbytes.nn import Params4bit
@@ -41,6 +43,12 @@ def test_the_loss_is_on_the_answers_and_their_eos_tokens_alone(tmp_path):
     assert len(trained_on) == SHORT.batch_size and trained_on <= answers
     spoken = batch["labels"] != -100
     assert torch.equal(batch["labels"][spoken], batch["input_ids"][spoken])
+
+
+@pytest.mark.parametrize(("steps", "asked", "each"), [(300, None, 15), (59, None, 2), (6, None, 1), (300, 7, 7)])
+def test_the_loss_is_logged_twenty_times_or_as_often_as_asked(steps, asked, each, tmp_path):
+    made = trainer_of(tmp_path, settings=replace(SHORT, steps=steps, log_steps=asked))
+    assert made.args.logging_steps == each
 
 
 def test_the_first_values_of_the_adapters_follow_from_the_seed_alone(tmp_path):

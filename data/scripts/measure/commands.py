@@ -42,7 +42,7 @@ def measured(command: str) -> dict:
     done = subprocess.run(["make", *command.split()], cwd=ROOT, capture_output=True, text=True)
     seconds = time.perf_counter() - started
     lines = done.stdout.strip().splitlines() or [""]
-    said = [line for line in lines if re.search(r"\d+ passed|✓ ready|bit-identical", line)]
+    said = [line for line in lines if re.search(r"\d+ passed|✓ ready|bit-identical|killed", line)]
     if done.returncode:
         sys.exit(f"{done.stdout}{done.stderr}make {command} failed after {seconds:.0f} s")
     return {

@@ -1,0 +1,100 @@
+"""The sliders draw what their values say."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from qlora_helpers.course import plots, widgets
+from qlora_helpers.memory import GPU_RUN, find_gpu, find_shape, predict
+from qlora_helpers.quantize import INT4, NF4
+from qlora_helpers.units import GIB
+
+LLAMA = "meta-llama/Llama-3.1-8B"
+
+
+@pytest.fixture
+def draw(monkeypatch):
+    """Move a slider to these values; returns the axes, their title, and the alt text, or None if nothing is shown."""
+    shown = []
+    monkeypatch.setattr(plots, "show", lambda fig, alt: shown.append((fig.axes[0], alt)))
+
+    def move(slider, *values):
+        shown.clear()  # a new slider draws itself
+        slider.f(*values)
+        return (shown[0][0], shown[0][0].get_title(loc="left"), shown[0][1]) if shown else None
+
+    return move
+
+
+def controls(slider) -> dict:
+    return {control.description: control for control in slider.children[:-1]}
+
+
+def test_weights_take_their_bits_over_eight(draw):
+    slider = widgets.memory_slider({"Llama-3.1-8B": 8_030_261_248, "large": 70_000_000_000})
+    ax, title, said = draw(slider, "Llama-3.1-8B", 16)
+    assert ax.patches[0].get_width() == pytest.approx(16.060522496)
+    assert title == "8,030,261,248 parameters x 16 bits = 16.1 GB"
+    assert said == "Llama-3.1-8B at 16 bits per weight takes 16.1 GB for its weights alone."
+    assert [line.get_xdata()[0] for line in ax.lines] == [16, 24, 80] and ax.get_xlim() == (0, 90)
+    assert [text.get_text() for text in ax.texts] == [" T4, 16 GB", " RTX 4090, 24 GB", " A100, 80 GB"]
+    assert draw(slider, "large", 16)[0].get_xlim() == (0, 147)
+    assert [control.value for control in controls(slider).values()] == ["Llama-3.1-8B", 16]
+
+
+def test_an_outlier_spoils_the_weights_of_its_block_alone(draw):
+    slider = widgets.outlier_slider()
+    errors = []
+    for outlier in (1.0, 30.0):
+        ax, title, said = draw(slider, outlier, 64)
+        errors.append({line.get_label(): line.get_ydata() for line in ax.lines})
+    assert title == "An outlier of 30 spoils the 64 weights of its block" and "an outlier of 30, block size 64" in said
+    for name in (NF4.name, INT4.name):
+        calm, spoilt = (np.asarray(error[name]) for error in errors)
+        differ = np.flatnonzero(calm != spoilt)
+        assert len(calm) == 1_024 and differ.min() >= 64 and differ.max() < 128  # the outlier is the weight 100
+        assert calm.max() < 0.7 and spoilt.max() > 1  # the steps of a block with an absmax of 3, and of one with 30
+
+
+def test_sizes_to_choose_from_double_and_the_first_choice_is_the_lesson_s():
+    explorer, outlier = controls(widgets.fit_explorer()), controls(widgets.outlier_slider())
+    for control in (explorer["rank"], explorer["batch"], explorer["tokens"], outlier["block size"]):
+        assert list(control.options) == [control.options[0] << number for number in range(len(control.options))]
+    assert {name: control.value for name, control in explorer.items()} == {
+        "model": LLAMA, "GPU": "t4", "rank": 16, "batch": 1, "tokens": 2_048, "checkpointing": True,
+        "optimizer": "paged_adamw_8bit",
+    }  # fmt: skip
+    assert (outlier["outlier"].value, outlier["block size"].value) == (12, 64)
+
+
+def test_the_parts_of_a_run_add_up_to_its_card():
+    found = predict(find_shape(LLAMA), GPU_RUN, "l4")
+    parts = widgets._explained(found)
+    assert len(parts) == 7 and sum(parts.values()) == pytest.approx(found.device_bytes / GIB)
+    weights = found.parts["4-bit weights"] + found.parts["quantisation constants"]
+    assert parts["4-bit weights"] == pytest.approx(weights / GIB)
+    assert 0 < parts["allocator's reserve"] < 2
+
+
+@pytest.mark.parametrize(
+    ("spare", "title"), [(0.5, "fits with 0.5 GiB to spare"), (-0.5, "does not fit: 0.5 GiB too much")]
+)
+def test_the_title_says_by_how_much_a_run_fits(spare, title, draw, monkeypatch):
+    needed = predict(find_shape(LLAMA), replace(GPU_RUN, max_length=4_096), "t4").device_bytes
+    room = needed / GIB + spare
+    card = replace(find_gpu("t4"), usable_bytes=needed + int(spare * GIB))
+    slider = widgets.fit_explorer()
+    monkeypatch.setattr(widgets, "find_gpu", lambda name: card)
+    ax, said, alt = draw(slider, LLAMA, "t4", 16, 1, 4_096, True, "paged_adamw_8bit")
+    assert said == title and title in alt
+    assert sum(patch.get_width() for patch in ax.patches) == pytest.approx(needed / GIB)
+    assert ax.lines[0].get_xdata()[0] == pytest.approx(room) and f"with {room:.2f} GiB" in ax.get_xlabel()
+    assert ax.get_xlim() == (0, pytest.approx(1.12 * max(room, needed / GIB)))
+    assert re.search(rf"rank 16, 1 x 4,096 tokens: {needed / GIB:.1f} of {room:.1f} GiB", alt)
+
+
+def test_a_setting_that_the_model_refuses_is_a_sentence(draw, capsys):
+    assert draw(widgets.fit_explorer(), "EleutherAI/gpt-j-6b", "t4", 16, 1, 32_768, True, "paged_adamw_8bit") is None
+    assert "max_length=32768: must be no more than max_position_embeddings" in capsys.readouterr().out
