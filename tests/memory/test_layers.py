@@ -120,7 +120,7 @@ def test_positions_turn_a_share_of_each_head_and_the_rest_is_copied(share, beyon
     """All: cos, rotated and sin, or cos, sin and their sum. A quarter: its result, and a copy of the whole."""
     tape, layer = on_a_tape(CONFIGS["gpt_neox"])
     x = tape.new(65_536, 2)
-    out = layer.rotary(x, share)
+    out = layer.rotary(x, int(share * layer.shape.head_dim))
     assert (out.elements, out.width) == (x.elements, 2)
     assert tape.peak == (1 + beyond) * x.buffer.size
 

@@ -40,8 +40,8 @@ def head(run=RUN, shape=SHAPE):
 @pytest.mark.parametrize(
     ("config", "length", "bytes_of_a_pair"),
     [
-        ({"model_type": "mistral"}, 4_096, 0),
-        ({"model_type": "mistral"}, 4_097, 1),  # beyond the window
+        ({"model_type": "mistral"}, 4_095, 0),
+        ({"model_type": "mistral"}, 4_096, 1),  # it fills the window
         ({"model_type": "gptj"}, 128, 2),  # eager: as wide as the products
         ({"model_type": "gemma2"}, 128, 4),  # eager, with a window and without
     ],
