@@ -130,6 +130,11 @@ def test_tests_run_offline_in_two_workers_of_one_thread_that_do_not_spin(course)
     assert course.seen() == {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
+ATTACK = (
+    "python -m pytest -n 2 -q -o python_files=attack_*.py -o python_functions=attack_* --hypothesis-seed=0 tests/attack"
+)
+
+
 @pytest.mark.parametrize(
     ("target", "fault", "last"),
     [
@@ -139,6 +144,7 @@ def test_tests_run_offline_in_two_workers_of_one_thread_that_do_not_spin(course)
         ("test-all", "-m pytest", "python -m pytest -n 2 -q --everything"),
         ("test-all", "support.kills", "python -m tests.support.kills"),
         ("test-kills", "support.kills", "python -m tests.support.kills"),  # before a pipe
+        ("attack", "tests/attack", ATTACK),
         ("mutants", "support.mutants", "python -m tests.support.mutants"),
         ("test-colab", "--everything colab", "python -m pytest -q -p no:anyio --everything colab"),
         ("lint", "ruff format", "ruff format --check ."),
@@ -153,5 +159,5 @@ def test_a_fault_ends_the_target_and_is_its_status(course, target, fault, last):
 def test_ci_runs_every_suite_and_stops_at_the_first_that_fails(course):
     course.put("make", '#!/bin/sh\necho "make $*" >> "$LOG"\n[ "$*" != "$FAILS" ]\n')
     assert course.call(".ci/run").returncode == 0
-    assert course.asked == ["make test", "make test-all", "make test-colab"]
+    assert course.asked == ["make test", "make test-all", "make test-colab", "make attack"]
     assert course.call(".ci/run", fails="test-all").returncode and course.asked == ["make test", "make test-all"]
