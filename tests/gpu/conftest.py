@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -30,7 +31,8 @@ def stand_ins():
         cap = torch.cuda.get_per_process_memory_fraction()
         torch.cuda.set_per_process_memory_fraction(1.0)  # the cap is for training, not for making random weights
         try:
-            return str(stand_in.write(shape, folder / shape))
+            with FileLock(folder / f"{shape}.lock"):  # several workers need it at the same time: the others wait
+                return str(stand_in.write(shape, folder / shape))
         finally:
             gc.collect()
             torch.cuda.empty_cache()
