@@ -52,13 +52,13 @@ def locked(folder: str | Path, name: str = "folder") -> Iterator[None]:
         raise FolderInUse(
             f"{name}={str(folder)!r} is being written by {_holder(file)}: wait until that has ended, or name another folder"
         ) from None
+    mine = False
     try:
-        # where the file system has no locks, filelock keeps notes of its own in the file
         if mine := lock.lock_counter == 1 and _is_ours(file):
             file.write_text(json.dumps(_this_process()), encoding="utf-8")
         yield
     finally:
-        if mine and os.name != "nt":  # Windows removes it with the lock; filelock notices a file that was removed
+        if mine:  # filelock notices a file that was removed
             file.unlink(missing_ok=True)
         lock.release()
 
@@ -82,13 +82,20 @@ def _this_process() -> dict[str, str | int]:
 
 
 def _is_ours(file: Path) -> bool:
+    """Whether this process may write into the file of the lock that it holds.
+
+    Windows locks the file itself, and removes it with the lock. Where a file system has no locks, filelock keeps notes of
+    its own there.
+    """
+    if os.name == "nt":
+        return False
     text = file.read_text(encoding="utf-8", errors="replace")
     return not text or text.startswith('{"process": ')
 
 
 def _holder(file: Path) -> str:
     """Who has the lock, as far as the file tells."""
-    with suppress(OSError, ValueError, KeyError, TypeError):  # Windows does not let others read it; or it was just made
+    with suppress(OSError, ValueError, KeyError, TypeError):  # on Windows others cannot read it; or it was just made
         said = json.loads(file.read_text(encoding="utf-8"))
         return f"process {said['process']} on {said['host']} since {said['since']} ({said['command']})"
     return f"another process (if none is running any more, delete {file})"
