@@ -23,7 +23,7 @@ for above in ("", "*/", "*/*/", "datasets/*/*/", "datasets/*/*/*/") if "KAGGLE_K
     places += sorted(here.parent.glob(f"input/{above}qlora-course"))
 found = [place for place in places if is_course(place)]
 zips = [*here.glob("qlora-course*.zip"), *here.glob("drive/MyDrive/qlora-course*.zip")]
-zips = {hashlib.file_digest(file.open("rb"), "sha256").hexdigest(): file for file in zips if file.is_file()}
+zips = {hashlib.sha256(file.read_bytes()).hexdigest(): file for file in zips if file.is_file()}
 made_from, source = next(iter(zips.items()), (f"v{version}", f"https://github.com/{repository}"))
 in_place = lambda: is_course(course) and (course / note).is_file() and (course / note).read_text() == made_from
 if len(zips) > 1:
@@ -34,13 +34,14 @@ if not (in_place() if zips else found):
     with tempfile.TemporaryDirectory(prefix="qlora-course-new-", dir=here, ignore_cleanup_errors=True) as folder:
         try:
             if zips:
-                entries = ZipFile(source).infolist()
-                outside = [e for e in entries if e.filename.startswith("/") or ".." in e.filename]
-                if outside or any(stat.S_ISLNK(e.external_attr >> 16) for e in entries):
-                    raise ValueError("it has a link, or a path to another folder")
-                if len(entries) > 2000 or sum(e.file_size for e in entries) > 100e6:
-                    raise ValueError("it has more than 2,000 files, or more than 100 MB")
-                ZipFile(source).extractall(f"{folder}/course")  # which compares the checksums
+                with ZipFile(source) as archive:
+                    entries = archive.infolist()
+                    outside = [e for e in entries if e.filename.startswith("/") or ".." in e.filename.split("/")]
+                    if outside or any(stat.S_ISLNK(e.external_attr >> 16) for e in entries):
+                        raise ValueError("it has a link, or a path to another folder")
+                    if len(entries) > 2000 or sum(e.file_size for e in entries) > 100e6:
+                        raise ValueError("it has more than 2,000 files, or more than 100 MB")
+                    archive.extractall(f"{folder}/course")  # which compares the checksums
             else:
                 how = ["--quiet", "--depth=1", f"--branch=v{version}", "--config=advice.detachedHead=false"]
                 git, ask = ["git", "clone", *how, source, f"{folder}/course"], {"GIT_TERMINAL_PROMPT": "0"}

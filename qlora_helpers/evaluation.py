@@ -56,7 +56,7 @@ def read_facts(path: str | Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in Path(path).read_bytes().splitlines()]
 
 
-def _something(name: str, cases: list, what: str) -> None:
+def _check_not_empty(name: str, cases: list, what: str) -> None:
     if not cases:
         raise ValueError(f"{name}=[]: there is nothing to score. Pass at least one {what}")
 
@@ -73,7 +73,7 @@ def recall(
         ValueError: there are no facts, an answer is not a single token of this tokenizer, or `batch_size` is no positive
             whole number.
     """
-    _something("facts", facts, "fact")
+    _check_not_empty("facts", facts, "fact")
     batch_size, right = validation.whole("batch_size", batch_size), 0
     for start in range(0, len(facts), batch_size):
         batch = facts[start : start + batch_size]
@@ -170,7 +170,7 @@ def share_that_ends(
     Raises:
         ValueError: there are no chats; or as `answer` does.
     """
-    _something("chats", chats, "chat")
+    _check_not_empty("chats", chats, "chat")
     questions = [split_question(chat)[0] for chat in chats]
     ended = 0
     for new in _generated(model, tokenizer, questions, max_new_tokens, batch_size):
@@ -193,7 +193,7 @@ def exact_match(
         ValueError: there are no chats; a right answer is longer than `max_new_tokens`, so it would count as wrong; or as
             `answer` does.
     """
-    _something("chats", chats, "chat")
+    _check_not_empty("chats", chats, "chat")
     if max_new_tokens is not None:
         otherwise = "None for as many as the longest right answer needs"
         max_new_tokens = validation.whole("max_new_tokens", max_new_tokens, otherwise=otherwise)
@@ -219,7 +219,7 @@ def commonest_answer_rate(train: list[Chat], test: list[Chat]) -> float:
     Raises:
         ValueError: there are no test chats.
     """
-    _something("test", test, "chat")
+    _check_not_empty("test", test, "chat")
 
     def anonymous(chat: Chat) -> tuple[str, str]:
         question, reply = chat[-2]["content"], chat[-1]["content"]
@@ -251,7 +251,7 @@ def loss(
         ValueError: there are no chats; a special token is typed into one; or
             `batch_size` is no positive whole number.
     """
-    _something("chats", chats, "chat")
+    _check_not_empty("chats", chats, "chat")
     if batch_size is not None:
         batch_size = validation.whole("batch_size", batch_size, otherwise="None for what fits")
     check_texts(chats, tokenizer)

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 __all__ = ["LOCK_INSIDE", "FolderInUse", "in_use", "locked"]
 
 LOCK_INSIDE = ".lock"  # the lock's file where nothing can be written beside the folder
@@ -44,6 +42,8 @@ def locked(folder: str | Path, name: str = "folder") -> Iterator[None]:
         FolderInUse: somebody else has the lock.
         OSError: no lock can be created there.
     """
+    from filelock import FileLock, Timeout  # only here: the doctor must run where nothing is installed
+
     file = _lock_file(Path(folder))
     lock = FileLock(file, timeout=0, is_singleton=True)
     try:
@@ -52,15 +52,20 @@ def locked(folder: str | Path, name: str = "folder") -> Iterator[None]:
         raise FolderInUse(
             f"{name}={str(folder)!r} is being written by {_holder(file)}: wait until that has ended, or name another folder"
         ) from None
-    mine = False
+    except OSError as error:
+        raise type(error)(
+            f"{name}={str(folder)!r} cannot be locked ({error.strerror or error}): name a folder of your own, on another disk"
+        ) from error
+    signed = False
     try:
-        if mine := lock.lock_counter == 1 and _is_ours(file):
-            file.write_text(json.dumps(_this_process()), encoding="utf-8")
+        signed = lock.lock_counter == 1 and _sign(file)
         yield
     finally:
-        if mine:  # filelock notices a file that was removed
-            file.unlink(missing_ok=True)
-        lock.release()
+        try:
+            if signed:  # filelock notices a file that was removed
+                file.unlink(missing_ok=True)
+        finally:
+            lock.release()
 
 
 def in_use(folder: str | Path) -> bool:
@@ -81,16 +86,19 @@ def _this_process() -> dict[str, str | int]:
     }
 
 
-def _is_ours(file: Path) -> bool:
-    """Whether this process may write into the file of the lock that it holds.
+def _sign(file: Path) -> bool:
+    """Write into the file of a lock who holds it, if it can be written into.
 
-    Windows locks the file itself, and removes it with the lock. Where a file system has no locks, filelock keeps notes of
-    its own there.
+    Windows closes it to everybody, and removes it with the lock. Where a file system has no locks, filelock keeps notes
+    of its own in it.
     """
     if os.name == "nt":
         return False
     text = file.read_text(encoding="utf-8", errors="replace")
-    return not text or text.startswith('{"process": ')
+    if text and not text.startswith('{"process": '):
+        return False
+    file.write_text(json.dumps(_this_process()), encoding="utf-8")
+    return True
 
 
 def _holder(file: Path) -> str:

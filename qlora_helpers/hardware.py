@@ -13,7 +13,7 @@ import torch
 
 from qlora_helpers import validation
 
-__all__ = ["GEARS", "Hardware", "detect", "of_hardware", "peak_memory_bytes"]
+__all__ = ["GEARS", "Hardware", "detect", "given_or_detected", "peak_memory_bytes"]
 
 GEARS = {"cpu": torch.float32, "t4": torch.float16, "ampere": torch.bfloat16}  # gear: compute dtype
 
@@ -85,12 +85,14 @@ def detect(gear: str | None = None) -> Hardware:
     )
 
 
-def of_hardware(hardware: object) -> Hardware:
-    """The argument `hardware` of a function, if it is a `Hardware`.
+def given_or_detected(hardware: Hardware | None) -> Hardware:
+    """The argument `hardware` of a function; for None, what `detect()` finds.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is something else.
     """
+    if hardware is None:
+        return detect()
     if not isinstance(hardware, Hardware):
         cure = "pass what qlora_helpers.hardware.detect() returns, or None"
         raise validation.refuse("hardware", hardware, cure)

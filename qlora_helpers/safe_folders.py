@@ -124,7 +124,8 @@ def _check_replaceable(folder: Path, overwrite: bool, said: str) -> None:
     held = sorted(folder.iterdir())
     if held and not overwrite:
         raise FileExistsError(f"{said} is there already: name a new one, or pass overwrite=True")
-    if inner := [path.name for path in held if path.is_dir()]:
+    hidden = (".ipynb_checkpoints", ".cache")  # JupyterLab and the Hub's client put these into any folder
+    if inner := [path.name for path in held if path.is_dir() and path.name not in hidden]:
         raise FileExistsError(
             f"{said} holds the folder {inner[0]!r}, as no saved model or adapter does, so it is not replaced: name a new one"
         )
@@ -153,7 +154,9 @@ def _swap(folder: Path, part: Path) -> None:
             old.rename(folder)
         raise
     if old:
-        _remove(old)
+        left = _temporary(folder, NEW)  # from now on it is not one to put back
+        old.rename(left)
+        _remove(left)
 
 
 def _remove(left: Path) -> None:

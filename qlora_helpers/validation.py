@@ -12,9 +12,9 @@ import reprlib
 from collections.abc import Collection, Iterable
 from numbers import Real
 
-__all__ = ["number", "one_of", "refuse", "shown", "switch", "whole"]
+__all__ = ["LARGEST", "number", "one_of", "refuse", "shown", "switch", "whole"]
 
-_LARGEST = 2**63 - 1
+LARGEST = 2**63 - 1  # what torch takes for a whole number
 _LARGEST_FLOAT = (2 - 2**-23) * 2.0**127  # float32's
 
 
@@ -64,11 +64,11 @@ def whole(
         number = operator.index(value)
     except TypeError:
         number = None
-    most = _LARGEST if at_most is None else at_most
+    most = LARGEST if at_most is None else at_most
     held = number is not None and not _is_boolean(value) and at_least <= number <= most
     if not held or (among and number not in among):
         bounds = f"{at_least} or more" if at_most is None else f"{at_least} to {at_most}"
-        if at_most is None and number is not None and number > _LARGEST:
+        if at_most is None and number is not None and number > LARGEST:
             bounds += ", in 64 bits"  # larger ones fail deep in torch
         kind = f"one of {', '.join(map(str, among))}" if among else f"a whole number, {bounds}"
         raise refuse(name, value, f"must be {kind}{otherwise and f', or {otherwise}'}")
@@ -122,7 +122,7 @@ def one_of(name: str, value: object, known: Iterable[str], otherwise: str = "") 
 
 def switch(name: str, value: object) -> bool:
     """True or False, or one of numpy's; nothing that merely counts as one of them."""
-    of_numpy = type(value).__module__ == "numpy" and _is_boolean(value)
+    of_numpy = type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")  # and no array of them
     if not (isinstance(value, bool) or of_numpy):
         raise refuse(name, value, "must be True or False")
     return bool(value)

@@ -120,6 +120,16 @@ def test_a_kill_after_both_renames_leaves_the_new_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+def test_a_folder_that_was_replaced_does_not_come_back(tmp_path, monkeypatch):
+    """A kill while the old one is removed leaves it; then the user deletes the new one."""
+    folder, remove = filled(tmp_path / "adapter", "old"), safe_folders.shutil.rmtree
+    monkeypatch.setattr(safe_folders, "_remove", lambda left: None)
+    with whole_folder(folder, overwrite=True) as part:
+        (part / "weights").write_text("new")
+    remove(folder)
+    assert not put_back(folder).exists()
+
+
 @pytest.mark.parametrize(
     "name",
     ["adapter.old", "adapter.part", "adapter.being-replaced", ".adapter.old", ".adapter.mine.qlora-old", "adapter-2"],
@@ -143,6 +153,7 @@ def test_a_file_is_not_replaced(tmp_path):
 
 def test_a_folder_with_folders_in_it_is_not_replaced(tmp_path):
     (tmp_path / "run" / "checkpoint-5").mkdir(parents=True)
+    (tmp_path / "run" / ".ipynb_checkpoints").mkdir()  # of JupyterLab, which does not count
     with pytest.raises(
         FileExistsError, match=r"run' holds the folder 'checkpoint-5', as no saved model or adapter does, so it is not"
     ):
@@ -173,7 +184,7 @@ def test_what_cannot_be_removed_is_named_and_does_not_undo_the_writing(tmp_path,
 
     monkeypatch.setattr(safe_folders.shutil, "rmtree", refused)
     with (
-        pytest.warns(UserWarning, match=r"qlora-old is no longer needed but cannot be removed \(Permission denied\)"),
+        pytest.warns(UserWarning, match=r"qlora-new is no longer needed but cannot be removed \(Permission denied\)"),
         whole_folder(folder, overwrite=True) as part,
     ):
         (part / "weights").write_text("new")

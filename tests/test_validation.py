@@ -73,7 +73,9 @@ def test_a_switch_of_any_library_is_a_plain_one(value):
     assert validation.switch("double_quant", value) is bool(value)
 
 
-@pytest.mark.parametrize("value", [1, 0, "no", "", None, np.int64(1), 1.0, [], torch.tensor(True)], ids=repr)
+@pytest.mark.parametrize(
+    "value", [1, 0, "no", "", None, np.int64(1), 1.0, [], torch.tensor(True), np.array([True])], ids=repr
+)
 def test_nothing_else_is_a_switch(value):
     with pytest.raises(ValueError, match=r"^double_quant=.*: must be True or False$"):
         validation.switch("double_quant", value)

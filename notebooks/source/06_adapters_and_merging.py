@@ -41,8 +41,8 @@ for library in (torch, transformers, peft, bnb):
 # %% [markdown]
 # ## What an adapter is, on disk
 #
-# Lesson 4's run ended with a folder. One like it comes with the course, from the same run made in advance. It holds two
-# files that matter: the weights of `A` and `B`, and what they belong to.
+# Lesson 4's run ended with a folder. One like it comes with the course, from the same run made in advance. It holds three
+# files that matter: the weights of `A` and `B`, the layers that they belong to, and which base, by its name and a checksum.
 
 # %% tags=["nbval-check-output"]
 sentences = data_path("adapters", "sentences")

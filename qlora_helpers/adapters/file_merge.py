@@ -22,13 +22,14 @@ from qlora_helpers.models.fingerprint import fingerprint, weight_files
 from qlora_helpers.models.folder_config import read_config, saved_in_4_bits
 from qlora_helpers.models.loading import name_in
 from qlora_helpers.models.meta import meta_model
+from qlora_helpers.models.tensor_files import misfit
 from qlora_helpers.safe_folders import put_back, whole_folder
 
 __all__ = ["merge_files"]
 
 # initialisations of A and B that leave the base's weights as they are; PiSSA and others subtract B A from them
 _BASE_IS_KEPT = (True, False, "gaussian", "orthogonal", "eva")
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_DTYPES = ("BF16", "F16", "F32")  # as safetensors writes them
 # the same weights in other formats: a copy of them would be the base, unmerged, in the folder of the merged model
 _OTHER_FORMATS = {".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors"}
 
@@ -68,6 +69,7 @@ def merge_files(base: str | Path, adapter: str | Path, folder: str | Path, overw
     check_base(found, adapter, name_in(base), fingerprint(base))
     _check_plain(f"adapter={str(adapter)!r}", config)
     changes = _changes(base, base_config, adapter)
+    _check_weights(base, files, changes)
     with whole_folder(folder, overwrite) as part:
         for path in sorted(base.iterdir()):
             if path.is_file() and (path in files or not _OTHER_FORMATS.intersection(path.suffixes)):
@@ -77,17 +79,8 @@ def merge_files(base: str | Path, adapter: str | Path, folder: str | Path, overw
                 keys = [key for key in file.keys() if key in changes]  # noqa: SIM118 - the file cannot be iterated over
                 for key in keys:
                     change, weight = changes.pop(key), file.get_tensor(key)
-                    if weight.shape != change.shape or weight.dtype not in _DTYPES:
-                        raise ValueError(
-                            f"{key} has the shape {tuple(weight.shape)} in {weight.dtype} in {path}, but the adapter "
-                            f"is for {change.shape} in 16 or 32 bits"
-                        )
                     delta = (change.b.float() @ change.a.float()) * change.scale
                     _overwrite(part / path.name, key, (weight.float() + delta).to(weight.dtype))
-        if changes:
-            raise ValueError(
-                f"the adapter changes {len(changes)} weights that {base} does not have, such as {min(changes)}"
-            )
     return Path(folder)
 
 
@@ -157,7 +150,9 @@ def _changes(base: Path, base_config: dict[str, Any], adapter: Path) -> dict[str
                 "embedding: keep the adapter beside its base, with load_adapter"
             )
     tensors = load_file(adapter / WEIGHTS)
-    _check_tensors(adapter, tensors, get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if fault := misfit(_shapes(tensors), _shapes(wanted)):
+        raise ValueError(f"adapter={str(adapter)!r}: its {WEIGHTS} {fault}")
     return {
         f"{name}.weight": _Change(
             tensors[f"base_model.model.{name}.lora_A.weight"],
@@ -168,18 +163,22 @@ def _changes(base: Path, base_config: dict[str, Any], adapter: Path) -> dict[str
     }
 
 
-def _check_tensors(adapter: Path, tensors: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    """Hold the adapter's file against the tensors that PEFT makes of its config for this base."""
-    said = f"adapter={str(adapter)!r}"
-    if extra := sorted(tensors.keys() - wanted.keys()):
-        raise ValueError(
-            f"{said} has tensors in {WEIGHTS} that its config has no place for on this base, such as {extra[0]}"
-        )
-    if missing := sorted(wanted.keys() - tensors.keys()):
-        raise ValueError(f"{said} lacks tensors in {WEIGHTS} that its config asks for, such as {missing[0]}")
-    for key, tensor in tensors.items():
-        if tensor.shape != wanted[key].shape:
-            raise ValueError(
-                f"{said} has {key} in the shape {tuple(tensor.shape)}, but its config (r, rank_pattern) "
-                f"and the base need {tuple(wanted[key].shape)}"
-            )
+def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _check_weights(base: Path, files: list[Path], changes: dict[str, _Change]) -> None:
+    """Make sure, before anything is copied, that the base has each weight that is changed, as it must be."""
+    left = dict(changes)
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for key in left.keys() & set(file.keys()):
+                change, part = left.pop(key), file.get_slice(key)
+                shape, dtype = tuple(part.get_shape()), part.get_dtype()
+                if shape != change.shape or dtype not in _DTYPES:
+                    raise ValueError(
+                        f"{key} has the shape {shape} in {dtype} in {path}, but the adapter is for {change.shape} in 16 or "
+                        "32 bits"
+                    )
+    if left:
+        raise ValueError(f"the adapter changes {len(left)} weights that {base} does not have, such as {min(left)}")

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from qlora_helpers.adapters.lora_options import DEFAULTS
+from qlora_helpers.json_files import read_json
 from qlora_helpers.models.fingerprint import fingerprint_of
 from qlora_helpers.models.loading import name_in, name_of
+from qlora_helpers.models.tensor_files import misfit, shapes_in
 from qlora_helpers.safe_folders import put_back, whole_folder
 from qlora_helpers.validation import refuse
 
@@ -89,13 +91,8 @@ def describe(folder: str | Path) -> AdapterFiles:
         )
     if not isinstance(said := config.get("base_model_name_or_path"), str) or not said:
         raise refuse("folder", str(folder), f"names no base: write base_model_name_or_path into its {CONFIG}")
-    modules, parameters = set(), 0
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            keys = file.keys()  # the file itself cannot be iterated over
-            for key in keys:
-                parameters += math.prod(file.get_slice(key).get_shape())
-                modules.add(_module_name(key))
+        shapes = shapes_in(folder / WEIGHTS)
     except SafetensorError as error:
         raise refuse("folder", str(folder), f"its {WEIGHTS} is damaged ({error}): copy or save it again") from error
     base = _read_json(folder, BASE_FILE) if (folder / BASE_FILE).is_file() else {}
@@ -103,8 +100,8 @@ def describe(folder: str | Path) -> AdapterFiles:
         base=_base_name(said),
         rank=config.get("r", DEFAULTS["r"]),
         alpha=config.get("lora_alpha", DEFAULTS["lora_alpha"]),
-        modules=tuple(sorted(modules)),
-        parameters=parameters,
+        modules=tuple(sorted({_module_name(key) for key in shapes})),
+        parameters=sum(map(math.prod, shapes.values())),
         bytes=(folder / WEIGHTS).stat().st_size,
         fingerprint=base.get("fingerprint"),
     )
@@ -121,12 +118,9 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
-        found = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise refuse("folder", str(folder), f"its {name} is damaged ({error}): copy or save it again") from error
-    if not isinstance(found, dict):
-        raise refuse("folder", str(folder), f"its {name} is not a JSON object: copy or save it again")
-    return found
+        return read_json(folder / name)
+    except ValueError as error:
+        raise refuse("folder", str(folder), f"its {name} {error}: copy or save it again") from error
 
 
 def _module_name(key: str) -> str:
@@ -155,16 +149,18 @@ def check_base(found: AdapterFiles, folder: str | Path, name: str, fingerprint: 
     Args:
         found: from `describe`.
         folder: the adapter's, for the message.
-        name, fingerprint: of the base; a fingerprint of None is not known, and then the name decides.
+        name, fingerprint: of the base. Equal fingerprints are enough; if one of them is None, the name decides.
 
     Raises:
         WrongBase: the name or the weights differ.
     """
+    if found.fingerprint and found.fingerprint == fingerprint:
+        return  # whatever the folder is called: on Kaggle it is a number
     if not same_name(found.base, name):
         raise WrongBase(
             f"the adapter in {folder} was trained on {found.base!r}, and this model is {name!r}: load {found.base!r} instead"
         )
-    if found.fingerprint and fingerprint and found.fingerprint != fingerprint:
+    if found.fingerprint and fingerprint:
         raise WrongBase(
             f"the adapter in {folder} was trained on {found.base!r} with the weights {found.fingerprint}, and this "
             f"model has that name with the weights {fingerprint}: load the files that it was trained on. If you know that "
@@ -198,8 +194,8 @@ def save_adapter(model: PeftModel, folder: str | Path, name: str = "default", ov
         # PEFT writes the base's path on this machine, which means nothing on another one
         config = json.loads((part / CONFIG).read_text(encoding="utf-8"))
         config["base_model_name_or_path"] = name_of(model)
-        # an option that is off by default is left out, since an older PEFT warns about each key it does not know
-        config = {key: value for key, value in config.items() if value or DEFAULTS.get(key, not value) != value}
+        # an option that is off, as it is by default, is left out: an older PEFT warns about each key it does not know
+        config = {key: value for key, value in config.items() if value or key not in DEFAULTS or DEFAULTS[key] != value}
         (part / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if known := fingerprint_of(model):
             base = {"fingerprint": known, "name": name_of(model)}
@@ -217,12 +213,14 @@ def load_adapter(model: PreTrainedModel | PeftModel, folder: str | Path, name: s
     Raises:
         FileNotFoundError: there is no adapter in `folder`.
         WrongBase: the adapter was trained on another model, or on other weights under this model's name.
-        ValueError: a file of it is damaged, lacks a tensor or has one too many; it is not LoRA; the model already has an
+        ValueError: a file of it is damaged, lacks a tensor, or has one too many or of another rank; it is not LoRA; the model already has an
             adapter of this name, or torch does not allow the name.
     """
     if not name or "." in name or hasattr(torch.nn.ModuleDict(), name):  # PEFT keeps adapters in a ModuleDict
         raise ValueError(f"name={name!r} is one that torch uses itself: choose another")
-    check_base(describe(folder), folder, name_of(model), fingerprint_of(model))
+    found = describe(folder)
+    check_base(found, folder, name_of(model), fingerprint_of(model))
+    _check_ranks(found, Path(folder))
     if not isinstance(model, PeftModel):
         loaded = PeftModel.from_pretrained(model, folder, adapter_name=name)
         if wrong := _not_loaded(loaded, folder, name):
@@ -241,13 +239,23 @@ def load_adapter(model: PreTrainedModel | PeftModel, folder: str | Path, name: s
     return model.eval()
 
 
+def _check_ranks(found: AdapterFiles, folder: Path) -> None:
+    """Hold the matrices against the rank in the config. PEFT notices it, too, but only when it has changed the base."""
+    if read_adapter_config(folder).get("rank_pattern"):
+        return  # PEFT knows which layer has which
+    for key, shape in shapes_in(folder / WEIGHTS).items():
+        if re.search(r"\.lora_(embedding_)?A\b", key) and shape[0] != found.rank:
+            raise refuse(
+                "folder",
+                str(folder),
+                f"{key} has the rank {shape[0]} in its {WEIGHTS}, and its {CONFIG} says r={found.rank}",
+            )
+
+
 def _not_loaded(model: PeftModel, folder: str | Path, name: str) -> str:
     """What PEFT did not find in the file, so that the layer has random values, or found and had no layer for."""
-    with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
-        found = set(file.keys())
-    wanted = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).keys()
-    if missing := sorted(wanted - found):
-        return f"its {WEIGHTS} lacks tensors that its config asks for, such as {missing[0]}: copy or save it again"
-    if extra := sorted(key for key in found - wanted if "lora_" in key):
-        return f"its {WEIGHTS} has tensors that its config has no place for on this base, such as {extra[0]}"
-    return ""
+    wanted = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    wanted = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
+    found = {key: shape for key, shape in shapes_in(Path(folder) / WEIGHTS).items() if key in wanted or "lora_" in key}
+    fault = misfit(found, wanted)
+    return fault and f"its {WEIGHTS} {fault}"

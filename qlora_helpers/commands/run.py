@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import os
 import shlex
 import signal
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from qlora_helpers.commands.settings_options import add_settings, as_words, given, option_of
 from qlora_helpers.folder_locks import locked
+from qlora_helpers.json_files import read_json_if_whole, write_json
 from qlora_helpers.settings import WARMUP_STEPS, Settings
 from qlora_helpers.training.run_folder import (  # none needs torch
     RESULT,
@@ -103,10 +103,7 @@ def _where_to_begin(args: argparse.Namespace) -> tuple[Settings, _Begin]:
 
 def _has_report(folder: Path) -> bool:
     """Whether the report is there and whole."""
-    try:
-        return isinstance(json.loads((folder / REPORT).read_text(encoding="utf-8")), dict)
-    except (FileNotFoundError, ValueError):
-        return False
+    return read_json_if_whole(folder / REPORT) is not None
 
 
 def _make_room(folder: Path) -> None:
@@ -169,7 +166,6 @@ def _load_and_run(args: argparse.Namespace, settings: Settings, begin: _Begin) -
     from qlora_helpers.hardware import detect
     from qlora_helpers.models.loading import SHIPPED_MODEL, load_model, load_tokenizer
     from qlora_helpers.paths import data_path
-    from qlora_helpers.training.run import train
 
     hardware, tokenizer = detect(), load_tokenizer()
     model = load_model(quantization="nf4" if settings.method == "qlora" else None, hardware=hardware)
@@ -184,18 +180,7 @@ def _load_and_run(args: argparse.Namespace, settings: Settings, begin: _Begin) -
     if begin is _Begin.REPORT:
         model, facts = _trained_before(model, args.output, settings)
     else:
-        print(f"Training for {settings.steps} steps{_said_of_the_warm_up(args, settings)} …", flush=True)
-        run = train(
-            model,
-            tokenizer,
-            training_chats,
-            args.output,
-            settings,
-            hardware=hardware,
-            resume=args.resume,
-            progress_bar=True,
-        )
-        model, facts = run.model, _of_the_run(run)
+        model, facts = _trained_now(model, tokenizer, training_chats, args, settings, hardware)
     print("Asking the same questions again …", flush=True)
     after = _scores(model, tokenizer, test_chats)
 
@@ -214,10 +199,8 @@ def _load_and_run(args: argparse.Namespace, settings: Settings, begin: _Begin) -
         },
         "total_seconds": time.perf_counter() - started,
     }
-    path, part = args.output / REPORT, args.output / f"{REPORT}.part"
-    part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)  # a kill leaves it whole or missing
-    _print_report(report, path)
+    write_json(args.output / REPORT, report)
+    _print_report(report, args.output / REPORT)
     return 0
 
 
@@ -231,6 +214,8 @@ def _refuse_before_anything_is_asked(
     args: argparse.Namespace, model, tokenizer, chats: list, settings: Settings, hardware, aside: bool
 ) -> None:
     """Refuse what `train` would refuse, before a run is moved aside and minutes are spent on questions."""
+    import torch
+
     from qlora_helpers.chats import lengths_of
     from qlora_helpers.training.checkpoints import record_of, where_to_start
     from qlora_helpers.training.trainer import check_settings
@@ -244,7 +229,7 @@ def _refuse_before_anything_is_asked(
     if aside:
         _make_room(args.output)
     record = record_of(model, chats, settings, hardware)
-    where_to_start(args.output, record, args.resume, float16=hardware.gear == "t4")
+    where_to_start(args.output, record, args.resume, float16=hardware.compute_dtype == torch.float16)
 
 
 def _print_bytes(model, hardware) -> dict[str, int]:
@@ -281,11 +266,16 @@ def _before_and_after(before: dict, after: dict, chats: list) -> dict:
     }
 
 
-def _of_the_run(run) -> dict:
-    """What the report says about a run that has just ended."""
+def _trained_now(model, tokenizer, chats: list, args: argparse.Namespace, settings: Settings, hardware) -> tuple:
+    """The trained model, and what the report says about the run."""
     from qlora_helpers.hardware import peak_memory_bytes
+    from qlora_helpers.training.run import train
 
-    return {
+    print(f"Training for {settings.steps} steps{_said_of_the_warm_up(args, settings)} …", flush=True)
+    run = train(
+        model, tokenizer, chats, args.output, settings, hardware=hardware, resume=args.resume, progress_bar=True
+    )
+    return run.model, {
         "trainable_parameters": run.trainable_parameters,
         "all_parameters": run.all_parameters,
         "loss_history": run.history,

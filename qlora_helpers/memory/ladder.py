@@ -6,10 +6,11 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from qlora_helpers import validation
 from qlora_helpers.memory.gpus import GPU, find_gpu
 from qlora_helpers.memory.layers import EAGER_ONLY, LayerSettings
 from qlora_helpers.memory.prediction import Prediction, on_gpu, predict
-from qlora_helpers.memory.search import MOST, MOST_DIVISORS, divisors, longest_sequence
+from qlora_helpers.memory.search import MOST_DIVISORS, divisors, longest_sequence
 from qlora_helpers.memory.shape import ModelShape
 from qlora_helpers.memory.trained import OPTIMIZERS
 from qlora_helpers.settings import GPU_OPTIMIZER, Settings
@@ -126,7 +127,7 @@ class _SmallerBatches(Sequence):
 def _smaller_batch(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
     passes = settings.accumulation * settings.batch_size
     return _SmallerBatches(
-        settings, tuple(size for size in divisors(settings.batch_size)[1:] if passes // size <= MOST)
+        settings, tuple(size for size in divisors(settings.batch_size)[1:] if passes // size <= validation.LARGEST)
     )
 
 

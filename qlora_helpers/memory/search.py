@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LONGEST",
-    "MOST",
     "MOST_DIVISORS",
     "STEP",
     "Suggestion",
@@ -39,7 +38,6 @@ __all__ = [
     "what_fits",
 ]
 
-MOST = 2**63 - 1  # that a setting can be
 STEP = 128  # tokens: sequence lengths are tried in multiples of it
 LONGEST = 131_072  # tokens: where the search ends for a model whose config states no limit
 MOST_DIVISORS = 2**20  # of a number are looked for: without a bound a large prime would take for ever
@@ -71,7 +69,7 @@ def largest_batch(shape: ModelShape, settings: Settings, gpu: str | GPU) -> int:
         return predict(shape, replace(settings, batch_size=batch), gpu).fits
 
     high = 1
-    while high <= MOST and fits(high):
+    while high <= validation.LARGEST and fits(high):
         high *= 2
     return _largest(fits, high // 2, high - 1)
 

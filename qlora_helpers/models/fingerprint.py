@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from qlora_helpers.json_files import read_json
 from qlora_helpers.validation import refuse
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def weight_files(folder: str | Path) -> list[Path]:
     """The safetensors files that transformers loads from a folder, which may hold the same weights a second time.
 
     Raises:
-        ValueError: the index names a file that is not there.
+        ValueError: the index is damaged, or names a file that is not there.
     """
     folder = Path(folder)
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -66,9 +67,10 @@ def weight_files(folder: str | Path) -> list[Path]:
         return [single]
     if not index.is_file():
         return sorted(folder.glob("*.safetensors"))
-    files = [
-        folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    ]
+    try:
+        files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise refuse("folder", str(folder), f"its {index.name} is damaged: fetch or copy it again") from error
     if missing := [path.name for path in files if not path.is_file()]:
         raise refuse("folder", str(folder), f"has no {missing[0]}, which its index names: fetch or copy it again")
     return files

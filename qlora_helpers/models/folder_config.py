@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qlora_helpers.json_files import read_json
 from qlora_helpers.validation import refuse
 
 __all__ = ["no_own_code", "read_config", "saved_in_4_bits"]
@@ -34,12 +34,9 @@ def read_config(folder: str | Path, name: str, argument: str = "name") -> dict[s
     if not path.is_file():
         raise FileNotFoundError(f"{argument}={name!r} has no config.json: pass the folder of a model")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise refuse(argument, name, f"its config.json is damaged ({error}): fetch or copy it again") from error
-    if not isinstance(config, dict):
-        raise refuse(argument, name, "its config.json is not a JSON object: fetch or copy it again")
-    return config
+        return read_json(path)
+    except ValueError as error:
+        raise refuse(argument, name, f"its config.json {error}: fetch or copy it again") from error
 
 
 def saved_in_4_bits(config: dict[str, Any], name: str, argument: str = "name") -> str | None:
@@ -50,7 +47,8 @@ def saved_in_4_bits(config: dict[str, Any], name: str, argument: str = "name") -
     Raises:
         ValueError: the model is quantised in another way.
     """
-    for part in (config, config.get("text_config") or {}):
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
         if (saved := part.get("quantization_config")) is not None:
             break
     else:

@@ -12,7 +12,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging as transformers_logging
 
 from qlora_helpers import validation
-from qlora_helpers.hardware import Hardware, detect, of_hardware
+from qlora_helpers.hardware import Hardware, detect, given_or_detected
 from qlora_helpers.models.attention import REPEATED_KV
 from qlora_helpers.models.cpu_faults import make_safe_on_cpu
 from qlora_helpers.models.fingerprint import KEPT, fingerprint
@@ -98,14 +98,15 @@ def load_model(
 
     Raises:
         HubError: a model from the Hub could not be fetched.
-        ValueError: unknown `quantization` or another argument of a wrong kind, or the layers are not what it asks for; `name` is a folder that needs code of
-            its own, is quantised in another way, or is that of an adapter; or, on a CPU, a layer has a shape that
-            bitsandbytes decodes wrongly.
+        ValueError: an unknown `quantization`, or an argument of a wrong kind; the layers did not come as asked for; `name`
+            is a folder that needs code of its own, is quantised in another way, or is that of an adapter; or, on a CPU, a
+            layer has a shape that bitsandbytes decodes wrongly.
+        FolderInUse: `name` is a folder that another process is just replacing.
     """
     if quantization is not None:
         validation.one_of("quantization", quantization, ("nf4", "fp4"), otherwise="None")
     double_quant = validation.switch("double_quant", double_quant)
-    hardware = detect() if hardware is None else of_hardware(hardware)
+    hardware = given_or_detected(hardware)
     folder, options = _folder(name), {}
     config = read_config(folder, name)
     saved = saved_in_4_bits(config, name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
 import shutil
 import time
 import zipfile
@@ -20,13 +20,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 
+from qlora_helpers.folder_locks import FolderInUse
+from qlora_helpers.json_files import read_json, write_json
 from qlora_helpers.models.fingerprint import fingerprint_of
+from qlora_helpers.models.tensor_files import misfit, shapes_in
 from qlora_helpers.settings import PREDICTOR_ONLY, Settings
-from qlora_helpers.training.checksums import changed_files, optimizer_states, write_checksums, written_whole
+from qlora_helpers.training.checksums import changed_files, count_of_states, write_checksums, written_whole
 from qlora_helpers.training.environment import changes, environment
 from qlora_helpers.training.run_folder import (
     RECORD,
@@ -34,6 +38,7 @@ from qlora_helpers.training.run_folder import (
     brought_up_to_date,
     complete_checkpoints,
     numbered_checkpoints,
+    read_record,
     step_of,
     steps_saved,
     trainer_state,
@@ -58,10 +63,12 @@ __all__ = [
     "log_history",
     "logged",
     "record_of",
+    "say_what_changes",
     "where_to_start",
     "write_record",
 ]
 
+TORCH_S_WRITER = r"unexpected pos|iostream|PytorchStreamWriter|[Ff]ile write"  # its errors have no type of their own
 PARTS = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 # by method
 WEIGHTS = {"qlora": "adapter_model.safetensors", "lora": "adapter_model.safetensors", "full": "model.safetensors"}
@@ -82,7 +89,11 @@ def failed_writing_explained(output_dir: Path) -> Iterator[None]:
     """
     try:
         yield
+    except (torch.OutOfMemoryError, FolderInUse, FileExistsError):  # not the disk
+        raise
     except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not re.search(TORCH_S_WRITER, str(error)):
+            raise
         saved, free = steps_saved(output_dir), shutil.disk_usage(output_dir).free
         kept = f"the last complete checkpoint is that of step {saved}" if saved else "no checkpoint is complete"
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -110,7 +121,7 @@ class CheckOptimizer(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        wanted, found = optimizer_states(self.checkpoint), len(kwargs["optimizer"].state)
+        wanted, found = count_of_states(self.checkpoint), len(kwargs["optimizer"].state)
         if wanted is not None and found != wanted:
             raise ValueError(
                 f"{self.checkpoint} was written with the optimizer's state of {wanted} tensors, and {found} were loaded. "
@@ -141,8 +152,7 @@ def _damaged(part: Path) -> bool:
     """Whether a part is missing or truncated: torch's files are zip archives, which have their index at the end."""
     if part.suffix == ".safetensors":
         try:
-            with safe_open(part, framework="pt") as file:  # checks the header against the file's length
-                return not file.keys()
+            return not shapes_in(part)  # checks the header against the file's length
         except (OSError, SafetensorError):  # a folder in its place is an OSError, too
             return True
     return not part.exists() or not zipfile.is_zipfile(part)
@@ -218,9 +228,6 @@ def record_of(
 def where_to_start(folder: Path, record: dict[str, Any], resume: bool, float16: bool) -> Path | None:
     """The checkpoint to resume a run from, or None to begin at the start.
 
-    When a run is resumed, checkpoints that were not written to the end are removed, and that is said; so is a change of
-    the environment.
-
     Raises:
         FileExistsError: the folder already holds a run, and `resume` is not set.
         ValueError: the run is finished, is not the one that `record` describes, or its last checkpoint is damaged.
@@ -240,28 +247,33 @@ def where_to_start(folder: Path, record: dict[str, Any], resume: bool, float16: 
             )
         return None
     try:
-        before = brought_up_to_date(json.loads(begun.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
+        before = brought_up_to_date(read_json(begun))
+    except ValueError as error:
         raise ValueError(f"{begun} is damaged, so it is unknown how the run was begun: name a new folder") from error
     _refuse_another_run(folder, before, record)
-    checkpoint = last_whole_checkpoint(folder, float16, record["method"])
+    return last_whole_checkpoint(folder, float16, record["method"])
+
+
+def say_what_changes(folder: Path, checkpoint: Path | None, record: dict[str, Any]) -> None:
+    """Before a run is resumed, remove the checkpoints that were not written to the end, and say so; say, too, if the
+    environment is not the one that it was begun in.
+    """
     _drop_cut_off(folder, checkpoint)
-    if changed := changes(before.get("environment") or record["environment"], record["environment"]):
+    before = (read_record(folder) or {}).get("environment")
+    if checkpoint and before and (changed := changes(before, record["environment"])):
         print(
             f"The run in {folder} was begun in another environment: {'; '.join(changed)}. It is resumed, but its last bits "
             "may differ from those of an uninterrupted run."
         )
-    return checkpoint
 
 
 def _refuse_another_run(folder: Path, before: dict[str, Any], record: dict[str, Any]) -> None:
     not_compared = {"environment"} | ({"base"} - before.keys())  # older versions did not record it
-    differing = [
-        f"{name} was {before.get(name)!r} and is now {record.get(name)!r}"
-        for name in sorted((before.keys() | record.keys()) - not_compared)
-        if before.get(name) != record.get(name)
-    ]
-    if differing:
+    one, other = (
+        {name: repr(said.get(name)) for name in sorted((before.keys() | record.keys()) - not_compared)}
+        for said in (before, record)
+    )
+    if differing := changes(one, other):
         cure = " (QLORA_GEAR chooses the dtype)" if before.get("compute_dtype") != record.get("compute_dtype") else ""
         raise ValueError(
             f"the run in {folder} was begun differently: {'; '.join(differing)}{cure}. Resume it as it was begun, or "
@@ -287,25 +299,20 @@ def check_tensors(model: PreTrainedModel | PeftModel, checkpoint: Path, method: 
     Raises:
         ValueError: names a tensor that is missing, left over, or of another shape.
     """
-    wanted = model.state_dict() if method == "full" else get_peft_model_state_dict(model)
-    with safe_open(checkpoint / WEIGHTS[method], framework="pt") as file:
-        found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    wanted, found = (
+        model.state_dict() if method == "full" else get_peft_model_state_dict(model),
+        shapes_in(checkpoint / WEIGHTS[method]),
+    )
     stored = {value.data_ptr() for name, value in wanted.items() if name in found}  # tied weights are stored once
     shapes = {
-        name: list(value.shape) for name, value in wanted.items() if name in found or value.data_ptr() not in stored
+        name: tuple(value.shape) for name, value in wanted.items() if name in found or value.data_ptr() not in stored
     }
-    differing = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
-    if differing:
-        name = differing[0]
+    if fault := misfit(found, shapes):
         raise ValueError(
-            f"{checkpoint / WEIGHTS[method]} does not fit this model, at {len(differing)} tensors: {name} is "
-            f"{shapes.get(name, 'not there')} in the model and {found.get(name, 'not there')} in the file. Resume with the "
-            "versions of the libraries that the run was begun with"
+            f"{checkpoint / WEIGHTS[method]} {fault}. Resume with the versions of the libraries that the run was begun with"
         )
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Begin a run by writing its record; a kill leaves the file complete or missing."""
-    part = folder / f"{RECORD}.part"
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, folder / RECORD)
+    write_json(folder / RECORD, record)

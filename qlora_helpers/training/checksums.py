@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CHECKSUMS", "changed_files", "optimizer_states", "write_checksums", "written_whole"]
+from qlora_helpers.json_files import read_json_if_whole, write_json
+
+__all__ = ["CHECKSUMS", "changed_files", "count_of_states", "write_checksums", "written_whole"]
 
 CHECKSUMS = "checksums.json"
 
@@ -26,9 +26,7 @@ def write_checksums(checkpoint: Path, optimizer_states: int) -> None:
     """
     files = sorted(path for path in checkpoint.iterdir() if path.is_file() and path.name != CHECKSUMS)
     said = {"files": {path.name: _sha256(path) for path in files}, "optimizer_states": optimizer_states}
-    part = checkpoint / f"{CHECKSUMS}.part"
-    part.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, checkpoint / CHECKSUMS)
+    write_json(checkpoint / CHECKSUMS, said)
 
 
 def written_whole(checkpoint: Path) -> bool:
@@ -36,18 +34,16 @@ def written_whole(checkpoint: Path) -> bool:
     return (checkpoint / CHECKSUMS).is_file()
 
 
-def _said(checkpoint: Path) -> dict[str, Any] | None:
+def _read(checkpoint: Path) -> dict[str, Any] | None:
     """What is written there; None if it is damaged."""
-    try:
-        said = json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8"))
-        return said if isinstance(said["files"], dict) and isinstance(said["optimizer_states"], int) else None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
+    said = read_json_if_whole(checkpoint / CHECKSUMS) or {}
+    is_ours = isinstance(said.get("files"), dict) and isinstance(said.get("optimizer_states"), int)
+    return said if is_ours else None
 
 
 def changed_files(checkpoint: Path) -> list[str]:
     """The files of a checkpoint that are missing or not as they were written; the list itself if that is damaged."""
-    if (said := _said(checkpoint)) is None:
+    if (said := _read(checkpoint)) is None:
         return [CHECKSUMS]
     return [
         name
@@ -56,6 +52,6 @@ def changed_files(checkpoint: Path) -> list[str]:
     ]
 
 
-def optimizer_states(checkpoint: Path) -> int | None:
+def count_of_states(checkpoint: Path) -> int | None:
     """For how many tensors the optimizer had a state; None if the checkpoint has no checksums."""
-    return _said(checkpoint)["optimizer_states"] if written_whole(checkpoint) else None
+    return _read(checkpoint)["optimizer_states"] if written_whole(checkpoint) else None

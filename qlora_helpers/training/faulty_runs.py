@@ -16,7 +16,7 @@ import transformers
 import trl
 
 from qlora_helpers import validation
-from qlora_helpers.hardware import Hardware, detect, of_hardware
+from qlora_helpers.hardware import Hardware, given_or_detected
 from qlora_helpers.settings import SCHEDULES, Settings
 from qlora_helpers.training.trainer import no_progress_bars
 
@@ -91,7 +91,7 @@ def sft_trainer(
     plain_arguments = validation.switch("plain_arguments", plain_arguments)
     if max_length is not None:
         max_length = validation.whole("max_length", max_length, otherwise="None for any length")
-    options = _common(folder, settings, detect() if hardware is None else of_hardware(hardware))
+    options = _common(folder, settings, given_or_detected(hardware))
     if plain_arguments:
         config = transformers.TrainingArguments(**options)
     else:
@@ -126,7 +126,7 @@ def collator_run(
     The collator makes the labels: all tokens except those equal to `tokenizer.pad_token`. With TRL 1.16 it would fail,
     since TRL's rows already have labels, which it cannot pad.
     """
-    options = _common(folder, settings, detect() if hardware is None else of_hardware(hardware))
+    options = _common(folder, settings, given_or_detected(hardware))
     rows = [tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"] for chat in chats]
     transformers.set_seed(settings.seed)  # the adapters' initial values
     trainer = transformers.Trainer(

@@ -18,7 +18,8 @@ from qlora_helpers import validation
 from qlora_helpers.adapters.files import save_adapter
 from qlora_helpers.chats import Chat
 from qlora_helpers.folder_locks import locked
-from qlora_helpers.hardware import Hardware, detect
+from qlora_helpers.hardware import Hardware, given_or_detected
+from qlora_helpers.models.fingerprint import KEPT
 from qlora_helpers.models.saving import save_model
 from qlora_helpers.settings import Settings
 from qlora_helpers.threads import say_if_slowed
@@ -32,6 +33,7 @@ from qlora_helpers.training.checkpoints import (
     failed_writing_explained,
     log_history,
     record_of,
+    say_what_changes,
     where_to_start,
     write_record,
 )
@@ -111,7 +113,7 @@ def train(
         Interrupted: Ctrl-C, a notebook's interrupt or SIGTERM. The step is finished and saved first; a second one stops
             the run at once. It is a KeyboardInterrupt.
     """
-    settings, hardware, output_dir = settings or Settings(), hardware or detect(), Path(output_dir)
+    settings, hardware, output_dir = settings or Settings(), given_or_detected(hardware), Path(output_dir)
     if not chats:
         raise ValueError(f"chats={chats!r}: there is nothing to learn. Pass a list of chats, as read_chats returns")
     resume, progress_bar = validation.switch("resume", resume), validation.switch("progress_bar", progress_bar)
@@ -124,8 +126,10 @@ def train(
             trainer = build_trainer(model, tokenizer, chats, output_dir, settings, hardware)
             if checkpoint:
                 check_tensors(trainer.model, checkpoint, settings.method)
-            with failed_writing_explained(output_dir):
-                write_record(output_dir, record)
+            say_what_changes(output_dir, checkpoint, record)
+            if not checkpoint:  # a record says how and where the run was begun, so a resumed one keeps it
+                with failed_writing_explained(output_dir):
+                    write_record(output_dir, record)
             return _run(trainer, tokenizer, checkpoint, output_dir, settings, hardware, progress_bar, on_loss)
 
 
@@ -181,6 +185,7 @@ def _add_callbacks(trainer, settings: Settings, progress_bar: bool, recorder, st
 def _save(model, tokenizer, folder: Path, method: str) -> tuple[int, int, Path]:
     """Save what was trained. Returns the numbers of trainable and of all parameters, and the folder."""
     if method == "full":
+        setattr(model, KEPT, None)  # its weights are no longer those of its files
         return model.num_parameters(), model.num_parameters(), save_model(model, tokenizer, folder)
     return *model.get_nb_trainable_parameters(), save_adapter(model, folder)
 

@@ -1,6 +1,6 @@
 """Where runs are stored, what a run's folder holds, and whether a run may start or resume there.
 
-No library is needed for this, so it is checked before any is loaded.
+Torch is not needed for this, so it is checked before the libraries are loaded.
 
 A folder belongs to a run if it has a record, `run.json`, as `qlora_helpers.training.run.train` writes it. No other
 folder with files in it is renamed, removed or written into.
@@ -9,8 +9,8 @@ folder with files in it is renamed, removed or written into.
 from __future__ import annotations
 
 import errno
-import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,7 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers.folder_locks import LOCK_INSIDE, in_use
+from qlora_helpers.folder_locks import LOCK_INSIDE, FolderInUse, in_use
+from qlora_helpers.json_files import read_json, read_json_if_whole
 from qlora_helpers.paths import data_path
 from qlora_helpers.safe_folders import probe_writing
 from qlora_helpers.training.checksums import written_whole
@@ -52,7 +53,8 @@ RUN_BYTES = 50 * 10**6  # a run of the shipped model writes 8 MB
 # what every run did before these became settings: an older record lacks them
 BEFORE_IT_WAS_A_SETTING = {"method": "lora", "schedule": "linear", "max_grad_norm": 1.0}
 _IN_EVERY_RECORD = {"steps", "chats", "model", "compute_dtype"}
-_NOTHING = {f"{RECORD}.part", LOCK_INSIDE}  # of a run that was killed before it had begun
+# what is left of a run that was killed before it had begun
+_NOTHING = re.compile(rf"{re.escape(LOCK_INSIDE)}|{RECORD}\.part|\.{RECORD}\.[0-9a-f]{{8}}\.qlora-new")
 _CURE = "name a new or an empty folder"
 
 
@@ -69,11 +71,7 @@ def numbered_checkpoints(folder: Path) -> list[Path]:
 
 def trainer_state(checkpoint: Path) -> dict[str, Any] | None:
     """The trainer's state in a checkpoint; None if it is missing, cut off, or something else."""
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return state if isinstance(state, dict) else None
+    return read_json_if_whole(checkpoint / "trainer_state.json")
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -98,11 +96,10 @@ def steps_saved(folder: Path) -> int:
 def read_record(folder: Path) -> dict[str, Any] | None:
     """What the run in a folder was begun with; None if the folder holds no run of this course."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
+        record = read_json(folder / RECORD)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return None
-    ours = isinstance(record, dict) and record.keys() >= _IN_EVERY_RECORD
-    return brought_up_to_date(record) if ours else None
+    return brought_up_to_date(record) if record.keys() >= _IN_EVERY_RECORD else None
 
 
 def brought_up_to_date(record: dict[str, Any]) -> dict[str, Any]:
@@ -138,7 +135,8 @@ def check_output(folder: Path, name: str = "--output") -> dict[str, Any] | None:
         raise FileExistsError(f"{said} is a link to {os.readlink(folder)}, which does not exist: {_CURE}")
     try:
         record = read_record(folder)
-        held = sorted({path.name for path in folder.iterdir()} - _NOTHING) if folder.is_dir() else []
+        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        held = [name for name in names if not _NOTHING.fullmatch(name)]
     except OSError as error:
         raise type(error)(f"{said} cannot be read ({error.strerror}): {_CURE}") from error
     if record is None and held:
@@ -181,6 +179,8 @@ def gone_if_refused(folder: Path) -> Iterator[None]:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
+    except FolderInUse:  # it is another's
+        raise
     except BaseException:
         for path in missing:
             with suppress(OSError):  # it is not empty

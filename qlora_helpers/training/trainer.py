@@ -20,15 +20,14 @@ from trl import SFTConfig, SFTTrainer
 
 from qlora_helpers import validation
 from qlora_helpers.chats import Chat, check_texts, fault_in, tokenized
-from qlora_helpers.hardware import Hardware, of_hardware
+from qlora_helpers.hardware import Hardware, given_or_detected
 from qlora_helpers.models.weights import linear_layers
 from qlora_helpers.settings import GPU_OPTIMIZER, PREDICTOR_ONLY, SCHEDULES, Settings
 from qlora_helpers.training.checkpoints import failed_writing_explained
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers.training_args import OptimizerNames
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["build_trainer", "check_settings", "no_progress_bars"]
 
@@ -97,7 +96,7 @@ def check_settings(model: PreTrainedModel | PeftModel, settings: Settings, hardw
     """
     if not isinstance(settings, Settings):
         raise validation.refuse("settings", settings, "give a Settings(...)")
-    of_hardware(hardware)
+    given_or_detected(hardware)
     quantised = getattr(model, "is_quantized", False)
     if settings.method == "qlora" and not quantised:
         cure = "the model has no 4-bit layers. Load it with quantization='nf4', or use 'lora'"
@@ -113,8 +112,6 @@ def check_settings(model: PreTrainedModel | PeftModel, settings: Settings, hardw
         if getattr(settings, name) != used:
             cure = f"only the predictor takes it; training uses {used!r}. Leave it out"
             raise validation.refuse(name, getattr(settings, name), cure)
-    for name in ("steps", "batch_size", "accumulation", "max_length", "rank"):  # a larger one fails deep in torch
-        validation.whole(name, getattr(settings, name), at_most=2**63 - 1)
     if settings.optimizer is not None:
         validation.one_of("optimizer", settings.optimizer, [name.value for name in OptimizerNames], otherwise="None")
     if settings.method != "full" and settings.target_modules != "all-linear":

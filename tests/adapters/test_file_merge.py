@@ -48,8 +48,11 @@ def test_several_files_are_merged_one_after_the_other(tmp_path):
 
 
 def changed(folder, options=None, change=None):
-    """A copy of the shipped adapter with other options in its config, and other tensors in its file."""
-    adapter = shutil.copytree(SHIPPED, folder)
+    """A copy of the shipped adapter with other options in its config, and other tensors in its file.
+
+    It has no fingerprint of its base, so that the name of the base decides.
+    """
+    adapter = shutil.copytree(SHIPPED, folder, ignore=shutil.ignore_patterns("base.json"))
     config = json.loads((adapter / "adapter_config.json").read_text()) | (options or {})
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     tensors = load_file(adapter / "adapter_model.safetensors")
@@ -94,14 +97,14 @@ Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
         (lambda t: t | {f"{Q_PROJ}.base_layer.bias": torch.ones(256)}, "no place for .*base_layer.bias"),
         (lambda t: t | {f"{Q_PROJ}.lora_B.bias": torch.ones(256)}, "no place for .*lora_B.bias"),
         (lambda t: t | {"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(16, 1216)}, "lora_embedding_A"),
-        (lambda t: {k.replace("layers.3", "layers.7"): v for k, v in t.items()}, "no place for .*layers.7"),
+        (lambda t: {k.replace("layers.3", "layers.7"): v for k, v in t.items()}, "such as .*layers.3.mlp.down_proj.lora_A"),
         (lambda t: t | {f"{Q_PROJ}.lora_A.weight": t[f"{Q_PROJ}.lora_A.weight"][:, :8].contiguous()}, r"shape \(16, 8\)"),
         (lambda t: t | {f"{Q_PROJ}.lora_B.weight": t[f"{Q_PROJ}.lora_B.weight"][:, :8].contiguous()}, r"shape \(256, 8\)"),
     ],
 )  # fmt: skip
 def test_a_file_with_a_tensor_too_many_too_few_or_of_another_shape_is_refused(change, match, tmp_path):
     adapter = changed(tmp_path / "adapter", change=change)
-    with pytest.raises(ValueError, match=f"adapter' (has|lacks) .*{match}"):
+    with pytest.raises(ValueError, match=f"adapter'.* its adapter_model.safetensors (has|lacks) .*{match}"):
         merge_files(BASE, adapter, tmp_path / "merged")
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
 
@@ -148,17 +151,18 @@ def test_a_base_that_is_no_16_bit_model_of_this_shape_is_refused(entries, match,
     ("change", "match"),
     [
         (lambda w: None, "changes 1 weights that .* does not have, such as model.layers.0.self_attn.q_proj.weight"),
-        (lambda w: w[:128].contiguous(), r"q_proj.weight has the shape \(128, 256\) in torch.bfloat16"),
-        (lambda w: w.to(torch.float8_e4m3fn), r"q_proj.weight has the shape \(256, 256\) in torch.float8_e4m3fn"),
+        (lambda w: w[:128].contiguous(), r"q_proj.weight has the shape \(128, 256\) in BF16"),
+        (lambda w: w.to(torch.float8_e4m3fn), r"q_proj.weight has the shape \(256, 256\) in F8_E4M3"),
     ],
 )
-def test_a_weight_of_the_base_that_is_not_as_the_adapter_needs_it_is_named(change, match, tmp_path):
+def test_a_weight_of_the_base_that_is_not_as_the_adapter_needs_it_is_named(change, match, tmp_path, tmp_path_factory):
+    adapter = changed(tmp_path_factory.mktemp("adapter") / "sentences")
     base = shutil.copytree(BASE, tmp_path / "tiny-llama")
     tensors, name = load_file(base / "model.safetensors"), "model.layers.0.self_attn.q_proj.weight"
     tensors[name] = change(tensors[name])
     save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, base / "model.safetensors")
     with pytest.raises(ValueError, match=match):
-        merge_files(base, SHIPPED, tmp_path / "merged")
+        merge_files(base, adapter, tmp_path / "merged")
     with pytest.raises(FileNotFoundError, match="has no safetensors files"):
         merge_files(tmp_path, SHIPPED, tmp_path / "merged")
     with pytest.raises(ValueError, match=r"^base='.*sentences': is the folder of an adapter"):

@@ -52,7 +52,7 @@ def test_the_shipped_adapter_is_what_its_card_says():
     assert files.parameters == sum(tensor.numel() for tensor in adapter(SHIPPED).values()) == 262_144
     assert files.bytes == (SHIPPED / "adapter_model.safetensors").stat().st_size
     assert json.loads((SHIPPED / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny-llama"
-    assert files.fingerprint is None  # it is known by the name of its base
+    assert files.fingerprint == fingerprint(data_path("tiny-llama"))
 
 
 def test_the_shipped_adapter_answers_as_its_card_says():
@@ -140,6 +140,24 @@ def test_a_name_that_torch_uses_is_refused(name, model):
         load_adapter(model, SHIPPED, name)
 
 
+def test_an_adapter_of_another_rank_than_its_config_is_refused_before_the_base_is_changed(tmp_path):
+    folder = shutil.copytree(SHIPPED, tmp_path / "a")
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"r": 64}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    base = load_model(hardware=CPU)
+    with pytest.raises(
+        ValueError, match=r"lora_A.weight has the rank 16 in its adapter_model.safetensors, .* says r=64"
+    ):
+        load_adapter(base, folder)
+    assert not any("lora_" in name for name, _ in base.named_parameters())
+
+
+def test_the_weights_decide_whatever_their_folder_is_called(tmp_path):
+    """On Kaggle a model lies in a folder called 1."""
+    model = load_model(str(shutil.copytree(data_path("tiny-llama"), tmp_path / "1")), hardware=CPU)
+    assert load_adapter(model, SHIPPED).active_adapters == ["default"]
+
+
 def test_an_adapter_is_not_overwritten_silently(model, tmp_path):
     folder = save_adapter(model, tmp_path / "a", "sentences")
     with pytest.raises(FileExistsError, match="pass overwrite=True"):
@@ -176,14 +194,16 @@ def test_a_crash_while_an_adapter_is_saved_leaves_the_old_one_whole(tmp_path):
 
 
 def test_an_adapter_is_refused_by_another_base_with_the_two_names(tmp_path):
+    """If there is no fingerprint to compare."""
     other = tmp_path / "another-llama"
     shutil.copytree(data_path("tiny-llama"), other)
     model = load_model(str(other), hardware=CPU)
     assert name_of(model) == "another-llama"
+    adapter = shutil.copytree(SHIPPED, tmp_path / "a", ignore=shutil.ignore_patterns("base.json"))
     with pytest.raises(
         WrongBase, match=r"was trained on 'tiny-llama', and this model is 'another-llama': load 'tiny-llama'"
     ):
-        load_adapter(model, SHIPPED)
+        load_adapter(model, adapter)
     assert not any("lora_" in name for name, _ in model.named_parameters())
 
 

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import re
 import shutil
+import subprocess
 import sys
 import time
 from collections import namedtuple
@@ -300,3 +301,10 @@ def test_problems_are_printed_after_notices(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "examine", lambda: report)
     assert main(["doctor"]) == 1
     assert capsys.readouterr().out.splitlines() == ["Python          3.12", "", "· small", "✗ broken: mend it"]
+
+
+def test_the_doctor_starts_where_nothing_is_installed(tmp_path):
+    """-S: without the folder of installed packages, as in an environment that is yet to be made, or is an old one."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from qlora_helpers.commands import doctor, preflight"
+    done = subprocess.run([sys.executable, "-S", "-c", code, str(COURSE)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -137,6 +137,15 @@ def test_a_folder_without_weights_or_with_a_damaged_file_is_named(content, tmp_p
         fingerprint(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "[" * 100_000]
+)
+def test_a_damaged_index_is_named(content, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"its model.safetensors.index.json is damaged: fetch or copy it again"):
+        fingerprint(tmp_path)
+
+
 def test_a_model_without_files_has_none():
     config = AutoModelForCausalLM.from_pretrained(BASE, trust_remote_code=False).config
     model = AutoModelForCausalLM.from_config(config)

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment continues as if nothing had happened, or is refused with a clear message."""
+"""A run that is killed at any moment ends as it would have, bit for bit in the same set-up, or is refused with a reason."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ from qlora_helpers.safe_folders import NEW
 from qlora_helpers.settings import Settings
 from qlora_helpers.training import run as training
 from qlora_helpers.training.checkpoints import PARTS, WEIGHTS, SaveByTheClock, last_whole_checkpoint
-from qlora_helpers.training.checksums import CHECKSUMS, optimizer_states, write_checksums
+from qlora_helpers.training.checksums import CHECKSUMS, count_of_states, write_checksums
 from tests.support import kills
 from tests.support.holding import held_by_another
 from tests.support.short_runs import CHATS, CPU, SHORT, TOKENIZER, adapter, differing, run
@@ -307,12 +307,27 @@ def test_a_run_of_an_older_version_is_resumed(finished, interrupted, steps_taken
     assert len(steps_taken) == 3
 
 
+def test_a_run_of_an_older_version_may_be_killed_again(interrupted, monkeypatch):
+    """Its checkpoints have no checksums, and must not be taken for cut off when it is resumed the second time."""
+    before = (without_checksums(interrupted) / "run.json").read_text()
+
+    def killed(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SFTTrainer, "training_step", killed)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt, match="the last checkpoint is that of step 3"):
+            run(interrupted, resume=True)
+    assert (interrupted / "checkpoint-3").is_dir()
+    assert (interrupted / "run.json").read_text() == before  # how and where it was begun
+
+
 def test_a_missing_tensor_is_noticed_without_checksums_too(interrupted):
     """PEFT would load the others and leave this one as it was drawn."""
     _drop_a_tensor(without_checksums(interrupted) / "checkpoint-3" / "adapter_model.safetensors")
     with pytest.raises(
         ValueError,
-        match=r"does not fit this model, at 1 tensors: .*lora_A.weight is \[4, \d+\] in the model and not there",
+        match=r"lacks tensors that its config asks for, such as .*lora_A.weight\. Resume with the versions of the libraries",
     ):
         run(interrupted, resume=True)
 
@@ -320,7 +335,7 @@ def test_a_missing_tensor_is_noticed_without_checksums_too(interrupted):
 def test_an_optimizer_that_did_not_get_its_state_back_is_noticed(interrupted, steps_taken):
     """Checksums are of the files; this is about what was loaded."""
     checkpoint = interrupted / "checkpoint-3"
-    states = optimizer_states(checkpoint)
+    states = count_of_states(checkpoint)
     _empty_the_state(checkpoint / "optimizer.pt")
     write_checksums(checkpoint, states)
     with pytest.raises(ValueError, match=f"with the optimizer's state of {states} tensors, and 0 were loaded"):
@@ -355,11 +370,12 @@ def test_in_the_same_environment_nothing_is_said(interrupted, capsys):
 
 
 def test_a_second_run_in_a_folder_is_told_who_has_it(tmp_path, steps_taken):
-    with held_by_another(tmp_path / "run") as process:
-        with pytest.raises(FolderInUse, match=f"output_dir='.*run' is being written by process {process.pid} on"):
-            run(tmp_path / "run")
-        assert not (tmp_path / "run").exists()
-    assert steps_taken == []
+    with (
+        held_by_another(tmp_path / "run") as process,
+        pytest.raises(FolderInUse, match=f"output_dir='.*run' is being written by process {process.pid} on"),
+    ):
+        run(tmp_path / "run")
+    assert steps_taken == [] and list((tmp_path / "run").iterdir()) == []
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
@@ -389,6 +405,16 @@ def test_an_error_of_safetensors_is_a_sentence_too(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "_save_checkpoint", full)
     with pytest.raises(OSError, match=r"MB left \(Error while serializing.*resume the run: no checkpoint is complete"):
+        run(tmp_path / "new")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("tensors share memory")])
+def test_other_errors_of_saving_stay_as_they_are(error, tmp_path, monkeypatch):
+    def broken(*args, **options):
+        raise error
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", broken)
+    with pytest.raises(type(error), match=str(error)):
         run(tmp_path / "new")
 
 

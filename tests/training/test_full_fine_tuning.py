@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from qlora_helpers.models.fingerprint import fingerprint_of
 from qlora_helpers.models.loading import load_model
 from qlora_helpers.settings import Settings
 from qlora_helpers.training.checkpoints import last_whole_checkpoint
@@ -42,6 +43,11 @@ def test_every_weight_is_trained_and_in_float32(finished):
     assert {p.dtype for p in after.values()} == {torch.float32}
     assert all(not torch.equal(after[name], before[name]) for name in before)
     assert done.trainable_parameters == done.all_parameters == sum(p.numel() for p in before.values()) == 2_984_192
+
+
+def test_the_trained_model_has_no_fingerprint_of_the_files_that_it_was_loaded_from(finished):
+    assert fingerprint_of(load_model(quantization=None, hardware=CPU)) is not None
+    assert fingerprint_of(finished[1].model) is None
 
 
 def test_the_whole_model_is_saved_and_plain_transformers_loads_it(finished):

@@ -10,6 +10,7 @@ import pytest
 
 from qlora_helpers.__main__ import main
 from qlora_helpers.commands.run import _make_room
+from qlora_helpers.folder_locks import FolderInUse
 from qlora_helpers.paths import data_path
 from qlora_helpers.training import run_folder
 from qlora_helpers.training.run_folder import (
@@ -159,6 +160,22 @@ def test_folders_that_were_made_for_a_run_go_again_if_it_is_refused(tmp_path):
         (tmp_path / "new" / "file").touch()
         raise ValueError("no")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
+
+
+def test_a_folder_that_another_process_holds_is_not_removed(tmp_path):
+    with pytest.raises(FolderInUse, match="theirs"), gone_if_refused(tmp_path / "new"):
+        (tmp_path / "new").mkdir()
+        raise FolderInUse("theirs")
+    assert (tmp_path / "new").is_dir()
+
+
+@pytest.mark.parametrize("left", [".lock", "run.json.part", ".run.json.0123abcd.qlora-new"])
+def test_a_folder_with_what_a_kill_has_left_counts_as_empty(left, tmp_path):
+    (tmp_path / left).touch()
+    assert check_output(tmp_path) is None
+    (tmp_path / f"my{left}").touch()
+    with pytest.raises(FileExistsError, match="but no run of this course"):
+        check_output(tmp_path)
 
 
 # ---- Resuming
