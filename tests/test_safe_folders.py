@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from qlora_helpers import safe_folders
+from qlora_helpers.folder_locks import FolderInUse
 from qlora_helpers.safe_folders import put_back, whole_folder
+from tests.support.holding import held_by_another
 
 
 def filled(folder, content):
@@ -128,6 +130,17 @@ def test_a_folder_that_was_replaced_does_not_come_back(tmp_path, monkeypatch):
         (part / "weights").write_text("new")
     remove(folder)
     assert not put_back(folder).exists()
+
+
+def test_a_reader_waits_for_a_writer_and_then_says_who_it_is(tmp_path, monkeypatch):
+    filled(tmp_path / f".adapter.0123abcd{safe_folders.OLD}", "old")
+    monkeypatch.setattr(safe_folders, "PATIENCE", 0.1)
+    with (
+        held_by_another(tmp_path / "adapter") as process,
+        pytest.raises(FolderInUse, match=f"adapter' is being written by process {process.pid} on "),
+    ):
+        put_back(tmp_path / "adapter")
+    assert (put_back(tmp_path / "adapter") / "weights").read_text() == "old"
 
 
 @pytest.mark.parametrize(

@@ -270,3 +270,11 @@ def test_targets_that_match_nothing_are_refused():
     with pytest.raises(ValueError, match="target_modules='q_proj'"):
         shape.targets("q_proj")
     assert [linear.name for linear in shape.targets(["self_attn.o_proj", "proj"])] == ["self_attn.o_proj"]
+
+
+@pytest.mark.parametrize("name", ["n_embd", "hidden_size"])
+def test_an_error_names_the_field_as_the_config_does(name):
+    """GPT-J has names of its own, and transformers takes the usual ones, too."""
+    config = {"model_type": "gptj", "vocab_size": 400, "n_layer": 2, "n_head": 4, "rotary_dim": 8, name: -512}
+    with pytest.raises(ValueError, match=f"{name}=-512: must be a whole number"):
+        ModelShape.from_config(config)
