@@ -11,7 +11,8 @@ upload = "upload qlora-course.zip beside this notebook (Kaggle: as a dataset), w
 shown = {"_render_traceback_": lambda error: [f"The set-up stopped: {error}"]}  # without a traceback
 SetUpStopped = type("SetUpStopped", (RuntimeError,), shown)
 files = "colab/setup.py", "colab/requirements.txt", "data", "pyproject.toml", "qlora_helpers/__init__.py"
-faults = OSError, EOFError, RuntimeError, ValueError, StopIteration, BadZipFile, subprocess.SubprocessError, zlib.error
+faults = OSError, EOFError, RuntimeError, ValueError, LookupError, StopIteration, BadZipFile, zlib.error
+faults += (subprocess.SubprocessError,)
 is_course = lambda folder: all((folder / file).exists() for file in files)
 
 # What is found is run, so only these places count: what the lessons would import, where this cell puts the course, a

@@ -75,6 +75,8 @@ def in_use(folder: str | Path) -> bool:
             return False
     except FolderInUse:
         return True
+    except OSError:  # nothing can be written there
+        return False
 
 
 def _this_process() -> dict[str, str | int]:

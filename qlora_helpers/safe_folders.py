@@ -8,6 +8,7 @@ is removed only by the next one who writes the same folder.
 
 from __future__ import annotations
 
+import errno
 import re
 import secrets
 import shutil
@@ -21,9 +22,11 @@ from pathlib import Path
 from qlora_helpers.folder_locks import FolderInUse, locked
 from qlora_helpers.validation import switch
 
-__all__ = ["probe_writing", "put_back", "whole_folder"]
+__all__ = ["KNOWN_FOLDERS", "probe_writing", "put_back", "whole_folder"]
 
 NEW, OLD = ".qlora-new", ".qlora-old"
+# in a model's folder, by transformers; in any folder, by JupyterLab and the Hub's client
+KNOWN_FOLDERS = ("additional_chat_templates", ".ipynb_checkpoints", ".cache")
 PATIENCE = 5  # seconds for a writer to finish its two renames
 
 
@@ -69,7 +72,9 @@ def whole_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
         with _explained(said):
             part.mkdir()
         try:
-            yield part
+            with _full_disk_explained(folder, said):
+                yield part
+            _check_replaceable(folder, overwrite, said)  # something may have appeared there meanwhile
             _swap(folder, part)
         except BaseException:
             if part.exists():
@@ -81,12 +86,12 @@ def put_back(folder: str | Path) -> Path:
     """If a kill has left an old folder without its name, give it back. Nothing else is touched.
 
     Returns:
-        The folder; for a link, its target.
+        The folder as it was given.
 
     Raises:
         FolderInUse: the name is still missing, and another process is writing the folder.
     """
-    folder, until = _real(Path(folder)), time.monotonic() + PATIENCE
+    given, folder, until = Path(folder), _real(Path(folder)), time.monotonic() + PATIENCE
     while not folder.exists() and (old := _left_by_a_kill(folder, OLD)):
         try:
             with locked(folder):
@@ -96,7 +101,7 @@ def put_back(folder: str | Path) -> Path:
             if time.monotonic() > until:
                 raise
             time.sleep(0.01)
-    return folder
+    return given
 
 
 def _real(folder: Path) -> Path:
@@ -116,6 +121,21 @@ def _explained(said: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _full_disk_explained(folder: Path, said: str) -> Iterator[None]:
+    """Say what to do when the disk is full; safetensors and torch have errors of their own for it."""
+    try:
+        yield
+    except Exception as error:
+        free = shutil.disk_usage(folder.parent).free
+        if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
+            raise
+        raise OSError(
+            f"{said} could not be written: its disk is full, with {free / 1e6:.0f} MB left. Free some space, or name a "
+            "folder on another disk"
+        ) from error
+
+
 def _check_replaceable(folder: Path, overwrite: bool, said: str) -> None:
     if not folder.exists():
         return
@@ -124,8 +144,7 @@ def _check_replaceable(folder: Path, overwrite: bool, said: str) -> None:
     held = sorted(folder.iterdir())
     if held and not overwrite:
         raise FileExistsError(f"{said} is there already: name a new one, or pass overwrite=True")
-    hidden = (".ipynb_checkpoints", ".cache")  # JupyterLab and the Hub's client put these into any folder
-    if inner := [path.name for path in held if path.is_dir() and path.name not in hidden]:
+    if inner := [path.name for path in held if path.is_dir() and path.name not in KNOWN_FOLDERS]:
         raise FileExistsError(
             f"{said} holds the folder {inner[0]!r}, as no saved model or adapter does, so it is not replaced: name a new one"
         )

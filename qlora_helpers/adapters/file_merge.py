@@ -72,6 +72,8 @@ def merge_files(base: str | Path, adapter: str | Path, folder: str | Path, overw
     _check_weights(base, files, changes)
     with whole_folder(folder, overwrite) as part:
         for path in sorted(base.iterdir()):
+            if path.is_dir() and path.name == "additional_chat_templates":  # of the tokenizer
+                shutil.copytree(path, part / path.name)
             if path.is_file() and (path in files or not _OTHER_FORMATS.intersection(path.suffixes)):
                 shutil.copyfile(path, part / path.name)
         for path in files:
@@ -108,7 +110,7 @@ def _check_plain(said: str, config: dict[str, Any]) -> None:
     if (start := config.get("init_lora_weights", True)) not in _BASE_IS_KEPT:
         raise ValueError(
             f"{said} has init_lora_weights={start!r}, which changes the base's weights, too: save the adapter again with "
-            "PEFT's path_initial_model_for_weight_conversion, or merge it with merge() instead"
+            "PEFT's path_initial_model_for_weight_conversion"
         )
 
 

@@ -24,7 +24,7 @@ from qlora_helpers.models.fingerprint import fingerprint_of
 from qlora_helpers.models.loading import name_in, name_of
 from qlora_helpers.models.tensor_files import misfit, shapes_in
 from qlora_helpers.safe_folders import put_back, whole_folder
-from qlora_helpers.validation import refuse
+from qlora_helpers.validation import number, refuse, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,6 +95,11 @@ def describe(folder: str | Path) -> AdapterFiles:
         shapes = shapes_in(folder / WEIGHTS)
     except SafetensorError as error:
         raise refuse("folder", str(folder), f"its {WEIGHTS} is damaged ({error}): copy or save it again") from error
+    for key, check in (("r", whole), ("lora_alpha", _number)):
+        try:
+            check(key, config.get(key, DEFAULTS[key]))
+        except ValueError as error:
+            raise refuse("folder", str(folder), f"its {CONFIG} says {error}") from error
     base = _read_json(folder, BASE_FILE) if (folder / BASE_FILE).is_file() else {}
     return AdapterFiles(
         base=_base_name(said),
@@ -105,6 +110,10 @@ def describe(folder: str | Path) -> AdapterFiles:
         bytes=(folder / WEIGHTS).stat().st_size,
         fingerprint=base.get("fingerprint"),
     )
+
+
+def _number(name: str, value: object) -> float:
+    return number(name, value, at_least=-math.inf)
 
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
@@ -133,7 +142,7 @@ def _base_name(said: str) -> str:
     """The base's name in a config that PEFT wrote: a name on the Hub, or the path of a folder on some machine."""
     path = PureWindowsPath(said) if "\\" in said else PurePosixPath(said)
     is_path = path.is_absolute() or said.startswith(".") or len(path.parts) > 2
-    return name_in(path) if is_path else said
+    return name_in(path) if is_path else path.as_posix()  # without a slash at its end
 
 
 def same_name(one: str, other: str) -> bool:
@@ -220,6 +229,14 @@ def load_adapter(model: PreTrainedModel | PeftModel, folder: str | Path, name: s
         raise ValueError(f"name={name!r} is one that torch uses itself: choose another")
     found = describe(folder)
     check_base(found, folder, name_of(model), fingerprint_of(model))
+    start = read_adapter_config(folder).get("init_lora_weights")
+    if isinstance(start, str) and start.startswith("pissa_niter"):
+        raise refuse(
+            "folder",
+            str(folder),
+            f"has init_lora_weights={start!r}: PEFT draws its start, which changes the base, anew at each load. Save the "
+            "adapter again with PEFT's path_initial_model_for_weight_conversion",
+        )
     _check_ranks(found, Path(folder))
     if not isinstance(model, PeftModel):
         loaded = PeftModel.from_pretrained(model, folder, adapter_name=name)

@@ -47,7 +47,8 @@ def check_options(said: str, config: dict[str, Any], taken: Collection[str]) -> 
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{said} has peft_type={config.get('peft_type')!r}: only LoRA is merged here")
     for key, value in sorted(config.items()):
-        if key in taken or (key in DEFAULTS and (value or None) == (DEFAULTS[key] or None)):  # off is None, False or {}
+        # off is None, False or {}; a newer PEFT may write options that this one does not have
+        if key in taken or (value or None) == (DEFAULTS.get(key) or None):
             continue
         if key not in DEFAULTS:
             writer = config.get("peft_version", "another version")

@@ -17,7 +17,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from qlora_helpers import validation
-from qlora_helpers.adapters.files import load_adapter
+from qlora_helpers.adapters.files import describe, load_adapter, read_adapter_config
 from qlora_helpers.adapters.lora_options import IN_MEMORY, check_options
 from qlora_helpers.hardware import Hardware
 from qlora_helpers.models.fingerprint import KEPT
@@ -63,6 +63,11 @@ def merge(
         ValueError: `into` is not one of the three; the adapter belongs to another base (`adapters.files.WrongBase`); or it
             has an option with which a merge is not the live model (see `merge_into`).
     """
+    validation.one_of("into", into, BASES)
+    describe(adapter)  # names a folder that holds none
+    check_options(
+        f"adapter={str(adapter)!r}", read_adapter_config(adapter), IN_MEMORY
+    )  # PEFT drops those it does not know
     return merge_into(load_adapter(load_base(into, name, hardware), adapter))
 
 

@@ -72,7 +72,10 @@ def load_tokenizer(name: str = SHIPPED_MODEL) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             _folder(name), padding_side="left", local_files_only=True, trust_remote_code=False
         )
-    if "generation %}" not in (tokenizer.chat_template or "").replace("-%}", " %}"):
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several, of which transformers takes the one named default
+        template = template.get("default")
+    if "generation %}" not in (template or "").replace("-%}", " %}"):
         from trl.chat_template_utils import get_training_chat_template  # only here: it takes seconds to import
 
         tokenizer.chat_template = get_training_chat_template(tokenizer) or tokenizer.chat_template

@@ -69,6 +69,10 @@ __all__ = [
 ]
 
 TORCH_S_WRITER = r"unexpected pos|iostream|PytorchStreamWriter|[Ff]ile write"  # its errors have no type of their own
+OF_THE_TRAINER = re.compile(
+    r"\.?(adapter_|model|optimizer|scheduler|scaler|rng_state|trainer_state|training_args|tokenizer|special_tokens|added_tokens"
+    r"|vocab|merges|chat_template|config|generation_config|README|checksums)"
+)
 PARTS = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 # by method
 WEIGHTS = {"qlora": "adapter_model.safetensors", "lora": "adapter_model.safetensors", "full": "model.safetensors"}
@@ -122,6 +126,11 @@ class CheckOptimizer(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         wanted, found = count_of_states(self.checkpoint), len(kwargs["optimizer"].state)
+        if wanted is None and not found and args.optim != "sgd":  # of an older version of this package
+            raise ValueError(
+                f"{self.checkpoint} has no state of the optimizer: a run resumed from it would not be the same run. Delete this "
+                "checkpoint to resume from the one before it"
+            )
         if wanted is not None and found != wanted:
             raise ValueError(
                 f"{self.checkpoint} was written with the optimizer's state of {wanted} tensors, and {found} were loaded. "
@@ -260,7 +269,7 @@ def say_what_changes(folder: Path, checkpoint: Path | None, record: dict[str, An
     """
     _drop_cut_off(folder, checkpoint)
     before = (read_record(folder) or {}).get("environment")
-    if checkpoint and before and (changed := changes(before, record["environment"])):
+    if checkpoint and isinstance(before, dict) and (changed := changes(before, record["environment"])):
         print(
             f"The run in {folder} was begun in another environment: {'; '.join(changed)}. It is resumed, but its last bits "
             "may differ from those of an uninterrupted run."
@@ -284,11 +293,18 @@ def _refuse_another_run(folder: Path, before: dict[str, Any], record: dict[str, 
 def _drop_cut_off(folder: Path, checkpoint: Path | None) -> None:
     """Remove the checkpoints that were not written to the end: the trainer would write into them."""
     complete = complete_checkpoints(folder)
-    for path in numbered_checkpoints(folder):
-        if path not in complete:
-            goes_on = f"from step {step_of(checkpoint)}" if checkpoint else "from the start"
-            print(f"{path.name} was not written to its end, and is removed. The run goes on {goes_on}.")
-            shutil.rmtree(path)
+    cut_off = [path for path in numbered_checkpoints(folder) if path not in complete]
+    for path in cut_off:
+        foreign = [inner.name for inner in path.iterdir() if inner.is_dir() or not OF_THE_TRAINER.match(inner.name)]
+        if foreign or path.is_symlink():
+            raise ValueError(
+                f"{path} is no whole checkpoint, and holds {foreign[0] if foreign else 'a link'!r}, which the trainer has not "
+                "written: move it elsewhere"
+            )
+    goes_on = f"from step {step_of(checkpoint)}" if checkpoint else "from the start"
+    for path in cut_off:
+        print(f"{path.name} was not written to its end, and is removed. The run goes on {goes_on}.")
+        shutil.rmtree(path)
 
 
 def check_tensors(model: PreTrainedModel | PeftModel, checkpoint: Path, method: str) -> None:

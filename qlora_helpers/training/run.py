@@ -38,7 +38,14 @@ from qlora_helpers.training.checkpoints import (
     write_record,
 )
 from qlora_helpers.training.interrupts import Interrupted, StopWhenAsked
-from qlora_helpers.training.run_folder import RESULT, gone_if_refused, make_run_folder, step_of, steps_saved
+from qlora_helpers.training.run_folder import (
+    RESULT,
+    gone_if_refused,
+    make_run_folder,
+    refuse_foreign,
+    step_of,
+    steps_saved,
+)
 from qlora_helpers.training.spikes import Spike
 from qlora_helpers.training.trainer import build_trainer, check_settings
 
@@ -104,7 +111,7 @@ def train(
         on_loss: called with the history so far each time the loss is logged, for a live plot.
 
     Raises:
-        FileExistsError: `output_dir` already holds a run, and `resume` is not set.
+        FileExistsError: `output_dir` already holds a run, and `resume` is not set; or it holds files, but no run.
         FolderInUse: another process is writing into `output_dir` (`qlora_helpers.folder_locks`).
         OSError: `output_dir` is a file, or cannot be written to; or its disk is full.
         ValueError: a chat is too long; the last checkpoint is damaged; the run in `output_dir` is finished, or was begun
@@ -123,6 +130,7 @@ def train(
         with locked(output_dir, "output_dir"):
             record = record_of(model, chats, settings, hardware)
             checkpoint = where_to_start(output_dir, record, resume, float16=hardware.compute_dtype == torch.float16)
+            refuse_foreign(output_dir, "output_dir")
             trainer = build_trainer(model, tokenizer, chats, output_dir, settings, hardware)
             if checkpoint:
                 check_tensors(trainer.model, checkpoint, settings.method)

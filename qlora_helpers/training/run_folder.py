@@ -38,6 +38,7 @@ __all__ = [
     "new_run_folder",
     "numbered_checkpoints",
     "read_record",
+    "refuse_foreign",
     "runs_folder",
     "step_of",
     "steps_saved",
@@ -65,7 +66,7 @@ def step_of(checkpoint: Path) -> int:
 
 def numbered_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, newest first, complete or not."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal() and path.is_dir()]
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -133,15 +134,7 @@ def check_output(folder: Path, name: str = "--output") -> dict[str, Any] | None:
     said = f"{name}={str(folder)!r}"
     if folder.is_symlink() and not folder.exists():
         raise FileExistsError(f"{said} is a link to {os.readlink(folder)}, which does not exist: {_CURE}")
-    try:
-        record = read_record(folder)
-        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-        held = [name for name in names if not _NOTHING.fullmatch(name)]
-    except OSError as error:
-        raise type(error)(f"{said} cannot be read ({error.strerror}): {_CURE}") from error
-    if record is None and held:
-        more = f" and {len(held) - 1} more" if len(held) > 1 else ""
-        raise FileExistsError(f"{said} holds {held[0]!r}{more} but no run of this course: {_CURE}")
+    record = refuse_foreign(folder, name)
     make_run_folder(folder, name)
     free = shutil.disk_usage(folder).free
     if free < RUN_BYTES:
@@ -149,6 +142,30 @@ def check_output(folder: Path, name: str = "--output") -> dict[str, Any] | None:
             f"{said}: its disk has {free / 1e6:.0f} MB left, and a run needs {RUN_BYTES / 1e6:.0f} MB. Free some "
             "space, or name a folder on another disk"
         )
+    return record
+
+
+def refuse_foreign(folder: Path, name: str) -> dict[str, Any] | None:
+    """The record of the run in a folder; None if the folder is empty, or not there.
+
+    Args:
+        folder: the folder for the run.
+        name: of the argument, for the error.
+
+    Raises:
+        FileExistsError: it holds files, but no run of this course.
+        OSError: it cannot be read.
+    """
+    said = f"{name}={str(folder)!r}"
+    try:
+        record = read_record(folder)
+        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise type(error)(f"{said} cannot be read ({error.strerror}): {_CURE}") from error
+    held = [name for name in names if not _NOTHING.fullmatch(name)]
+    if record is None and held:
+        more = f" and {len(held) - 1} more" if len(held) > 1 else ""
+        raise FileExistsError(f"{said} holds {held[0]!r}{more} but no run of this course: {_CURE}")
     return record
 
 
@@ -170,7 +187,12 @@ def make_run_folder(folder: Path, name: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe_writing(folder)
     except OSError as error:
-        raise type(error)(f"{said} cannot be written to ({error.strerror}): name a folder of your own") from error
+        cure = (
+            "free some space, or name a folder on another disk"
+            if error.errno == errno.ENOSPC
+            else "name a folder of your own"
+        )
+        raise type(error)(f"{said} cannot be written to ({error.strerror}): {cure}") from error
 
 
 @contextmanager

@@ -152,6 +152,40 @@ def test_an_adapter_of_another_rank_than_its_config_is_refused_before_the_base_i
     assert not any("lora_" in name for name, _ in base.named_parameters())
 
 
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"r": "16"}, r"its adapter_config.json says r='16': must be a whole number"),
+        ({"r": None}, "says r=None: must be a whole number"),
+        ({"lora_alpha": "32"}, "says lora_alpha='32': must be a number"),
+        ({"lora_alpha": float("nan")}, "says lora_alpha=nan: must be a number"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "has init_lora_weights='pissa_niter_4': PEFT draws its start, .* anew at",
+        ),
+    ],
+)
+def test_a_config_that_cannot_be_followed_is_refused(options, match, tmp_path):
+    folder = shutil.copytree(SHIPPED, tmp_path / "a")
+    config = json.loads((folder / "adapter_config.json").read_text()) | options
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=match):
+        load_adapter(load_model(hardware=CPU), folder)
+
+
+@pytest.mark.parametrize("said", ["tiny-llama/", "tiny-llama/.", "models/tiny-llama/"])
+def test_a_slash_at_the_end_of_a_base_s_name_means_nothing(said, tmp_path):
+    folder = shutil.copytree(SHIPPED, tmp_path / "a", ignore=shutil.ignore_patterns("base.json"))
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": said}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert load_adapter(load_model(hardware=CPU), folder).active_adapters == ["default"]
+
+
+def test_an_adapter_is_saved_with_the_name_of_its_base_and_not_with_a_path(model, tmp_path):
+    saved = save_adapter(model, tmp_path / "a", "sentences")
+    assert json.loads((saved / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny-llama"
+
+
 def test_the_weights_decide_whatever_their_folder_is_called(tmp_path):
     """On Kaggle a model lies in a folder called 1."""
     model = load_model(str(shutil.copytree(data_path("tiny-llama"), tmp_path / "1")), hardware=CPU)

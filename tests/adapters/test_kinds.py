@@ -23,7 +23,7 @@ from qlora_helpers.adapters.drift import drift, logits
 from qlora_helpers.adapters.file_merge import merge_files
 from qlora_helpers.adapters.files import load_adapter
 from qlora_helpers.adapters.lora_options import DEFAULTS, IN_MEMORY, PLAIN
-from qlora_helpers.adapters.merge import load_base, merge_into
+from qlora_helpers.adapters.merge import load_base, merge, merge_into
 from qlora_helpers.chats import read_chats
 from qlora_helpers.models.loading import load_model
 from qlora_helpers.paths import data_path
@@ -58,7 +58,6 @@ KINDS = {
     "no initialisation": ({"init_lora_weights": False}, None, None),
     "olora": ({"init_lora_weights": "olora"}, "init_lora_weights='olora'", None),
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'", None),
-    "pissa by iteration": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'", None),
     "mica": ({"init_lora_weights": "mica"}, "init_lora_weights='mica'", None),
     "lora_ga": ({"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}, f"lora_ga_config=.*{MEMORY}", None),
     "dora": ({"use_dora": True}, f"use_dora=True: .*{MEMORY}", None),
@@ -199,7 +198,7 @@ def test_every_option_of_peft_is_one_of_these_kinds_or_refused():
 @pytest.mark.parametrize(
     ("option", "value"),
     [("arrow_config", ArrowConfig()), ("megatron_config", {"a": 1}), ("corda_config", CordaConfig()),
-     ("loftq_config", {"loftq_bits": 4}), ("new_option", True), ("new_option", None), ("runtime_config", {}),
+     ("loftq_config", {"loftq_bits": 4}), ("new_option", True),
      ("task_type", "SEQ_CLS"), ("peft_type", "ADALORA"), ("peft_type", None), ("bias", None), ("fan_in_fan_out", True)],
 )  # fmt: skip
 def test_an_option_in_the_file_that_no_list_has_is_refused_by_name(option, value, tmp_path):
@@ -209,6 +208,25 @@ def test_an_option_in_the_file_that_no_list_has_is_refused_by_name(option, value
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=f"adapter' ?.* ?has {option}="):
         merge_files(BASE, adapter, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("value", [None, False, {}])
+def test_an_unknown_option_that_is_off_changes_nothing(value, tmp_path):
+    """A newer PEFT writes those that it has, with their defaults."""
+    adapter = shutil.copytree(SHIPPED, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"new_option": value}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    merged, wanted = merge_files(BASE, adapter, tmp_path / "merged"), merge_files(BASE, SHIPPED, tmp_path / "wanted")
+    assert (merged / "model.safetensors").read_bytes() == (wanted / "model.safetensors").read_bytes()
+
+
+def test_an_unknown_option_is_refused_by_a_merge_in_memory_too(tmp_path):
+    """PEFT drops it with a warning."""
+    adapter = shutil.copytree(SHIPPED, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"new_option": True}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"has new_option=True: PEFT .* does not know it"):
+        merge(adapter, "16bit")
 
 
 def test_every_default_and_every_note_passes(tmp_path):

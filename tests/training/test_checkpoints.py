@@ -332,6 +332,22 @@ def test_a_missing_tensor_is_noticed_without_checksums_too(interrupted):
         run(interrupted, resume=True)
 
 
+def test_an_empty_optimizer_is_noticed_without_checksums_too(interrupted, steps_taken):
+    _empty_the_state(without_checksums(interrupted) / "checkpoint-3" / "optimizer.pt")
+    with pytest.raises(ValueError, match="checkpoint-3 has no state of the optimizer: a run resumed from it would not"):
+        run(interrupted, resume=True)
+    assert steps_taken == []
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "folder"])
+def test_a_folder_of_somebody_else_s_is_not_taken_for_a_checkpoint_that_was_cut_off(name, interrupted):
+    (interrupted / "checkpoint-9").mkdir()
+    (interrupted / "checkpoint-9" / name).mkdir()
+    with pytest.raises(ValueError, match=f"checkpoint-9 is no whole checkpoint, and holds '{name}', which the trainer"):
+        run(interrupted, resume=True)
+    assert (interrupted / "checkpoint-9" / name).exists()
+
+
 def test_an_optimizer_that_did_not_get_its_state_back_is_noticed(interrupted, steps_taken):
     """Checksums are of the files; this is about what was loaded."""
     checkpoint = interrupted / "checkpoint-3"
@@ -474,6 +490,16 @@ def test_a_run_is_not_resumed_with_other_weights_of_the_same_name(interrupted, t
     other = load_model(str(folder), hardware=CPU)
     with pytest.raises(ValueError, match=r"was begun differently: base was 'sha256:.*' and is now 'sha256:"):
         training.train(other, TOKENIZER, CHATS, interrupted, SHORT, hardware=CPU, resume=True)
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path):
+    """The trainer would write over a README.md."""
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(
+        FileExistsError, match=r"output_dir='.*' holds 'README.md' but no run of this course: name a new"
+    ):
+        run(tmp_path)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("README.md", "mine")]
 
 
 def test_a_damaged_record_is_refused(interrupted):
