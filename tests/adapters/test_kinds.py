@@ -210,6 +210,7 @@ def test_an_option_in_the_file_that_no_list_has_is_refused_by_name(option, value
         merge_files(BASE, adapter, tmp_path / "merged")
 
 
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
 @pytest.mark.parametrize("value", [None, False, {}])
 def test_an_unknown_option_that_is_off_changes_nothing(value, tmp_path):
     """A newer PEFT writes those that it has, with their defaults."""
