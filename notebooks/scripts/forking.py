@@ -30,16 +30,17 @@ def context() -> BaseContext:
         return multiprocessing.get_context("spawn")
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(["notebooks.scripts.warm_libraries"])
-    path = os.environ.get("PYTHONPATH")
+    before = dict(os.environ)
     os.environ["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(ROOT), path])
+        filter(None, [str(ROOT), before.get("PYTHONPATH")])
     )  # a module that is not found is not an error
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is forked cannot use a GPU, so it finds none
     try:
         forkserver.ensure_running()
     finally:
-        os.environ.pop("PYTHONPATH")
-        if path is not None:
-            os.environ["PYTHONPATH"] = path
+        for name in ("PYTHONPATH", "CUDA_VISIBLE_DEVICES"):
+            os.environ.pop(name)
+            os.environ.update({name: before[name]} if name in before else {})
     return found
 
 

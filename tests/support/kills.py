@@ -28,8 +28,6 @@ PLACES = ("between steps", "inside a save", "inside the last save")
 
 def work(folder: Path, kill_in_save: int, told: Connection) -> None:
     """One process: begin or resume the run in `folder`; die while the checkpoint of step `kill_in_save` is written."""
-    if os.environ.get("QLORA_GEAR") not in ("t4", "ampere"):
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these processes are forked, which CUDA does not survive
     import torch
     from transformers import Trainer
 
