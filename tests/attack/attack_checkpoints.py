@@ -137,6 +137,11 @@ def attack_full_disks(finished, tmp_path, tries):
         yield
         mount(disk, 100 * 2**20, "remount")
 
+    try:
+        mount(tmp_path, 2**20)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"this machine lets nobody mount a disk: {error}")
+    subprocess.run(["umount", str(tmp_path)], check=True)
     for part in range(1, 17):
         disk = tmp_path / str(part)
         disk.mkdir()
