@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -305,6 +306,7 @@ def test_problems_are_printed_after_notices(monkeypatch, capsys):
 
 def test_the_doctor_starts_where_nothing_is_installed(tmp_path):
     """-S: without the folder of installed packages, as in an environment that is yet to be made, or is an old one."""
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from qlora_helpers.commands import doctor, preflight"
-    done = subprocess.run([sys.executable, "-S", "-c", code, str(COURSE)], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "-S", "-c", "from qlora_helpers.commands import doctor, preflight"]
+    environment = os.environ | {"PYTHONPATH": str(COURSE)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
