@@ -78,7 +78,7 @@ def describe(folder: str | Path) -> AdapterFiles:
 
     Raises:
         FileNotFoundError: there is no adapter in `folder`.
-        ValueError: a file is damaged, the adapter is not LoRA, or it names no base.
+        ValueError: a file is damaged, the adapter is not LoRA, its rank or alpha is no number, or it names no base.
     """
     folder = put_back(folder)
     for name in (CONFIG, WEIGHTS):
@@ -222,8 +222,8 @@ def load_adapter(model: PreTrainedModel | PeftModel, folder: str | Path, name: s
     Raises:
         FileNotFoundError: there is no adapter in `folder`.
         WrongBase: the adapter was trained on another model, or on other weights under this model's name.
-        ValueError: a file of it is damaged, lacks a tensor, or has one too many or of another rank; it is not LoRA; the model already has an
-            adapter of this name, or torch does not allow the name.
+        ValueError: a file of it is damaged, lacks a tensor, or has one too many or of another rank; it is not LoRA, or PEFT
+            would draw a part of it anew; the model already has an adapter of this name, or torch does not allow the name.
     """
     if not name or "." in name or hasattr(torch.nn.ModuleDict(), name):  # PEFT keeps adapters in a ModuleDict
         raise ValueError(f"name={name!r} is one that torch uses itself: choose another")
