@@ -1,0 +1,19 @@
+"""The example files are what their script makes, and show what they should."""
+
+from data.scripts import DATA
+from data.scripts.make import example_files
+from qlora_helpers.chats import read_chats
+
+
+def test_the_shipped_files_are_what_the_script_makes(tmp_path):
+    example_files.main(tmp_path)
+    shipped = {path.name: path.read_bytes() for path in (DATA / "examples").iterdir()}
+    assert shipped == {path.name: path.read_bytes() for path in tmp_path.iterdir()} and len(shipped) == 3
+
+
+def test_each_file_holds_other_questions_all_of_them_from_the_training_chats():
+    known = {chat[-2]["content"] for chat in read_chats(DATA / "chats" / "train.jsonl")}
+    texts = example_files.made()
+    found = {name: {question for question in known if question in text} for name, text in texts.items()}
+    assert [len(questions) for questions in found.values()] == [60, 60, 20]
+    assert len(set.union(*found.values())) == 140
