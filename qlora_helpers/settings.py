@@ -1,7 +1,9 @@
 """The settings of a run: one description for training, the memory predictor and the command line."""
 
+import math
+import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlora_helpers import validation
 
@@ -25,7 +27,9 @@ ATTENTION = ("sdpa", "math", "eager")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes'
 # transformers' name for each. Its own "constant" has no warm-up, whatever warmup_steps says.
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+STEPS = 300  # where the settings name neither steps nor epochs
 WARMUP_STEPS = 15  # where the settings name none
+LEAST_EVALUATIONS = 10  # in a run, where the settings do not say how often
 _LARGEST_SEED = 2**32 - 1  # numpy's
 
 
@@ -36,13 +40,16 @@ class Settings:
     Attributes:
         method: "qlora" trains adapters on a frozen 4-bit base, "lora" on an unquantised one; "full" trains all weights
             of an unquantised model.
-        steps: how many optimizer steps to train for.
+        steps: how many optimizer steps to train for; None for 300, or for what `epochs` come to. It is None until
+            `for_rows` has counted them.
+        epochs: how many times to go through the training chats, instead of `steps`; it may be a fraction.
         batch_size: how many sequences go through the model at once.
         accumulation: how many batches make one optimizer step (gradient accumulation).
         max_length: the longest sequence in tokens. Training refuses a longer chat; it does not truncate it. The
             predictor assumes that every sequence is this long.
         learning_rate: its peak, after a linear warm-up; then it follows the schedule.
-        warmup_steps: optimizer steps of warm-up, at most `steps`; None for 15, or all steps of a shorter run.
+        warmup_steps: optimizer steps of warm-up, at most `steps`; None for 15, or all steps of a shorter run. With
+            `epochs`, None until `for_rows` has counted the steps.
         schedule: of the learning rate after the warm-up: "linear" or "cosine" decay to zero, or "constant".
         max_grad_norm: gradients with a larger norm are clipped to this one; None for no clipping.
         rank: of the two LoRA matrices. "full" uses neither this nor alpha, dropout and target_modules.
@@ -59,10 +66,17 @@ class Settings:
         save_minutes: write a checkpoint at the end of a step when N minutes have passed since the last one; None for
             none.
         keep_checkpoints: how many of the newest checkpoints to keep. With two, a kill while one is being written leaves
-            the other.
+            the other. With validation, the one with the lowest validation loss is kept beside them.
         log_steps: log loss and gradient norm every N steps; None for twenty times per run. On a GPU, logging waits for
             the step to end.
-        seed: decides the adapters' initial values, the order of the chats, and dropout.
+        validation: what the run is validated on: a share of the chats, which are then not trained on
+            (`qlora_helpers.chats.split`), or the path of a chat file; None for no validation. The model that is saved is
+            that of the step with the lowest validation loss.
+        eval_steps: measure the validation loss every N steps, and after the last one; None for once per epoch or ten
+            times per run, whichever is more often.
+        patience: stop after this many evaluations in a row in which the validation loss was not lower than ever
+            before; None to make all steps.
+        seed: decides the adapters' initial values, the order of the chats, dropout, and which chats are held out.
         adapter_dtype: of LoRA's weights. Plain TRL makes them bfloat16 in a 4-bit model; this course trains float32 ones.
         block_size: how many 4-bit weights share a scale. transformers has no option for any other than 64.
         attention: "sdpa", "math" (torch's math kernel, the only one that a T4 has for grouped-query attention) or
@@ -77,12 +91,13 @@ class Settings:
     """
 
     method: str = "qlora"
-    steps: int = 300
+    steps: int | None = None  # a number once it is checked, but for a run of epochs
+    epochs: float | None = None
     batch_size: int = 16
     accumulation: int = 1
     max_length: int = 64
     learning_rate: float = 1e-3
-    warmup_steps: int | None = None  # a number once it is checked
+    warmup_steps: int | None = None  # as `steps`
     schedule: str = "linear"
     max_grad_norm: float | None = 1.0
     rank: int = 16
@@ -97,6 +112,9 @@ class Settings:
     save_minutes: float | None = None
     keep_checkpoints: int = 2
     log_steps: int | None = None
+    validation: float | str | None = None
+    eval_steps: int | None = None
+    patience: int | None = None
     seed: int = 0
     adapter_dtype: str = "float32"
     block_size: int = 64
@@ -139,7 +157,7 @@ class Settings:
         object.__setattr__(self, "target_modules", _targets(self.target_modules))
 
     def _check_the_run(self) -> None:
-        self._hold(validation.whole, "steps")
+        self._check_the_length()
         self._hold(validation.number, "learning_rate", above=0)
         self._check_the_warm_up()
         self._hold(validation.one_of, "schedule", SCHEDULES)
@@ -147,13 +165,29 @@ class Settings:
         self._hold_unless_none(validation.whole, "log_steps", otherwise="None for twenty times per run")
         self._hold_unless_none(validation.whole, "save_steps", otherwise="None for no checkpoints")
         self._hold_unless_none(validation.number, "save_minutes", at_least=0, otherwise="None for no checkpoints")
+        self._hold_unless_none(_held_out, "validation")
+        self._hold_unless_none(validation.whole, "eval_steps", otherwise="None for a usual number")
+        self._hold_unless_none(validation.whole, "patience", otherwise="None to make all steps")
         self._hold(validation.whole, "seed", at_least=0, at_most=_LARGEST_SEED)
         try:
             self._hold(validation.whole, "keep_checkpoints", at_least=2)
         except ValueError as error:
             raise ValueError(f"{error}; with fewer, a kill can leave none") from None
 
+    def _check_the_length(self) -> None:
+        self._hold_unless_none(validation.number, "epochs", above=0, otherwise="None for a run of steps")
+        if self.steps is None and self.epochs is None:
+            object.__setattr__(self, "steps", STEPS)
+        self._hold_unless_none(validation.whole, "steps", otherwise=f"None for {STEPS}, or for a run of epochs")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"steps={self.steps} and epochs={self.epochs:g}: a run has one length. Give one, and None else"
+            )
+
     def _check_the_warm_up(self) -> None:
+        if self.steps is None:  # checked against them once they are counted
+            self._hold_unless_none(validation.whole, "warmup_steps", at_least=0, otherwise=f"None for {WARMUP_STEPS}")
+            return
         if self.warmup_steps is None:
             object.__setattr__(self, "warmup_steps", min(WARMUP_STEPS, self.steps))
         # transformers takes a number below 1 for a share of the run, and never ends a warm-up longer than the run
@@ -163,6 +197,52 @@ class Settings:
         except ValueError as error:
             counts = f"It counts steps, and is no share of them: the run has {self.steps}"
             raise ValueError(f"{error}. {counts}") from None
+
+    def steps_per_epoch(self, rows: int) -> int:
+        """The optimizer steps of one pass over this many training chats, as transformers counts them.
+
+        The last batch of an epoch may be smaller, and the last step may have fewer batches: no chat is left out, and no
+        step reaches into the next epoch.
+
+        Raises:
+            ValueError: `rows` is no positive whole number.
+        """
+        batches = -(-validation.whole("rows", rows) // self.batch_size)
+        return -(-batches // self.accumulation)
+
+    def for_rows(self, rows: int) -> "Settings":
+        """These settings with `steps` counted and no `epochs`, for a run on this many training chats.
+
+        A part of a step counts as a step, as in transformers' `num_train_epochs`. Settings that have steps stay as they
+        are.
+
+        Raises:
+            ValueError: `rows` is no positive whole number, or `warmup_steps` is more than the steps.
+        """
+        per_epoch = self.steps_per_epoch(rows)
+        if self.epochs is None:
+            return self
+        return replace(self, steps=math.ceil(self.epochs * per_epoch), epochs=None)
+
+    def evaluation_interval(self, rows: int) -> int:
+        """The steps from one evaluation to the next, in a run with validation on this many training chats.
+
+        Raises:
+            ValueError: `rows` is no positive whole number.
+        """
+        usual = min(self.steps_per_epoch(rows), -(-self.for_rows(rows).steps // LEAST_EVALUATIONS))
+        return self.eval_steps or usual
+
+
+def _held_out(name: str, value: object) -> float | str:
+    """A share of the chats, or the path of a file."""
+    if isinstance(value, str | os.PathLike) and (path := os.fspath(value)) and isinstance(path, str):
+        return "".join(path)  # a plain text
+    try:
+        return validation.number(name, value, above=0, below=1)
+    except ValueError:
+        allowed = "must be a share of the chats, more than 0 and less than 1, or the path of a chat file, or None"
+        raise validation.refuse(name, value, allowed) from None
 
 
 def _targets(value: object) -> str | tuple[str, ...]:

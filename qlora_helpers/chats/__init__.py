@@ -1,12 +1,13 @@
 """Chat data: read it from a file, check it, and turn it into tokens."""
 
 from qlora_helpers.chats.files import read_chats
-from qlora_helpers.chats.messages import Chat, ChatError, fault_in, split_question
+from qlora_helpers.chats.messages import Chat, ChatError, check_chats, fault_in, split_question
 from qlora_helpers.chats.tokens import check_texts, count_tokens, lengths_of, tokenized
 
 __all__ = [
     "Chat",
     "ChatError",
+    "check_chats",
     "check_texts",
     "count_tokens",
     "fault_in",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qlora_helpers import validation
 
-__all__ = ["Chat", "ChatError", "fault_in", "split_question"]
+__all__ = ["Chat", "ChatError", "check_chats", "fault_in", "split_question"]
 
 ROLES = ("system", "user", "assistant")
 Chat = list[dict[str, str]]
@@ -50,6 +50,20 @@ def half_a_pair(text: str) -> str:
         half = ascii(text[error.start]).strip("'")
         return f"has half a surrogate pair ({half}) at character {error.start + 1}: replace it by the character that was meant"
     return ""
+
+
+def check_chats(chats: list[Chat], name: str = "chat") -> None:
+    """Make sure that chats, which need not come from a file, are chats.
+
+    Args:
+        name: of one of them, for the error.
+
+    Raises:
+        ValueError: names the first that is none by its number, and what is wrong with it.
+    """
+    for number, chat in enumerate(chats, start=1):
+        if fault := fault_in({"messages": chat}):
+            raise ValueError(f"{name} {number}: {fault}")
 
 
 def split_question(chat: Chat) -> tuple[Chat, str]:

@@ -38,6 +38,7 @@ __all__ = [
     "code_histogram",
     "decision_tree",
     "figure",
+    "loss_curves",
     "memory_timeline",
     "show",
     "stacked_bars",
@@ -208,27 +209,98 @@ def decision_tree(ax: Axes, root: str, branches: Sequence[tuple[str, str]]) -> N
     ax.text(0.09, middle, root, ha="center", va="center", fontsize=10, fontweight="bold", bbox=box)
 
 
+History = Sequence[tuple[int, float]]
+
+
+def _draw_losses(ax: Axes, history: History, validation_history: History) -> None:
+    """Both losses against the step."""
+    if history:
+        ax.plot(*zip(*history, strict=True), marker="o", markersize=3, label="training chats")
+    if validation_history:
+        ax.plot(
+            *zip(*validation_history, strict=True), color=ORANGE, marker="s", markersize=4, label="validation chats"
+        )
+    ax.set_yscale("log")
+    ax.set_xlabel("step")
+    ax.set_ylabel("loss (nats per answer token)")
+
+
+def _course_of(history: History) -> str:
+    """The first and the last value of a curve, in words."""
+    return f"from {history[0][1]:.2f} at step {history[0][0]} to {history[-1][1]:.2f} at step {history[-1][0]}"
+
+
+def _alt_of_losses(history: History, validation_history: History) -> str:
+    said = f"loss against step, {_course_of(history)}" if history else "loss against step"
+    return f"{said}; on the validation chats {_course_of(validation_history)}" if validation_history else said
+
+
+def loss_curves(
+    history: History, validation_history: History = (), best_step: int | None = None, steps: int | None = None
+) -> tuple[Figure, str]:
+    """The figure of a finished run's losses, with the step that was kept marked; and its alt text: `show(*loss_curves(…))`.
+
+    Args:
+        history, validation_history, best_step: of a `qlora_helpers.training.run.Run`.
+        steps: how many the run would have had, if it was stopped early.
+
+    Raises:
+        ValueError: there are no losses, or `best_step` has no validation loss.
+    """
+    if not history:
+        raise ValueError("history=[]: there is nothing to draw. Take it from a run that has logged a loss")
+    validated = dict(validation_history)
+    if best_step is not None and best_step not in validated:
+        raise ValueError(f"best_step={best_step}: validation_history has steps {list(validated)}")
+    last = max(step for step, _ in (*history, *validation_history))
+    fig, ax = figure()
+    _draw_losses(ax, history, validation_history)
+    ax.set_xlim(0, max(last, steps or 0))
+    ax.set_title(_title_of_losses(validation_history, best_step))
+    alt = f"{ax.get_title()}: {_alt_of_losses(history, validation_history)}."
+    if best_step is not None:
+        loss = validated[best_step]
+        ax.axvline(best_step, color=GREEN, linestyle="--", linewidth=1.5, label=f"kept: step {best_step}")
+        ax.plot(best_step, loss, "*", color=GREEN, markersize=13, zorder=3)
+        alt += f" A mark shows the step that is kept, {best_step}, with a validation loss of {loss:.2f}."
+    if validation_history:
+        ax.legend(fontsize=9)
+    return fig, alt
+
+
+def _title_of_losses(validation_history: History, best_step: int | None) -> str:
+    if best_step is None:
+        return "The loss during the run"
+    if best_step == validation_history[-1][0]:
+        return f"The validation loss was lowest at the end, step {best_step}"
+    return f"The validation loss was lowest at step {best_step}, not at the end"
+
+
 class LivePlot:
     """A loss curve that is redrawn in place during a run. Pass `update` as `train(..., on_loss=...)`."""
 
     def __init__(self, steps: int, title: str) -> None:
         self.steps, self.title = steps, title
         self.handle: DisplayHandle | None = None
+        self._validated = 0
 
-    def update(self, history: list[tuple[int, float]]) -> None:
-        """Redraw with the (step, loss) pairs so far: every second time and at the end, since drawing takes time."""
-        if len(history) % 2 and history[-1][0] < self.steps:
+    def update(self, history: list[tuple[int, float]], validation_history: History = ()) -> None:
+        """Redraw with the (step, loss) pairs so far: every second time and at the end, since drawing takes time.
+
+        Args:
+            validation_history: of a run with validation; each new pair is drawn at once.
+        """
+        is_new = len(validation_history) > self._validated
+        if not is_new and (not history or (len(history) % 2 and history[-1][0] < self.steps)):
             return
+        self._validated = len(validation_history)
         fig, ax = figure()
-        x, y = zip(*history, strict=True)
-        ax.plot(x, y, marker="o", markersize=3)
+        _draw_losses(ax, history, validation_history)
         ax.set_xlim(0, self.steps)
-        ax.set_yscale("log")
-        ax.set_xlabel("step")
-        ax.set_ylabel("loss (nats per answer token)")
         ax.set_title(self.title)
-        alt = f"{self.title}: loss against step, from {y[0]:.2f} at step {x[0]} to {y[-1]:.2f} at step {x[-1]}."
-        image = _as_html(fig, alt)
+        if validation_history:
+            ax.legend(fontsize=9)
+        image = _as_html(fig, f"{self.title}: {_alt_of_losses(history, validation_history)}.")
         if self.handle is None:
             self.handle = display(image, display_id=True)
         else:

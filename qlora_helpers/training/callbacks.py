@@ -6,7 +6,7 @@ from collections.abc import Callable
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from qlora_helpers.training.checkpoints import logged
+from qlora_helpers.training.checkpoints import VALIDATION_LOSS, logged
 from qlora_helpers.training.spikes import SpikeWatch
 from qlora_helpers.training.trainer import _Trainer
 
@@ -25,26 +25,33 @@ MOST_SPIKES_SAID = 5
 class Recorder(TrainerCallback):
     """Collect the losses and gradient norms, and pass the history on to a live plot."""
 
-    def __init__(self, on_loss: Callable[[list[tuple[int, float]]], None] | None):
+    def __init__(self, on_loss: Callable[..., None] | None):
         self.history: list[tuple[int, float]] = []
+        self.validation_history: list[tuple[int, float]] = []
         self.gradient_norms: list[tuple[int, float]] = []
         self.on_loss = on_loss
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "loss" in logs:
+        if logs and ("loss" in logs or VALIDATION_LOSS in logs):
             # the log in the trainer's state, which a resumed run finds in its checkpoint
             self.take(state.log_history)
-            if self.on_loss:
+            if self.on_loss and self.validation_history:
+                self.on_loss(self.history, self.validation_history)
+            elif self.on_loss:
                 self.on_loss(self.history)
 
     def take(self, log: list[dict]):
         self.history, self.gradient_norms = logged(log), logged(log, "grad_norm")
+        self.validation_history = logged(log, VALIDATION_LOSS)
 
 
 class LossBar(TrainerCallback):
-    """A progress bar with the loss after it, instead of the trainer's, which also prints dictionaries."""
+    """A progress bar with the losses after it, instead of the trainer's, which also prints dictionaries."""
 
     bar = None
+
+    def __init__(self):
+        self.said: dict[str, float] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step")
@@ -53,8 +60,10 @@ class LossBar(TrainerCallback):
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "loss" in logs:
-            self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}")
+        for name, title in (("loss", "loss"), (VALIDATION_LOSS, "validation")):
+            if logs and name in logs:
+                self.said[title] = float(logs[name])
+                self.bar.set_postfix_str(", ".join(f"{title} {loss:.3f}" for title, loss in self.said.items()))
 
     def on_train_end(self, args, state, control, **kwargs):
         self.close()
@@ -74,7 +83,7 @@ class SaveAsAsked(TrainerCallback):
 class LossWatch(TrainerCallback):
     """Name loss spikes; stop at a loss that is NaN or infinite, before it is logged or saved; count skipped steps.
 
-    The losses are read all at once, when the trainer logs or saves: reading each at its step would hold up a GPU.
+    The losses are read all at once, when the trainer logs, evaluates or saves: reading each at its step would hold up a GPU.
     """
 
     def __init__(self, trainer: _Trainer):
@@ -96,7 +105,7 @@ class LossWatch(TrainerCallback):
                 )
         else:
             self.in_a_row = 0
-        if control.should_log or control.should_save or control.should_training_stop:
+        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
             self.look(args)
 
     def look(self, args):

@@ -14,15 +14,16 @@ import re
 import shutil
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import get_peft_model_state_dict
+from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from qlora_helpers.folder_locks import FolderInUse
@@ -53,13 +54,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PARTS",
+    "VALIDATION_LOSS",
     "WEIGHTS",
     "CheckOptimizer",
     "SaveByTheClock",
     "WriteChecksums",
     "check_tensors",
     "failed_writing_explained",
+    "faults_in",
     "last_whole_checkpoint",
+    "load_weights",
     "log_history",
     "logged",
     "record_of",
@@ -74,12 +78,15 @@ OF_THE_TRAINER = re.compile(
     r"|vocab|merges|chat_template|config|generation_config|README|checksums)"
 )
 PARTS = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+VALIDATION_LOSS = "eval_loss"  # its name in the trainer's log
 # by method
 WEIGHTS = {"qlora": "adapter_model.safetensors", "lora": "adapter_model.safetensors", "full": "model.safetensors"}
 # these say when to save and log, not what to compute
 FREE_TO_CHANGE = ("save_steps", "save_minutes", "keep_checkpoints", "log_steps")
 # given by the model and the machine, which are recorded themselves, or the same in every run
-NOT_RECORDED = (*FREE_TO_CHANGE, *PREDICTOR_ONLY, "double_quant", "compute_dtype")
+NOT_RECORDED = (*FREE_TO_CHANGE, *PREDICTOR_ONLY, "double_quant", "compute_dtype", "epochs")
+# said in the record, but no part of what makes two runs alike: for validation that is its chats, wherever they come from
+NOT_COMPARED = {"environment", "validation"}
 
 
 @contextmanager
@@ -179,7 +186,7 @@ def last_whole_checkpoint(folder: str | Path, float16: bool = False, method: str
             trainer would silently start that anew.
     """
     for path in complete_checkpoints(Path(folder)):
-        if faults := _faults(path, (WEIGHTS[method], *PARTS, *["scaler.pt"] * float16)):
+        if faults := faults_in(path, (WEIGHTS[method], *PARTS, *["scaler.pt"] * float16)):
             raise ValueError(
                 f"{path} {'; '.join(faults)}: a run resumed from it would not be the same run. Delete this checkpoint to "
                 "resume from the one before it"
@@ -188,8 +195,12 @@ def last_whole_checkpoint(folder: str | Path, float16: bool = False, method: str
     return None
 
 
-def _faults(checkpoint: Path, parts: tuple[str, ...]) -> list[str]:
-    """What is wrong with a checkpoint that was written to the end."""
+def faults_in(checkpoint: Path, parts: tuple[str, ...]) -> list[str]:
+    """What is wrong with a checkpoint that was written to the end, each as "lacks optimizer.pt".
+
+    Args:
+        parts: the files without which it is of no use.
+    """
     damaged = [part for part in parts if _damaged(checkpoint / part)]
     changed = changed_files(checkpoint) if written_whole(checkpoint) else []
     changed = [name for name in changed if name not in damaged]
@@ -213,25 +224,43 @@ def log_history(checkpoint: Path) -> list[dict[str, Any]]:
 
 
 def record_of(
-    model: PreTrainedModel | PeftModel, chats: list[Chat], settings: Settings, hardware: Hardware
+    model: PreTrainedModel | PeftModel,
+    chats: list[Chat],
+    settings: Settings,
+    hardware: Hardware,
+    validation_chats: Sequence[Chat] = (),
 ) -> dict[str, Any]:
     """What defines a run: its settings, chats, base model and compute dtype; and the environment it was begun in.
 
     Two runs with the same record end alike, to the last bit.
+
+    Args:
+        chats: those that are trained on.
     """
+    settings, of_validation = settings.for_rows(len(chats)), {}
+    if validation_chats:
+        of_validation = {
+            "validation_chats": _digest(validation_chats),
+            "eval_steps": settings.evaluation_interval(len(chats)),
+        }
     config = getattr(model.config, "quantization_config", None)
     quantization = (
         f"{config.bnb_4bit_quant_type}, double_quant={config.bnb_4bit_use_double_quant}" if config else "none"
     )
     return {
         **{name: value for name, value in asdict(settings).items() if name not in NOT_RECORDED},
-        "chats": hashlib.sha256(json.dumps(chats).encode()).hexdigest()[:16],
+        "chats": _digest(chats),
+        **of_validation,
         "model": Path(model.config._name_or_path).name,
         "base": fingerprint_of(model),
         "quantization": quantization,
         "compute_dtype": str(hardware.compute_dtype),
         "environment": environment(hardware),
     }
+
+
+def _digest(chats: Sequence[Chat]) -> str:
+    return hashlib.sha256(json.dumps(chats).encode()).hexdigest()[:16]
 
 
 def where_to_start(folder: Path, record: dict[str, Any], resume: bool, float16: bool) -> Path | None:
@@ -277,7 +306,7 @@ def say_what_changes(folder: Path, checkpoint: Path | None, record: dict[str, An
 
 
 def _refuse_another_run(folder: Path, before: dict[str, Any], record: dict[str, Any]) -> None:
-    not_compared = {"environment"} | ({"base"} - before.keys())  # older versions did not record it
+    not_compared = NOT_COMPARED | ({"base"} - before.keys())  # older versions did not record it
     one, other = (
         {name: repr(said.get(name)) for name in sorted((before.keys() | record.keys()) - not_compared)}
         for said in (before, record)
@@ -327,6 +356,14 @@ def check_tensors(model: PreTrainedModel | PeftModel, checkpoint: Path, method: 
         raise ValueError(
             f"{checkpoint / WEIGHTS[method]} {fault}. Resume with the versions of the libraries that the run was begun with"
         )
+
+
+def load_weights(model: PreTrainedModel | PeftModel, checkpoint: Path, method: str) -> None:
+    """Give a model the weights of a checkpoint, bit for bit: those that the run trains."""
+    if method == "full":
+        model.load_state_dict(load_file(checkpoint / WEIGHTS["full"]), strict=False)  # tied weights are stored once
+    else:
+        set_peft_model_state_dict(model, load_peft_weights(str(checkpoint)))
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

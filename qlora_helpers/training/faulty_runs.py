@@ -91,7 +91,7 @@ def sft_trainer(
     plain_arguments = validation.switch("plain_arguments", plain_arguments)
     if max_length is not None:
         max_length = validation.whole("max_length", max_length, otherwise="None for any length")
-    options = _common(folder, settings, given_or_detected(hardware))
+    options = _common(folder, settings.for_rows(len(rows)), given_or_detected(hardware))
     if plain_arguments:
         config = transformers.TrainingArguments(**options)
     else:
@@ -126,7 +126,7 @@ def collator_run(
     The collator makes the labels: all tokens except those equal to `tokenizer.pad_token`. With TRL 1.16 it would fail,
     since TRL's rows already have labels, which it cannot pad.
     """
-    options = _common(folder, settings, given_or_detected(hardware))
+    options = _common(folder, settings.for_rows(len(chats)), given_or_detected(hardware))
     rows = [tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"] for chat in chats]
     transformers.set_seed(settings.seed)  # the adapters' initial values
     trainer = transformers.Trainer(

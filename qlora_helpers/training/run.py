@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from peft import load_peft_weights, set_peft_model_state_dict
-from safetensors.torch import load_file
 from transformers import PrinterCallback, ProgressCallback
 
 from qlora_helpers import validation
@@ -23,15 +21,18 @@ from qlora_helpers.models.fingerprint import KEPT
 from qlora_helpers.models.saving import save_model
 from qlora_helpers.settings import Settings
 from qlora_helpers.threads import say_if_slowed
+from qlora_helpers.training.best import KeepCheckpoints, WatchValidation, best_checkpoint, best_of, patience_ended
 from qlora_helpers.training.callbacks import LossBar, LossWatch, Recorder, SaveAsAsked
 from qlora_helpers.training.checkpoints import (
-    WEIGHTS,
+    VALIDATION_LOSS,
     CheckOptimizer,
     SaveByTheClock,
     WriteChecksums,
     check_tensors,
     failed_writing_explained,
+    load_weights,
     log_history,
+    logged,
     record_of,
     say_what_changes,
     where_to_start,
@@ -48,6 +49,7 @@ from qlora_helpers.training.run_folder import (
 )
 from qlora_helpers.training.spikes import Spike
 from qlora_helpers.training.trainer import build_trainer, check_settings
+from qlora_helpers.training.validation_data import chats_of_the_run
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -61,8 +63,13 @@ class Run:
     """A finished run.
 
     Attributes:
-        model: the PEFT model with its adapters (after full fine-tuning, the model itself), in evaluation mode.
+        model: the PEFT model with its adapters (after full fine-tuning, the model itself), in evaluation mode. With
+            validation, its weights are those of `best_step`.
         history: (step, loss) as logged, the loss averaged over the steps since the last entry.
+        validation_history: (step, loss) of each evaluation, the first at step 0; the mean over the validation chats'
+            answer tokens, in nats per token. Without validation it is empty.
+        best_step: the step with the lowest validation loss, whose weights are kept and saved; None without validation.
+        stopped_early: whether patience ended before the last step did; `validation_history` ends where it stopped.
         step_losses: (step, loss) of every step since the last start or resume.
         gradient_norms: (step, norm) as logged: of the gradients at that step, before clipping.
         spikes: the loss spikes among `step_losses`, as `qlora_helpers.training.spikes` defines them.
@@ -75,6 +82,9 @@ class Run:
 
     model: PreTrainedModel | PeftModel
     history: list[tuple[int, float]] = field(repr=False)
+    validation_history: list[tuple[int, float]] = field(repr=False)
+    best_step: int | None
+    stopped_early: bool
     step_losses: list[tuple[int, float]] = field(repr=False)
     gradient_norms: list[tuple[int, float]] = field(repr=False)
     seconds: float
@@ -92,10 +102,11 @@ def train(
     output_dir: str | Path,
     settings: Settings | None = None,
     *,
+    validation_chats: list[Chat] | None = None,
     hardware: Hardware | None = None,
     resume: bool = False,
     progress_bar: bool = False,
-    on_loss: Callable[[list[tuple[int, float]]], None] | None = None,
+    on_loss: Callable[..., None] | None = None,
 ) -> Run:
     """Fine-tune a model on chats, with the loss on the assistant's tokens alone, and save what was trained.
 
@@ -104,36 +115,40 @@ def train(
         chats: each a list of messages (`qlora_helpers.chats.read_chats`).
         output_dir: gets `run.json`, `checkpoint-N/` as the settings say, and at the end `adapter/`, or `model/` for
             "full".
+        validation_chats: what the run is validated on, instead of `settings.validation`.
         resume: continue from the last complete checkpoint in `output_dir`, even in another process; from the start if
             there is none. On the same device, with as many threads and the same versions of the libraries, the run then
             ends as it would have ended uninterrupted; a change of these is said.
         progress_bar: show one, for a terminal.
-        on_loss: called with the history so far each time the loss is logged, for a live plot.
+        on_loss: called with the history so far each time the loss is logged, for a live plot; in a run with validation
+            with the validation history, too, and also after each evaluation.
 
     Raises:
         FileExistsError: `output_dir` already holds a run, and `resume` is not set; or it holds files, but no run.
         FolderInUse: another process is writing into `output_dir` (`qlora_helpers.folder_locks`).
-        OSError: `output_dir` is a file, or cannot be written to; or its disk is full.
-        ValueError: a chat is too long; the last checkpoint is damaged; the run in `output_dir` is finished, or was begun
-            with other settings, chats, or another model.
-        TrainingDiverged: the loss is NaN or infinite, or the gradients overflow float16.
+        OSError: `output_dir` is a file, or cannot be written to; or its disk is full. Or the file of the validation
+            chats cannot be read.
+        ValueError: a chat is too long; the chats cannot be split; the last checkpoint is damaged, or the best one; the run
+            in `output_dir` is finished, or was begun with other settings, chats, validation chats, or another model.
+        TrainingDiverged: a loss is NaN or infinite, or the gradients overflow float16.
         Interrupted: Ctrl-C, a notebook's interrupt or SIGTERM. The step is finished and saved first; a second one stops
             the run at once. It is a KeyboardInterrupt.
     """
     settings, hardware, output_dir = settings or Settings(), given_or_detected(hardware), Path(output_dir)
-    if not chats:
-        raise ValueError(f"chats={chats!r}: there is nothing to learn. Pass a list of chats, as read_chats returns")
     resume, progress_bar = validation.switch("resume", resume), validation.switch("progress_bar", progress_bar)
     check_settings(model, settings, hardware)
+    chats, validation_chats = chats_of_the_run(chats, validation_chats, tokenizer, settings)
+    settings = settings.for_rows(len(chats))
     with gone_if_refused(output_dir):
         make_run_folder(output_dir, "output_dir")
         with locked(output_dir, "output_dir"):
-            record = record_of(model, chats, settings, hardware)
+            record = record_of(model, chats, settings, hardware, validation_chats)
             checkpoint = where_to_start(output_dir, record, resume, float16=hardware.compute_dtype == torch.float16)
             refuse_foreign(output_dir, "output_dir")
-            trainer = build_trainer(model, tokenizer, chats, output_dir, settings, hardware)
+            trainer = build_trainer(model, tokenizer, chats, output_dir, settings, hardware, validation_chats)
             if checkpoint:
                 check_tensors(trainer.model, checkpoint, settings.method)
+                best_checkpoint(output_dir, logged(log_history(checkpoint), VALIDATION_LOSS), settings.method)
             say_what_changes(output_dir, checkpoint, record)
             if not checkpoint:  # a record says how and where the run was begun, so a resumed one keeps it
                 with failed_writing_explained(output_dir):
@@ -149,20 +164,26 @@ def _run(trainer, tokenizer, checkpoint, output_dir: Path, settings: Settings, h
         say_if_slowed(torch.get_num_threads())
     with stop:
         started = time.perf_counter()
-        _train_to_the_end(trainer, checkpoint, settings, output_dir, recorder, stop)
+        last_step = _train_to_the_end(trainer, checkpoint, settings, output_dir, recorder, stop)
         seconds = time.perf_counter() - started
         model = trainer.model.eval()
+        if best := best_checkpoint(output_dir, recorder.validation_history, settings.method):
+            load_weights(model, best, settings.method)
         with failed_writing_explained(output_dir):
             trainable, total, saved_path = _save(
                 model, tokenizer, output_dir / RESULT[settings.method], settings.method
             )
     _say_what_was_skipped(watch.skipped, settings.steps)
+    _say_what_is_kept(recorder.validation_history, last_step, settings)
     if stop.signal is not None:  # it came in the last step, or while what was trained was being saved
-        where = f"after the last of {settings.steps} steps; what was trained is in {saved_path}"
+        where = f"after the last of {last_step} steps; what was trained is in {saved_path}"
         raise Interrupted(where, output_dir, finished=True, signal=stop.signal)
     return Run(
         model=model,
         history=recorder.history,
+        validation_history=recorder.validation_history,
+        best_step=step_of(best) if best else None,
+        stopped_early=last_step < settings.steps,
         step_losses=watch.losses,
         gradient_norms=recorder.gradient_norms,
         seconds=seconds,
@@ -183,7 +204,10 @@ def _add_callbacks(trainer, settings: Settings, progress_bar: bool, recorder, st
     trainer.add_callback(SaveAsAsked)
     trainer.add_callback(stop)
     trainer.add_callback(WriteChecksums)
+    trainer.add_callback(KeepCheckpoints(settings.keep_checkpoints))
+    trainer.add_callback(WatchValidation(settings.patience))
     if checkpoint:
+        trainer.args.eval_on_start = False  # its log has that evaluation
         trainer.add_callback(CheckOptimizer(checkpoint))
     if settings.save_minutes is not None:
         trainer.add_callback(SaveByTheClock(settings.save_minutes))
@@ -206,23 +230,44 @@ def _say_what_was_skipped(skipped: list[int], steps: int) -> None:
         )
 
 
+def _say_what_is_kept(validation_history: list[tuple[int, float]], last_step: int, settings: Settings) -> None:
+    if not validation_history:
+        return
+    if last_step < settings.steps:
+        print(
+            f"Stopped after step {last_step} of {settings.steps}: {settings.patience} evaluations in a row brought no lower "
+            "validation loss."
+        )
+    (best_step, best), before, last = best_of(validation_history), validation_history[0][1], validation_history[-1][1]
+    at_the_end = "" if best_step == last_step else f" At the last step, {last_step}, it was {last:.4f}."
+    print(
+        f"The validation loss was lowest at step {best_step}: {best:.4f}, from {before:.4f} before the run. What was trained "
+        f"up to then is kept.{at_the_end}"
+    )
+    if best >= before:
+        print(
+            "It never fell below that of the untrained model: these chats taught nothing that the validation chats ask."
+        )
+
+
+def _is_at_its_end(checkpoint: Path, settings: Settings) -> bool:
+    """Whether a run was killed between its last checkpoint and the end: the trainer would train one more step."""
+    losses = logged(log_history(checkpoint), VALIDATION_LOSS)
+    return step_of(checkpoint) >= settings.steps or patience_ended(losses, settings.patience)
+
+
 def _train_to_the_end(
     trainer, checkpoint: Path | None, settings, output_dir: Path, recorder: Recorder, stop: StopWhenAsked
-):
-    """Train from a checkpoint, or from the start, to the last step.
+) -> int:
+    """Train from a checkpoint, or from the start, to the last step, or to where patience ends. Returns that step.
 
     Raises:
         Interrupted: it was stopped before the end of the last step.
     """
-    if checkpoint and step_of(checkpoint) >= settings.steps:
-        # killed between its last checkpoint and the end: the trainer would train one more step
-        if settings.method == "full":
-            weights = load_file(checkpoint / WEIGHTS["full"])
-            trainer.model.load_state_dict(weights, strict=False)  # tied weights are stored once
-        else:
-            set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint)))
+    if checkpoint and _is_at_its_end(checkpoint, settings):
+        load_weights(trainer.model, checkpoint, settings.method)
         recorder.take(log_history(checkpoint))
-        return
+        return step_of(checkpoint)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
@@ -230,10 +275,12 @@ def _train_to_the_end(
             if isinstance(callback, LossBar):
                 callback.close()
         saved = steps_saved(output_dir)
-        where = f"in step {trainer.state.global_step + 1} of {settings.steps}; " + (
+        step = min(trainer.state.global_step + 1, settings.steps)  # it may come while the last one is saved
+        where = f"in step {step} of {settings.steps}; " + (
             f"the last checkpoint is that of step {saved}" if saved else "nothing was saved"
         )
         raise Interrupted(where, output_dir, signal=stop.signal or signal.SIGINT) from None
     if stop.stopped_at is not None:
         where = f"after step {stop.stopped_at} of {settings.steps}, which is saved"
         raise Interrupted(where, output_dir, signal=stop.signal)
+    return trainer.state.global_step

@@ -6,7 +6,7 @@ comparison, break float16 training and not survive a resume.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,11 +15,12 @@ import datasets
 import torch
 from peft import LoraConfig
 from transformers import set_seed
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig, SFTTrainer
 
 from qlora_helpers import validation
-from qlora_helpers.chats import Chat, check_texts, fault_in, tokenized
+from qlora_helpers.chats import Chat, check_chats, check_texts, tokenized
 from qlora_helpers.hardware import Hardware, given_or_detected
 from qlora_helpers.models.weights import linear_layers
 from qlora_helpers.settings import GPU_OPTIMIZER, PREDICTOR_ONLY, SCHEDULES, Settings
@@ -33,7 +34,10 @@ __all__ = ["build_trainer", "check_settings", "no_progress_bars"]
 
 
 class _Trainer(SFTTrainer):
-    """An SFTTrainer that keeps the loss of each step, as tensors: reading them at every step would hold up the GPU."""
+    """An SFTTrainer that keeps the loss of each step, and whose evaluations are exact and leave training as it is.
+
+    The losses are kept as tensors: reading them at every step would hold up the GPU.
+    """
 
     def __init__(self, *args, **kwargs):
         self.step_losses: list[tuple[int, torch.Tensor]] = []
@@ -49,6 +53,22 @@ class _Trainer(SFTTrainer):
             self.step_losses.append((step, loss.detach()))
         return loss
 
+    def evaluate(self, *args, **kwargs):
+        """Evaluate without a trace in the random state, from which a data loader draws a number when it begins."""
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
+            return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        """The mean loss of all answer tokens. transformers' is the mean of its batches, of however many tokens each."""
+        self.model.eval()  # the next training step sets it back
+        total, count = 0.0, 0
+        for inputs in dataloader:
+            tokens = (inputs["labels"][:, 1:] != -100).sum()
+            loss, _, _ = self.prediction_step(self.model_wrapped, inputs, prediction_loss_only=True)
+            total, count = total + loss.double() * tokens, count + tokens
+        metrics = {f"{metric_key_prefix}_loss": (total / count).item()}
+        return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.dataset))
+
     def _save_checkpoint(self, *args, **kwargs):
         with failed_writing_explained(Path(self.args.output_dir)):
             super()._save_checkpoint(*args, **kwargs)
@@ -61,8 +81,13 @@ def build_trainer(
     output_dir: Path,
     settings: Settings,
     hardware: Hardware,
+    validation_chats: Sequence[Chat] = (),
 ) -> SFTTrainer:
     """Build the SFTTrainer of a run, with the trainable parameters in float32.
+
+    Args:
+        chats: all of them are trained on; `settings.validation` takes none away.
+        validation_chats: whose loss is measured before the first step, as often as `settings` say, and at the end.
 
     Raises:
         ValueError: the model is not of the kind that the settings describe; a setting has a value that only the
@@ -70,14 +95,21 @@ def build_trainer(
             tokens, or has no answer that the chat template marks.
     """
     check_settings(model, settings, hardware)
-    rows = _rows(chats, tokenizer, settings.max_length)
-    config = _config(output_dir, settings, hardware)
+    rows, validation_rows = _rows(chats, tokenizer, settings.max_length), None
+    if validation_chats:
+        try:
+            validation_rows = datasets.Dataset.from_list(_rows(validation_chats, tokenizer, settings.max_length))
+        except ValueError as error:
+            raise ValueError(f"validation {error}") from None
+    eval_steps = settings.evaluation_interval(len(rows)) if validation_rows else None
+    config = _config(output_dir, settings.for_rows(len(rows)), hardware, eval_steps)
     set_seed(settings.seed)  # the adapters' initial values are drawn while the trainer is built
     with no_progress_bars():
         trainer = _Trainer(
             model=model,
             args=config,
             train_dataset=datasets.Dataset.from_list(rows),
+            eval_dataset=validation_rows,
             processing_class=tokenizer,
             peft_config=None if settings.method == "full" else _lora(settings),
         )
@@ -135,9 +167,7 @@ def _check_targets(model, targets: tuple[str, ...]) -> None:
 
 def _rows(chats: list[Chat], tokenizer, max_length: int) -> list[dict]:
     """The chats as the trainer takes them: tokens, and which of them are the assistant's."""
-    for number, chat in enumerate(chats, start=1):  # they need not come from `read_chats`
-        if fault := fault_in({"messages": chat}):
-            raise ValueError(f"chat {number}: {fault}")
+    check_chats(chats)  # they need not come from `read_chats`
     check_texts(chats, tokenizer)
     rows = tokenized(chats, tokenizer)
     for number, row in enumerate(rows, start=1):
@@ -154,13 +184,14 @@ def _rows(chats: list[Chat], tokenizer, max_length: int) -> list[dict]:
     return rows
 
 
-def _config(output_dir: Path, settings: Settings, hardware: Hardware) -> SFTConfig:
+def _config(output_dir: Path, settings: Settings, hardware: Hardware, eval_steps: int | None) -> SFTConfig:
     on_gpu = hardware.device == "cuda"
     dtype = hardware.compute_dtype
     config = SFTConfig(
         output_dir=str(output_dir),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_steps,
@@ -176,9 +207,11 @@ def _config(output_dir: Path, settings: Settings, hardware: Hardware) -> SFTConf
         fp16=on_gpu and dtype == torch.float16,
         logging_steps=settings.log_steps or max(1, settings.steps // 20),
         disable_tqdm=True,  # else the trainer shows a progress table of its own in a notebook
+        eval_strategy="steps" if eval_steps else "no",
+        eval_steps=eval_steps,
+        eval_on_start=eval_steps is not None,
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
-        save_total_limit=settings.keep_checkpoints,
         logging_nan_inf_filter=False,  # it would show the mean of earlier losses instead of a NaN
         report_to="none",
         seed=settings.seed,
