@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         module.add_arguments(command)
         command.set_defaults(function=module.command)
     args = parser.parse_args(argv)
+    args.typed = sys.argv[1:] if argv is None else list(argv)
     try:
         code = args.function(args)
         sys.stdout.flush()

@@ -18,7 +18,7 @@ from qlora_helpers.memory.shape import ModelShape
 from qlora_helpers.settings import GPU_RUN, MEMORY_SETTINGS, Settings
 from qlora_helpers.units import GIB, MIB
 
-__all__ = ["add_arguments", "as_dict", "as_text", "command"]
+__all__ = ["add_arguments", "as_dict", "as_text", "command", "cures_as_dicts", "what_helps"]
 
 WIDTH, BAR = 100, 60  # characters
 
@@ -78,18 +78,23 @@ def as_dict(prediction: Prediction) -> dict:
         "max_position_embeddings": shape.max_position_embeddings,
         "host_bytes_to_load": prediction.host_bytes_to_load,
         "disk_bytes": prediction.disk_bytes,
-        "cures": [
-            {
-                "what": change.what,
-                "price": change.price,
-                "steps": change.steps,
-                "settings": change.settings and _of_memory(change.settings),
-                "device_bytes": change.prediction.device_bytes,
-                "spare_bytes": change.prediction.spare_bytes,
-            }
-            for change in cures(shape, settings, gpu)
-        ],
+        "cures": cures_as_dicts(shape, settings, gpu),
     }
+
+
+def cures_as_dicts(shape: ModelShape, settings: Settings, gpu: GPU) -> list[dict]:
+    """The cheapest changes that make a run fit, in a form that JSON can hold."""
+    return [
+        {
+            "what": change.what,
+            "price": change.price,
+            "steps": change.steps,
+            "settings": change.settings and _of_memory(change.settings),
+            "device_bytes": change.prediction.device_bytes,
+            "spare_bytes": change.prediction.spare_bytes,
+        }
+        for change in cures(shape, settings, gpu)
+    ]
 
 
 def _amount(size: int) -> str:
@@ -185,22 +190,32 @@ def as_text(prediction: Prediction, found: dict) -> str:
         f"{'disk':26}{_gib(disk)}",
     ]
     if found["cures"]:
-        lines += ["", "What helps, the cheapest first:"]
-        for number, change in enumerate(found["cures"], 1):
-            together = change["settings"] and len(change["steps"]) > 1
-            what = change["what"]
-            if together:
-                what = "all of this together:"
-            elif number > 1:
-                what = f"or {what}"
-            lines.append(_wrapped(what, f"{number:2}. ", "    "))
-            if not together:
-                lines.append(_wrapped(change["price"], "    costs: " if change["settings"] else "    ", "    "))
-            if together or not change["settings"]:
-                lines += [_wrapped(f"{what} (costs: {price})", "    - ", "      ") for what, price in change["steps"]]
-            if change["settings"]:
-                lines.append(f"    then {_gib(change['device_bytes']).strip()} on the card")
+        lines += ["", *what_helps(found["cures"])]
     return "\n".join(lines)
+
+
+def what_helps(changes: list[dict]) -> list[str]:
+    """The changes that make a run fit, as lines of text.
+
+    Args:
+        changes: those of `cures_as_dicts`.
+    """
+    lines = ["What helps, the cheapest first:"]
+    for number, change in enumerate(changes, 1):
+        together = change["settings"] and len(change["steps"]) > 1
+        what = change["what"]
+        if together:
+            what = "all of this together:"
+        elif number > 1:
+            what = f"or {what}"
+        lines.append(_wrapped(what, f"{number:2}. ", "    "))
+        if not together:
+            lines.append(_wrapped(change["price"], "    costs: " if change["settings"] else "    ", "    "))
+        if together or not change["settings"]:
+            lines += [_wrapped(f"{what} (costs: {price})", "    - ", "      ") for what, price in change["steps"]]
+        if change["settings"]:
+            lines.append(f"    then {_gib(change['device_bytes']).strip()} on the card")
+    return lines
 
 
 def _close(prediction: Prediction) -> bool:

@@ -1,23 +1,25 @@
-"""`python -m qlora_helpers run`: the full QLoRA run of the shipped model, with a report."""
+"""`python -m qlora_helpers run`: tune a model on chats, with a report. Without options it is the course's own run."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import math
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from qlora_helpers.commands.settings_options import add_settings, as_words, given, option_of
+from qlora_helpers.commands.run_request import SHIPPED, Request, asked_for, refuse_another
+from qlora_helpers.commands.settings_options import add_settings, given
 from qlora_helpers.folder_locks import locked
 from qlora_helpers.json_files import read_json_if_whole, write_json
-from qlora_helpers.settings import WARMUP_STEPS, Settings
+from qlora_helpers.settings import GPU_RUN, WARMUP_STEPS, Settings
 from qlora_helpers.training.run_folder import (  # none needs torch
     RESULT,
     check_movable,
@@ -26,30 +28,95 @@ from qlora_helpers.training.run_folder import (  # none needs torch
     gone_if_refused,
     is_finished,
     move_aside,
+    read_record,
     step_of,
     steps_saved,
 )
-from qlora_helpers.units import GIB
+
+from qlora_helpers.units import in_words
+
+if TYPE_CHECKING:
+    from qlora_helpers.commands.run_data import RunData
+    from qlora_helpers.hardware import Hardware
+    from qlora_helpers.memory import GPU, ModelShape, Prediction
 
 __all__ = ["SAVE_STEPS", "VARIED", "add_arguments", "command"]
 
 SAVE_STEPS = 100
 REPORT = "report.json"
-# what a run of the shipped model can vary; how often it saves does not change what it learns
+# what a run can vary; how often it saves does not change what it learns
 VARIED = (
-    "method", "steps", "batch_size", "accumulation", "max_length", "learning_rate", "warmup_steps", "schedule",
-    "max_grad_norm", "rank", "alpha", "dropout", "target_modules", "gradient_checkpointing", "optimizer", "seed",
+    "method", "epochs", "steps", "batch_size", "accumulation", "max_length", "learning_rate", "warmup_steps", "schedule",
+    "max_grad_norm", "rank", "alpha", "dropout", "target_modules", "gradient_checkpointing", "optimizer", "eval_steps",
+    "patience", "seed",
 )  # fmt: skip
+_EXAMPLES = """\
+examples:
+  python -m qlora_helpers run
+  python -m qlora_helpers run --data data/examples/people.csv --output runs/people
+  python -m qlora_helpers run --model Qwen/Qwen2.5-1.5B-Instruct --data faq.csv --validation 0.1 --epochs 3
+  python -m qlora_helpers run --resume --output runs/people"""
 
 
-def _how_to_resume(args: argparse.Namespace) -> str:
-    """The command line that continues a run, quoted for the shell."""
-    python = Path(sys.executable)
-    if python.is_relative_to(Path.cwd()):
-        python = python.relative_to(Path.cwd())
-    words = [str(python), "-m", "qlora_helpers", "run", "--resume", "--output", str(args.output)]
-    words += as_words(given(args))
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, _EXAMPLES
+    parser.description = "Tunes a model on chats and reports what came of it. Without --data it is the course's own run."
+    files = parser.add_argument_group("model and data")
+    files.add_argument(
+        "--model",
+        help="a name of the Hub, such as Qwen/Qwen2.5-1.5B-Instruct, or a folder (default: tiny-llama, the shipped one, "
+        "which knows only the words of its invented world)",
+    )
+    files.add_argument(
+        "--data", metavar="FILE", help="chats in any form that `data` reads (default: those about the shipped model's world)"
+    )
+    files.add_argument(
+        "--validation",
+        type=_share_or_file,
+        default=argparse.SUPPRESS,
+        metavar="SHARE|FILE",
+        help="the share of the chats that is held out, or a second file, or none; the model is watched and judged by it "
+        "(default: 0.1 with --data)",
+    )
+    add_reading(files)
+    run = parser.add_argument_group("the run")
+    run.add_argument(
+        "--output",
+        type=_folder,
+        default=Path("runs/latest"),
+        help="folder for what is trained and report.json (default: %(default)s)",
+    )
+    run.add_argument(
+        "--resume", action="store_true", help="continue from the last complete checkpoint in the output folder"
+    )
+    run.add_argument(
+        "--ignore-memory", action="store_true", help="train even if the run is predicted not to fit on the GPU"
+    )
+    settings = parser.add_argument_group(
+        "settings", "With --data, those that are not named are suggested by the model's size, the rows and the GPU."
+    )
+    add_settings(settings, VARIED, Settings())
+
+
+def _share_or_file(text: str) -> float | str | None:
+    """The value of --validation."""
+    if text.lower() == "none":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _folder(text: str) -> Path:
+    """The value of --output."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is not a folder: name one, such as runs/latest")
+    return Path(text)
+
+
+# ---- What is asked for, and where the run begins
 
 
 class _Begin(Enum):
@@ -61,44 +128,84 @@ class _Begin(Enum):
     REPORT = "what is trained already: only the report is missing"
 
 
-def _where_to_begin(args: argparse.Namespace) -> tuple[Settings, _Begin]:
+@dataclass(frozen=True)
+class _Plan:
+    """What will be done: what was asked for, in which folder, where it begins; and, for a run begun before, its record."""
+
+    request: Request
+    folder: Path
+    begin: _Begin
+    record: dict[str, Any] = field(default_factory=dict)
+    ignore_memory: bool = False
+
+
+def command(args: argparse.Namespace) -> int:
+    """Train and print the report, or say where it stopped and how to continue.
+
+    Raises:
+        ValueError, OSError: the run cannot go into the output folder, or not as it is asked for; the message names the
+            argument.
+    """
+    Settings(**given(args))  # a bad setting is refused before a folder is made
+    if not args.resume:
+        asked_for(args)
+    try:
+        with gone_if_refused(args.output):
+            check_output(args.output)
+            with locked(args.output, "--output"):
+                return _load_and_run(_where_to_begin(args))
+    except KeyboardInterrupt as stop:  # during training it is an Interrupted, which says where
+        where = (
+            f"after the training; what was trained is in {args.output}"
+            if is_finished(args.output)
+            else "before the first step of training"
+        )
+        how = "" if _has_report(args.output) else f" To continue:\n  {_how_to_resume(args)}"
+        print(f"\nStopped {getattr(stop, 'where', where)}.{how}", file=sys.stderr)
+        return 128 + getattr(stop, "signal", signal.SIGINT)
+
+
+def _how_to_resume(args: argparse.Namespace) -> str:
+    """The command line that continues a run, quoted for the shell."""
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    words = [str(python), "-m", "qlora_helpers"]
+    if read_record(args.output):  # which says what was asked for
+        words += ["run", "--resume", "--output", str(args.output)]
+    else:
+        words += [*args.typed, *(["--resume"] * (not args.resume))]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def _where_to_begin(args: argparse.Namespace) -> _Plan:
     """Look at the output folder and say what will happen there. Needs no torch.
 
     Raises:
         ValueError, OSError: the run cannot go there; the message names the argument.
     """
-    folder, changed = args.output, given(args)
-    new = Settings(save_steps=SAVE_STEPS, **changed)
-    record = check_output(folder)
+    folder, record = args.output, check_output(args.output)
     if record is None:
         if args.resume:  # not an error: a script may repeat `run --resume` until it is done
             print(f"There is nothing to resume in {folder}: this is a new run.")
-        return new, _Begin.NEW
+        return _Plan(asked_for(args), folder, _Begin.NEW, ignore_memory=args.ignore_memory)
     if not args.resume:
         check_movable(folder)
-        return new, _Begin.ASIDE
+        return _Plan(asked_for(args), folder, _Begin.ASIDE, ignore_memory=args.ignore_memory)
     if is_finished(folder) and _has_report(folder):
         raise ValueError(
             f"--resume: the run in --output={str(folder)!r} is finished. Leave out --resume to begin another; the finished one "
             "is moved aside"
         )
-    begun = {name: record[name] for name in VARIED if name in record}
-    for name, value in changed.items():
-        if name in begun and begun[name] != value:
-            option = option_of(name)
-            raise ValueError(
-                f"{option}={value}: the run in --output={str(folder)!r} was begun with {begun[name]}. Leave out {option} to "
-                "continue it, or leave out --resume to begin another"
-            )
-    settings = Settings(save_steps=SAVE_STEPS, **changed | begun)
+    plan = _Plan(refuse_another(args, folder, record), folder, _Begin.RESUME, record, args.ignore_memory)
     if is_finished(folder):
         print(f"The run in {folder} is trained, but was stopped before its report: only that is made now.")
-        return settings, _Begin.REPORT
+        return replace(plan, begin=_Begin.REPORT)
     if saved := steps_saved(folder):
         print(f"Continuing the run in {folder} after step {saved} of {record['steps']}.")
     else:
         print(f"The run in {folder} was stopped before its first checkpoint: it starts again at step 1.")
-    return settings, _Begin.RESUME
+    return plan
 
 
 def _has_report(folder: Path) -> bool:
@@ -113,174 +220,197 @@ def _make_room(folder: Path) -> None:
     print(f"The run that was in {folder} is now in {kept}.")
 
 
-def _folder(text: str) -> Path:
-    """The value of --output."""
-    if not text:
-        raise argparse.ArgumentTypeError("'' is not a folder: name one, such as runs/latest")
-    return Path(text)
+# ---- The run
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
-    parser.add_argument(
-        "--output",
-        type=_folder,
-        default=Path("runs/latest"),
-        help="folder for what is trained and report.json (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="continue from the last complete checkpoint in the output folder"
-    )
-    add_settings(parser, VARIED, Settings())
-
-
-def command(args: argparse.Namespace) -> int:
-    """Train and print the report, or say where it stopped and how to continue.
-
-    Raises:
-        ValueError, OSError: the run cannot go into the output folder; the message names the argument.
-    """
-    Settings(**given(args))  # a bad setting is refused before a folder is made
-    try:
-        with gone_if_refused(args.output):
-            check_output(args.output)
-            with locked(args.output, "--output"):
-                settings, begin = _where_to_begin(args)
-                return _load_and_run(args, settings, begin)
-    except KeyboardInterrupt as stop:  # during training it is an Interrupted, which says where
-        where = (
-            f"after the training; what was trained is in {args.output}"
-            if is_finished(args.output)
-            else "before the first step of training"
-        )
-        how = "" if _has_report(args.output) else f" To continue:\n  {_how_to_resume(args)}"
-        print(f"\nStopped {getattr(stop, 'where', where)}.{how}", file=sys.stderr)
-        return 128 + getattr(stop, "signal", signal.SIGINT)
-
-
-def _load_and_run(args: argparse.Namespace, settings: Settings, begin: _Begin) -> int:
+def _load_and_run(plan: _Plan) -> int:
     started = time.perf_counter()
     print("Loading the libraries …", flush=True)
     from qlora_helpers import evaluation
-    from qlora_helpers.chats import read_chats
+    from qlora_helpers.commands.run_data import read_run_data
+    from qlora_helpers.commands.run_report import ask, print_report, put_together, write_card
     from qlora_helpers.hardware import detect
-    from qlora_helpers.models.loading import SHIPPED_MODEL, load_model, load_tokenizer
-    from qlora_helpers.paths import data_path
+    from qlora_helpers.models.loading import load_model, load_tokenizer
 
-    hardware, tokenizer = detect(), load_tokenizer()
-    model = load_model(quantization="nf4" if settings.method == "qlora" else None, hardware=hardware)
-    training_chats, test_chats = (read_chats(data_path("chats", f"{part}.jsonl")) for part in ("train", "test"))
-    if begin is not _Begin.REPORT:
-        aside = begin is _Begin.ASIDE
-        _refuse_before_anything_is_asked(args, model, tokenizer, training_chats, settings, hardware, aside)
-    parts = _print_bytes(model, hardware)
-
-    print(f"\nAsking {len(test_chats)} questions about people that no training chat mentions …", flush=True)
-    before = _scores(model, tokenizer, test_chats)
-    if begin is _Begin.REPORT:
-        model, facts = _trained_before(model, args.output, settings)
+    request, hardware = plan.request, detect()
+    tokenizer, shape = load_tokenizer(request.model), _shape_of(request.model)
+    length, seed = _length_and_seed(plan, shape)
+    data = read_run_data(request, tokenizer, length, seed)
+    settings = _settings(plan, data, shape, hardware)
+    prediction = _predicted(shape, settings, hardware, plan.ignore_memory)
+    model = load_model(
+        request.model, quantization="nf4" if settings.method == "qlora" else None, hardware=hardware
+    )
+    if plan.begin is not _Begin.REPORT:
+        _refuse_before_anything_is_asked(plan, model, data, settings, hardware)
+    parts = _print_bytes(request.model, model, hardware)
+    known, before = evaluation.measure_knowledge(model, tokenizer), ask(model, tokenizer, data, "before training")
+    if plan.begin is _Begin.REPORT:
+        model, facts = _trained_before(model, plan.folder, settings)
     else:
-        model, facts = _trained_now(model, tokenizer, training_chats, args, settings, hardware)
-    print("Asking the same questions again …", flush=True)
-    after = _scores(model, tokenizer, test_chats)
-
-    report = {
-        "gear": hardware.gear,
-        "model": SHIPPED_MODEL,
-        "settings": asdict(settings),
-        "bytes_by_part": parts,
-        "test_chats": len(test_chats),
-        "commonest_answer_rate": evaluation.commonest_answer_rate(training_chats, test_chats),
-        **_before_and_after(before, after, test_chats),
-        **facts,
-        "steps": settings.steps,
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "trl", "bitsandbytes")
-        },
-        "total_seconds": time.perf_counter() - started,
-    }
-    write_json(args.output / REPORT, report)
-    _print_report(report, args.output / REPORT)
+        model, facts = _trained_now(model, tokenizer, data, plan, settings, hardware)
+    after = ask(model, tokenizer, data, "after training")
+    scores = evaluation.compare(before, after, data.asked, first=3, worst=3) if data.asked else None
+    kept = evaluation.forgetting(model, tokenizer, known)
+    report = put_together(request, data, settings, hardware, prediction, scores, kept)
+    report |= {"bytes_by_part": parts, **facts, "total_seconds": time.perf_counter() - started}
+    write_json(plan.folder / REPORT, report)
+    write_card(report)
+    print_report(report, plan.folder / REPORT, scores, kept)
     return 0
 
 
-def _said_of_the_warm_up(args: argparse.Namespace, settings: Settings) -> str:
+def _length_and_seed(plan: _Plan, shape: ModelShape | None) -> tuple[int | None, int]:
+    """The longest chat that is allowed, and the seed: of the run begun before, or as asked for."""
+    asked = {**plan.request.settings, **plan.record}
+    usual = Settings.max_length if plan.request.data is None else shape and shape.max_position_embeddings
+    return asked.get("max_length", usual), asked.get("seed", Settings.seed)
+
+
+def _shape_of(model: str) -> ModelShape | None:
+    """The shape of a model; None, with a word, for one of a family that the predictor does not know."""
+    from qlora_helpers.memory import find_shape
+    from qlora_helpers.models.loading import folder_of
+
+    try:
+        return replace(find_shape(folder_of(model)), name=model if model == SHIPPED else Path(model).name)
+    except ValueError as error:
+        print(f"note: the memory of the run is not predicted: {error}")
+        return None
+
+
+def _settings(plan: _Plan, data: RunData, shape: ModelShape | None, hardware: Hardware) -> Settings:
+    """The settings of the run: those that it was begun with; else as asked for, and otherwise as suggested."""
+    rows, named = len(data.training), plan.request.settings
+    if plan.record:
+        begun = {name: plan.record[name] for name in VARIED if name in plan.record}
+        return Settings(save_steps=SAVE_STEPS, **begun)
+    if plan.request.data is None:
+        return Settings(save_steps=SAVE_STEPS, **named).for_rows(rows)
+    length = named.get("max_length") or _rounded_up(data.longest, shape)
+    base = _suggested(shape, rows, hardware, length, data.answer_tokens)
+    if {"steps", "epochs"} & named.keys():
+        base = replace(base, steps=None, epochs=None, warmup_steps=None)
+    if {"batch_size", "accumulation"} & named.keys():
+        base = replace(base, batch_size=named.get("batch_size", 1), accumulation=1)
+    return replace(base, save_steps=SAVE_STEPS, **named).for_rows(rows)
+
+
+def _rounded_up(tokens: int, shape: ModelShape | None) -> int:
+    """To a multiple of 8, which the GPU's kernels like, but not over what the model takes."""
+    most = shape and shape.max_position_embeddings
+    return min(-(-tokens // 8) * 8, most or math.inf)
+
+
+def _suggested(shape: ModelShape | None, rows: int, hardware: Hardware, length: int, tokens: int) -> Settings:
+    """The settings to start from; they are printed, each with its reason."""
+    from qlora_helpers.suggestions import suggest_settings
+
+    if shape is None:
+        print("Settings are those of the course's usual run on a GPU: none can be suggested without the model's shape.")
+        return replace(GPU_RUN, learning_rate=2e-4, max_length=length, steps=None, epochs=3, warmup_steps=None)
+    found = suggest_settings(shape, rows, _gpu(hardware), length, tokens)
+    print(f"\nSettings to start from, for {found}\n", flush=True)
+    return found.settings
+
+
+def _gpu(hardware: Hardware) -> GPU | None:
+    """The GPU of this machine, known to the predictor's table or not; None in the cpu gear."""
+    from qlora_helpers.memory.gpus import measured_gpu
+
+    if hardware.device == "cpu":
+        return None
+    return measured_gpu(hardware.gpu_name, hardware.gpu_bytes, hardware.capability)
+
+
+def _predicted(shape: ModelShape | None, settings: Settings, hardware: Hardware, ignore: bool) -> Prediction | None:
+    """The memory of the run on this machine's GPU; None without a GPU, or for a model that the predictor does not know.
+
+    Raises:
+        ValueError: the run will not fit, and `ignore` is not set.
+    """
+    from qlora_helpers.commands.memory import cures_as_dicts, what_helps
+    from qlora_helpers.memory import predict
+
+    gpu = _gpu(hardware)
+    if gpu is None or shape is None:
+        return None
+    settings = replace(settings, compute_dtype=str(hardware.compute_dtype).removeprefix("torch."))
+    prediction = predict(shape, settings, gpu)
+    said = f"{in_words(prediction.device_bytes)} of the {in_words(gpu.usable_bytes)} of this {gpu.name}"
+    if prediction.fits:
+        print(f"Memory, predicted: {said}.")
+        return prediction
+    said = f"the run is predicted to take {said}"
+    if not ignore:
+        helps = "\n".join(what_helps(cures_as_dicts(shape, settings, gpu)))
+        raise ValueError(f"{said}, so it will not fit. To train all the same: --ignore-memory\n{helps}")
+    print(f"warning: {said}. It is tried all the same.")
+    return prediction
+
+
+def _said_of_the_warm_up(plan: _Plan, settings: Settings) -> str:
     """That the warm-up is shorter than by default, if nobody has asked for that."""
-    shortened = given(args).get("warmup_steps") is None and settings.warmup_steps < WARMUP_STEPS
-    return f", all of them warm-up ({WARMUP_STEPS} in a longer run)" if shortened and not args.resume else ""
+    shortened = plan.request.data is None and "warmup_steps" not in plan.request.settings
+    shortened = shortened and settings.warmup_steps < WARMUP_STEPS and plan.begin is not _Begin.RESUME
+    return f", all of them warm-up ({WARMUP_STEPS} in a longer run)" if shortened else ""
 
 
 def _refuse_before_anything_is_asked(
-    args: argparse.Namespace, model, tokenizer, chats: list, settings: Settings, hardware, aside: bool
+    plan: _Plan, model, data: RunData, settings: Settings, hardware: Hardware
 ) -> None:
     """Refuse what `train` would refuse, before a run is moved aside and minutes are spent on questions."""
     import torch
 
-    from qlora_helpers.chats import lengths_of
     from qlora_helpers.training.checkpoints import record_of, where_to_start
     from qlora_helpers.training.trainer import check_settings
 
     check_settings(model, settings, hardware)
-    if (
-        settings.max_length < Settings.max_length
-        and (longest := max(lengths_of(chats, tokenizer))) > settings.max_length
-    ):
-        raise ValueError(f"max_length={settings.max_length}: the longest training chat has {longest} tokens. Raise it")
-    if aside:
-        _make_room(args.output)
-    record = record_of(model, chats, settings, hardware)
-    where_to_start(args.output, record, args.resume, float16=hardware.compute_dtype == torch.float16)
+    if plan.begin is _Begin.ASIDE:
+        _make_room(plan.folder)
+    record = record_of(model, data.training, settings, hardware, data.validation)
+    resume = plan.begin is _Begin.RESUME
+    where_to_start(plan.folder, record, resume, float16=hardware.compute_dtype == torch.float16)
 
 
-def _print_bytes(model, hardware) -> dict[str, int]:
-    from qlora_helpers.models.loading import SHIPPED_MODEL
+def _print_bytes(name: str, model, hardware: Hardware) -> dict[str, int]:
     from qlora_helpers.models.weights import bytes_by_part
 
     parts = bytes_by_part(model)
-    print(f"\nLoaded {SHIPPED_MODEL} in the {hardware.gear} gear: {sum(parts.values()):,} bytes")
+    print(f"\nLoaded {name} in the {hardware.gear} gear: {sum(parts.values()):,} bytes")
     for part, count in parts.items():
         print(f"  {part:24}{count:12,}")
     return parts
 
 
-def _scores(model, tokenizer, chats: list) -> dict:
-    """How a model does on the test chats, and its answers to the first three."""
-    from qlora_helpers import evaluation
-    from qlora_helpers.chats import split_question
-
-    return {
-        "exact_match": evaluation.exact_match(model, tokenizer, chats),
-        "loss": evaluation.loss(model, tokenizer, chats),
-        "answers": evaluation.answer(model, tokenizer, [split_question(chat)[0] for chat in chats[:3]]),
-    }
-
-
-def _before_and_after(before: dict, after: dict, chats: list) -> dict:
-    return {
-        **{f"{name}_before": before[name] for name in ("exact_match", "loss")},
-        **{f"{name}_after": after[name] for name in ("exact_match", "loss")},
-        "examples": [
-            {"question": chat[-2]["content"], "before": one, "after": other, "right": chat[-1]["content"]}
-            for chat, one, other in zip(chats, before["answers"], after["answers"], strict=False)
-        ],
-    }
-
-
-def _trained_now(model, tokenizer, chats: list, args: argparse.Namespace, settings: Settings, hardware) -> tuple:
+def _trained_now(model, tokenizer, data: RunData, plan: _Plan, settings: Settings, hardware: Hardware) -> tuple:
     """The trained model, and what the report says about the run."""
-    from qlora_helpers.hardware import peak_memory_bytes
+    from qlora_helpers.commands.run_report import peak_memory, reset_peak_memory
     from qlora_helpers.training.run import train
 
-    print(f"Training for {settings.steps} steps{_said_of_the_warm_up(args, settings)} …", flush=True)
+    print(f"\nTraining for {settings.steps} steps{_said_of_the_warm_up(plan, settings)} …", flush=True)
+    reset_peak_memory()
     run = train(
-        model, tokenizer, chats, args.output, settings, hardware=hardware, resume=args.resume, progress_bar=True
+        model,
+        tokenizer,
+        data.training,
+        plan.folder,
+        settings,
+        validation_chats=data.validation or None,
+        hardware=hardware,
+        resume=plan.begin is _Begin.RESUME,
+        progress_bar=True,
+        request=asdict(plan.request),
     )
     return run.model, {
         "trainable_parameters": run.trainable_parameters,
         "all_parameters": run.all_parameters,
         "loss_history": run.history,
+        "validation_history": run.validation_history,
+        "best_step": run.best_step,
+        "stopped_early": run.stopped_early,
         "train_seconds": run.seconds,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": peak_memory(hardware),
         "adapter_path": run.saved_path.as_posix(),
     }
 
@@ -292,7 +422,8 @@ def _trained_before(model, folder: Path, settings: Settings) -> tuple:
     """
     from qlora_helpers.adapters.files import describe, load_adapter
     from qlora_helpers.models.loading import load_model
-    from qlora_helpers.training.checkpoints import log_history, logged
+    from qlora_helpers.training.best import best_of
+    from qlora_helpers.training.checkpoints import VALIDATION_LOSS, log_history, logged
 
     saved = folder / RESULT[settings.method]
     if settings.method == "full":
@@ -302,32 +433,19 @@ def _trained_before(model, folder: Path, settings: Settings) -> tuple:
         model, trainable = load_adapter(model, saved), describe(saved).parameters
         count = model.get_nb_trainable_parameters()[1]
     last = next(iter(complete_checkpoints(folder)), None)
+    log = log_history(last) if last else []
+    validation_history = logged(log, VALIDATION_LOSS)
+    stopped_early = bool(validation_history) and step_of(last) < settings.steps
+    at_its_end = bool(last) and (step_of(last) == settings.steps or stopped_early)
+    best = best_of(validation_history)
     return model, {
         "trainable_parameters": trainable,
         "all_parameters": count,
-        "loss_history": logged(log_history(last)) if last and step_of(last) == settings.steps else [],
+        "loss_history": logged(log) if at_its_end else [],
+        "validation_history": validation_history,
+        "best_step": best[0] if best else None,
+        "stopped_early": stopped_early,
         "train_seconds": None,
         "peak_memory_bytes": None,
         "adapter_path": saved.as_posix(),
     }
-
-
-def _print_report(report: dict, path: Path) -> None:
-    share = report["trainable_parameters"] / report["all_parameters"]
-    print(f"""
-trainable parameters  {report["trainable_parameters"]:,} of {report["all_parameters"]:,} ({share:.2%})
-                          before     after
-exact match           {report["exact_match_before"]:10.1%}{report["exact_match_after"]:10.1%}   \
-({report["test_chats"]} questions; always the commonest answer: {report["commonest_answer_rate"]:.1%})
-loss                  {report["loss_before"]:10.3f}{report["loss_after"]:10.3f}   (nats per answer token)
-""")
-    for example in report["examples"]:
-        print(f"Q  {example['question']}\n   before  {example['before']}\n   after   {example['after']}")
-        print(f"   {'right' if example['after'] == example['right'] else 'wrong: ' + example['right']}")
-    seconds, peak = report["train_seconds"], report["peak_memory_bytes"]
-    gone = "not known: the run was stopped before its report"
-    print(f"""
-training              {gone if seconds is None else f"{seconds:.0f} s of {report['total_seconds']:.0f} s in all"}
-peak memory           {gone if peak is None else f"{peak / GIB:.2f} GiB of main memory"}
-trained weights       {report["adapter_path"]}
-report                {path.as_posix()}""")

@@ -12,7 +12,7 @@ from pathlib import Path
 from qlora_helpers import validation
 from qlora_helpers.units import GIB, MIB
 
-__all__ = ["CONTEXT_BYTES", "GPU", "TABLE", "find_gpu", "known_gpus"]
+__all__ = ["CONTEXT_BYTES", "GPU", "TABLE", "find_gpu", "known_gpus", "measured_gpu"]
 
 # torch gives each thread that runs matrix products a cuBLAS workspace: 32 MiB on Hopper, 8.125 MiB elsewhere
 # (aten/src/ATen/cuda/CUDABlas.cpp, default_cublas_workspace_config). The forward and backward passes are two threads.
@@ -53,12 +53,21 @@ def _entries() -> dict[str, dict]:
 def _table() -> dict[str, GPU]:
     table = {}
     for key, entry in _entries().items():
-        capability = tuple(entry["compute_capability"])
-        workspace = 2 * (WORKSPACE_HOPPER if capability[0] == 9 else WORKSPACE)
-        gpu = GPU(entry["name"], int(entry["usable_gib"] * GIB), capability, workspace)
+        gpu = measured_gpu(entry["name"], int(entry["usable_gib"] * GIB), tuple(entry["compute_capability"]))
         for name in (key, entry["name"], *entry.get("aliases", ())):
             table.setdefault(_plain(name), gpu)
     return table
+
+
+def measured_gpu(name: str, usable_bytes: int, compute_capability: tuple[int, int]) -> GPU:
+    """A GPU as torch describes it, whether the table knows it or not.
+
+    Args:
+        usable_bytes: what torch reports as its total memory.
+        compute_capability: such as (7, 5) for a T4.
+    """
+    workspace = 2 * (WORKSPACE_HOPPER if compute_capability[0] == 9 else WORKSPACE)
+    return GPU(name, usable_bytes, compute_capability, workspace)
 
 
 def known_gpus() -> dict[str, GPU]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SHIPPED_MODEL",
     "default_model",
+    "folder_of",
     "load_model",
     "load_or_shipped",
     "load_tokenizer",
@@ -40,8 +41,15 @@ SHIPPED_MODEL = "tiny-llama"
 SMALL = 10**8  # bytes
 
 
-def _folder(name: str) -> Path:
-    """The local folder of a model; one from the Hub is fetched first."""
+def folder_of(name: str) -> Path:
+    """The local folder of a model; one from the Hub is fetched first.
+
+    Args:
+        name: "tiny-llama" (shipped), a folder, or a model from the Hub (owner/model).
+
+    Raises:
+        HubError: a model from the Hub could not be fetched.
+    """
     if name == SHIPPED_MODEL:
         return data_path(SHIPPED_MODEL)
     folder = put_back(name)
@@ -70,7 +78,7 @@ def load_tokenizer(name: str = SHIPPED_MODEL) -> PreTrainedTokenizerBase:
     """
     with no_own_code(name):
         tokenizer = AutoTokenizer.from_pretrained(
-            _folder(name), padding_side="left", local_files_only=True, trust_remote_code=False
+            folder_of(name), padding_side="left", local_files_only=True, trust_remote_code=False
         )
     template = tokenizer.chat_template
     if isinstance(template, dict):  # several, of which transformers takes the one named default
@@ -110,7 +118,7 @@ def load_model(
         validation.one_of("quantization", quantization, ("nf4", "fp4"), otherwise="None")
     double_quant = validation.switch("double_quant", double_quant)
     hardware = given_or_detected(hardware)
-    folder, options = _folder(name), {}
+    folder, options = folder_of(name), {}
     config = read_config(folder, name)
     saved = saved_in_4_bits(config, name)
     if saved and quantization not in (None, saved):
@@ -215,5 +223,5 @@ def load_or_shipped(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrai
     except HubError as error:
         print(f"{error}.\nThis lesson continues with the shipped model, {SHIPPED_MODEL}.")
         return load_model(SHIPPED_MODEL, **options), load_tokenizer(SHIPPED_MODEL), SHIPPED_MODEL
-    print(f"Loaded {name}" + ("" if name == SHIPPED_MODEL else f" at {_folder(name).name}") + ".")
+    print(f"Loaded {name}" + ("" if name == SHIPPED_MODEL else f" at {folder_of(name).name}") + ".")
     return model, tokenizer, name

@@ -86,7 +86,7 @@ FREE_TO_CHANGE = ("save_steps", "save_minutes", "keep_checkpoints", "log_steps")
 # given by the model and the machine, which are recorded themselves, or the same in every run
 NOT_RECORDED = (*FREE_TO_CHANGE, *PREDICTOR_ONLY, "double_quant", "compute_dtype", "epochs")
 # said in the record, but no part of what makes two runs alike: for validation that is its chats, wherever they come from
-NOT_COMPARED = {"environment", "validation"}
+NOT_COMPARED = {"environment", "validation", "request"}
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PrinterCallback, ProgressCallback
@@ -107,6 +107,7 @@ def train(
     resume: bool = False,
     progress_bar: bool = False,
     on_loss: Callable[..., None] | None = None,
+    request: dict[str, Any] | None = None,
 ) -> Run:
     """Fine-tune a model on chats, with the loss on the assistant's tokens alone, and save what was trained.
 
@@ -122,6 +123,7 @@ def train(
         progress_bar: show one, for a terminal.
         on_loss: called with the history so far each time the loss is logged, for a live plot; in a run with validation
             with the validation history, too, and also after each evaluation.
+        request: what else `run.json` is to say of how the run was begun; a resumed run may be given another one.
 
     Raises:
         FileExistsError: `output_dir` already holds a run, and `resume` is not set; or it holds files, but no run.
@@ -143,6 +145,7 @@ def train(
         make_run_folder(output_dir, "output_dir")
         with locked(output_dir, "output_dir"):
             record = record_of(model, chats, settings, hardware, validation_chats)
+            record |= {"request": request} if request else {}
             checkpoint = where_to_start(output_dir, record, resume, float16=hardware.compute_dtype == torch.float16)
             refuse_foreign(output_dir, "output_dir")
             trainer = build_trainer(model, tokenizer, chats, output_dir, settings, hardware, validation_chats)
