@@ -22,8 +22,9 @@ _MARKS = {
 }
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 # in Western languages letters with accents stand among plain ones; text of another alphabet, read as Windows-1252, has
-# hardly anything else
-_NOT_WESTERN = re.compile(r"[\xa1-\xff]{4}")
+# hardly anything else; text of an Eastern European one has signs, such as ¹, inside of words
+_LETTER = "[A-Za-z\xc0-\xd6\xd8-\xf6\xf8-\xff]"
+_NOT_WESTERN = re.compile(rf"[\xa1-\xff]{{4}}|{_LETTER}[\xa1-\xb6\xb8-\xbf\xd7\xf7]+{_LETTER}")
 _WORD = re.compile(r"\w*[^\x00-\x7f\W]+\w*|[^\x00-\x7f]")
 
 
@@ -74,7 +75,9 @@ def _as_windows_1252(content: bytes, fault: str) -> Text:
     """Bytes that are not UTF-8 as Windows-1252, or what speaks against it."""
     as_utf8 = content.decode("utf-8", "surrogateescape")
     if any(sign > "\x7f" and not "\udc80" <= sign <= "\udcff" for sign in set(as_utf8)):
-        return Text(content, fault=f"{fault}, though other letters of the file are: it is damaged there")
+        return Text(
+            content, fault=f"{fault}, though other bytes are: it is damaged, or in another encoding. Save it in UTF-8"
+        )
     unknown = f"{fault}, and it is not plainly Windows-1252 either: save the file in UTF-8"
     try:
         text = content.decode("cp1252")

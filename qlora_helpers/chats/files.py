@@ -65,7 +65,7 @@ class ChatFile:
     def kinds_of_faults(self) -> list[tuple[int, int, str]]:
         """The faults of the rows left out, the commonest first: how many rows, the first of them, and its fault.
 
-        Faults that differ only in numbers, or in what they quote, are one kind.
+        Faults that differ only in numbers, or in a value that they quote, are one kind.
         """
         rows: dict[str, list[int]] = {}
         for number, fault in self.dropped.items():
@@ -167,7 +167,7 @@ def _read(path: Path, form: str | None) -> ChatFile:
     table = read_table(path, known)
     if cells := read_json_cells(table.rows, table.faults):
         table.changed["list of messages was read from JSON in a cell"] += cells
-    columns = columns_of(table.rows.values())
+    columns = columns_of(table.rows.values(), table.header)
     if not columns.filled and not table.unread and (table.faults or table.plain) and form is None:
         reading = Reading("messages", {"messages": "messages"}, {})  # so that each line gets its own fault
     else:
@@ -222,8 +222,8 @@ def _counted(changed: Counter[str]) -> str:
 
 
 def _kind(fault: str) -> str:
-    """A fault without its numbers and what it quotes."""
-    return re.sub(r"\d[\d,.]*", "0", re.sub(r"'[^']*'|\"[^\"]*\"", "''", fault))
+    """A fault without its numbers and the values that it quotes."""
+    return re.sub(r"\d[\d,.]*", "0", re.sub(r"'[^']*'", "''", fault))
 
 
 def said_of_the_dropped(file: ChatFile) -> str:

@@ -22,18 +22,19 @@ __all__ = ["FORMS", "Reading", "columns_of", "convert", "detect", "known", "read
 
 FORMS = ("messages", "alpaca", "sharegpt", "prompt-completion", "question-answer")
 
-# Names of columns, written as by `_plain`. These hold a list of messages; only the first two do whatever is in them.
+# Names of columns, written as by `_plain`, with the usual one of each part first. These hold a list of messages; the
+# first two do so whatever is in them.
 _TURNS = ("messages", "conversations", "conversation", "chat", "dialog", "dialogue", "turns")
 _ANSWERS = ("completion", "response", "answer", "output")
 _PARTS = {
-    "alpaca": {"instruction": ("instruction",), "input": ("input", "context"), "output": _ANSWERS},
-    "prompt-completion": {"prompt": ("prompt",), "completion": _ANSWERS},
+    "alpaca": {"instruction": ("instruction",), "input": ("input", "context"), "output": ("output", *_ANSWERS)},
+    "prompt-completion": {"prompt": ("prompt",), "completion": ("completion", *_ANSWERS)},
     "question-answer": {
         "question": (
             "question", "query", "q", "input", "user", "human", "frage", "pregunta", "domanda", "pergunta", "vraag",
         ),
         "answer": (
-            *_ANSWERS, "a", "reply", "assistant", "gpt", "antwort", "respuesta", "réponse", "reponse", "risposta",
+            "answer", *_ANSWERS, "a", "reply", "assistant", "gpt", "antwort", "respuesta", "réponse", "reponse", "risposta",
             "resposta", "antwoord",
         ),
     },
@@ -94,9 +95,9 @@ def _style(value: object) -> str | None:
     return "messages" if "role" in keys else "sharegpt" if keys >= {"from", "value"} else None
 
 
-def columns_of(rows: Iterable[object]) -> Columns:
-    """What columns there are, and what they hold."""
-    columns = Columns()
+def columns_of(rows: Iterable[object], header: Iterable[str] = ()) -> Columns:
+    """What columns there are, also those of a header, and what they hold."""
+    columns = Columns(Counter(dict.fromkeys(header, 0)))
     for row in rows:
         if isinstance(row, dict):
             for name, value in row.items():
@@ -180,23 +181,37 @@ def detect(columns: Columns, form: str | None = None, unread: Iterable[str] = ()
         raise ChatError(_nothing_fits(columns, form, unread))
     if len(chosen) > 1:
         readings = (
-            f"{name} ({', '.join(quoted(column) for names in parts.values() for column in names)})"
+            f"{name} ({', '.join(quoted(column) for names in _usual(parts).values() for column in names)})"
             for name, parts in chosen.items()
         )
         choice = " or ".join(f"form={name!r}" for name in chosen)
         raise ChatError(f"it can be read as {' or as '.join(readings)}: choose {choice} (--format on the command line)")
-    ((form, parts),) = chosen.items()
+    ((name, parts),) = chosen.items()
+    parts = _usual(parts) if form else parts
     system = [name for name in columns.filled if _plain(name) in _SYSTEM]
     parts |= {"system": system} if system else {}
     for part, names in parts.items():
         if len(names) > 1:
             raise ChatError(
-                f"the columns {' and '.join(map(quoted, names))} can each be the {part} of the form {form}: "
-                "remove or rename all but one"
+                f"the columns {' and '.join(map(quoted, names))} can each be the {part} of the form {name}: rename or remove "
+                f"all but one{_choice(name, parts)}"
             )
     found = {part: names[0] for part, names in parts.items()}
     refused = {name: _REFUSED[_plain(name)] for name in columns.filled if _plain(name) in _REFUSED}
-    return Reading(form, found, refused, form == "prompt-completion" and found["prompt"] in columns.styles)
+    return Reading(name, found, refused, name == "prompt-completion" and found["prompt"] in columns.styles)
+
+
+def _usual(parts: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Of several columns that can be a part, the one that has its usual name, which is that of the part."""
+    return {part: [name for name in names if _plain(name) == part] or names for part, names in parts.items()}
+
+
+def _choice(form: str, parts: dict[str, list[str]]) -> str:
+    usual = _usual(parts)
+    if any(len(names) > 1 for names in usual.values()):
+        return ""
+    taken = ", ".join(quoted(names[0]) for names in usual.values())
+    return f", or choose form={form!r} (--format on the command line) to take {taken}"
 
 
 def _possible(columns: Columns) -> dict[str, dict[str, list[str]]]:
@@ -219,7 +234,7 @@ def _possible(columns: Columns) -> dict[str, dict[str, list[str]]]:
 def _nothing_fits(columns: Columns, form: str | None, unread: Iterable[str]) -> str:
     names = [*columns.filled, *unread]
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    found = f"its columns are {', '.join(map(quoted, names[:20]))}{more}" if names else "it has no columns"
+    found = f"its columns are {', '.join(map(quoted, names[:20]))}{more}" if names else "its rows have no columns"
     if form is not None:
         return f"form={form!r} does not fit: {found}. The forms are {_FORMS_IN_WORDS}"
     if set(map(_plain, names)) >= _PAIRS:

@@ -51,6 +51,7 @@ class Table:
         rows: what each row holds: of a table a dict by column, of JSON whatever is there.
         faults: the rows that could not be taken out of the file, and why.
         row_name: how rows are counted: "line" of a JSONL file; else "row", from 1, without the header of a CSV.
+        header: the names of the columns, where a header has them.
         container: what holds them, for a message, such as "CSV, semicolons".
         unread: columns that were not read, since no form has them.
         changed: what was changed in the texts, and how often.
@@ -60,6 +61,7 @@ class Table:
     rows: dict[int, object] = field(default_factory=dict)
     faults: dict[int, str] = field(default_factory=dict)
     row_name: str = "row"
+    header: list[str] = field(default_factory=list)
     container: str = ""
     unread: list[str] = field(default_factory=list)
     changed: Counter[str] = field(default_factory=Counter)
@@ -150,6 +152,8 @@ def _json(text: Text, is_jsonl: bool, known: Callable[[str], bool]) -> Table:
             return Table(dict(enumerate(values[0][inner], start=1)), container=f"JSON, under {quoted(inner)}")
         if len(filled) == 1:
             return _json_lines(lines)
+    if values[0] == []:
+        raise ChatError("there is no row in it")
     if isinstance(values[0], list):
         return Table(dict(enumerate(values[0], start=1)), container="JSON")
     return Table({1: values[0]}, container="JSON")
@@ -244,14 +248,15 @@ def _names_found(content: bytes, delimiter: str, known: Callable[[str], bool]) -
 
 
 def _csv_table(content: bytes, delimiter: str) -> Table:
-    kind = "TSV" if delimiter == "\t" else "CSV"
-    table = Table(container=f"{kind}, {DELIMITERS.get(delimiter, f'separated by {delimiter!r}')}")
+    kind = "TSV" if delimiter == "\t" else f"CSV, {DELIMITERS.get(delimiter, repr(delimiter))}"
+    table = Table(container=kind)
     records = _records(content, delimiter)
     header = next(records, [])
     if isinstance(header, str):
         raise ChatError(f"its header cannot be read: {header}")
     names = [name.strip() or f"column {place}" for place, name in enumerate(header, start=1)]
     _check_names(names)
+    table.header = names
     for number, record in enumerate(records, start=1):
         if isinstance(record, str):
             table.faults[number] = record
@@ -259,14 +264,14 @@ def _csv_table(content: bytes, delimiter: str) -> Table:
             table.changed["empty row was left out"] += 1
         elif len(record) != len(names):
             table.faults[number] = (
-                f"it has {len(record)} fields and the header {len(names)}: put a text with {delimiter!r} or a line break in "
+                f"the header has {len(names)} columns, and this row {len(record)}: put a text with {delimiter!r} or a line break in "
                 "it into quotes"
             )
         elif any(cell[0:1] == " " and cell.lstrip().startswith('"') for cell in record):
             table.faults[number] = "a quoted text begins with a space before its quote: leave out the space"
         else:
             if any("\r\n" in cell for cell in record):
-                table.changed[r"text with line ends \r\n got \n"] += sum("\r\n" in cell for cell in record)
+                table.changed[r"line end \r\n in a text became \n"] += sum("\r\n" in cell for cell in record)
                 record = [cell.replace("\r\n", "\n") for cell in record]
             table.rows[number] = dict(zip(names, record, strict=True))
     if not table.rows and not table.faults:

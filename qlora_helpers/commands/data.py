@@ -171,15 +171,14 @@ def _repeated(file: ChatFile) -> list[str]:
             twice.append((number, seen[key]))
         elif answers.setdefault(key[:-1], (number, key[-1][1]))[1] != key[-1][1]:
             otherwise.append((number, answers[key[:-1]][0]))
-    name = file.row_name
-    lines = ["No chat is there twice."] if not twice else []
-    if twice:
-        lines.append(
-            f"{_count(len(twice), 'chat')} repeat an earlier one, such as {name} {twice[0][0]} that of {name} {twice[0][1]}."
-        )
-    if otherwise:
-        lines.append(
-            f"{_count(len(otherwise), 'chat')} give another answer to an earlier question, such as {name} {otherwise[0][0]} to "
-            f"that of {name} {otherwise[0][1]}."
-        )
+    lines = [] if twice else ["No chat is there twice."]
+    for pairs, one, several, word in (
+        (twice, "repeats an earlier one", "repeat an earlier one", ""),
+        (otherwise, "gives another answer to an earlier question", "give another answer to an earlier question", "to "),
+    ):
+        if pairs:
+            number, earlier = pairs[0]
+            such = f"{file.row_name} {number} {word}that of {file.row_name} {earlier}"
+            said = f"{one}: {such}" if len(pairs) == 1 else f"{several}, such as {such}"
+            lines.append(f"{_count(len(pairs), 'chat')} {said}.")
     return lines

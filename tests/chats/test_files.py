@@ -1,10 +1,15 @@
 """Every fault in a chat file is found and named; the files that ship with the course are right."""
 
+import csv
 import json
+import subprocess
+import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from qlora_helpers.chats import ChatError, read_chats
+from qlora_helpers.chats import ChatError, read_chats, read_file, write_chats
 from qlora_helpers.paths import data_path
 from qlora_helpers.settings import Settings
 from tests.support.chats import GOOD, chat
@@ -66,7 +71,9 @@ def test_a_file_without_a_chat_is_refused(write, lines):
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "."])
 def test_a_file_that_cannot_be_read_names_the_argument_and_the_cure(name, tmp_path):
-    with pytest.raises(OSError, match=r"path='.*' cannot be read \(.+\): name a JSONL file, one chat per line"):
+    with pytest.raises(
+        OSError, match=r"path='.*' cannot be read \(.+\): name a file of JSONL, JSON, CSV, TSV or parquet"
+    ):
         read_chats(tmp_path / name)
 
 
@@ -93,14 +100,14 @@ def test_whatever_a_line_is_it_is_named_and_the_lines_after_it_are_read(line, fa
     assert second.startswith(f"{path}, line 4: not JSON: ")
 
 
-def test_a_byte_order_mark_is_no_fault_and_utf_16_is_named(tmp_path):
+def test_a_byte_order_mark_is_no_fault_and_utf_16_is_said(tmp_path, capsys):
     path = tmp_path / "chats.jsonl"
     line = json.dumps({"messages": GOOD}) + "\r\n"
     path.write_bytes(line.encode("utf-8-sig"))  # as Windows' Notepad may save it
-    assert read_chats(path) == [GOOD]
+    assert read_chats(path) == [GOOD] and capsys.readouterr().out == ""
     path.write_bytes(line.encode("utf-16"))
-    with pytest.raises(ChatError, match=r"^path='.*': this file is in UTF-16: save it in UTF-8$"):
-        read_chats(path)
+    assert read_chats(path) == [GOOD]
+    assert capsys.readouterr().out == "chats.jsonl: 1 row of messages (JSONL, UTF-16)\n"
 
 
 def test_a_limit_without_a_tokenizer_is_refused(write):
@@ -150,6 +157,177 @@ def test_characters_that_python_takes_for_line_ends_may_be_in_a_text(tmp_path):
 
 def test_a_line_that_is_not_utf_8_is_named(tmp_path):
     path = tmp_path / "chats.jsonl"
-    path.write_bytes(b'{}\n{"messages": "\xff"}\n')
+    path.write_bytes(b'{}\n{"messages": "\x81"}\n')
     with pytest.raises(ChatError, match="line 2: not UTF-8 at byte 15"):
         read_chats(path)
+
+
+# Other forms, as a whole file; tests/chats/test_tables.py and test_forms.py have the parts
+
+
+@pytest.fixture
+def save(tmp_path):
+    def to_file(content, name="faq.csv"):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+        return path
+
+    return to_file
+
+
+def test_one_line_says_what_was_found_and_what_became_what(save, capsys):
+    path = save("Id;Frage;Antwort\r\n1;Wie groß?;So.\r\n2;Wo?;Hier.\r\n".encode("cp1252"))
+    assert read_chats(path) == [
+        chat(("user", "Wie groß?"), ("assistant", "So.")),
+        chat(("user", "Wo?"), ("assistant", "Hier.")),
+    ]
+    assert capsys.readouterr().out == (
+        'faq.csv: 2 rows of question-answer (CSV, semicolons, Windows-1252 as in "groß"): "Frage" became the user\'s message, '
+        '"Antwort" the assistant\'s; not used: "Id" (2 rows)\n'
+    )
+
+
+def test_messages_in_jsonl_are_read_without_a_word(write, capsys):
+    read_chats(write(GOOD))
+    assert capsys.readouterr().out == ""
+
+
+def test_what_was_changed_is_counted(write, capsys):
+    developer = chat(("developer", "Be brief."), ("human", "Where?"), ("model", "Here."))
+    file = read_file(write(developer, developer, GOOD))
+    assert file.chats[0] == chat(("system", "Be brief."), ("user", "Where?"), ("assistant", "Here."))
+    assert file.changed == {"developer became system": 2, "human became user": 2, "model became assistant": 2}
+    assert file.said.endswith(
+        "(JSONL): developer became system (2 times), human became user (2 times), model became assistant (2 times)"
+    )
+    read_chats(file.path)
+    assert capsys.readouterr().out == file.said + "\n"
+
+
+BAD = "question,answer\nWhere?,Here.\nWhen?,\nWho?,Me\nWhat?,\n,Yes\n"
+
+
+def test_bad_rows_stop_the_reading_by_default(save):
+    path = save(BAD)
+    with pytest.raises(ChatError) as caught:
+        read_file(path)
+    assert str(caught.value).splitlines() == [
+        f'{path}, row 2: "answer" is empty', f'{path}, row 4: "answer" is empty', f'{path}, row 5: "question" is empty',
+    ]  # fmt: skip
+
+
+def test_bad_rows_can_be_dropped_and_are_counted(save, capsys):
+    file = read_file(save(BAD), on_bad="drop")
+    assert file.rows == [1, 3] and [chat[-1]["content"] for chat in file.chats] == ["Here.", "Me"]
+    assert file.dropped == {2: '"answer" is empty', 4: '"answer" is empty', 5: '"question" is empty'}
+    assert file.kinds_of_faults() == [(2, 2, '"answer" is empty'), (1, 5, '"question" is empty')]
+    assert read_chats(file.path, on_bad="drop") == file.chats
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "3 rows of faq.csv cannot be used, and are left out:",
+        '  2 rows, such as row 2: "answer" is empty',
+        '  1 row: row 5: "question" is empty',
+    ]
+
+
+def test_what_a_tokenizer_refuses_can_be_dropped_too(write, tokenizer):
+    long, typed = chat(("user", "Where? " * 40), ("assistant", "Here.")), chat(("user", "a"), ("assistant", "<|end|>"))
+    file = read_file(write(GOOD, long, "{", typed, GOOD), tokenizer, 32, on_bad="drop")
+    assert file.rows == [1, 5] and list(file.dropped) == [2, 3, 4]
+    assert "over max_length=32" in file.dropped[2] and "'<|end|>'" in file.dropped[4]
+
+
+def test_a_file_of_bad_rows_alone_is_an_error_even_with_drop(save):
+    with pytest.raises(ChatError, match='row 1: "answer" is empty'):
+        read_file(save("question,answer\nWhere?,\n"), on_bad="drop")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"on_bad": "skip"}, "on_bad='skip': choose one of stop, drop"),
+        (
+            {"form": "csv"},
+            "form='csv': choose one of messages, alpaca, sharegpt, prompt-completion, question-answer, or None",
+        ),
+    ],
+)
+def test_an_unknown_choice_names_the_known_ones(options, said, write):
+    with pytest.raises(ValueError, match=said):
+        read_chats(write(GOOD), **options)
+
+
+def test_a_row_keeps_its_number_when_lines_are_empty_or_bad(write):
+    file = read_file(write("", GOOD, "{", "", GOOD), on_bad="drop")
+    assert (file.rows, file.row_name, list(file.dropped)) == ([2, 5], "line", [3])
+
+
+# Writing
+
+
+def test_what_is_written_is_read_again_as_the_same_chats(tmp_path):
+    chats = [GOOD, WITH_LINE_SEPARATORS, chat(("system", "ß日本\0"), ("user", '"\\\n\r\n'), ("assistant", "\ufeff😀"))]
+    path = tmp_path / "out.jsonl"
+    write_chats(path, chats)
+    assert read_chats(path) == chats
+    assert path.read_bytes().count(b"\n") == len(chats) and "日本".encode() in path.read_bytes()
+    assert [file.name for file in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_nothing_is_overwritten_and_nothing_is_left_behind(tmp_path, monkeypatch):
+    path = tmp_path / "out.jsonl"
+    path.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"path='.*out.jsonl' is there already: name a new file"):
+        write_chats(path, [GOOD])
+    with monkeypatch.context() as patch:  # it appears while the file is written
+        patch.setattr("os.path.lexists", lambda path: False)
+        with pytest.raises(FileExistsError, match="is there already"):
+            write_chats(path, [GOOD])
+    assert path.read_text() == "mine"
+    with pytest.raises(
+        FileNotFoundError, match=r"cannot be written \(No such file or directory\): name a file in a folder"
+    ):
+        write_chats(tmp_path / "no" / "out.jsonl", [GOOD])
+    with pytest.raises(KeyError):
+        write_chats(tmp_path / "other.jsonl", (chat for chat in [GOOD, {}["fails"]] if chat))
+    assert [file.name for file in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_it_is_written_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def refuse(*names):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    write_chats(tmp_path / "out.jsonl", [GOOD])
+    assert read_chats(tmp_path / "out.jsonl") == [GOOD]
+
+
+# Size: 100,000 rows are to take less than a minute and 1 GB
+
+
+MEASURED = """
+import re, sys, time
+from qlora_helpers.chats import read_file
+before = time.process_time()
+file = read_file(sys.argv[1])
+peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
+print(len(file.chats), time.process_time() - before, peak)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak of memory")
+@pytest.mark.parametrize("name", ["chats.jsonl", "chats.csv", "chats.parquet"])
+def test_20_000_rows_are_read_in_a_fifth_of_the_time_and_memory_that_100_000_may_take(name, tmp_path):
+    path, text = tmp_path / name, "some words of a text of a usual length, " * 10
+    rows = [{"question": f"{number} {text}", "answer": text} for number in range(20_000)]
+    if name.endswith("parquet"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif name.endswith("csv"):
+        with path.open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, rows[0])
+            table.writeheader()
+            table.writerows(rows)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    done = subprocess.run([sys.executable, "-c", MEASURED, path], capture_output=True, text=True, check=True)
+    count, seconds, kib = map(float, done.stdout.split())
+    assert count == 20_000 and seconds < 60 / 5 and kib * 1024 < 1e9 / 5 + 150e6  # the libraries take about 100 MB
