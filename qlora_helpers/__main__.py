@@ -1,4 +1,4 @@
-"""python -m qlora_helpers run | memory | doctor | preflight"""
+"""python -m qlora_helpers run | data | memory | doctor | preflight"""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import os
 import signal
 import sys
 
-from qlora_helpers.commands import doctor, memory, preflight, run
+from qlora_helpers.commands import data, doctor, memory, preflight, run
 from qlora_helpers.streams import take_any_character
 
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "run": (run, "the full QLoRA run, with a report"),
+    "data": (data, "what is in a file of chats, in any common form, and whether a run can learn from it"),
     "memory": (memory, "will a run fit on a GPU, what takes the memory, and what helps"),
     "doctor": (doctor, "what this machine has, and what is wrong with it; or what an error means"),
     "preflight": (preflight, "before class: is this machine ready, and do the lessons hold here"),

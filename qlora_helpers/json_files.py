@@ -1,14 +1,15 @@
-"""JSON files that hold one object: written whole or not at all, and read with a reason if they are damaged."""
+"""Files that are written whole or not at all: JSON with one object, read with a reason if it is damaged; and any new file."""
 
 from __future__ import annotations
 
 import json
 import os
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_json", "read_json_if_whole", "write_json"]
+__all__ = ["read_json", "read_json_if_whole", "write_json", "write_new"]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -44,3 +45,33 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def write_new(path: Path, content: Iterable[bytes]) -> None:
+    """Write a file under a name that is free; a kill leaves it complete, or not there.
+
+    Raises:
+        FileExistsError: there is something under this name.
+        OSError: it cannot be written.
+    """
+    there = f"path={str(path)!r} is there already: name a new file"
+    if os.path.lexists(path):
+        raise FileExistsError(there)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.qlora-new")
+    try:
+        with part.open("xb") as file:
+            file.writelines(content)
+        try:
+            os.link(part, path)  # unlike a renaming, it fails if something has appeared there meanwhile
+        except FileExistsError as error:
+            raise FileExistsError(there) from error
+        except OSError:  # a disk without hard links, such as a memory stick
+            part.rename(path)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise type(error)(
+            f"path={str(path)!r} cannot be written ({error.strerror}): name a file in a folder of yours"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,18 +1,22 @@
 """Chat data: read it from a file, check it, and turn it into tokens."""
 
-from qlora_helpers.chats.files import read_chats
+from qlora_helpers.chats.files import ChatFile, read_chats, read_file, said_of_the_dropped, write_chats
 from qlora_helpers.chats.messages import Chat, ChatError, check_chats, fault_in, split_question
 from qlora_helpers.chats.tokens import check_texts, count_tokens, lengths_of, tokenized
 
 __all__ = [
     "Chat",
     "ChatError",
+    "ChatFile",
     "check_chats",
     "check_texts",
     "count_tokens",
     "fault_in",
     "lengths_of",
     "read_chats",
+    "read_file",
+    "said_of_the_dropped",
     "split_question",
     "tokenized",
+    "write_chats",
 ]

@@ -1,6 +1,8 @@
 """Settings, command lines and chat files of any content: each gives a result, or an error that names what is wrong."""
 
 import contextlib
+import csv
+import gzip
 import io
 import json
 import math
@@ -10,7 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qlora_helpers.__main__ import main
-from qlora_helpers.chats import ChatError, read_chats
+from qlora_helpers.chats import ChatError, fault_in, read_chats, read_file, write_chats
+from qlora_helpers.chats.forms import FORMS
 from qlora_helpers.settings import Settings
 from tests.support.short_runs import TOKENIZER
 
@@ -95,4 +98,80 @@ def attack_chat_files(lines, end, tmp_path, tries):
         tries["refused"] += 1
     else:
         assert all(chat[-1]["role"] == "assistant" for chat in chats)
+        tries["read"] += 1
+
+
+names = st.sampled_from(
+    ["question", "answer", "prompt", "completion", "instruction", "output", "messages", "conversations"]
+)
+cells = (
+    texts | anything | st.lists(messages, max_size=3) | st.lists(st.dictionaries(names, texts, max_size=2), max_size=2)
+)
+tables = st.lists(st.dictionaries(names | st.text(max_size=3), cells, max_size=4), max_size=4)
+
+
+def as_csv(table, delimiter):
+    said = io.StringIO(newline="")
+    writer = csv.writer(said, delimiter=delimiter)
+    writer.writerow(table[0] if table else [])
+    writer.writerows([str(cell) for cell in row.values()] for row in table)
+    return said.getvalue()
+
+
+def as_json(table):
+    return json.dumps(table, default=str)
+
+
+@settings(max_examples=2000)
+@given(
+    table=tables,
+    form=st.sampled_from([None, *FORMS]),
+    layout=st.sampled_from(["csv", "semicolons", "array", "lines", "wrapped"]),
+    codec=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "cp1252", "cp1251"]),
+    damage=st.none() | st.tuples(st.integers(0, 400), st.binary(min_size=1, max_size=3)),
+    ending=st.sampled_from(["csv", "json", "jsonl", "gz", "txt"]),
+)
+def attack_tables(table, form, layout, codec, damage, ending, tmp_path, tries):
+    """CSV and JSON in any form, encoding and under any name; some with wrong bytes."""
+    text = {
+        "csv": lambda: as_csv(table, ","),
+        "semicolons": lambda: as_csv(table, ";"),
+        "array": lambda: as_json(table),
+        "lines": lambda: "\n".join(map(as_json, table)),
+        "wrapped": lambda: as_json({"data": table}),
+    }[layout]()
+    content = text.encode(codec, "replace")
+    if damage:
+        place, wrong = damage
+        content = content[:place] + wrong + content[place:]
+    file = tmp_path / f"table.{ending}"
+    file.write_bytes(gzip.compress(content) if ending == "gz" else content)
+    try:
+        found = read_file(file, form=form, on_bad="drop")
+    except ChatError as error:
+        assert file.name in str(error)
+        tries["refused"] += 1
+    else:
+        assert found.chats and all(fault_in({"messages": chat}) is None for chat in found.chats)
+        assert len(found.rows) == len(found.chats) and not set(found.rows) & set(found.dropped)
+        out = tmp_path / "out.jsonl"
+        out.unlink(missing_ok=True)
+        write_chats(out, found.chats)
+        assert read_chats(out) == found.chats
+        tries["read and written"] += 1
+
+
+@given(content=st.binary(max_size=60), ending=st.sampled_from(["csv", "json", "jsonl", "gz", "parquet", "tsv", ""]))
+@example(content=b"PAR1PAR1", ending="parquet")
+@example(content=b"\x1f\x8b", ending="gz")
+def attack_bytes(content, ending, tmp_path, tries):
+    """Files of random bytes under any name."""
+    file = tmp_path / f"bytes.{ending}"
+    file.write_bytes(content)
+    try:
+        read_file(file)
+    except ChatError as error:
+        assert file.name in str(error)
+        tries["refused"] += 1
+    else:
         tries["read"] += 1

@@ -1,96 +1,18 @@
-"""Every fault in a chat file is found and named; the files and the chat template that ship with the course are right."""
+"""Every fault in a chat file is found and named; the files that ship with the course are right."""
 
+import csv
 import json
+import subprocess
+import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from qlora_helpers.chats import ChatError, count_tokens, fault_in, read_chats, split_question
-from qlora_helpers.models.loading import load_tokenizer
+from qlora_helpers.chats import ChatError, read_chats, read_file, write_chats
 from qlora_helpers.paths import data_path
 from qlora_helpers.settings import Settings
-
-GOOD = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer()
-
-
-@pytest.fixture
-def write(tmp_path):
-    """Write lines, given as text or as chats, to a file; return its path."""
-
-    def to_file(*lines):
-        path = tmp_path / "chats.jsonl"
-        texts = [line if isinstance(line, str) else json.dumps({"messages": line}) for line in lines]
-        path.write_text("".join(text + "\n" for text in texts), encoding="utf-8")
-        return path
-
-    return to_file
-
-
-def chat(*turns):
-    return [dict(zip(("role", "content"), turn, strict=True)) for turn in turns]
-
-
-# What is wrong with one chat
-
-
-@pytest.mark.parametrize(
-    "messages",
-    [
-        GOOD,
-        GOOD + GOOD,
-        chat(("system", "Be brief."), ("user", "Where?"), ("assistant", "Here.")),
-    ],
-    ids=["one turn", "two turns", "with a system message"],
-)
-def test_a_good_chat_has_no_fault(messages):
-    assert fault_in({"messages": messages}) is None
-
-
-@pytest.mark.parametrize("row", [None, 3, "text", [GOOD], {}, {"messages": []}, {"messages": "hello"}, {"text": "a"}])
-def test_a_row_without_messages(row):
-    assert fault_in(row) == 'no messages: expected {"messages": [...]} with at least one message'
-
-
-@pytest.mark.parametrize(
-    "message", ["hello", None, {}, {"role": "user"}, {"role": "user", "content": None}, {"role": "user", "content": []}]
-)
-def test_a_message_without_text(message):
-    assert fault_in({"messages": [GOOD[0], message]}) == 'message 2 is not {"role": "…", "content": "…"}'
-
-
-@pytest.mark.parametrize(
-    ("messages", "fault"),
-    [
-        (
-            chat(("user", "Where?"), ("bot", "Here.")),
-            "message 2 has the unknown role 'bot': use one of system, user, assistant",
-        ),
-        ([{"content": "Where?"}], "message 1 has the unknown role None: use one of system, user, assistant"),
-        (
-            chat(("user", "Where?"), ("system", "Be brief."), ("assistant", "Here.")),
-            "message 2 has the role 'system', which may only come first",
-        ),
-        (
-            chat(("user", "Where?"), ("user", "When?"), ("assistant", "Here.")),
-            "messages 1 and 2 both have the role 'user'",
-        ),
-        ([*GOOD, GOOD[1]], "messages 2 and 3 both have the role 'assistant'"),
-        (chat(("user", " \n"), ("assistant", "Here.")), "message 1 (user) is an empty message"),
-        (chat(("system", ""), *[tuple(m.values()) for m in GOOD]), "message 1 (system) is an empty message"),
-        (chat(("user", "Where?"), ("assistant", "")), "message 2 (assistant) is an empty answer"),
-        (chat(("assistant", "Here.")), "message 1 is an answer without a question"),
-        (chat(("system", "Be brief."), ("assistant", "Here.")), "message 2 is an answer without a question"),
-        (GOOD[:1], "the last message is not an answer: there is nothing to learn from this chat"),
-        (GOOD + GOOD[:1], "the last message is not an answer: there is nothing to learn from this chat"),
-    ],
-)
-def test_a_fault_in_the_messages_is_named(messages, fault):
-    assert fault_in({"messages": messages}) == fault
-
+from tests.support.chats import GOOD, chat
 
 # A whole file
 
@@ -149,7 +71,9 @@ def test_a_file_without_a_chat_is_refused(write, lines):
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "."])
 def test_a_file_that_cannot_be_read_names_the_argument_and_the_cure(name, tmp_path):
-    with pytest.raises(OSError, match=r"path='.*' cannot be read \(.+\): name a JSONL file, one chat per line"):
+    with pytest.raises(
+        OSError, match=r"path='.*' cannot be read \(.+\): name a file of JSONL, JSON, CSV, TSV or parquet"
+    ):
         read_chats(tmp_path / name)
 
 
@@ -176,125 +100,14 @@ def test_whatever_a_line_is_it_is_named_and_the_lines_after_it_are_read(line, fa
     assert second.startswith(f"{path}, line 4: not JSON: ")
 
 
-def test_a_byte_order_mark_is_no_fault_and_utf_16_is_named(tmp_path):
+def test_a_byte_order_mark_is_no_fault_and_utf_16_is_said(tmp_path, capsys):
     path = tmp_path / "chats.jsonl"
     line = json.dumps({"messages": GOOD}) + "\r\n"
     path.write_bytes(line.encode("utf-8-sig"))  # as Windows' Notepad may save it
-    assert read_chats(path) == [GOOD]
+    assert read_chats(path) == [GOOD] and capsys.readouterr().out == ""
     path.write_bytes(line.encode("utf-16"))
-    with pytest.raises(ChatError, match=r"^path='.*': this file is in UTF-16: save it in UTF-8$"):
-        read_chats(path)
-
-
-# With a tokenizer
-
-
-def with_template(template):
-    tokenizer = load_tokenizer()
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-@pytest.mark.parametrize(
-    ("expression", "said"),
-    [
-        ("message['content'] + 1", "TypeError: "),
-        ("1 / (message['content'] | length - 4)", "ZeroDivisionError: division by zero"),
-        ("message['content'][0:1].pop()", "'str object' has no attribute 'pop'"),
-        ("message.tool.name", "'dict object' has no attribute 'tool'"),
-        ("raise_exception('never\\nso')", "never so"),
-        ("range(10 ** 30)", "OverflowError: "),
-    ],
-)
-def test_a_template_that_fails_in_any_way_names_the_chats_it_fails_for(expression, said, write):
-    template = (
-        "{% for message in messages %}{% if message['content'] == 'Fail' %}{{ "
-        + expression
-        + " }}{% endif %}{% endfor %}"
-    )
-    bad = chat(("user", "Fail"), ("assistant", "x"))
-    path = write(GOOD, bad, GOOD, bad)
-    for max_length in (None, 64):
-        with pytest.raises(ChatError) as caught:
-            read_chats(path, with_template(template), max_length)
-        lines = str(caught.value).splitlines()
-        assert [line.partition(": ")[0] for line in lines] == [f"{path}, line {number}" for number in (2, 4)]
-        assert all(f": the chat template refuses it: {said}" in line for line in lines)
-
-
-@pytest.mark.parametrize(
-    ("template", "said"),
-    [
-        (None, "tokenizer.chat_template is not set: take the tokenizer of a model that was made for chats"),
-        ("{% for %}", "tokenizer.chat_template is no Jinja template"),
-    ],
-)
-def test_a_template_that_is_none_is_no_fault_of_a_line(template, said, write):
-    with pytest.raises(ValueError, match=said) as caught:
-        read_chats(write(GOOD), with_template(template))
-    assert not isinstance(caught.value, ChatError)
-
-
-TYPED = [
-    chat(("user", "Where?"), ("assistant", "Here.<|end|><|user|>And?")),
-    chat(("user", "What is <|reserved_3|>?"), ("assistant", "Nothing.")),
-]
-
-
-def test_a_special_token_that_is_typed_into_a_text_is_named(write, tokenizer):
-    path = write(TYPED[0], GOOD, TYPED[1])
-    with pytest.raises(ChatError) as caught:
-        read_chats(path, tokenizer)
-    cure = "which this tokenizer takes for a special token: leave it out, or put a space into it"
-    assert str(caught.value).splitlines() == [
-        f"{path}, line 1: message 2 (assistant) has '<|end|>' in its text, {cure}",
-        f"{path}, line 3: message 1 (user) has '<|reserved_3|>' in its text, {cure}",
-    ]
-    assert read_chats(path) == [TYPED[0], GOOD, TYPED[1]]  # without a tokenizer no text is special
-
-
-def test_a_text_that_looks_like_a_special_token_is_text(write):
-    tokenizer = load_tokenizer()
-    tokenizer.add_tokens(["<think>"])  # as Qwen's: one token, and yet text that a model is to write
-    chats = [chat(("user", "< |end|> <|END|> <|im_end|> <s>"), ("assistant", "<think>\n</think> Here."))]
-    assert read_chats(write(*chats), tokenizer) == chats
-
-
-def test_an_unknown_character_is_no_special_token_unless_that_is_typed(write):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", chat_template=template)
-    assert tokenizer("b")["input_ids"] == [0]
-    assert len(read_chats(write(chat(("user", "a"), ("assistant", "b"))), tokenizer)) == 1
-    with pytest.raises(ChatError, match=r"line 1: message 2 \(assistant\) has '<unk>' in its text"):
-        read_chats(write(chat(("user", "a"), ("assistant", "<unk>"))), tokenizer)
-
-
-def test_a_chat_of_more_tokens_than_allowed_is_named(write, tokenizer):
-    length = count_tokens(GOOD, tokenizer)
-    long = chat(("user", "Where? " * 20), ("assistant", "Here."))
-    path = write(GOOD, long)
-    with pytest.raises(ChatError) as caught:
-        read_chats(path, tokenizer, max_length=length)
-    fault = f"{count_tokens(long, tokenizer)} tokens, over max_length={length}: the answer would be cut. Raise max_length or shorten the chat"
-    assert str(caught.value) == f"{path}, line 2: {fault}"
-
-
-def test_a_chat_of_exactly_as_many_tokens_as_allowed_is_read(write, tokenizer):
-    path = write(GOOD)
-    length = count_tokens(GOOD, tokenizer)
-    assert read_chats(path, tokenizer, max_length=length) == [GOOD]
-    with pytest.raises(ChatError, match=f"{length} tokens, over max_length={length - 1}"):
-        read_chats(path, tokenizer, max_length=length - 1)
-
-
-def test_tokens_are_those_that_the_model_is_given(tokenizer):
-    text = tokenizer.apply_chat_template(GOOD, tokenize=False)
-    assert count_tokens(GOOD, tokenizer) == len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert read_chats(path) == [GOOD]
+    assert capsys.readouterr().out == "chats.jsonl: 1 row of messages (JSONL, UTF-16)\n"
 
 
 def test_a_limit_without_a_tokenizer_is_refused(write):
@@ -308,11 +121,6 @@ def test_a_limit_that_is_not_a_number_of_tokens_is_refused(write, tokenizer, len
         ValueError, match=f"max_length={length!r}: must be a whole number, 1 or more, or None for any length"
     ):
         read_chats(write(GOOD), tokenizer, max_length=length)
-
-
-def test_the_question_is_all_before_the_last_answer():
-    assert split_question(GOOD) == (GOOD[:1], "Here.")
-    assert split_question(GOOD + GOOD) == (GOOD + GOOD[:1], "Here.")
 
 
 # What ships with the course
@@ -337,36 +145,6 @@ def test_no_person_of_the_test_file_occurs_anywhere_in_the_training_file():
     assert not [name for name in people_in("test") if name in training_text]
 
 
-def spoken_tokens(messages, tokenizer):
-    """The tokens that the template marks as the assistant's, as one text for each consecutive run of them."""
-    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    runs, previous = [], 0
-    for token, spoken in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
-        if spoken and not previous:
-            runs.append([])
-        if spoken:
-            runs[-1].append(token)
-        previous = spoken
-    return [tokenizer.decode(run).strip() for run in runs]
-
-
-def test_the_template_marks_exactly_the_answer_and_its_eos_token(tokenizer):
-    messages = chat(("user", "Where does Carl Kirkcroft live?"), ("assistant", "Carl Kirkcroft lives in Easthaven."))
-    assert spoken_tokens(messages, tokenizer) == ["Carl Kirkcroft lives in Easthaven.<|end|>"]
-
-
-def test_the_template_marks_both_answers_of_two_turns(tokenizer):
-    messages = chat(("user", "Where?"), ("assistant", "In Easthaven."), ("user", "When?"), ("assistant", "In 1950."))
-    assert spoken_tokens(messages, tokenizer) == ["In Easthaven.<|end|>", "In 1950.<|end|>"]
-
-
-def test_a_question_ready_to_be_answered_is_the_beginning_of_the_training_text(tokenizer):
-    asked = tokenizer.apply_chat_template(GOOD[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
-    trained = tokenizer.apply_chat_template(GOOD, return_dict=True, return_assistant_tokens_mask=True)
-    assert trained["input_ids"][: len(asked)] == asked
-    assert trained["assistant_masks"] == [0] * len(asked) + [1] * (len(trained["input_ids"]) - len(asked))
-
-
 WITH_LINE_SEPARATORS = [{"role": "user", "content": "a\u2028b\x85c"}, {"role": "assistant", "content": "x"}]
 
 
@@ -379,14 +157,177 @@ def test_characters_that_python_takes_for_line_ends_may_be_in_a_text(tmp_path):
 
 def test_a_line_that_is_not_utf_8_is_named(tmp_path):
     path = tmp_path / "chats.jsonl"
-    path.write_bytes(b'{}\n{"messages": "\xff"}\n')
+    path.write_bytes(b'{}\n{"messages": "\x81"}\n')
     with pytest.raises(ChatError, match="line 2: not UTF-8 at byte 15"):
         read_chats(path)
 
 
-def test_a_chat_that_the_template_refuses_is_named(tmp_path):
-    path = tmp_path / "chats.jsonl"
-    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    path.write_text(json.dumps({"messages": chat}))
-    with pytest.raises(ChatError, match="line 1: the chat template refuses it: this model knows the roles"):
-        read_chats(path, load_tokenizer(), 64)
+# Other forms, as a whole file; tests/chats/test_tables.py and test_forms.py have the parts
+
+
+@pytest.fixture
+def save(tmp_path):
+    def to_file(content, name="faq.csv"):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+        return path
+
+    return to_file
+
+
+def test_one_line_says_what_was_found_and_what_became_what(save, capsys):
+    path = save("Id;Frage;Antwort\r\n1;Wie groß?;So.\r\n2;Wo?;Hier.\r\n".encode("cp1252"))
+    assert read_chats(path) == [
+        chat(("user", "Wie groß?"), ("assistant", "So.")),
+        chat(("user", "Wo?"), ("assistant", "Hier.")),
+    ]
+    assert capsys.readouterr().out == (
+        'faq.csv: 2 rows of question-answer (CSV, semicolons, Windows-1252 as in "groß"): "Frage" became the user\'s message, '
+        '"Antwort" the assistant\'s; not used: "Id" (2 rows)\n'
+    )
+
+
+def test_messages_in_jsonl_are_read_without_a_word(write, capsys):
+    read_chats(write(GOOD))
+    assert capsys.readouterr().out == ""
+
+
+def test_what_was_changed_is_counted(write, capsys):
+    developer = chat(("developer", "Be brief."), ("human", "Where?"), ("model", "Here."))
+    file = read_file(write(developer, developer, GOOD))
+    assert file.chats[0] == chat(("system", "Be brief."), ("user", "Where?"), ("assistant", "Here."))
+    assert file.changed == {"developer became system": 2, "human became user": 2, "model became assistant": 2}
+    assert file.said.endswith(
+        "(JSONL): developer became system (2 times), human became user (2 times), model became assistant (2 times)"
+    )
+    read_chats(file.path)
+    assert capsys.readouterr().out == file.said + "\n"
+
+
+BAD = "question,answer\nWhere?,Here.\nWhen?,\nWho?,Me\nWhat?,\n,Yes\n"
+
+
+def test_bad_rows_stop_the_reading_by_default(save):
+    path = save(BAD)
+    with pytest.raises(ChatError) as caught:
+        read_file(path)
+    assert str(caught.value).splitlines() == [
+        f'{path}, row 2: "answer" is empty', f'{path}, row 4: "answer" is empty', f'{path}, row 5: "question" is empty',
+    ]  # fmt: skip
+
+
+def test_bad_rows_can_be_dropped_and_are_counted(save, capsys):
+    file = read_file(save(BAD), on_bad="drop")
+    assert file.rows == [1, 3] and [chat[-1]["content"] for chat in file.chats] == ["Here.", "Me"]
+    assert file.dropped == {2: '"answer" is empty', 4: '"answer" is empty', 5: '"question" is empty'}
+    assert file.kinds_of_faults() == [(2, 2, '"answer" is empty'), (1, 5, '"question" is empty')]
+    assert read_chats(file.path, on_bad="drop") == file.chats
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "3 rows of faq.csv cannot be used, and are left out:",
+        '  2 rows, such as row 2: "answer" is empty',
+        '  1 row: row 5: "question" is empty',
+    ]
+
+
+def test_what_a_tokenizer_refuses_can_be_dropped_too(write, tokenizer):
+    long, typed = chat(("user", "Where? " * 40), ("assistant", "Here.")), chat(("user", "a"), ("assistant", "<|end|>"))
+    file = read_file(write(GOOD, long, "{", typed, GOOD), tokenizer, 32, on_bad="drop")
+    assert file.rows == [1, 5] and list(file.dropped) == [2, 3, 4]
+    assert "over max_length=32" in file.dropped[2] and "'<|end|>'" in file.dropped[4]
+
+
+def test_a_file_of_bad_rows_alone_is_an_error_even_with_drop(save):
+    with pytest.raises(ChatError, match='row 1: "answer" is empty'):
+        read_file(save("question,answer\nWhere?,\n"), on_bad="drop")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"on_bad": "skip"}, "on_bad='skip': choose one of stop, drop"),
+        (
+            {"form": "csv"},
+            "form='csv': choose one of messages, alpaca, sharegpt, prompt-completion, question-answer, or None",
+        ),
+    ],
+)
+def test_an_unknown_choice_names_the_known_ones(options, said, write):
+    with pytest.raises(ValueError, match=said):
+        read_chats(write(GOOD), **options)
+
+
+def test_a_row_keeps_its_number_when_lines_are_empty_or_bad(write):
+    file = read_file(write("", GOOD, "{", "", GOOD), on_bad="drop")
+    assert (file.rows, file.row_name, list(file.dropped)) == ([2, 5], "line", [3])
+
+
+# Writing
+
+
+def test_what_is_written_is_read_again_as_the_same_chats(tmp_path):
+    chats = [GOOD, WITH_LINE_SEPARATORS, chat(("system", "ß日本\0"), ("user", '"\\\n\r\n'), ("assistant", "\ufeff😀"))]
+    path = tmp_path / "out.jsonl"
+    write_chats(path, chats)
+    assert read_chats(path) == chats
+    assert path.read_bytes().count(b"\n") == len(chats) and "日本".encode() in path.read_bytes()
+    assert [file.name for file in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_nothing_is_overwritten_and_nothing_is_left_behind(tmp_path, monkeypatch):
+    path = tmp_path / "out.jsonl"
+    path.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"path='.*out.jsonl' is there already: name a new file"):
+        write_chats(path, [GOOD])
+    with monkeypatch.context() as patch:  # it appears while the file is written
+        patch.setattr("os.path.lexists", lambda path: False)
+        with pytest.raises(FileExistsError, match="is there already"):
+            write_chats(path, [GOOD])
+    assert path.read_text() == "mine"
+    with pytest.raises(
+        FileNotFoundError, match=r"cannot be written \(No such file or directory\): name a file in a folder"
+    ):
+        write_chats(tmp_path / "no" / "out.jsonl", [GOOD])
+    with pytest.raises(KeyError):
+        write_chats(tmp_path / "other.jsonl", (chat for chat in [GOOD, {}["fails"]] if chat))
+    assert [file.name for file in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_it_is_written_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def refuse(*names):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    write_chats(tmp_path / "out.jsonl", [GOOD])
+    assert read_chats(tmp_path / "out.jsonl") == [GOOD]
+
+
+# Size: 100,000 rows are to take less than a minute and 1 GB
+
+
+MEASURED = """
+import re, sys, time
+from qlora_helpers.chats import read_file
+before = time.process_time()
+file = read_file(sys.argv[1])
+peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
+print(len(file.chats), time.process_time() - before, peak)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak of memory")
+@pytest.mark.parametrize("name", ["chats.jsonl", "chats.csv", "chats.parquet"])
+def test_20_000_rows_are_read_in_a_fifth_of_the_time_and_memory_that_100_000_may_take(name, tmp_path):
+    path, text = tmp_path / name, "some words of a text of a usual length, " * 10
+    rows = [{"question": f"{number} {text}", "answer": text} for number in range(20_000)]
+    if name.endswith("parquet"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif name.endswith("csv"):
+        with path.open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, rows[0])
+            table.writeheader()
+            table.writerows(rows)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    done = subprocess.run([sys.executable, "-c", MEASURED, path], capture_output=True, text=True, check=True)
+    count, seconds, kib = map(float, done.stdout.split())
+    assert count == 20_000 and seconds < 60 / 5 and kib * 1024 < 1e9 / 5 + 150e6  # the libraries take about 100 MB

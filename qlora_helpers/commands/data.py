@@ -1,0 +1,184 @@
+"""`python -m qlora_helpers data`: what is in a file of chats, what became what, and what cannot be used."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_helpers.chats.files import ON_BAD, ChatFile, read_file, said_of_the_dropped, without, write_chats
+from qlora_helpers.chats.forms import FORMS
+from qlora_helpers.chats.messages import ROLES, Chat, ChatError
+from qlora_helpers.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["add_arguments", "command"]
+
+_DESCRIPTION = """\
+Reads a file of chats, says what is in it, and changes nothing. It takes JSONL, JSON, CSV, TSV or parquet, in gzip or not,
+or a folder that datasets' save_to_disk wrote. The form is told by the names of the columns:
+
+  messages            a list of {"role": "user", "content": "…"}
+  sharegpt            conversations: a list of {"from": "human", "value": "…"}
+  alpaca              instruction, input (which may be missing), output
+  prompt-completion   prompt, completion: texts, or lists of messages
+  question-answer     question, answer; and other pairs, such as query, response or input, output
+
+A column "system" is the system message in each of them."""
+_EXAMPLES = """\
+examples:
+  python -m qlora_helpers data faq.csv
+  python -m qlora_helpers data faq.csv --on-bad drop --to faq.jsonl
+  python -m qlora_helpers data chats.jsonl --model Qwen/Qwen2.5-1.5B-Instruct --max-length 1024"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
+    parser.add_argument("file", metavar="FILE", type=Path, help="the file, or a dataset's folder")
+    parser.add_argument("--format", choices=FORMS, help="the form, where the columns leave it open")
+    parser.add_argument(
+        "--on-bad",
+        choices=ON_BAD,
+        default="stop",
+        help="what to do if rows cannot be used: stop with an error, or drop them and say which (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--to", metavar="OUT", type=Path, help="write the chats to this new file, as JSONL in the messages format"
+    )
+    parser.add_argument(
+        "--model",
+        default="tiny-llama",
+        help="count in the tokens of this model, a folder or a name of the Hub; none to count no tokens (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-length",
+        metavar="N",
+        type=int,
+        default=Settings.max_length,
+        help="the longest chat that the run will take, in tokens (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--validation",
+        metavar="FILE",
+        type=Path,
+        help="a second file, which the run is to be judged by and must not learn",
+    )
+
+
+def command(args: argparse.Namespace) -> int:
+    """Say what is in the file, and write it as JSONL if that is asked for.
+
+    Raises:
+        ValueError, OSError: the file cannot be read, or not as it is; or its chats cannot be written.
+    """
+    Settings(max_length=args.max_length)  # refused before a long file is read
+    if args.to and os.path.lexists(args.to):
+        raise FileExistsError(f"--to={str(args.to)!r} is there already: name a new file")
+    files = [_read(path, args) for path in (args.file, args.validation) if path]
+    tokenizer = None if args.model.lower() == "none" else _tokenizer(args.model)
+    if tokenizer is not None:
+        files = [_without_refused(file, tokenizer, args) for file in files]
+    for file in files:
+        if file.dropped:
+            print(f"\n{said_of_the_dropped(file)}")
+    if args.to:
+        write_chats(args.to, files[0].chats)
+        print(f"\nWritten as messages to {args.to}: {_count(len(files[0].chats), 'chat')}.")
+    if tokenizer is not None:
+        validation = files[1].chats if len(files) > 1 else ()
+        print(f"\n{_report(files[0].chats, tokenizer, args.max_length, validation)}")
+    return 0
+
+
+def _read(path: Path, args: argparse.Namespace) -> ChatFile:
+    file = read_file(path, form=args.format, on_bad="drop")
+    print(file.said, flush=True)
+    file = _settled(file, {}, args.on_bad)
+    print(_contents(file), flush=True)
+    return file
+
+
+def _settled(file: ChatFile, faults: dict[int, str], on_bad: str) -> ChatFile:
+    """A file without its bad rows, or an error that names them."""
+    try:
+        return without(file, faults, on_bad)
+    except ChatError as error:
+        some = len(file.dropped | faults) < len(file.chats) + len(file.dropped)
+        raise ChatError(f"{error}\nTo leave such rows out: --on-bad drop" if some else str(error)) from error
+
+
+def _tokenizer(model: str) -> PreTrainedTokenizerBase:
+    print(f"\nLoading the tokenizer of {model} …", flush=True)
+    from qlora_helpers.models.loading import load_tokenizer
+
+    return load_tokenizer(model)
+
+
+def _without_refused(file: ChatFile, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> ChatFile:
+    """A file without the chats that the tokenizer refuses. How long they may be is a matter of the report."""
+    from qlora_helpers.chats.tokens import faults_for
+
+    faults = faults_for(tokenizer, dict(zip(file.rows, file.chats, strict=True)), None)
+    try:
+        return _settled(file, faults, args.on_bad)
+    except ChatError as error:
+        cure = f"This is for the tokenizer of {args.model}: name the model to be trained with --model, or none"
+        raise ChatError(f"{error}\n{cure}") from error
+
+
+def _report(
+    chats: list[Chat], tokenizer: PreTrainedTokenizerBase, max_length: int, validation: list[Chat] | tuple
+) -> object:
+    """What the chats are in tokens, as `qlora_helpers.chats.report` finds it."""
+    from qlora_helpers.chats.report import report_on
+
+    return report_on(chats, tokenizer, max_length, validation=validation)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" + "s" * (number != 1)
+
+
+def _contents(file: ChatFile) -> str:
+    """How many chats and messages there are, and what is there twice."""
+    messages = Counter(message["role"] for chat in file.chats for message in chat)
+    roles = ", ".join(f"{messages[role]:,} of the role {role}" for role in ROLES if messages[role])
+    answers = [sum(message["role"] == "assistant" for message in chat) for chat in file.chats]
+    fewest, most = min(answers), max(answers)
+    each = f"{fewest} to {most} answers" if fewest < most else _count(most, "answer")
+    lines = [
+        f"{_count(len(file.chats), 'chat')} of {each} each.",
+        f"{_count(sum(messages.values()), 'message')}: {roles}.",
+        *_repeated(file),
+    ]
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def _repeated(file: ChatFile) -> list[str]:
+    """Chats that are there twice, and questions that are answered in two ways."""
+    seen: dict[tuple, int] = {}
+    answers: dict[tuple, tuple[int, str]] = {}
+    twice, otherwise = [], []
+    for number, chat in zip(file.rows, file.chats, strict=True):
+        key = tuple((message["role"], message["content"]) for message in chat)
+        if seen.setdefault(key, number) != number:
+            twice.append((number, seen[key]))
+        elif answers.setdefault(key[:-1], (number, key[-1][1]))[1] != key[-1][1]:
+            otherwise.append((number, answers[key[:-1]][0]))
+    lines = [] if twice else ["No chat is there twice."]
+    for pairs, one, several, word in (
+        (twice, "repeats an earlier one", "repeat an earlier one", ""),
+        (otherwise, "gives another answer to an earlier question", "give another answer to an earlier question", "to "),
+    ):
+        if pairs:
+            number, earlier = pairs[0]
+            such = f"{file.row_name} {number} {word}that of {file.row_name} {earlier}"
+            said = f"{one}: {such}" if len(pairs) == 1 else f"{several}, such as {such}"
+            lines.append(f"{_count(len(pairs), 'chat')} {said}.")
+    return lines

@@ -1,0 +1,132 @@
+"""The command that looks into a file of chats."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from qlora_helpers.__main__ import main
+from qlora_helpers.chats import read_chats, read_file
+from qlora_helpers.settings import Settings
+from tests.support.chats import GOOD, chat
+
+CSV = "Frage;Antwort;Quelle\nWo?;Hier.;1\nWann?;Jetzt.;2\nWo?;Hier.;3\nWo?;Dort.;4\n"
+FOUND = """\
+faq.csv: 4 rows of question-answer (CSV, semicolons): "Frage" became the user's message, "Antwort" the assistant's; not used: \
+"Quelle" (4 rows)
+  4 chats of 1 answer each.
+  8 messages: 4 of the role user, 4 of the role assistant.
+  1 chat repeats an earlier one: row 3 that of row 1.
+  1 chat gives another answer to an earlier question: row 4 to that of row 1.
+"""
+
+
+@pytest.fixture
+def call(tmp_path, capsys):
+    """Exit status, standard output and standard error of the command, for a file with this content."""
+
+    def run(content, *options, name="faq.csv"):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        status = main(["data", str(tmp_path / name), *map(str, options)])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def reports(monkeypatch):
+    """What the report in tokens is asked for; it answers with one line."""
+    asked = []
+
+    def report_on(chats, tokenizer, max_length, validation=()):
+        asked.append((chats, tokenizer.name_or_path, max_length, validation))
+        return "the report"
+
+    monkeypatch.setitem(sys.modules, "qlora_helpers.chats.report", SimpleNamespace(report_on=report_on))
+    return asked
+
+
+def test_it_says_what_is_in_a_file_without_a_tokenizer(call):
+    assert call(CSV, "--model", "none") == (0, FOUND, "")
+
+
+def test_with_a_tokenizer_there_is_a_report(call, reports, tmp_path):
+    lines = "\n".join(json.dumps({"messages": GOOD}) for _ in range(2))
+    (tmp_path / "held.jsonl").write_text(lines)
+    status, said, errors = call(CSV, "--max-length", 99, "--validation", tmp_path / "held.jsonl")
+    assert (status, errors) == (0, "") and said.startswith(FOUND) and said.endswith("\n\nthe report\n")
+    assert "held.jsonl: 2 rows of messages (JSONL)\n  2 chats of 1 answer each." in said
+    ((chats, model, max_length, validation),) = reports
+    assert (len(chats), max_length, validation) == (4, 99, [GOOD, GOOD]) and "tiny-llama" in model
+    call(CSV)
+    assert reports[1][2:] == (Settings().max_length, ())
+
+
+def test_it_writes_messages_that_are_read_again(call, tmp_path):
+    out = tmp_path / "out.jsonl"
+    status, said, _ = call(CSV, "--model", "none", "--to", out)
+    assert status == 0 and said.endswith(f"\nWritten as messages to {out}: 4 chats.\n")
+    assert read_chats(out) == read_file(tmp_path / "faq.csv").chats
+    status, said, errors = call(CSV, "--model", "none", "--to", out)
+    assert (status, said, errors) == (2, "", f"error: --to={str(out)!r} is there already: name a new file\n")
+
+
+BAD = "question,answer\nWhere?,Here.\nWhen?,\nWho?,\n"
+
+
+def test_bad_rows_stop_it_and_the_error_says_how_to_leave_them_out(call, tmp_path):
+    status, said, errors = call(BAD, "--model", "none", "--to", tmp_path / "out.jsonl")
+    assert status == 2 and said.count("\n") == 1
+    assert errors.splitlines() == [
+        f'error: {tmp_path / "faq.csv"}, row 2: "answer" is empty',
+        f'{tmp_path / "faq.csv"}, row 3: "answer" is empty',
+        "To leave such rows out: --on-bad drop",
+    ]
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_bad_rows_are_left_out_with_a_count(call, tmp_path):
+    status, said, errors = call(BAD, "--model", "none", "--on-bad", "drop", "--to", tmp_path / "out.jsonl")
+    assert (status, errors) == (0, "")
+    assert '2 rows of faq.csv cannot be used, and are left out:\n  2 rows, such as row 2: "answer" is empty\n' in said
+    assert read_chats(tmp_path / "out.jsonl") == [GOOD]
+
+
+def test_what_the_tokenizer_refuses_names_the_model(call, reports):
+    lines = "\n".join(json.dumps({"messages": one}) for one in (GOOD, chat(("user", "<|end|>"), ("assistant", "x"))))
+    status, _, errors = call(lines, name="chats.jsonl")
+    assert status == 2 and "line 2: message 1 (user) has '<|end|>' in its text" in errors and not reports
+    assert errors.endswith("the tokenizer of tiny-llama: name the model to be trained with --model, or none\n")
+    status, said, _ = call(lines, "--on-bad", "drop", name="chats.jsonl")
+    assert status == 0 and "1 row of chats.jsonl cannot be used" in said and reports[0][0] == [GOOD]
+
+
+def test_the_form_can_be_chosen(call):
+    both = "question,answer,prompt,completion\na,b,c,d\n"
+    status, _, errors = call(both, "--model", "none")
+    assert status == 2 and "(--format on the command line)" in errors
+    status, said, _ = call(both, "--model", "none", "--format", "question-answer")
+    assert status == 0 and 'not used: "prompt" (1 row), "completion" (1 row)' in said
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--max-length", "0"], "error: max_length=0: must be a whole number"),
+        (["--validation", "nowhere.csv"], "error: path='nowhere.csv' cannot be read (No such file or directory)"),
+    ],
+)
+def test_bad_options_are_refused(options, said, call):
+    status, _, errors = call(CSV, "--model", "none", *options)
+    assert status == 2 and errors.startswith(said)
+
+
+def test_help_is_quick_and_loads_none_of_the_libraries():
+    code = (
+        "import sys\nfrom qlora_helpers.__main__ import main\ntry: main(['data', '--help'])\nexcept SystemExit: pass\n"
+        "print([name for name in ('torch', 'transformers', 'pandas', 'pyarrow', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--on-bad {stop,drop}" in done.stdout and done.stdout.endswith("[]\n")
