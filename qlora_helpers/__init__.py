@@ -1,9 +1,11 @@
 """The shared code of the QLoRA course. Each module is one concept, and the package's rooms group them:
 
-- here: `quantize`, `chats`, `evaluation`, `settings` and what all rooms use;
+- here: `quantize`, `settings` and what all rooms use;
+- `chats`: chat data, from a file to tokens;
 - `models`: load a model, look into it, save it;
 - `training`: a run, its checkpoints, and what can go wrong in it;
 - `adapters`: adapters as files, and merging them;
+- `evaluation`: how well a model does, and what it has forgotten;
 - `memory`: predict what a run takes, and measure it;
 - `course`: the lessons' checks, figures and sliders, and the troubleshooting page;
 - `commands`: what `python -m qlora_helpers` runs.

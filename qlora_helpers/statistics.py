@@ -1,19 +1,32 @@
-"""Statistics for the lessons: runs that differ only in their seed, and how close values are to a normal distribution.
+"""Statistics: runs that differ only in their seed, a model before and after training on the same cases, and how close
+values are to a normal distribution.
 
 scipy computes all of it. It is imported where it is used, since importing it takes a second.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qlora_helpers import validation
+
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Interval", "difference", "excess_kurtosis", "interval", "qq_correlation"]
+__all__ = [
+    "Interval",
+    "difference",
+    "excess_kurtosis",
+    "interval",
+    "mcnemar",
+    "qq_correlation",
+    "ratio",
+    "standard_error",
+]
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,13 @@ class Interval:
     def is_noise(self) -> bool:
         """Whether the interval contains zero: for a difference, that none was found."""
         return abs(self.mean) <= self.half
+
+    @property
+    def standard_error(self) -> float:
+        """The standard error of the mean, in the unit of the values."""
+        from scipy import stats
+
+        return self.half / float(stats.t.ppf(0.975, self.count - 1))
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -59,6 +79,60 @@ def difference(values: Sequence[float], others: Sequence[float]) -> Interval:
     if len(values) != len(others):
         raise ValueError(f"values has {len(values)} runs and others {len(others)}: pass one of each for every seed")
     return interval([a - b for a, b in zip(values, others, strict=True)])
+
+
+def standard_error(share: float, count: int) -> float:
+    """The standard error of a share measured on `count` independent cases: sqrt(share (1 - share) / count).
+
+    Raises:
+        ValueError: the share is not from 0 to 1, or the count is no positive whole number.
+    """
+    share, count = validation.number("share", share, at_least=0, at_most=1), validation.whole("count", count)
+    return math.sqrt(share * (1 - share) / count)
+
+
+def ratio(totals: Sequence[float], counts: Sequence[float]) -> Interval:
+    """The sum of all totals over the sum of all counts, such as a loss per token, and its 95 % confidence interval.
+
+    The tokens of one text are not independent of one another, so what varies is taken to be the text: with residuals
+    e = total - ratio * count of n texts, the standard error is sqrt(n / (n - 1) * sum(e²)) / sum(counts), and the
+    interval is Student's t with n - 1 degrees of freedom (Cochran, Sampling Techniques, 3rd ed., section 6.3; for scores
+    of language models: Miller 2024, arXiv:2411.00640). For the difference of two models pass the differences of their
+    totals.
+
+    Raises:
+        ValueError: the two differ in length, there are fewer than two, or the counts add up to nothing.
+    """
+    from scipy import stats
+
+    if len(totals) != len(counts):
+        raise ValueError(f"totals has length {len(totals)} and counts {len(counts)}: pass one of each for every text")
+    if (n := len(totals)) < 2:
+        raise ValueError(f"totals has length {n}: an interval needs 2 values or more")
+    if (count := math.fsum(counts)) <= 0:
+        raise ValueError(f"counts={validation.shown(list(counts))}: must add up to more than 0")
+    mean = math.fsum(totals) / count
+    squares = math.fsum((total - mean * one) ** 2 for total, one in zip(totals, counts, strict=True))
+    error = math.sqrt(n / (n - 1) * squares) / count
+    return Interval(mean, float(stats.t.ppf(0.975, n - 1)) * error, n)
+
+
+def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
+    """How likely a change of right answers this large is by chance alone: the exact test of McNemar, two-sided.
+
+    Only cases that changed count: by chance, each is as likely to have become right as wrong (a binomial test with 1/2).
+    1 if none has changed.
+
+    Raises:
+        ValueError: the two differ in length.
+    """
+    from scipy import stats
+
+    if len(before) != len(after):
+        raise ValueError(f"before has length {len(before)} and after {len(after)}: pass the same cases")
+    gained = sum(not one and bool(other) for one, other in zip(before, after, strict=True))
+    lost = sum(bool(one) and not other for one, other in zip(before, after, strict=True))
+    return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
 def qq_correlation(values: torch.Tensor) -> float:

@@ -12,7 +12,7 @@ __all__ = ["take_any_character"]
 
 PLAIN = {
     "✓": "[ok]", "✗": "[!]", "○": "( )", "·": "-", "…": "...", "–": "-", "‘": "'", "’": "'", "“": '"', "”": '"',
-    "×": "x", "→": "->", "±": "+-", "≤": "<=", "≥": ">=", "≈": "~", "█": "#",
+    "×": "x", "→": "->", "±": "+-", "≤": "<=", "≥": ">=", "≈": "~", "█": "#", "⏎": "\\n",
 }  # fmt: skip
 _NAME = "qlora_helpers.plain"
 # what Python sets by itself; any other way was chosen by the user, with PYTHONIOENCODING

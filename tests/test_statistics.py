@@ -1,17 +1,19 @@
-"""Means over seeds and their intervals, compared with values from other sources."""
+"""Means and ratios with their intervals, and McNemar's test, compared with values from other sources."""
 
 import json
 import math
 import random
 import statistics
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from data.scripts.measure import quality as measure_quality
 from qlora_helpers import evaluation
 from qlora_helpers.paths import data_path
 from qlora_helpers.settings import Settings
-from qlora_helpers.statistics import difference, interval
+from qlora_helpers.statistics import difference, interval, mcnemar, ratio
 from qlora_helpers.training.trainer import check_settings
 from tests.support.short_runs import CPU
 
@@ -110,3 +112,63 @@ def test_a_run_of_the_table_can_be_repeated_in_short(monkeypatch):
     found = measure_quality.measure(row, 0, {"steps": 2, "batch_size": 2, "warmup_steps": 0})
     assert found["outcome"] == "ran" and found["trained_parameters"] == 2_984_192
     assert found["exact_match"] == 0.5 and found["recall"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "said"),
+    [
+        (1.5, 10, "share=1.5: must be a number, 0 to 1"),
+        (float("nan"), 10, "share=nan: must be a number, 0 to 1"),
+        (0.5, 0, "count=0: must be a whole number, 1 or more"),
+        (0.5, 2.5, "count=2.5: must be a whole number, 1 or more"),
+    ],
+)
+def test_what_is_no_share_of_a_count_has_no_standard_error(share, count, said):
+    with pytest.raises(ValueError, match=said):
+        evaluation.standard_error(share, count)
+
+
+def test_the_standard_error_of_a_share():
+    assert evaluation.standard_error(0.5, 100) == pytest.approx(0.05)
+    assert evaluation.standard_error(0.9, 400) == pytest.approx(0.015)
+    assert evaluation.standard_error(1.0, 500) == 0
+
+
+def test_a_ratio_of_equal_counts_is_the_mean_and_its_interval():
+    values = [0.5, 2.0, 1.0, 3.5]
+    found, wanted = ratio(values, [1, 1, 1, 1]), interval(values)
+    assert (found.mean, found.half, found.count) == (pytest.approx(wanted.mean), pytest.approx(wanted.half), 4)
+    assert found.standard_error == pytest.approx(stats.sem(values))
+
+
+def test_the_interval_of_a_ratio_contains_the_true_one_in_95_of_100_cases():
+    """Texts of very different length, each with a loss per token of its own around 2."""
+    draw = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        counts = draw.integers(1, 60, 80)
+        totals = counts * draw.normal(2, 0.5, 80)
+        found = ratio(totals, counts)
+        held += abs(found.mean - 2) <= found.half
+    assert 0.92 <= held / 400 <= 0.98
+
+
+@pytest.mark.parametrize(
+    ("totals", "counts", "said"),
+    [
+        ([1.0], [1], "totals has length 1: an interval needs 2 values or more"),
+        ([1.0, 2.0], [1], "totals has length 2 and counts 1: pass one of each for every text"),
+        ([1.0, 2.0], [0, 0], r"counts=\[0, 0\]: must add up to more than 0"),
+    ],
+)
+def test_what_has_no_ratio_is_refused(totals, counts, said):
+    with pytest.raises(ValueError, match=f"^{said}"):
+        ratio(totals, counts)
+
+
+def test_mcnemar_counts_only_what_has_changed():
+    before, after = [True] * 50 + [False] * 6, [True] * 49 + [False] + [True] * 6
+    assert mcnemar(before, after) == pytest.approx(2 * (1 + 7) / 2**7)  # 6 of 7 changes were gains
+    assert mcnemar(before, before) == 1 and mcnemar([False] * 3, [True] * 3) == 0.25
+    with pytest.raises(ValueError, match=r"^before has length 1 and after 2"):
+        mcnemar([True], [True, False])
