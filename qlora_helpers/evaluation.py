@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_helpers import validation
-from qlora_helpers.chats import Chat, check_texts, lengths_of, split_question
+from qlora_helpers.chats import Chat, check_texts, split_question, stop_tokens, tokenized
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -105,6 +105,7 @@ def _generated(
     max_new_tokens = validation.whole("max_new_tokens", max_new_tokens)
     batch_size = validation.whole("batch_size", batch_size)
     check_texts(questions, tokenizer)
+    stops = stop_tokens(tokenizer)
     for start in range(0, len(questions), batch_size):
         rendered = [
             tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
@@ -124,7 +125,7 @@ def _generated(
                 top_p=None,
                 top_k=None,
                 repetition_penalty=1.0,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=stops,
                 pad_token_id=tokenizer.pad_token_id,
             )
         yield output[:, batch["input_ids"].shape[1] :]
@@ -165,16 +166,17 @@ def share_that_ends(
 ) -> float:
     """The share of chats in which the model ends its answer to the last question within `max_new_tokens` tokens.
 
-    An answer ends with `tokenizer.eos_token`. A model that does not generate it continues until it is cut off.
+    An answer ends with `tokenizer.eos_token`, or with the end of a turn in its chat template. A model that generates neither
+    continues until it is cut off.
 
     Raises:
         ValueError: there are no chats; or as `answer` does.
     """
     _check_not_empty("chats", chats, "chat")
     questions = [split_question(chat)[0] for chat in chats]
-    ended = 0
+    ended, stops = 0, torch.tensor(stop_tokens(tokenizer))
     for new in _generated(model, tokenizer, questions, max_new_tokens, batch_size):
-        ended += int((new == tokenizer.eos_token_id).any(1).sum())
+        ended += int(torch.isin(new, stops.to(new.device)).any(1).sum())
     return ended / len(chats)
 
 
@@ -248,28 +250,28 @@ def loss(
         batch_size: chats per batch; by default up to 250, fewer where a large vocabulary makes the logits large.
 
     Raises:
-        ValueError: there are no chats; a special token is typed into one; or
-            `batch_size` is no positive whole number.
+        ValueError: there are no chats; a special token is typed into one; `batch_size` is no positive whole number; or the
+            answers cannot be told from the rest, as in `qlora_helpers.chats.tokenized`.
     """
     _check_not_empty("chats", chats, "chat")
     if batch_size is not None:
         batch_size = validation.whole("batch_size", batch_size, otherwise="None for what fits")
     check_texts(chats, tokenizer)
+    rows = tokenized(chats, tokenizer)
     if batch_size is None:
-        longest = max(lengths_of(chats, tokenizer))
+        longest = max(len(row["input_ids"]) for row in rows)
         batch_size = max(1, min(250, MOST_LOGITS // (longest * model.config.vocab_size)))
     total, count = 0.0, 0
-    for start in range(0, len(chats), batch_size):
-        encoded = tokenizer.apply_chat_template(
-            chats[start : start + batch_size],
-            padding=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            return_tensors="pt",
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        encoded = tokenizer.pad(
+            {"input_ids": [row["input_ids"] for row in batch]}, padding_side="left", return_tensors="pt"
         ).to(model.device)
+        width = encoded["input_ids"].shape[1]
+        spoken = torch.tensor([[0] * (width - len(row["input_ids"])) + row["assistant_masks"] for row in batch])
+        spoken = spoken[:, 1:].bool().to(model.device)
         with evaluating(model):
             logits = model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits
-        spoken = encoded["assistant_masks"][:, 1:].bool()
         total += torch.nn.functional.cross_entropy(
             logits[:, :-1][spoken].float(), encoded["input_ids"][:, 1:][spoken], reduction="sum"
         ).item()

@@ -2,6 +2,7 @@
 
 from qlora_helpers.chats.files import read_chats
 from qlora_helpers.chats.messages import Chat, ChatError, fault_in, split_question
+from qlora_helpers.chats.templates import stop_tokens
 from qlora_helpers.chats.tokens import check_texts, count_tokens, lengths_of, tokenized
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "lengths_of",
     "read_chats",
     "split_question",
+    "stop_tokens",
     "tokenized",
 ]
