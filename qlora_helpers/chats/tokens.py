@@ -10,7 +10,7 @@ from qlora_helpers.chats.templates import CHUNK, TemplateError, mark, missing_te
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["check_texts", "count_tokens", "faults_for", "lengths_of", "tokenized"]
+__all__ = ["check_texts", "count_tokens", "faults_for", "lengths_of", "tokenized", "too_long_fault"]
 
 
 def faults_for(tokenizer, chats: dict[int, Chat], max_length: int | None) -> dict[int, str]:
@@ -23,10 +23,15 @@ def faults_for(tokenizer, chats: dict[int, Chat], max_length: int | None) -> dic
     lengths = dict(zip(texts, _lengths(list(texts.values()), tokenizer), strict=True))
     for number, length in lengths.items():
         if max_length is not None and length > max_length and number not in faults:
-            faults[number] = (
-                f"{length} tokens, over max_length={max_length}: the answer would be cut. Raise max_length or shorten the chat"
-            )
+            faults[number] = too_long_fault(length, max_length)
     return faults
+
+
+def too_long_fault(length: int, max_length: int) -> str:
+    """What is wrong with a chat of too many tokens."""
+    return (
+        f"{length} tokens, over max_length={max_length}: the answer would be cut. Raise max_length or shorten the chat"
+    )
 
 
 def _faults_of_texts(chats: dict[int, Chat], tokenizer) -> dict[int, str]:
