@@ -2,6 +2,7 @@
 
 from qlora_helpers.chats.files import ChatFile, read_chats, read_file, said_of_the_dropped, write_chats
 from qlora_helpers.chats.messages import Chat, ChatError, check_chats, fault_in, split_question
+from qlora_helpers.chats.templates import stop_tokens
 from qlora_helpers.chats.tokens import check_texts, count_tokens, lengths_of, tokenized
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "read_file",
     "said_of_the_dropped",
     "split_question",
+    "stop_tokens",
     "tokenized",
     "write_chats",
 ]

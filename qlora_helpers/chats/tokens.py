@@ -4,32 +4,34 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import jinja2
-
 from qlora_helpers.chats.messages import Chat, half_a_pair
+from qlora_helpers.chats.templates import CHUNK, TemplateError, mark, missing_text, rendered, special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["check_texts", "count_tokens", "faults_for", "lengths_of", "tokenized"]
+__all__ = ["check_texts", "count_tokens", "faults_for", "lengths_of", "tokenized", "too_long_fault"]
 
 
 def faults_for(tokenizer, chats: dict[int, Chat], max_length: int | None) -> dict[int, str]:
     """What is wrong with chats for this tokenizer, by line number."""
     faults = _faults_of_texts(chats, tokenizer)
     good = {number: chat for number, chat in chats.items() if number not in faults}
-    try:
-        lengths = dict(zip(good, lengths_of(list(good.values()), tokenizer), strict=True))
-    except _TemplateError:  # find out which chats it is
-        refused = _refused(good, tokenizer)
-        faults |= refused
-        lengths = {number: count_tokens(chat, tokenizer) for number, chat in good.items() if number not in refused}
+    texts, refused = rendered(good, tokenizer)
+    faults |= refused
+    faults |= {number: fault for number, text in texts.items() if (fault := missing_text(good[number], text))}
+    lengths = dict(zip(texts, _lengths(list(texts.values()), tokenizer), strict=True))
     for number, length in lengths.items():
-        if max_length is not None and length > max_length:
-            faults[number] = (
-                f"{length} tokens, over max_length={max_length}: the answer would be cut. Raise max_length or shorten the chat"
-            )
+        if max_length is not None and length > max_length and number not in faults:
+            faults[number] = too_long_fault(length, max_length)
     return faults
+
+
+def too_long_fault(length: int, max_length: int) -> str:
+    """What is wrong with a chat of too many tokens."""
+    return (
+        f"{length} tokens, over max_length={max_length}: the answer would be cut. Raise max_length or shorten the chat"
+    )
 
 
 def _faults_of_texts(chats: dict[int, Chat], tokenizer) -> dict[int, str]:
@@ -45,8 +47,7 @@ def _faults_of_texts(chats: dict[int, Chat], tokenizer) -> dict[int, str]:
             else:
                 places.append((number, f"message {place} ({message['role']})"))
                 texts.append(message["content"])
-    special = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    special = special_tokens(tokenizer)
     found = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     for (number, place), text, ids in zip(places, texts, found, strict=True):
         # any character may become the unknown token, which is no fault unless that itself is typed
@@ -72,39 +73,33 @@ def check_texts(chats: list[Chat], tokenizer: PreTrainedTokenizerBase) -> None:
         raise ValueError(f"chat {number}: {faults[number]}")
 
 
-class _TemplateError(ValueError):
-    """The chat template refuses a chat."""
-
-
-def _refused(chats: dict[int, Chat], tokenizer) -> dict[int, str]:
-    """What the chat template says of the chats that it refuses, by their number."""
-    refused = {}
-    for number, chat in chats.items():
-        try:
-            tokenizer.apply_chat_template(chat, tokenize=False)
-        except Exception as error:  # a template is a program, and may fail in any way
-            said = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
-            refused[number] = f"the chat template refuses it: {' '.join(said.split())}"
-    return refused
-
-
-def _encoded(chats: list[Chat], tokenizer, masks: bool = False):
-    """Chats in the chat template; one call for all is twice as fast as one for each.
+def _texts(chats: list[Chat], tokenizer) -> list[str]:
+    """Chats as the template writes them.
 
     Raises:
-        ValueError: there is no template; or it refuses a chat, whose number is named.
+        ValueError: there is no template, or it refuses a chat.
     """
-    if not tokenizer.chat_template:
-        raise ValueError("tokenizer.chat_template is not set: take the tokenizer of a model that was made for chats")
-    try:
-        return tokenizer.apply_chat_template(chats, return_dict=True, return_assistant_tokens_mask=masks)
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"tokenizer.chat_template is no Jinja template: {error} (line {error.lineno})") from error
-    except Exception as error:  # as in `_refused`; where no chat is to blame, it is raised as it is
-        refused = _refused(dict(enumerate(chats, start=1)), tokenizer)
-        if not refused:
-            raise
-        raise _TemplateError(f"chat {min(refused)}: {refused[min(refused)]}") from error
+    texts, refused = rendered(dict(enumerate(chats, start=1)), tokenizer)
+    if refused:
+        raise _first(refused)
+    return list(texts.values())
+
+
+def _first(faults: dict[int, str]) -> TemplateError:
+    """The error for chats that the template does not take; their faults by number."""
+    number = min(faults)
+    more = f" (chats with a fault like this: {len(faults):,})" if len(faults) > 1 else ""
+    return TemplateError(f"chat {number}: {faults[number]}{more}")
+
+
+def _lengths(texts: list[str], tokenizer) -> list[int]:
+    """The number of tokens of rendered chats; not all at once, since ids take much more memory than text."""
+    lengths = []
+    for start in range(0, len(texts), CHUNK):
+        # the template has written the special tokens already
+        encoded = tokenizer(texts[start : start + CHUNK], add_special_tokens=False)
+        lengths += map(len, encoded["input_ids"])
+    return lengths
 
 
 def lengths_of(chats: list[Chat], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -113,20 +108,22 @@ def lengths_of(chats: list[Chat], tokenizer: PreTrainedTokenizerBase) -> list[in
     Raises:
         ValueError: there is no template, or it refuses a chat.
     """
-    return [len(ids) for ids in _encoded(chats, tokenizer)["input_ids"]] if chats else []
+    return _lengths(_texts(chats, tokenizer), tokenizer) if chats else []
 
 
 def tokenized(chats: list[Chat], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]]]:
     """Each chat in the chat template: its "input_ids", and "assistant_masks" with a 1 for each token of an answer.
 
+    The marks are the template's own; where it has none, they are found by comparison (`qlora_helpers.chats.templates`).
+
     Raises:
-        ValueError: there is no template, or it refuses a chat.
+        ValueError: there is no template; or it refuses a chat, leaves out a message, ends no answer, or does not tell which
+            tokens are the answer's. The message names the first such chat, the reason and a cure.
     """
-    if not chats:
-        return []
-    encoded = _encoded(chats, tokenizer, masks=True)
-    pairs = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
-    return [{"input_ids": ids, "assistant_masks": masks} for ids, masks in pairs]
+    rows, faults = mark(dict(enumerate(chats, start=1)), tokenizer) if chats else ({}, {})
+    if faults:
+        raise _first(faults)
+    return list(rows.values())
 
 
 def count_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from qlora_helpers import validation
-from qlora_helpers.chats import Chat, check_texts, split_question
+from qlora_helpers.chats import Chat, check_texts, split_question, stop_tokens
 from qlora_helpers.evaluation.batches import evaluating, grouped, padded
 from qlora_helpers.evaluation.losses import check_not_empty
 
@@ -21,7 +21,16 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Answer", "answer", "answers_up_to", "exact_match", "seconds_per_token", "share_that_ends", "tokens_needed"]
+__all__ = [
+    "Answer",
+    "answer",
+    "answers_up_to",
+    "end_tokens",
+    "exact_match",
+    "seconds_per_token",
+    "share_that_ends",
+    "tokens_needed",
+]
 
 MOST_ROWS = 250
 MOST_TOKENS, MOST_CACHE = 2**14, 2**30  # of a batch: tokens, and bytes of their keys and values
@@ -72,11 +81,11 @@ def _generated(
     """The new tokens of each batch, (questions, up to max_new_tokens); what follows an EOS token is padding."""
     max_new_tokens = validation.whole("max_new_tokens", max_new_tokens)
     batch_size = validation.whole("batch_size", batch_size)
-    prompts = _prompts(questions, tokenizer)
+    prompts, ends = _prompts(questions, tokenizer), end_tokens(model, tokenizer)
     for start in range(0, len(prompts), batch_size):
         batch = slice(start, start + batch_size)
         chosen = None if adapters is None else adapters[batch]
-        yield _continued(model, tokenizer, prompts[batch], max_new_tokens, [tokenizer.eos_token_id], chosen)
+        yield _continued(model, tokenizer, prompts[batch], max_new_tokens, ends, chosen)
 
 
 def answer(
@@ -114,16 +123,16 @@ def share_that_ends(
 ) -> float:
     """The share of chats in which the model ends its answer to the last question within `max_new_tokens` tokens.
 
-    An answer ends with `tokenizer.eos_token`. A model that does not generate it continues until it is cut off.
+    An answer ends with one of `end_tokens`. A model that generates none of them continues until it is cut off.
 
     Raises:
         ValueError: there are no chats; or as `answer` does.
     """
     check_not_empty("chats", chats, "chat")
     questions = [split_question(chat)[0] for chat in chats]
-    ended = 0
+    ended, ends = 0, torch.tensor(end_tokens(model, tokenizer))
     for new in _generated(model, tokenizer, questions, max_new_tokens, batch_size):
-        ended += int((new == tokenizer.eos_token_id).any(1).sum())
+        ended += int(torch.isin(new.cpu(), ends).any(1).sum())
     return ended / len(chats)
 
 
@@ -209,7 +218,7 @@ def answers_up_to(
             )
         rounded = max(SHORTEST_LIMIT, 1 << (limit - 1).bit_length())
         by_limit[rounded if context is None else min(rounded, context - len(prompt))].append(number)
-    ends = _ends(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     found: dict[int, Answer] = {}
     for limit, numbers in sorted(by_limit.items(), reverse=True):
         most_tokens = None if batch_size else min(MOST_TOKENS, MOST_CACHE // _cache_bytes_per_token(model))
@@ -228,11 +237,11 @@ def context_of(model: PreTrainedModel | PeftModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def _ends(model, tokenizer) -> list[int]:
-    """The tokens that end an answer: the tokenizer's EOS token first, then the model's own."""
+def end_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end an answer: the EOS token, the end of a turn in the chat template, and what the model names itself."""
     own = model.generation_config.eos_token_id
     own = [] if own is None else own if isinstance(own, list) else [own]
-    return list(dict.fromkeys([tokenizer.eos_token_id, *own]))
+    return list(dict.fromkeys([*stop_tokens(tokenizer), *own]))
 
 
 def _cache_bytes_per_token(model) -> int:

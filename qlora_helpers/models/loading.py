@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import bitsandbytes as bnb
+import jinja2
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging as transformers_logging
 
 from qlora_helpers import validation
+from qlora_helpers.chats.templates import has_marks
 from qlora_helpers.hardware import Hardware, detect, given_or_detected
 from qlora_helpers.models.attention import REPEATED_KV
 from qlora_helpers.models.cpu_faults import make_safe_on_cpu
@@ -68,13 +71,13 @@ def default_model(hardware: Hardware | None = None) -> str:
 def load_tokenizer(name: str = SHIPPED_MODEL) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with padding on the left, as generation needs it.
 
-    Its chat template marks the assistant's tokens, which training on the answers alone needs. Most published templates
-    do not; TRL has marked versions of the common ones, and the one that renders the same text is used.
+    Training on the answers alone needs to know which tokens are the assistant's. Few published chat templates mark them.
+    TRL has marked versions of common ones: the one that renders the same text is used. Any other template stays as it is,
+    and `qlora_helpers.chats.tokenized` finds the answers by comparison.
 
     Raises:
         HubError: a model from the Hub could not be fetched.
-        ValueError: the template has no marks, and TRL has no marked version of it; or the tokenizer needs code of its
-            own.
+        ValueError: the tokenizer needs code of its own.
     """
     with no_own_code(name):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -83,10 +86,12 @@ def load_tokenizer(name: str = SHIPPED_MODEL) -> PreTrainedTokenizerBase:
     template = tokenizer.chat_template
     if isinstance(template, dict):  # several, of which transformers takes the one named default
         template = template.get("default")
-    if "generation %}" not in (template or "").replace("-%}", " %}"):
+    if template and not has_marks(template):
         from trl.chat_template_utils import get_training_chat_template  # only here: it takes seconds to import
 
-        tokenizer.chat_template = get_training_chat_template(tokenizer) or tokenizer.chat_template
+        # it knows no marked version, or the template fails when TRL tries it with tools
+        with suppress(ValueError, TypeError, jinja2.TemplateError):
+            tokenizer.chat_template = get_training_chat_template(tokenizer) or tokenizer.chat_template
     return tokenizer
 
 

@@ -92,7 +92,7 @@ def build_trainer(
     Raises:
         ValueError: the model is not of the kind that the settings describe; a setting has a value that only the
             predictor takes; or a chat has a fault that `read_chats` would find, is longer than `settings.max_length`
-            tokens, or has no answer that the chat template marks.
+            tokens, or its answers cannot be told from the rest, as in `qlora_helpers.chats.tokenized`.
     """
     check_settings(model, settings, hardware)
     rows, validation_rows = _rows(chats, tokenizer, settings.max_length), None
@@ -175,11 +175,6 @@ def _rows(chats: list[Chat], tokenizer, max_length: int) -> list[dict]:
             raise ValueError(
                 f"chat {number} has {len(row['input_ids'])} tokens, over max_length={max_length}: its answer would be cut. "
                 "Raise max_length or shorten the chat"
-            )
-        if 1 not in row["assistant_masks"]:
-            raise ValueError(
-                f"chat {number}: the tokenizer's chat template marks no answer in it, so there is nothing to learn. Load the "
-                "tokenizer with qlora_helpers.models.loading.load_tokenizer"
             )
     return rows
 

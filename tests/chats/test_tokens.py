@@ -30,7 +30,7 @@ def test_a_template_that_fails_in_any_way_names_the_chats_it_fails_for(expressio
     template = (
         "{% for message in messages %}{% if message['content'] == 'Fail' %}{{ "
         + expression
-        + " }}{% endif %}{% endfor %}"
+        + " }}{% endif %}{{ message['content'] }}{% endfor %}"
     )
     bad = chat(("user", "Fail"), ("assistant", "x"))
     path = write(GOOD, bad, GOOD, bad)

@@ -44,6 +44,7 @@ METHODS = {
     "apply_chat_template": "transformers.PreTrainedTokenizerFast.apply_chat_template",
     "batch_decode": "transformers.PreTrainedTokenizerFast.batch_decode",
     "encode": "transformers.PreTrainedTokenizerFast.encode",
+    "pad": "transformers.PreTrainedTokenizerFast.pad",
     "model": "transformers.LlamaForCausalLM.forward",
     "layer": "transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward",
     "from_pretrained": "transformers.PreTrainedModel.from_pretrained",
