@@ -14,6 +14,7 @@ WARM_UP = (
     "must be a whole number, 0 to 300, or None for 15 (all steps of a shorter run). It counts steps, and is no share of them: "
     "the run has 300"
 )
+SHARE = "must be a share of the chats, more than 0 and less than 1, or the path of a chat file, or None"
 TARGETS = 'must be "all-linear", or a list of names such as'
 REFUSED = [
     ("method", "dora", "choose one of qlora, lora, full"),
@@ -21,6 +22,9 @@ REFUSED = [
     ("steps", True, WHOLE),
     ("steps", 2.0, WHOLE),
     ("steps", np.bool_(True), WHOLE),
+    ("epochs", 0, "must be a number, more than 0, or None for a run of steps"),
+    ("epochs", True, "must be a number, more than 0, or None for a run of steps"),
+    ("epochs", math.inf, "must be a number, more than 0, or None for a run of steps"),
     ("batch_size", 1.5, WHOLE),
     ("accumulation", "2", WHOLE),
     ("max_length", None, WHOLE),
@@ -58,6 +62,16 @@ REFUSED = [
     ("save_minutes", -1, "must be a number, 0 or more, or None for no checkpoints"),
     ("keep_checkpoints", 1, "must be a whole number, 2 or more; with fewer, a kill can leave none"),
     ("log_steps", 0, f"{WHOLE}, or None for twenty times per run"),
+    ("validation", 0, SHARE),
+    ("validation", 1, SHARE),
+    ("validation", 1.5, SHARE),
+    ("validation", True, SHARE),
+    ("validation", "", SHARE),
+    ("validation", [0.1], SHARE),
+    ("validation", b"chats.jsonl", SHARE),
+    ("eval_steps", 0, f"{WHOLE}, or None for a usual number"),
+    ("eval_steps", 0.5, f"{WHOLE}, or None for a usual number"),
+    ("patience", 0, f"{WHOLE}, or None to make all steps"),
     ("seed", -1, "must be a whole number, 0 to 4294967295"),
     ("seed", 0.5, "must be a whole number, 0 to 4294967295"),
     ("seed", 2**32, "must be a whole number, 0 to 4294967295"),
@@ -122,6 +136,62 @@ def test_a_warm_up_that_was_chosen_is_never_changed():
     with pytest.raises(ValueError, match=r"^warmup_steps=15: must be a whole number, 0 to 5, or None"):
         replace(Settings(), steps=5)  # a copy has every value, and cannot know that this one was a default
     assert replace(Settings(), steps=5, warmup_steps=None).warmup_steps == 5
+
+
+# Epochs
+
+
+def test_a_run_has_300_steps_if_neither_steps_nor_epochs_are_given():
+    assert Settings().steps == Settings(steps=None).steps == 300
+    assert Settings().epochs is None
+
+
+def test_a_run_has_one_length():
+    with pytest.raises(ValueError, match=r"^steps=10 and epochs=2: a run has one length\. Give one"):
+        Settings(steps=10, epochs=2)
+    with pytest.raises(ValueError, match=r"^steps=300 and epochs=2: a run has one length"):
+        replace(Settings(), epochs=2)
+    assert replace(Settings(), steps=None, warmup_steps=None, epochs=2) == Settings(epochs=2)
+
+
+def test_epochs_become_steps_once_the_chats_are_counted():
+    settings = Settings(epochs=2, batch_size=4, accumulation=2)
+    assert settings.steps is settings.warmup_steps is None
+    assert settings.for_rows(80) == Settings(steps=20, batch_size=4, accumulation=2)
+    assert settings.for_rows(8) == Settings(steps=2, batch_size=4, accumulation=2, warmup_steps=2)
+    assert settings.for_rows(8).for_rows(80) == settings.for_rows(8)
+    assert Settings().for_rows(5) == Settings()
+
+
+def test_a_warm_up_of_a_run_of_epochs_is_checked_against_its_steps():
+    settings = Settings(epochs=1, batch_size=1, warmup_steps=10)
+    assert settings.for_rows(10).warmup_steps == 10
+    with pytest.raises(ValueError, match=r"^warmup_steps=10: must be a whole number, 0 to 9, or None .* the run has 9"):
+        settings.for_rows(9)
+    with pytest.raises(ValueError, match=r"^warmup_steps=-1: must be a whole number, 0 or more, or None for 15"):
+        Settings(epochs=1, warmup_steps=-1)
+
+
+@pytest.mark.parametrize("rows", [0, 2.0, None])
+def test_a_bad_number_of_rows_is_named(rows):
+    for count in (Settings().for_rows, Settings().evaluation_interval, Settings().steps_per_epoch):
+        with pytest.raises(ValueError, match=f"^rows={rows}: must be a whole number, 1 or more"):
+            count(rows)
+
+
+@pytest.mark.parametrize(
+    ("steps", "rows", "every"),
+    [(300, 10_000, 30), (300, 160, 10), (301, 10_000, 31), (6, 10_000, 1), (5, 16, 1), (1, 1, 1)],
+)
+def test_evaluations_come_once_per_epoch_or_ten_times_a_run(steps, rows, every):
+    assert Settings(steps=steps).evaluation_interval(rows) == every
+    assert Settings(steps=steps, eval_steps=7).evaluation_interval(rows) == 7
+
+
+def test_a_path_is_kept_as_a_text(tmp_path):
+    assert Settings(validation=tmp_path / "a.csv").validation == str(tmp_path / "a.csv")
+    assert Settings(validation=np.float64(0.5)).validation == 0.5
+    assert type(Settings(validation=np.float64(0.5)).validation) is float
 
 
 def test_targets_are_kept_so_that_equal_settings_are_equal():

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from IPython.display import HTML, DisplayHandle, display
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from qlora_helpers.memory import phases
 from qlora_helpers.units import GIB
@@ -256,8 +257,13 @@ def loss_curves(
     fig, ax = figure()
     _draw_losses(ax, history, validation_history)
     ax.set_xlim(0, max(last, steps or 0))
-    ax.set_title(_title_of_losses(validation_history, best_step))
-    alt = f"{ax.get_title()}: {_alt_of_losses(history, validation_history)}."
+    plain = FuncFormatter(lambda loss, _: f"{loss:g}")  # 3 and not 3 x 10^0
+    ax.yaxis.set_major_formatter(plain)
+    if ax.get_ylim()[1] < 30 * ax.get_ylim()[0]:  # with more powers of ten, their labels are enough
+        ax.yaxis.set_minor_formatter(plain)
+    title = _title_of_losses(validation_history, best_step)
+    ax.set_title(title)
+    alt = f"{title}: {_alt_of_losses(history, validation_history)}."
     if best_step is not None:
         loss = validated[best_step]
         ax.axvline(best_step, color=GREEN, linestyle="--", linewidth=1.5, label=f"kept: step {best_step}")

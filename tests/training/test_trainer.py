@@ -1,5 +1,6 @@
 """The trainer of a run: what it trains, on which tokens, and which chats it refuses."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -154,3 +155,29 @@ def test_a_template_that_ends_no_answer_is_refused(tmp_path):
     endless.chat_template = endless.chat_template.replace(" + eos_token", "")
     with pytest.raises(ValueError, match=r"^chat 1: the chat template does not mark the token that ends an answer"):
         build_trainer(load_model(hardware=CPU), endless, CHATS, tmp_path, SHORT, CPU)
+
+
+# How long
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return trainer_of(tmp_path_factory.mktemp("built"), settings=Settings(batch_size=4, rank=4))
+
+
+@pytest.mark.parametrize("epochs", [0.1, 1, 1.1, 2.5, 3])
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("rows", [1, 4, 12, 13])
+def test_epochs_are_as_many_steps_as_for_transformers(epochs, accumulation, rows, built, monkeypatch):
+    """It begins each epoch with a step of its own, and counts a part of a step as one."""
+    arguments = copy.copy(built.args)
+    arguments.max_steps, arguments.num_train_epochs = -1, epochs
+    arguments.gradient_accumulation_steps = accumulation
+    monkeypatch.setattr(built, "train_dataset", built.train_dataset.select(range(rows)))
+    steps = built.set_initial_training_values(arguments, built.get_train_dataloader())[-1]
+    assert Settings(epochs=epochs, batch_size=4, accumulation=accumulation).for_rows(rows).steps == steps
+
+
+def test_a_trainer_counts_the_steps_of_epochs_itself(tmp_path):
+    settings = Settings(epochs=2, batch_size=4, rank=4)
+    assert trainer_of(tmp_path, settings=settings, chats=CHATS[:9]).args.max_steps == 6
