@@ -1,4 +1,4 @@
-"""python -m qlora_helpers run | memory | doctor | preflight"""
+"""python -m qlora_helpers run | chat | ask | memory | doctor | preflight"""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import os
 import signal
 import sys
 
-from qlora_helpers.commands import doctor, memory, preflight, run
+from qlora_helpers.commands import ask, chat, doctor, memory, preflight, run
 from qlora_helpers.streams import take_any_character
 
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "run": (run, "the full QLoRA run, with a report"),
+    "chat": (chat, "talk to what a run has trained"),
+    "ask": (ask, "ask it one question, or a file of them; for scripts"),
     "memory": (memory, "will a run fit on a GPU, what takes the memory, and what helps"),
     "doctor": (doctor, "what this machine has, and what is wrong with it; or what an error means"),
     "preflight": (preflight, "before class: is this machine ready, and do the lessons hold here"),
@@ -28,7 +30,11 @@ def main(argv: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=does)
         module.add_arguments(command)
         command.set_defaults(function=module.command)
-    args = parser.parse_args(argv)
+    args, left = parser.parse_known_args(argv)
+    if "question" in args and not any(word.startswith("-") for word in left):
+        args.question += left  # argparse does not take the words that an option parts from the other arguments
+    elif left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
     try:
         code = args.function(args)
         sys.stdout.flush()
