@@ -1,4 +1,4 @@
-"""python -m qlora_helpers run | data | memory | doctor | preflight"""
+"""python -m qlora_helpers run | data | chat | ask | memory | doctor | preflight"""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import os
 import signal
 import sys
 
-from qlora_helpers.commands import data, doctor, memory, preflight, run
+from qlora_helpers.commands import ask, chat, data, doctor, memory, preflight, run
 from qlora_helpers.streams import take_any_character
 
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
-    "run": (run, "the full QLoRA run, with a report"),
+    "run": (run, "tune a model on chats, the shipped ones or yours, with a report"),
     "data": (data, "what is in a file of chats, in any common form, and whether a run can learn from it"),
+    "chat": (chat, "talk to what a run has trained"),
+    "ask": (ask, "ask it one question, or a file of them; for scripts"),
     "memory": (memory, "will a run fit on a GPU, what takes the memory, and what helps"),
     "doctor": (doctor, "what this machine has, and what is wrong with it; or what an error means"),
     "preflight": (preflight, "before class: is this machine ready, and do the lessons hold here"),
@@ -29,7 +31,11 @@ def main(argv: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=does)
         module.add_arguments(command)
         command.set_defaults(function=module.command)
-    args = parser.parse_args(argv)
+    args, left = parser.parse_known_args(argv)
+    if "question" in args and not any(word.startswith("-") for word in left):
+        args.question += left  # argparse does not take the words that an option parts from the other arguments
+    elif left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
     args.typed = sys.argv[1:] if argv is None else list(argv)
     try:
         code = args.function(args)

@@ -15,7 +15,7 @@ from qlora_helpers.chats import (
     tokenized,
 )
 from qlora_helpers.chats.split import split
-from qlora_helpers.chats.words import warning_of
+from qlora_helpers.chats.words import warning_of_spelling
 from qlora_helpers.commands.run_request import Request
 from qlora_helpers.paths import data_path
 
@@ -65,7 +65,7 @@ def read_run_data(
         described: dict[str, Any] = {}
     else:
         training, described = _read(request.data, request, tokenizer, max_length)
-        if warning := warning_of(training, tokenizer):
+        if warning := warning_of_spelling(training, tokenizer):
             print(f"warning: {warning}")
     held_out: list[Chat] = []
     if isinstance(request.validation, str):
@@ -100,9 +100,10 @@ def _read(path: str, request: Request, tokenizer, max_length: int | None) -> tup
     if max_length is None:
         return file.chats, described
     chats, fitted = fit_to_length(file.chats, tokenizer, max_length, request.too_long)
-    if said := str(fitted):
-        print(said)
-    return chats, described | {"data_too_long": fitted.as_dict()}
+    if fitted.cut or fitted.dropped:
+        print(fitted.said)
+    counts = {"data_cut": len(fitted.cut), "data_too_long": len(fitted.dropped)}
+    return chats, described | counts
 
 
 def _split(chats: list[Chat], share: float, seed: int) -> tuple[list[Chat], list[Chat]]:

@@ -1,20 +1,29 @@
-"""The course's sliders. Each draws the same figure as the cell before it, for values that the learner picks."""
+"""The course's sliders, and a chat. Each slider draws the same figure as the cell before it, for values that the learner picks."""
 
 from __future__ import annotations
 
+import html
+import time
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import ipywidgets
 import torch
+from peft import PeftModel
 
+from qlora_helpers.conversation import Conversation
 from qlora_helpers.course import plots
+from qlora_helpers.decoding import Decoding
 from qlora_helpers.memory import GPU_RUN, find_gpu, find_shape, known_gpus, known_models, predict
 from qlora_helpers.memory.trained import OPTIMIZERS
 from qlora_helpers.quantize import INT4, NF4, dequantize, quantize
 from qlora_helpers.units import GIB
 
-__all__ = ["fit_explorer", "memory_slider", "outlier_slider"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["chat_widget", "fit_explorer", "memory_slider", "outlier_slider"]
 
 
 def memory_slider(parameters: Mapping[str, int]) -> ipywidgets.Widget:
@@ -133,3 +142,90 @@ def fit_explorer() -> ipywidgets.Widget:
         checkpointing=ipywidgets.Checkbox(value=True, description="checkpointing"),
         optimizer=ipywidgets.Dropdown(options=list(OPTIMIZERS), value="paged_adamw_8bit", description="optimizer"),
     )
+
+
+REDRAWN = 0.1  # seconds between two updates of an answer that is being generated
+
+
+class _Said:
+    """One entry of a chat's history. All text is escaped; the colours are the notebook's own, light or dark."""
+
+    def __init__(self, who: str, text: str = "", role: str = "article"):
+        self.who, self.role, self.text, self.notes = who, role, text, ""
+        self.widget, self.drawn = ipywidgets.HTML(), 0.0
+        self.draw()
+
+    def draw(self) -> None:
+        notes = f"<br><i>{html.escape(self.notes)}</i>" if self.notes else ""
+        self.widget.value = (
+            f'<div role="{self.role}" style="white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.4">'
+            f"<b>{html.escape(self.who)}:</b> {html.escape(self.text)}{notes}</div>"
+        )
+        self.drawn = time.monotonic()
+
+    def add(self, text: str) -> None:
+        self.text += text
+        if time.monotonic() - self.drawn > REDRAWN:
+            self.draw()
+
+
+def chat_widget(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    system: str | None = None,
+    decoding: Decoding | None = None,
+) -> ipywidgets.Widget:
+    """Talk to a model in a notebook. Answers appear as they are generated; the kernel's interrupt stops one.
+
+    If the model has an adapter, a box turns it off and on: the base then answers in the same conversation.
+
+    Args:
+        system, decoding: as `Conversation` takes them.
+
+    Raises:
+        ValueError: as `Conversation` does. What goes wrong later is shown in the chat.
+    """
+    conversation = Conversation(model, tokenizer, system, decoding)
+    has_adapter = isinstance(model, PeftModel)
+    history = ipywidgets.VBox()
+    question = ipywidgets.Text(
+        description="question", placeholder="type a question and press Enter", layout=ipywidgets.Layout(flex="1 1 auto")
+    )
+    send = ipywidgets.Button(description="Send", tooltip="ask the question")
+    new = ipywidgets.Button(description="New chat", tooltip="forget this conversation and begin a new one")
+    adapter = ipywidgets.Checkbox(value=has_adapter, description="with the adapter", indent=False)
+
+    def say(said: _Said) -> _Said:
+        history.children = (*history.children, said.widget)
+        return said
+
+    def ask() -> None:
+        text, base = question.value, has_adapter and not adapter.value
+        if not text.strip() or send.disabled:
+            return
+        send.disabled = question.disabled = new.disabled = True
+        question.value = ""
+        say(_Said("you", text))
+        said = say(_Said("base" if base else "model", "…"))
+        said.text = ""
+        try:
+            answer = conversation.ask(text, said.add, base=base)
+            said.notes = "; ".join(conversation.remarks(answer))
+            said.draw()
+        except Exception as error:  # a widget's errors would go to a log that nobody reads
+            question.value = text
+            history.children = history.children[:-1]
+            what = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            say(_Said("error", f"{what}{error}", role="alert"))
+        finally:
+            send.disabled = question.disabled = new.disabled = False
+
+    def begin_anew() -> None:
+        conversation.restart()
+        history.children = ()
+
+    send.on_click(lambda button: ask())
+    new.on_click(lambda button: begin_anew())
+    question.on_msg(lambda widget, content, buffers: ask() if content.get("event") == "submit" else None)
+    controls = ipywidgets.HBox([send, new, *([adapter] if has_adapter else [])])
+    return ipywidgets.VBox([history, ipywidgets.HBox([question]), controls])

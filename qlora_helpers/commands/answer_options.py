@@ -1,0 +1,82 @@
+"""The options of `chat` and `ask`: which model answers, and how. They are checked before the libraries are loaded."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from qlora_helpers.adapters.tuned import LATEST, is_adapter, locate
+from qlora_helpers.commands.settings_options import option_of
+from qlora_helpers.decoding import Decoding
+
+__all__ = ["add_answer_options", "checked_decoding"]
+
+
+def add_answer_options(parser: argparse.ArgumentParser, needed: bool) -> None:
+    """Add the folder to answer from and the options of both commands.
+
+    Args:
+        needed: whether the folder must be named; otherwise it is the latest run's by default.
+    """
+    parser.add_argument(
+        "adapter",
+        metavar="ADAPTER",
+        type=Path,
+        nargs=None if needed else "?",
+        default=LATEST,
+        help=f"folder of a run, an adapter or a model{', such as runs/latest' if needed else ' (default: runs/latest)'}",
+    )
+    parser.add_argument(
+        "--model",
+        help="the adapter's base: a folder, or a name on the Hub (default: the one that the run's files name)",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="a system message, which comes before the first question")
+    parser.add_argument(
+        "--max-new-tokens",
+        metavar="N",
+        help="an answer is cut off after so many tokens (default: 512, or half of the model's context if that is less)",
+    )
+    parser.add_argument(
+        "--temperature",
+        metavar="T",
+        default="0",
+        help="0 always takes the likeliest token; up to 10, tokens are drawn, the more evenly the higher it is (default: 0)",
+    )
+    parser.add_argument("--seed", metavar="N", default="0", help="of what is drawn (default: 0)")
+
+
+def checked_decoding(args: argparse.Namespace, base: bool) -> Decoding:
+    """How to decode. Refuses what can be refused before the libraries are loaded.
+
+    Args:
+        base: whether the base is to answer, which a whole model does not have.
+
+    Raises:
+        ValueError, OSError: an option, named as on the command line, has a bad value; or there is nothing in the folder.
+    """
+    values = {name: _number(value) for name in ("max_new_tokens", "temperature", "seed") if (value := vars(args)[name])}
+    try:
+        decoding = Decoding(**values)
+    except ValueError as error:
+        name = str(error).partition("=")[0]
+        raise ValueError(f"{option_of(name)}{str(error).removeprefix(name)}") from error
+    for name in ("system", "model"):
+        if (value := vars(args)[name]) is not None and not value.strip():
+            raise ValueError(f"--{name}={value!r}: must not be empty; leave it out for none")
+    found = locate(args.adapter)
+    if args.model is not None and not Path(args.model).is_dir() and re.match(r"[./~\\]|\w:", args.model):
+        raise FileNotFoundError(f"--model={args.model!r}: there is no such folder")
+    if base and not is_adapter(found):
+        raise ValueError(f"{found} is a whole model, without an adapter: it has no base that would answer otherwise")
+    return decoding
+
+
+def _number(text: str) -> object:
+    """A number, or the text itself, which is refused by name."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
