@@ -1,6 +1,7 @@
 """Chat data: read it from a file, check it, and turn it into tokens."""
 
 from qlora_helpers.chats.files import ChatFile, read_chats, read_file, said_of_the_dropped, write_chats
+from qlora_helpers.chats.lengths import fit_to_length
 from qlora_helpers.chats.messages import Chat, ChatError, check_chats, fault_in, split_question
 from qlora_helpers.chats.templates import stop_tokens
 from qlora_helpers.chats.tokens import check_texts, count_tokens, lengths_of, tokenized
@@ -13,6 +14,7 @@ __all__ = [
     "check_texts",
     "count_tokens",
     "fault_in",
+    "fit_to_length",
     "lengths_of",
     "read_chats",
     "read_file",

@@ -15,6 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_helpers.commands.reading_options import add_reading
 from qlora_helpers.commands.run_request import SHIPPED, Request, asked_for, refuse_another
 from qlora_helpers.commands.settings_options import add_settings, given
 from qlora_helpers.folder_locks import locked
@@ -32,7 +33,6 @@ from qlora_helpers.training.run_folder import (  # none needs torch
     step_of,
     steps_saved,
 )
-
 from qlora_helpers.units import in_words
 
 if TYPE_CHECKING:
@@ -61,7 +61,9 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, _EXAMPLES
-    parser.description = "Tunes a model on chats and reports what came of it. Without --data it is the course's own run."
+    parser.description = (
+        "Tunes a model on chats and reports what came of it. Without --data it is the course's own run."
+    )
     files = parser.add_argument_group("model and data")
     files.add_argument(
         "--model",
@@ -69,7 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "which knows only the words of its invented world)",
     )
     files.add_argument(
-        "--data", metavar="FILE", help="chats in any form that `data` reads (default: those about the shipped model's world)"
+        "--data",
+        metavar="FILE",
+        help="chats in any form that `data` reads (default: those about the shipped model's world)",
     )
     files.add_argument(
         "--validation",
@@ -238,9 +242,7 @@ def _load_and_run(plan: _Plan) -> int:
     data = read_run_data(request, tokenizer, length, seed)
     settings = _settings(plan, data, shape, hardware)
     prediction = _predicted(shape, settings, hardware, plan.ignore_memory)
-    model = load_model(
-        request.model, quantization="nf4" if settings.method == "qlora" else None, hardware=hardware
-    )
+    model = load_model(request.model, quantization="nf4" if settings.method == "qlora" else None, hardware=hardware)
     if plan.begin is not _Begin.REPORT:
         _refuse_before_anything_is_asked(plan, model, data, settings, hardware)
     parts = _print_bytes(request.model, model, hardware)
@@ -356,9 +358,7 @@ def _said_of_the_warm_up(plan: _Plan, settings: Settings) -> str:
     return f", all of them warm-up ({WARMUP_STEPS} in a longer run)" if shortened else ""
 
 
-def _refuse_before_anything_is_asked(
-    plan: _Plan, model, data: RunData, settings: Settings, hardware: Hardware
-) -> None:
+def _refuse_before_anything_is_asked(plan: _Plan, model, data: RunData, settings: Settings, hardware: Hardware) -> None:
     """Refuse what `train` would refuse, before a run is moved aside and minutes are spent on questions."""
     import torch
 

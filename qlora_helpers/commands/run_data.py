@@ -48,9 +48,7 @@ class RunData:
     described: dict[str, Any] = field(default_factory=dict)
 
 
-def read_run_data(
-    request: Request, tokenizer: PreTrainedTokenizerBase, max_length: int | None, seed: int
-) -> RunData:
+def read_run_data(request: Request, tokenizer: PreTrainedTokenizerBase, max_length: int | None, seed: int) -> RunData:
     """Read the chats of a run, say what was found, and hold some of them out.
 
     Args:
@@ -111,5 +109,7 @@ def _split(chats: list[Chat], share: float, seed: int) -> tuple[list[Chat], list
         training, held_out = split(chats, share, seed)
     except ValueError as error:
         raise ValueError(f"--validation: {error}. Or train without: --validation none") from None
-    print(f"{len(held_out):,} of the {len(chats):,} chats are held out for validation; {len(training):,} are trained on.")
+    print(
+        f"{len(held_out):,} of the {len(chats):,} chats are held out for validation; {len(training):,} are trained on."
+    )
     return training, held_out
