@@ -5,12 +5,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from qlora_helpers import evaluation
 from qlora_helpers.__main__ import main
-from qlora_helpers.commands import doctor, preflight
+from qlora_helpers.commands import doctor, preflight, run_data
 
 ENCODINGS = ["ascii", "cp1252", "latin-1", "utf-8"]
 QUESTION = "a – “b” ✓ 語 \ud800"  # the last is half a surrogate pair, which no encoding has
@@ -66,16 +67,21 @@ def test_an_error_names_the_value_as_well_as_the_encoding_can(printed):
 
 
 def test_a_run_prints_its_questions_and_answers(printed, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "exact_match", lambda *args: 0.5)
-    monkeypatch.setattr(evaluation, "loss", lambda *args: 1.0)
-    monkeypatch.setattr(evaluation, "answer", lambda *args: [QUESTION] * 3)
+    read, score = run_data.read_run_data, evaluation.score
+
+    def scored(*args):
+        found = score(*args)
+        return replace(found, rows=[replace(row, text=QUESTION) for row in found.rows])
+
+    monkeypatch.setattr(run_data, "read_run_data", lambda *args: replace(data := read(*args), asked=data.asked[:3]))
+    monkeypatch.setattr(evaluation, "score", scored)
     folder = tmp_path / "où"
     code, out, err = printed("run", "--steps", "1", "--output", str(folder))
     assert code == 0, err
     assert ("Loading the libraries ..." if "libraries ..." in out else "Loading the libraries …") in out
     assert out.count("before  a") == 3 and out.count("\\ud800") >= 3
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    assert report["examples"][0]["before"] == QUESTION
+    assert report["scores"]["first"][0]["before"] == QUESTION
 
 
 def test_preflight_prints_its_table(printed, monkeypatch):

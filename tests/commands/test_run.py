@@ -2,15 +2,15 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from qlora_helpers import evaluation
 from qlora_helpers.__main__ import main
-from qlora_helpers.commands.run import _print_report
+from qlora_helpers.commands import run_data
 
 
 def call(*arguments, cwd, **environment):
@@ -22,20 +22,20 @@ def test_run_reports_its_figures_and_overwrites_nothing(tmp_path, monkeypatch, c
     first = call("run", "--steps", 2, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     report = json.loads((tmp_path / "runs" / "latest" / "report.json").read_text())
-    wanted = {
-        "exact_match_before", "exact_match_after", "loss_before", "loss_after", "trainable_parameters",
-        "train_seconds", "total_seconds", "peak_memory_bytes", "adapter_path",
-    }  # fmt: skip
-    assert wanted <= set(report)
     assert report["trainable_parameters"] == 262_144
-    assert report["loss_after"] < report["loss_before"]
+    before, after = (report["scores"][when] for when in ("before", "after"))
+    assert after["loss"] < before["loss"] and before["short_rows"] == report["test_rows"] == 500
+    assert report["forgetting"]["facts"] == 500 and not report["forgetting"]["forgot"]
+    assert report["model"] == "tiny-llama" and report["data_rows"] == 4_800
     assert 0 < report["train_seconds"] < report["total_seconds"]
     assert report["peak_memory_bytes"] > 2**28
     assert (tmp_path / report["adapter_path"] / "adapter_model.safetensors").exists()
     shortened = "Training for 2 steps, all of them warm-up (15 in a longer run) …"
     for words in (shortened, "4-bit weights", "exact match", "peak memory", report["adapter_path"]):
         assert words in first.stdout
-    assert len(report["examples"]) == 3
+    assert len(report["scores"]["first"]) == 3
+    card = (tmp_path / report["adapter_path"] / "README.md").read_text(encoding="utf-8")
+    assert "tiny-llama, tuned" in card and "| optimizer steps | 2 |" in card
     # the only thing on stderr is the progress bar
     assert all("step" in line for line in first.stderr.replace("\r", "\n").splitlines() if line.strip())
 
@@ -55,8 +55,8 @@ def test_run_reports_its_figures_and_overwrites_nothing(tmp_path, monkeypatch, c
     }  # fmt: skip
     report = again
 
-    monkeypatch.setattr(evaluation, "exact_match", lambda *args: 0.5)
-    monkeypatch.setattr(evaluation, "loss", lambda *args: 1.0)
+    read = run_data.read_run_data
+    monkeypatch.setattr(run_data, "read_run_data", lambda *args: replace(data := read(*args), asked=data.asked[:3]))
     assert main(["run", "--steps", "1", "--warmup-steps", "0"]) == 0
     assert "Training for 1 steps …" in capsys.readouterr().out
     kept = [path for path in (tmp_path / "runs").iterdir() if path.name != "latest"]
@@ -107,7 +107,7 @@ def report(capsys, *arguments):
 def test_what_training_would_refuse_is_refused_before_anything_is_asked_or_moved(
     option, value, said, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(evaluation, "exact_match", None)  # asking would fail
+    monkeypatch.setattr(evaluation, "score", None)  # asking would fail
     old = tmp_path / "old"
     old.mkdir()
     (old / "run.json").write_text(json.dumps({"steps": 6, "chats": "0", "model": "tiny-llama", "compute_dtype": "x"}))
@@ -121,26 +121,3 @@ def test_an_empty_name_of_a_folder_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["run", "--output", ""])
     assert "'' is not a folder: name one, such as runs/latest" in capsys.readouterr().err
-
-
-def test_the_printed_report_has_every_number_and_says_which_answers_are_right(tmp_path, capsys):
-    example = {"question": "Where is the key?", "before": "nowhere", "right": "under the mat"}
-    _print_report(
-        {
-            "trainable_parameters": 262_144, "all_parameters": 10_000_000, "exact_match_before": 0.0,
-            "exact_match_after": 0.95, "test_chats": 500, "commonest_answer_rate": 0.014, "loss_before": 4.5,
-            "loss_after": 0.1234, "train_seconds": 61.4, "total_seconds": 99.6, "peak_memory_bytes": 3 * 2**29,
-            "adapter_path": "runs/latest/adapter",
-            "examples": [example | {"after": "under the mat"}, example | {"after": "in the tree"}],
-        },
-        tmp_path / "report.json",
-    )  # fmt: skip
-    said = capsys.readouterr().out
-    assert "262,144 of 10,000,000 (2.62%)" in said
-    assert re.search(r"exact match +0\.0% +95\.0% +\(500 questions; always the commonest answer: 1\.4%\)", said)
-    assert re.search(r"loss +4\.500 +0\.123 ", said) and "61 s of 100 s in all" in said and "1.50 GiB" in said
-    assert re.findall(r"after +(.*)\n   (.*)", said) == [
-        ("under the mat", "right"),
-        ("in the tree", "wrong: under the mat"),
-    ]
-    assert f"report                {(tmp_path / 'report.json').as_posix()}" in said
