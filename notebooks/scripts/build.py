@@ -39,6 +39,7 @@ from data.scripts.markdown_tables import fill
 from data.scripts.measure import memory_errors
 from notebooks.scripts import ROOT
 from notebooks.scripts.running import code_cells, in_one_kernel, peak_bytes
+from qlora_helpers import suggestions
 from qlora_helpers.units import GIB
 
 SOURCES = ROOT / "notebooks" / "source"
@@ -246,7 +247,33 @@ def readme_tables() -> dict[str, str]:
         "map": map_table(),
         "t4": t4_table(),
         "memory": memory_errors.markdown_table(),
+        "suggestions": suggestions_table(),
     }
+
+
+def suggestions_table() -> str:
+    """The values to start from, with what each source says; what to change first; and the sources."""
+    table = suggestions.read_table()
+    lines = ["| setting | when | value | who says what |", "|---|---|---|---|"]
+    for name, entries in table.items():
+        if name not in ("sources", "first_changes"):
+            for entry in entries:
+                said = "<br>".join(f"**{one['source']}** {one['says']}" for one in entry["sources"])
+                cells = (f"`{name}`", entry["when"], suggestions.shown(entry["value"]), said)
+                lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "What to change first when it goes wrong:",
+        "",
+        "| what you see | change first | why |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {change.symptom} | {change.change} | {change.why} |" for change in suggestions.first_changes()]
+    sources = (
+        f"[{name}]({source['url']})" if source["url"].startswith("https:") else f"{name} ({source['url']})"
+        for name, source in table["sources"].items()
+    )
+    return "\n".join([*lines, "", f"Sources: {', '.join(sources)}."])
 
 
 # The modules that a lesson is about: what it shows, and not all that it uses.

@@ -25,7 +25,7 @@ def test_run_reports_its_figures_and_overwrites_nothing(tmp_path, monkeypatch, c
     assert report["trainable_parameters"] == 262_144
     before, after = (report["scores"][when] for when in ("before", "after"))
     assert after["loss"] < before["loss"] and before["short_rows"] == report["test_rows"] == 500
-    assert report["forgetting"]["facts"] == 500 and not report["forgetting"]["forgot"]
+    assert report["forgetting"]["facts"] == 500 and report["forgetting"]["verdict"]
     assert report["model"] == "tiny-llama" and report["data_rows"] == 4_800
     assert 0 < report["train_seconds"] < report["total_seconds"]
     assert report["peak_memory_bytes"] > 2**28
