@@ -2,8 +2,9 @@
 
     make test-kills            # 20 runs, each killed one to three times; prints a table
 
-A process is killed with SIGKILL, which it can neither notice nor prevent: at a random moment, or while it writes a
-checkpoint (between its files, with the newest one half written).
+A process is killed with SIGKILL, which it can neither notice nor prevent: at a random moment, while it evaluates, or
+while it writes a checkpoint (between its files, with the newest one half written). Some of the runs are validated: they
+keep the best of their steps and end when their patience does.
 """
 
 import argparse
@@ -24,12 +25,21 @@ from notebooks.scripts import forking
 STEPS = 24
 SAVES = (5, 10, 15, 20, 24)
 PLACES = ("between steps", "inside a save", "inside the last save")
+# With validation the loss is lowest at step 12, and patience ends at step 21. Saves are every 5 steps, at each new lowest
+# loss, and at the end.
+VALIDATED = {"validation": 0.25, "eval_steps": 3, "patience": 3, "learning_rate": 1e-2}
+EVALUATIONS = (0, 3, 6, 9, 12, 15, 18, 21)
+VALIDATED_SAVES = (3, 5, 6, 9, 10, 12, 15, 20, 21)
+VALIDATED_PLACES = (*PLACES, "inside an evaluation", "inside the last evaluation")
+CASES = [*((where, False) for where in PLACES), *((where, True) for where in VALIDATED_PLACES)]
+Kill = tuple[str, int]  # "save" or "evaluation", and of which step
 
 
-def work(folder: Path, kill_in_save: int, told: Connection) -> None:
-    """One process: begin or resume the run in `folder`; die while the checkpoint of step `kill_in_save` is written."""
+def work(folder: Path, kill: Kill | None, validated: bool, told: Connection) -> None:
+    """One process: begin or resume the run in `folder`; die inside the save or the evaluation that `kill` names."""
     import torch
     from transformers import Trainer
+    from trl import SFTTrainer
 
     from qlora_helpers.models.loading import load_model
     from qlora_helpers.settings import Settings
@@ -38,18 +48,24 @@ def work(folder: Path, kill_in_save: int, told: Connection) -> None:
 
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a resumed run says would stand in the table
-    save = Trainer._save_rng_state
+    save, predict = Trainer._save_rng_state, SFTTrainer.prediction_step
 
-    def killed(self, output_dir):  # after the optimizer's state, before the trainer's
-        if self.state.global_step == kill_in_save:
+    def saving(self, output_dir):  # after the optimizer's state, before the trainer's
+        if kill == ("save", self.state.global_step):
             (Path(output_dir) / "rng_state.pth").write_bytes(b"cut")
             os.kill(os.getpid(), signal.SIGKILL)
         save(self, output_dir)
 
-    Trainer._save_rng_state = killed
+    def predicting(self, *args, **options):  # after the first batch of two
+        loss = predict(self, *args, **options)
+        if kill == ("evaluation", self.state.global_step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss
+
+    Trainer._save_rng_state, SFTTrainer.prediction_step = saving, predicting
     settings = Settings(
         steps=STEPS, batch_size=4, accumulation=2, warmup_steps=2, rank=4, dropout=0.1, save_steps=5,
-        optimizer="adamw_8bit",
+        optimizer="adamw_8bit", **(VALIDATED if validated else {}),
     )  # fmt: skip
     try:
         train(
@@ -59,7 +75,7 @@ def work(folder: Path, kill_in_save: int, told: Connection) -> None:
             folder,
             settings,
             resume=True,
-            on_loss=lambda history: told.send(history[-1][0]),
+            on_loss=lambda history, *of_validation: told.send(history[-1][0] if history else 0),
         )
     except BaseException:
         told.send(traceback.format_exc())
@@ -69,9 +85,9 @@ def work(folder: Path, kill_in_save: int, told: Connection) -> None:
 class Working:
     """A training process, and what it reports: a number for each step that it logs, a text for an error."""
 
-    def __init__(self, folder: Path, kill_in_save: int = 0):
+    def __init__(self, folder: Path, kill: Kill | None = None, validated: bool = False):
         self.tells, told = forking.context().Pipe(duplex=False)
-        self.process = forking.start(work, folder, kill_in_save, told)
+        self.process = forking.start(work, folder, kill, validated, told)
         told.close()  # only the worker has it now: reading ends when it dies
 
     def told(self) -> Iterator[int]:
@@ -111,38 +127,57 @@ class Working:
         return self.process.exitcode == -signal.SIGKILL
 
 
-def uninterrupted(folder: Path) -> Path:
-    Working(folder).finish()
+def uninterrupted(folder: Path, validated: bool = False) -> Path:
+    Working(folder, validated=validated).finish()
     return folder / "adapter"
 
 
-def trial(folder: Path, where: str, chance: random.Random, times: int = 1, reference: Path | None = None) -> dict:
+def killed_once(folder: Path, where: str, chance: random.Random, validated: bool) -> bool:
+    """Begin or resume the run in `folder` and kill it at the place that `where` names. Returns whether that ended it."""
+    from qlora_helpers.training.run_folder import steps_saved
+
+    saves = VALIDATED_SAVES if validated else SAVES
+    if where == "between steps":
+        return Working(folder, validated=validated).kill_at(chance.randrange(1, saves[-1]), chance.random() * 0.3)
+    kind = where.rpartition(" ")[2]
+    saved = steps_saved(folder) if folder.exists() else -1  # the evaluation of step 0 is made once
+    to_come = [step for step in (saves if kind == "save" else EVALUATIONS) if step > saved]
+    step = to_come[-1] if "last" in where else chance.choice(to_come)
+    code = Working(folder, (kind, step), validated).end()
+    if code not in (0, -signal.SIGKILL):
+        raise RuntimeError(f"the run ended with {code}")
+    return code == -signal.SIGKILL
+
+
+def trial(
+    folder: Path,
+    where: str,
+    chance: random.Random,
+    times: int = 1,
+    reference: Path | None = None,
+    validated: bool = False,
+) -> dict:
     """Begin a run, kill it `times` times at the place that `where` names, let it finish, and compare."""
-    from qlora_helpers.training.checkpoints import last_whole_checkpoint
-    from qlora_helpers.training.run_folder import step_of
     from tests.support.short_runs import adapter, differing
 
-    reference = reference or uninterrupted(folder / "reference")
+    reference = reference or uninterrupted(folder / "reference", validated)
     killed, at = 0, []
     for _ in range(times):
-        if where == "between steps":
-            step, delay = chance.randrange(1, STEPS), chance.random() * 0.3
-            hit = Working(folder / "killed").kill_at(step, delay)
-        else:
-            last = last_whole_checkpoint(folder / "killed")
-            saves = [step for step in SAVES if step > (step_of(last) if last else 0)]
-            code = Working(folder / "killed", chance.choice(saves) if where == "inside a save" else STEPS).end()
-            hit = code == -signal.SIGKILL
-            if code not in (0, -signal.SIGKILL):
-                raise RuntimeError(f"the run ended with {code}")
+        hit = killed_once(folder / "killed", where, chance, validated)
         at.append(max((int(p.name[11:]) for p in (folder / "killed").glob("checkpoint-*")), default=0))
         if (folder / "killed" / "adapter").exists():
             break  # the kill came too late and does not count
         killed += hit
     else:
-        Working(folder / "killed").finish()
+        Working(folder / "killed", validated=validated).finish()
     differ = differing(adapter(folder / "killed" / "adapter"), adapter(reference))
-    return {"where": where, "kills": killed, "newest folder then": at, "differing tensors": len(differ)}
+    return {
+        "where": where,
+        "validated": validated,
+        "kills": killed,
+        "newest folder then": at,
+        "differing tensors": len(differ),
+    }
 
 
 def main() -> None:
@@ -155,19 +190,30 @@ def main() -> None:
     os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"
     failed = 0
     with tempfile.TemporaryDirectory() as scratch:
-        reference = uninterrupted(Path(scratch) / "reference")
-        print(f"{STEPS} steps each, a checkpoint every 5, dropout, accumulation, 8-bit AdamW\n")
-        print(f"{'run':4} {'killed':22} {'kills':>5}  {'newest checkpoint then':24} differing tensors")
+        references = {
+            validated: uninterrupted(Path(scratch) / f"reference-{validated}", validated) for validated in (False, True)
+        }
+        print(f"{STEPS} steps each, a checkpoint every 5, dropout, accumulation, 8-bit AdamW;")
+        print("with validation: also one at each new lowest loss, the end at step 21 by patience, step 12 kept\n")
+        print(
+            f"{'run':4} {'validation':10} {'killed':26} {'kills':>5}  {'newest checkpoint then':24} differing tensors"
+        )
 
         def numbered(number: int) -> dict:
             folder, chance = Path(scratch) / str(number), random.Random(number)
-            return trial(folder, PLACES[number % 3], chance, times=1 + number // 3 % 3, reference=reference)
+            where, validated = CASES[number % len(CASES)]
+            times = 1 + number // len(CASES) % 3
+            return trial(folder, where, chance, times, references[validated], validated)
 
         with ThreadPoolExecutor(args.workers) as pool:  # the threads only wait for the processes that train
             for number, row in enumerate(pool.map(numbered, range(args.trials)), start=1):
                 failed += row["differing tensors"] > 0 or row["kills"] == 0
                 at = ", ".join(map(str, row["newest folder then"]))
-                print(f"{number:<4} {row['where']:22} {row['kills']:5}  {at:24} {row['differing tensors']}", flush=True)
+                print(
+                    f"{number:<4} {'yes' if row['validated'] else 'no':10} {row['where']:26} {row['kills']:5}  {at:24} "
+                    f"{row['differing tensors']}",
+                    flush=True,
+                )
     print(f"\n{args.trials - failed} of {args.trials} runs ended bit-identical to the uninterrupted one")
     sys.exit(1 if failed else 0)
 

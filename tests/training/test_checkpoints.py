@@ -23,7 +23,16 @@ from qlora_helpers.paths import data_path
 from qlora_helpers.safe_folders import NEW
 from qlora_helpers.settings import Settings
 from qlora_helpers.training import run as training
-from qlora_helpers.training.checkpoints import PARTS, WEIGHTS, SaveByTheClock, last_whole_checkpoint
+from qlora_helpers.training.best import best_of
+from qlora_helpers.training.checkpoints import (
+    PARTS,
+    VALIDATION_LOSS,
+    WEIGHTS,
+    SaveByTheClock,
+    last_whole_checkpoint,
+    log_history,
+    logged,
+)
 from qlora_helpers.training.checksums import CHECKSUMS, count_of_states, write_checksums
 from tests.support import kills
 from tests.support.holding import held_by_another
@@ -542,11 +551,25 @@ def test_a_run_that_could_not_begin_leaves_its_folder_free(tmp_path):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    return kills.uninterrupted(tmp_path_factory.mktemp("reference"))
+    return {
+        validated: kills.uninterrupted(tmp_path_factory.mktemp("reference"), validated) for validated in (False, True)
+    }
 
 
-@pytest.mark.parametrize("where", kills.PLACES)
-def test_a_killed_process_leaves_a_run_that_ends_bit_identical(where, uninterrupted, tmp_path):
-    result = kills.trial(tmp_path, where, random.Random(where), reference=uninterrupted)
+def test_the_validated_run_ends_and_keeps_what_the_kills_take_it_to(uninterrupted):
+    log = log_history(last_whole_checkpoint(uninterrupted[True].parent))
+    losses = dict(logged(log, VALIDATION_LOSS))
+    assert tuple(losses) == kills.EVALUATIONS
+    assert best_of(losses.items())[0] == 12
+    assert kills.EVALUATIONS[-1] == kills.VALIDATED_SAVES[-1] < kills.STEPS
+
+
+# the others take `make test-kills`
+QUICK = [*((where, False) for where in kills.PLACES), ("inside an evaluation", True), ("inside the last save", True)]
+
+
+@pytest.mark.parametrize(("where", "validated"), QUICK)
+def test_a_killed_process_leaves_a_run_that_ends_bit_identical(where, validated, uninterrupted, tmp_path):
+    result = kills.trial(tmp_path, where, random.Random(where), reference=uninterrupted[validated], validated=validated)
     assert result["kills"] >= 1
     assert result["differing tensors"] == 0, json.dumps(result)
