@@ -30,6 +30,7 @@ __all__ = [
     "read_table",
     "shown",
     "suggest_settings",
+    "validation_rows",
 ]
 
 TABLE = Path(__file__).with_name("suggestions.json")
@@ -283,9 +284,19 @@ def _rounded(epochs: float) -> float:
     return math.ceil(epochs * 10 - 1e-6) / 10
 
 
+def validation_rows(rows: int) -> int:
+    """How many of so many chats to hold out for validation.
+
+    Raises:
+        ValueError: `rows` is no positive whole number.
+    """
+    rows = validation.whole("rows", rows)
+    fewest, most = read_table()["validation_rows"][0]["value"]
+    return min(max(rows // 20, fewest), most, max(1, rows // 10))
+
+
 def _choose_the_validation(chosen: _Chosen, rows: int) -> None:
-    fewest, most = chosen.entry("validation_rows")["value"]
-    held_out = min(max(rows // 20, fewest), most, max(1, rows // 10))
+    held_out = validation_rows(rows + validation_rows(rows * 10 // 9))
     chosen.take("validation_rows", held_out, "beside the training rows")
 
 
@@ -312,7 +323,8 @@ def _choose_the_rank(chosen: _Chosen, rows: int, tokens: int | None) -> list[int
 
 
 def _bits(count: float) -> str:
-    return f"{count / 1e9:.1f} Gbit" if count >= 1e9 else f"{count / 1e6:.1f} Mbit"
+    size, unit = next(pair for pair in ((1e9, "Gbit"), (1e6, "Mbit"), (1e3, "kbit"), (1, "bit")) if count >= pair[0])
+    return f"{count / size:.3g} {unit}"
 
 
 # ---- Making it fit

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import shlex
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -15,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_helpers.commands.command_line import command_line
 from qlora_helpers.commands.reading_options import add_reading
 from qlora_helpers.commands.run_request import SHIPPED, Request, asked_for, refuse_another
 from qlora_helpers.commands.settings_options import add_settings, given
@@ -81,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         metavar="SHARE|FILE",
         help="the share of the chats that is held out, or a second file, or none; the model is watched and judged by it "
-        "(default: 0.1 with --data)",
+        "(default with --data: a tenth of them, at most 50 of 1,000 and 1,000 of all)",
     )
     add_reading(files)
     run = parser.add_argument_group("the run")
@@ -170,16 +168,10 @@ def command(args: argparse.Namespace) -> int:
 
 
 def _how_to_resume(args: argparse.Namespace) -> str:
-    """The command line that continues a run, quoted for the shell."""
-    python = Path(sys.executable)
-    if python.is_relative_to(Path.cwd()):
-        python = python.relative_to(Path.cwd())
-    words = [str(python), "-m", "qlora_helpers"]
+    """The command line that continues a run."""
     if read_record(args.output):  # which says what was asked for
-        words += ["run", "--resume", "--output", str(args.output)]
-    else:
-        words += [*args.typed, *(["--resume"] * (not args.resume))]
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+        return command_line("run", "--resume", "--output", args.output)
+    return command_line(*args.typed, *(["--resume"] * (not args.resume)))
 
 
 def _where_to_begin(args: argparse.Namespace) -> _Plan:
@@ -291,11 +283,12 @@ def _settings(plan: _Plan, data: RunData, shape: ModelShape | None, hardware: Ha
         return Settings(save_steps=SAVE_STEPS, **named).for_rows(rows)
     length = named.get("max_length") or _rounded_up(data.longest, shape)
     base = _suggested(shape, rows, hardware, length, data.answer_tokens)
-    if {"steps", "epochs"} & named.keys():
-        base = replace(base, steps=None, epochs=None, warmup_steps=None)
+    changed: dict[str, Any] = {"save_steps": SAVE_STEPS}
+    if {"steps", "epochs"} & named.keys():  # then the suggested length does not hold, nor what goes with it
+        changed |= {"steps": None, "epochs": None, "warmup_steps": None}
     if {"batch_size", "accumulation"} & named.keys():
-        base = replace(base, batch_size=named.get("batch_size", 1), accumulation=1)
-    return replace(base, save_steps=SAVE_STEPS, **named).for_rows(rows)
+        changed |= {"batch_size": 1, "accumulation": 1}
+    return replace(base, **changed | named).for_rows(rows)
 
 
 def _rounded_up(tokens: int, shape: ModelShape | None) -> int:
@@ -312,6 +305,9 @@ def _suggested(shape: ModelShape | None, rows: int, hardware: Hardware, length: 
         print("Settings are those of the course's usual run on a GPU: none can be suggested without the model's shape.")
         return replace(GPU_RUN, learning_rate=2e-4, max_length=length, steps=None, epochs=3, warmup_steps=None)
     found = suggest_settings(shape, rows, _gpu(hardware), length, tokens)
+    # what was held out is said already; and that no GPU was named is no news here
+    reasons = {name: reason for name, reason in found.reasons.items() if name != "validation_rows"}
+    found = replace(found, reasons=reasons, notes=found.notes if found.gpu else ())
     print(f"\nSettings to start from, for {found}\n", flush=True)
     return found.settings
 

@@ -16,8 +16,9 @@ from qlora_helpers.chats import (
 )
 from qlora_helpers.chats.split import split
 from qlora_helpers.chats.words import warning_of_spelling
-from qlora_helpers.commands.run_request import Request
+from qlora_helpers.commands.run_request import SUGGESTED, Request
 from qlora_helpers.paths import data_path
+from qlora_helpers.suggestions import validation_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +67,9 @@ def read_run_data(request: Request, tokenizer: PreTrainedTokenizerBase, max_leng
         if warning := warning_of_spelling(training, tokenizer):
             print(f"warning: {warning}")
     held_out: list[Chat] = []
-    if isinstance(request.validation, str):
+    if request.validation == SUGGESTED:
+        training, held_out = _split(training, validation_rows(len(training)) / len(training), seed)
+    elif isinstance(request.validation, str):
         held_out, of_file = _read(request.validation, request, tokenizer, max_length)
         described |= {name.replace("data_", "validation_"): value for name, value in of_file.items()}
     elif request.validation is not None:

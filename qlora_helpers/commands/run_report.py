@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import torch
 
 from qlora_helpers import evaluation
 from qlora_helpers.adapters.card import model_card
+from qlora_helpers.commands.command_line import command_line
 from qlora_helpers.commands.run_request import Request
 from qlora_helpers.hardware import Hardware, peak_memory_bytes
 from qlora_helpers.settings import Settings
@@ -110,7 +110,7 @@ training              {gone if seconds is None else f"{seconds:.0f} s of {report
 peak memory           {gone if peak is None else f"{peak / GIB:.2f} GiB of {where}{foreseen}"}
 trained weights       {report["adapter_path"]}, with a model card
 report                {path.as_posix()}
-to talk to it         {Path(sys.executable).name} -m qlora_helpers chat {path.parent.as_posix()}""")
+to talk to it         {command_line("chat", path.parent)}""")
 
 
 def _curve(report: dict[str, Any]) -> str:

@@ -13,10 +13,10 @@ from typing import Any
 
 from qlora_helpers.commands.settings_options import given, option_of
 
-__all__ = ["SHIPPED", "Request", "asked_for", "refuse_another"]
+__all__ = ["SHIPPED", "SUGGESTED", "Request", "asked_for", "refuse_another"]
 
 SHIPPED = "tiny-llama"
-VALIDATION = 0.1  # the share of one's own chats that is held out, where the command line does not say
+SUGGESTED = "suggested"  # as many of one's own chats as `qlora_helpers.suggestions` says
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Request:
     Attributes:
         model: a folder, a name of the Hub, or "tiny-llama".
         data: the file of the chats; None for those that the course ships.
-        validation: the share that is held out, or another file, or None.
+        validation: the share that is held out, or the full path of another file, or "suggested", or None.
         form, on_bad, too_long: how the files are read, as in `qlora_helpers.chats.read_chats`.
         settings: those that the command line names.
     """
@@ -48,7 +48,7 @@ def asked_for(args: argparse.Namespace) -> Request:
         OSError: a file that it names cannot be read.
     """
     settings = given(args)
-    default = None if args.data is None else VALIDATION
+    default = None if args.data is None else SUGGESTED
     request = Request(
         model=_path_or_name(args.model or SHIPPED),
         data=None if args.data is None else _file("--data", args.data),
@@ -75,7 +75,7 @@ def _file(option: str, name: str) -> str:
 
 
 def _held_out(validation: float | str | None) -> float | str | None:
-    return _file("--validation", validation) if isinstance(validation, str) else validation
+    return _file("--validation", validation) if isinstance(validation, str) and validation != SUGGESTED else validation
 
 
 def _path_or_name(model: str) -> str:

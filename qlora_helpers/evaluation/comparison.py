@@ -96,7 +96,8 @@ class Comparison:
         text = []
         for what, before, after, note in found:
             start = f"{what:{widths[0]}}  {before:>{widths[1]}}  {after:>{widths[2]}}  "
-            text.append(textwrap.fill(note, WIDTH, initial_indent=start, subsequent_indent=" " * len(start)).rstrip())
+            lines = textwrap.wrap(note, WIDTH, initial_indent=start, subsequent_indent=" " * len(start)) or [start]
+            text += [line.rstrip() for line in lines]
         text.append("± is one standard error.")
         for title, examples in self._parts():
             text += ["", title]

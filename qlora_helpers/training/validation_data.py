@@ -35,17 +35,18 @@ def chats_of_the_run(
     if not chats:
         raise ValueError(f"chats={chats!r}: there is nothing to learn. Pass a list of chats, as read_chats returns")
     _check_what_is_given(validation_chats, settings)
-    held_out, source = settings.validation, "validation_chats"
+    held_out = settings.validation
     if validation_chats is None and held_out is None:
         return chats, []
     check_chats(chats)
     if isinstance(held_out, str):
-        validation_chats, source = read_chats(held_out, tokenizer, settings.max_length), held_out
+        validation_chats = read_chats(held_out, tokenizer, settings.max_length)
     elif held_out is not None:
         chats, validation_chats = _split(chats, held_out, settings.seed)
-        source = f"{100 * held_out:g} % of the chats"
     check_chats(validation_chats, "validation chat")
-    print(f"Validation on {source}: {len(validation_chats):,} chats; {len(chats):,} are trained on.")
+    if held_out is not None:  # else the caller knows
+        source = held_out if isinstance(held_out, str) else f"{100 * held_out:g} % of the chats"
+        print(f"Validation on {source}: {len(validation_chats):,} chats; {len(chats):,} are trained on.")
     if shared := shared_questions(chats, validation_chats):
         print(
             f"{shared:,} of the {len(validation_chats):,} validation chats begin with a question that is trained on, too: their "
