@@ -1,8 +1,9 @@
-"""Chat data: read it from a file, check it, and turn it into tokens."""
+"""Chat data: read it from a file, check it, report on it, make it fit, and turn it into tokens."""
 
 from qlora_helpers.chats.files import ChatFile, read_chats, read_file, said_of_the_dropped, write_chats
 from qlora_helpers.chats.lengths import fit_to_length
 from qlora_helpers.chats.messages import Chat, ChatError, check_chats, fault_in, split_question
+from qlora_helpers.chats.report import DataReport, report_on
 from qlora_helpers.chats.templates import stop_tokens
 from qlora_helpers.chats.tokens import check_texts, count_tokens, lengths_of, tokenized
 
@@ -10,6 +11,7 @@ __all__ = [
     "Chat",
     "ChatError",
     "ChatFile",
+    "DataReport",
     "check_chats",
     "check_texts",
     "count_tokens",
@@ -18,6 +20,7 @@ __all__ = [
     "lengths_of",
     "read_chats",
     "read_file",
+    "report_on",
     "said_of_the_dropped",
     "split_question",
     "stop_tokens",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from qlora_helpers import validation
 from qlora_helpers.chats.messages import Chat, ChatError
+from qlora_helpers.chats.templates import ids_of
 from qlora_helpers.chats.tokens import lengths_of, too_long_fault
 from qlora_helpers.chats.words import UNSPACED
 
@@ -115,8 +116,7 @@ def _cut(chats: dict[int, Chat], lengths: dict[int, int], tokenizer, max_length:
     lengths, fit, tried = dict(lengths), {}, dict(chats)
     while tried:
         questions = [tried[number][places[number]]["content"] for number in tried]
-        tokens = [len(ids) for ids in tokenizer(questions, add_special_tokens=False)["input_ids"]]
-        for number, of_question in zip(list(tried), tokens, strict=True):
+        for number, of_question in zip(list(tried), map(len, ids_of(questions, tokenizer)), strict=True):
             # in proportion, and at least one fewer
             share = 1 - (lengths[number] - max_length) / max(1, of_question)
             kept[number] = min(kept[number] - 1, int(kept[number] * share))

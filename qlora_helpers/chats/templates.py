@@ -28,7 +28,7 @@ from qlora_helpers.chats.messages import Chat
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TemplateError", "has_marks", "mark", "missing_text", "rendered", "special_tokens", "stop_tokens"]
+__all__ = ["TemplateError", "has_marks", "ids_of", "mark", "missing_text", "rendered", "special_tokens", "stop_tokens"]
 
 CHUNK = 1_000  # chats at once: one call for many is twice as fast as one for each, and all at once need much memory
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -100,6 +100,15 @@ def rendered(
         if not refused:
             raise
         return texts, refused
+
+
+def ids_of(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The tokens of texts in which all special tokens are written already, as the template has done."""
+    if not texts:
+        return []
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)[
+        "input_ids"
+    ]
 
 
 FOLD = "put its text at the beginning of the first question"
@@ -247,8 +256,8 @@ def _marked_by_comparison(chats: dict[int, Chat], texts: dict[int, str], tokeniz
     prompts, faults = rendered(asked, tokenizer, to_be_answered=True)
     throughs, more = rendered(answered, tokenizer)
     refused = {number: fault for (number, _), fault in (faults | more).items()}
-    ids = dict(zip(texts, _ids(list(texts.values()), tokenizer), strict=True))
-    prompt_ids = dict(zip(prompts, _ids(list(prompts.values()), tokenizer), strict=True))
+    ids = dict(zip(texts, ids_of(list(texts.values()), tokenizer), strict=True))
+    prompt_ids = dict(zip(prompts, ids_of(list(prompts.values()), tokenizer), strict=True))
     # what stands for unknown characters is in no text
     special = {id: name for id, name in special_tokens(tokenizer).items() if id != tokenizer.unk_token_id}
     any_special = re.compile("|".join(map(re.escape, sorted(special.values(), key=len, reverse=True))) or "(?!)")
@@ -281,11 +290,6 @@ MERGED = (
     "the tokenizer joins the end of the prompt of message {} with the beginning of the answer: asked with {}, the model would "
     "see other tokens than in training. Take the white space from the end of the template's generation prompt"
 )
-
-
-def _ids(texts: list[str], tokenizer) -> list[list[int]]:
-    # the template has written the special tokens already
-    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
 class _Span(NamedTuple):

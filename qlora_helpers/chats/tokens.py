@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qlora_helpers.chats.messages import Chat, half_a_pair
-from qlora_helpers.chats.templates import CHUNK, TemplateError, mark, missing_text, rendered, special_tokens
+from qlora_helpers.chats.templates import CHUNK, TemplateError, ids_of, mark, missing_text, rendered, special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +48,7 @@ def _faults_of_texts(chats: dict[int, Chat], tokenizer) -> dict[int, str]:
                 places.append((number, f"message {place} ({message['role']})"))
                 texts.append(message["content"])
     special = special_tokens(tokenizer)
-    found = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    found = ids_of(texts, tokenizer)
     for (number, place), text, ids in zip(places, texts, found, strict=True):
         # any character may become the unknown token, which is no fault unless that itself is typed
         typed = [id for id in ids if id in special and (id != tokenizer.unk_token_id or special[id] in text)]
@@ -96,9 +96,7 @@ def _lengths(texts: list[str], tokenizer) -> list[int]:
     """The number of tokens of rendered chats; not all at once, since ids take much more memory than text."""
     lengths = []
     for start in range(0, len(texts), CHUNK):
-        # the template has written the special tokens already
-        encoded = tokenizer(texts[start : start + CHUNK], add_special_tokens=False)
-        lengths += map(len, encoded["input_ids"])
+        lengths += map(len, ids_of(texts[start : start + CHUNK], tokenizer))
     return lengths
 
 

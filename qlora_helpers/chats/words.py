@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_helpers.chats.messages import Chat
+from qlora_helpers.chats.templates import ids_of
 from qlora_helpers.paths import data_path
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def _texts(chats: list[Chat]) -> list[str]:
 
 
 def _tokens(texts: list[str], tokenizer) -> int:
-    return sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) if texts else 0
+    return sum(map(len, ids_of(texts, tokenizer)))
 
 
 def tokens_per_word(chats: list[Chat], tokenizer: PreTrainedTokenizerBase) -> float:
