@@ -1,17 +1,19 @@
-"""Chat data: read it from a file, check it, report on it, make it fit, and turn it into tokens."""
+"""Chat data: read it from a file, check it, turn it into tokens, and see what is in it before anything is trained."""
 
 from qlora_helpers.chats.files import ChatFile, read_chats, read_file, said_of_the_dropped, write_chats
-from qlora_helpers.chats.lengths import fit_to_length
+from qlora_helpers.chats.lengths import Fitted, fit_to_length
 from qlora_helpers.chats.messages import Chat, ChatError, check_chats, fault_in, split_question
 from qlora_helpers.chats.report import DataReport, report_on
 from qlora_helpers.chats.templates import stop_tokens
 from qlora_helpers.chats.tokens import check_texts, count_tokens, lengths_of, tokenized
+from qlora_helpers.chats.words import tokens_per_word, warning_of_spelling
 
 __all__ = [
     "Chat",
     "ChatError",
     "ChatFile",
     "DataReport",
+    "Fitted",
     "check_chats",
     "check_texts",
     "count_tokens",
@@ -25,5 +27,7 @@ __all__ = [
     "split_question",
     "stop_tokens",
     "tokenized",
+    "tokens_per_word",
+    "warning_of_spelling",
     "write_chats",
 ]

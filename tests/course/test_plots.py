@@ -51,6 +51,58 @@ def test_the_live_plot_draws_every_second_point_and_the_last(shown):
     assert "to 0.02 at step 50" in shown[-1]
 
 
+def test_the_live_plot_draws_both_losses_and_each_evaluation_at_once(shown):
+    live = plots.LivePlot(steps=50, title="loss")
+    live.update([], [(0, 2.0)])
+    live.update([(10, 1.0)], [(0, 2.0)])  # every second time
+    live.update([(10, 1.0)], [(0, 2.0), (10, 1.5)])
+    assert len(shown) == 2
+    assert "loss: loss against step; on the validation chats from 2.00 at step 0 to 2.00 at step 0." in shown[0]
+    assert "from 1.00 at step 10 to 1.00 at step 10; on the validation chats from 2.00 at step 0 to 1.50" in shown[1]
+
+
+def test_the_live_plot_without_losses_draws_nothing(shown):
+    plots.LivePlot(steps=50, title="loss").update([])
+    assert shown == []
+
+
+HISTORY, VALIDATED = [(2, 3.0), (4, 2.0), (6, 1.0)], [(0, 4.0), (2, 3.5), (4, 3.0), (6, 3.25)]
+
+
+def test_the_figure_of_a_run_marks_the_step_that_was_kept(shown):
+    fig, alt = plots.loss_curves(HISTORY, VALIDATED, 4)
+    (ax,) = fig.axes
+    assert ax.get_title(loc="left") == "The validation loss was lowest at step 4, not at the end"
+    training, validation, line, star = ax.lines
+    assert training.get_xydata().tolist() == [list(pair) for pair in HISTORY]
+    assert validation.get_xydata().tolist() == [list(pair) for pair in VALIDATED]
+    assert set(line.get_xdata()) == {4} and star.get_xydata().tolist() == [[4, 3.0]]
+    assert [text.get_text() for text in ax.get_legend().texts] == ["training chats", "validation chats", "kept: step 4"]
+    assert "on the validation chats from 4.00 at step 0 to 3.25 at step 6. A mark shows the step that is kept, 4" in alt
+    plots.show(fig, alt)
+    assert shown[0].startswith(
+        '<img alt="The validation loss was lowest at step 4, not at the end: loss against step, from'
+    )
+
+
+def test_the_figure_of_a_run_says_what_it_shows():
+    def drawn(*histories, **options):
+        return plots.loss_curves(*histories, **options)[0].axes[0]
+
+    assert drawn(HISTORY, VALIDATED, 6).get_title(loc="left") == "The validation loss was lowest at the end, step 6"
+    plain = drawn(HISTORY)
+    assert plain.get_title(loc="left") == "The loss during the run" and plain.get_legend() is None
+    assert plain.get_xlim() == (0, 6) and drawn(HISTORY, steps=12).get_xlim() == (0, 12)
+    assert [plain.yaxis.get_minor_formatter()(value) for value in (2.0, 0.5)] == ["2", "0.5"]
+
+
+def test_a_figure_of_no_losses_or_of_a_step_without_one_is_refused():
+    with pytest.raises(ValueError, match=r"history=\[\]: there is nothing to draw"):
+        plots.loss_curves([])
+    with pytest.raises(ValueError, match=r"best_step=5: validation_history has steps \[0, 2, 4, 6\]"):
+        plots.loss_curves(HISTORY, VALIDATED, 5)
+
+
 def test_a_timeline_is_filled_phase_by_phase_with_its_peak_marked():
     line = Timeline((0.0, 1.0, 2.0, 3.0), (10, 40, 20, 5), (("forward", 0), ("backward", 1), ("forward", 3)))
     _, ax = plots.figure()

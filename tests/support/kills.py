@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ VALIDATED_SAVES = (3, 5, 6, 9, 10, 12, 15, 20, 21)
 VALIDATED_PLACES = (*PLACES, "inside an evaluation", "inside the last evaluation")
 CASES = [*((where, False) for where in PLACES), *((where, True) for where in VALIDATED_PLACES)]
 Kill = tuple[str, int]  # "save" or "evaluation", and of which step
+STARTING = threading.Lock()  # a start changes this process's environment for a moment
 
 
 def work(folder: Path, kill: Kill | None, validated: bool, told: Connection) -> None:
@@ -86,8 +88,9 @@ class Working:
     """A training process, and what it reports: a number for each step that it logs, a text for an error."""
 
     def __init__(self, folder: Path, kill: Kill | None = None, validated: bool = False):
-        self.tells, told = forking.context().Pipe(duplex=False)
-        self.process = forking.start(work, folder, kill, validated, told)
+        with STARTING:
+            self.tells, told = forking.context().Pipe(duplex=False)
+            self.process = forking.start(work, folder, kill, validated, told)
         told.close()  # only the worker has it now: reading ends when it dies
 
     def told(self) -> Iterator[int]:

@@ -303,7 +303,8 @@ def test_a_damaged_checkpoint_is_refused_and_kept(damage, interrupted, steps_tak
 def without_checksums(folder):
     """Make a run one of an older version of the package."""
     record = json.loads((folder / "run.json").read_text())
-    del record["environment"], record["base"]
+    for name in ("environment", "base", "validation", "eval_steps", "patience"):
+        del record[name]
     (folder / "run.json").write_text(json.dumps(record))
     for path in folder.glob("checkpoint-*"):
         (path / CHECKSUMS).unlink()
