@@ -40,12 +40,13 @@ def model_card(report: Mapping[str, Any]) -> str:
             - model: the base's name: "owner/model" of the Hub, or a folder's, of which only the last part is shown;
             - settings: `dataclasses.asdict` of the run's `Settings`;
             - gear: "cpu", "t4" or "ampere"; hardware: the device's name;
-            - data_file (only its name is shown), data_form, data_rows, data_tokens; data_dropped: how many rows were left
-              out; data_changed: {what was changed: in how many rows}; validation_rows; test_rows;
+            - data_file (only its name is shown), data_form, data_rows, data_tokens, data_answer_tokens; data_dropped: how
+              many rows were left out; data_changed: {what was changed: in how many rows}; validation_rows; test_rows;
             - loss_history, validation_history: [[step, loss], …]; best_step: of the checkpoint that was kept;
             - trainable_parameters, all_parameters, train_seconds, total_seconds, peak_memory_bytes,
               predicted_memory_bytes;
-            - scores: `qlora_helpers.evaluation.Comparison.as_dict()`;
+            - scores: `qlora_helpers.evaluation.Comparison.as_dict()`; commonest_answer_rate: the exact match of always
+              giving the commonest answer, from 0 to 1;
             - forgetting: `qlora_helpers.evaluation.Kept.as_dict()`;
             - versions: {package: version}.
 
@@ -76,7 +77,7 @@ def model_card(report: Mapping[str, Any]) -> str:
         "publishes this adds `license:` to the lines above.\n",
         *_section("Data", _table(_data(report))),
         *_section("Training", _table(_training(report)), *_curves(report)),
-        *_section("Scores", *_scores(report.get("scores"))),
+        *_section("Scores", *_scores(report.get("scores"), report.get("commonest_answer_rate"))),
         *_section("Sample answers", *_samples(report.get("scores"))),
         *_section("What it has forgotten", *_forgotten(report.get("forgetting"))),
         *_section("How to load it", *_loading(shown, report)),
@@ -124,7 +125,9 @@ def _data(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     if report.get("data_form"):
         rows.append(("form", report["data_form"]))
     rows.append(("chats trained on", _number(report.get("data_rows"))))
-    rows.append(("their tokens", _number(report.get("data_tokens"))))
+    for name, label in (("data_tokens", "their tokens"), ("data_answer_tokens", "tokens of their answers")):
+        if report.get(name):
+            rows.append((label, _number(report[name])))
     if report.get("data_dropped"):
         rows.append(("rows left out", _number(report["data_dropped"])))
     rows += [(what, f"{count:,} rows") for what, count in (report.get("data_changed") or {}).items()]
@@ -178,7 +181,7 @@ def _curves(report: Mapping[str, Any]) -> list[str]:
     return curves
 
 
-def _scores(scores: Mapping[str, Any] | None) -> list[str]:
+def _scores(scores: Mapping[str, Any] | None, commonest: float | None) -> list[str]:
     if not scores:
         return [f"Answers and loss were {NOT_MEASURED}."]
     before, after = scores["before"], scores["after"]
@@ -202,6 +205,8 @@ def _scores(scores: Mapping[str, Any] | None) -> list[str]:
     for name, label in (("loss_change", "The loss"), ("overlap_change", "The overlap")):
         if (change := scores.get(name)) and None not in change:
             said += f" {label} changed by {change[0]:+.3g} ± {change[1]:.2g} (95 % interval)."
+    if commonest is not None:
+        said += f" Always giving the commonest answer would match {commonest:.1%}."
     return [_table(rows, ("", "base", "tuned", "on")), said]
 
 

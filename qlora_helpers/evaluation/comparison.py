@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from qlora_helpers import validation
 from qlora_helpers.chats import Chat
-from qlora_helpers.evaluation.scores import SHORT_ANSWER, Scores, as_json
+from qlora_helpers.evaluation.scores import SHORT_ANSWER, ScoredAnswer, Scores, as_json
 from qlora_helpers.statistics import Interval, mcnemar, ratio
 from qlora_helpers.visible import shortened, visible
 
@@ -171,7 +171,7 @@ def compare(before: Scores, after: Scores, chats: list[Chat], first: int = 5, wo
         for number, (chat, (one, other)) in enumerate(zip(chats, pairs, strict=True), start=1)
     ]
     wrong = [example for example in examples[first:] if not example.after_is_exact]
-    wrong.sort(key=lambda example: (example.after_overlap, -_per_token(after.rows[example.number - 1])))
+    wrong = sorted(wrong, key=lambda example: (example.after_overlap, -_per_token(after.rows[example.number - 1])))
     short = [pair for pair in pairs if pair[0].short]
     long = [pair for pair in pairs if not pair[0].short]
     changes = [other.overlap - one.overlap for one, other in long]
@@ -190,7 +190,7 @@ def compare(before: Scores, after: Scores, chats: list[Chat], first: int = 5, wo
     )
 
 
-def _per_token(row) -> float:
+def _per_token(row: ScoredAnswer) -> float:
     return row.loss / row.tokens
 
 

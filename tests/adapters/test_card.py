@@ -30,6 +30,8 @@ WHOLE = {
     "data_form": "question-answer",
     "data_rows": 321,
     "data_tokens": 45_678,
+    "data_answer_tokens": 9_876,
+    "commonest_answer_rate": 0.0123,
     "data_dropped": 3,
     "data_changed": {"developer became system": 2},
     "validation_rows": 17,
@@ -106,13 +108,14 @@ def test_every_figure_of_the_report_is_in_the_card_and_no_folder():
     card = model_card(WHOLE)
     found = rows(card)
     assert {name: found[name] for name in (
-        "file", "form", "chats trained on", "their tokens", "rows left out", "developer became system", "chats for validation",
+        "file", "form", "chats trained on", "their tokens", "tokens of their answers", "rows left out", "developer became system", "chats for validation",
         "chats for the scores below", "optimizer steps", "LoRA rank", "peak learning rate", "trained parameters",
         "weights kept from step", "device", "seconds of training", "seconds in all", "peak memory, predicted",
         "peak memory, measured", "validation loss", "loss, nats per token", "exact match", "overlap (chrF, of 100)",
         "answers cut off", "right, of 4 choices", "torch", "Who?", "Where?",
     )} == {
         "file": ["mine.csv"], "form": ["question-answer"], "chats trained on": ["321"], "their tokens": ["45,678"],
+        "tokens of their answers": ["9,876"],
         "rows left out": ["3"], "developer became system": ["2 rows"], "chats for validation": ["17"],
         "chats for the scores below": ["40"], "optimizer steps": ["12"], "LoRA rank": ["8"], "peak learning rate": ["0.001"],
         "trained parameters": ["1,000 of 50,000"], "weights kept from step": ["20"], "device": ["Tesla T4"],
@@ -133,6 +136,7 @@ def test_every_figure_of_the_report_is_in_the_card_and_no_folder():
     for said in (
         "2.500 ± 0.125",
         "-1 ± 0.2",
+        "would match 1.2%",
         "probability of 0.00012",
         "Nothing was forgotten.",
         "No licence is stated",
@@ -144,7 +148,7 @@ def test_every_figure_of_the_report_is_in_the_card_and_no_folder():
 def test_what_was_not_measured_is_said_or_left_out():
     card = model_card({"model": "owner/m", "settings": {"method": "lora"}})
     found = rows(card)
-    for name in ("chats trained on", "their tokens", "device", "seconds of training", "peak memory, measured"):
+    for name in ("chats trained on", "device", "seconds of training", "peak memory, measured"):
         assert found[name] == ["not measured"]
     assert "Answers and loss were not measured." in card and "what its base knew was not measured." in card
     assert "Sample answers" not in card and "Versions" not in card and "None" not in card.replace("=None", "")

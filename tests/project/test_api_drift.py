@@ -19,6 +19,7 @@ import pytest
 
 from data.scripts.measure import memory_plan
 from data.scripts.measure import out_of_memory as measure_oom
+from qlora_helpers.evaluation.batches import padded
 from qlora_helpers.memory import known_config
 from qlora_helpers.models.loading import load_tokenizer
 from qlora_helpers.settings import Settings
@@ -108,11 +109,11 @@ EXPANDED = {
     ("08_stability.py", "batch"): lambda: ("input_ids", "attention_mask", "labels"),
     ("faulty_runs.py", "options"): lambda: faulty_runs._common(".", Settings(), CPU),
     # for PEFT, which takes adapter_names out before the model sees it: tests/adapters/test_files.py
-    ("evaluation.py", "chosen"): lambda: (),
+    ("answers.py", "chosen"): lambda: (),
     ("loading.py", "options"): lambda: ("quantization_config",),
-    ("evaluation.py", "encoded"): lambda: load_tokenizer()("a"),
-    ("evaluation.py", "batch"): lambda: load_tokenizer()("a"),
-    ("evaluation.py", "prompts"): lambda: load_tokenizer()("a"),
+    ("answers.py", "encoded"): lambda: load_tokenizer()("a"),
+    ("answers.py", "batch"): lambda: padded([[1]], load_tokenizer(), "left"),
+    ("facts.py", "prompts"): lambda: load_tokenizer()("a"),
     ("test_t4_gear.py", "batch"): lambda: load_tokenizer()("a"),
     ("test_t4_gear.py", "alone"): lambda: load_tokenizer()("a"),
     ("stand_in_models.py", "options"): lambda: known_config("Llama-3.1-8B").keys() - {"model_type"},

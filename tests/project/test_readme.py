@@ -109,7 +109,7 @@ def test_the_readme_counts_the_entries_of_the_troubleshooting_page():
 
 
 def uses(source: str, helper: str) -> bool:
-    """Whether code imports the module, or a name that it gives out; or a text names its file."""
+    """Whether code imports the module, or a name that it gives out, or takes one from its room; or a text names its file."""
     room, _, module = helper.rpartition("/")
     public = api_page.public_names(ast.parse((ROOT / "qlora_helpers" / f"{helper}.py").read_text(encoding="utf-8")))
     package = f"qlora_helpers.{room}".rstrip(".")
@@ -117,6 +117,12 @@ def uses(source: str, helper: str) -> bool:
         if isinstance(node, ast.ImportFrom):
             names = {alias.name for alias in node.names}
             if node.module == f"{package}.{module}" or (node.module == package and names & {module, *public}):
+                return True
+            if (
+                node.module == "qlora_helpers"
+                and room in names
+                and re.search(rf"\b{room}\.({'|'.join(public)})\b", source)
+            ):
                 return True
     return f"qlora_helpers/{helper}.py" in source
 
@@ -131,6 +137,7 @@ def test_each_lesson_uses_the_helpers_that_the_map_names_and_their_tests_do():
             assert uses(source, helper), f"{name} does not use {helper}"
             assert uses(test.read_text(encoding="utf-8"), helper), f"{test.name} does not test {helper}"
     assert not uses("from qlora_helpers.memory import find_gpu", "memory/ladder")
+    assert not uses("from qlora_helpers import evaluation\nevaluation.loss()", "evaluation/answers")
 
 
 def test_the_environment_variables_of_the_readme_are_those_that_the_package_reads():
