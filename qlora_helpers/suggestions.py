@@ -163,16 +163,20 @@ def suggest_settings(
     for name in ("alpha", "dropout", "target_modules", "schedule", "max_grad_norm"):
         chosen.take(name)
     ranks = _choose_the_rank(chosen, rows, tokens)
-    notes = []
     if gpu is None:
         chosen.give("batch_size", effective, "the effective batch at once: no GPU limits it", "")
         chosen.give("accumulation", 1, "none is needed", "")
         chosen.give("gradient_checkpointing", False, "faster; memory is not predicted without a GPU", "")
         settings, prediction = chosen.settings(), None
-        notes.append("No GPU was named, so neither memory nor time was considered. Name one if the run is for it.")
+        notes = ["No GPU was named, so neither memory nor time was considered. Name one if the run is for it."]
     else:
         settings, prediction, notes = _fitted(chosen, effective, ranks, gpu)
     _choose_the_validation(chosen, rows)
+    if rows > 2 * (usual := chosen.entry("examples")["value"]):
+        notes.append(
+            f"{rows:,} rows make {settings.steps:,} steps. Train on {usual:,} of them first, as runs mostly do, and see "
+            "whether more help."
+        )
     return SuggestedSettings(shape, rows, gpu, settings, chosen.reasons, prediction, tuple(notes))
 
 
@@ -270,7 +274,8 @@ def _choose_the_length(chosen: _Chosen, rows: int) -> int:
     if steps < short["steps_below"] and short["value"] != 1:
         rate = round(rate * short["value"], 10)
         why = f"{short['value']:g} times the usual {rate / short['value']:g}, since the run is shorter than {short['steps_below']} steps"
-        chosen.take("learning_rate", rate, why, "short_run_factor")
+        sources = f"{_sources_of(short)}; {_sources_of(chosen.entry('learning_rate'))}"
+        chosen.give("learning_rate", rate, f"{why}: {short['why']}", sources)
     else:
         chosen.take("learning_rate")
     share = chosen.entry("warmup_share")["value"]
@@ -340,16 +345,10 @@ def _fitted(chosen: _Chosen, effective: int, ranks: list[int], gpu: GPU) -> tupl
     room = chosen.entry("headroom")["value"]
     spare = max(room["GiB"] * GIB, room["of the card"] * gpu.usable_bytes)
     roomy = replace(gpu, usable_bytes=max(0, int(gpu.usable_bytes - spare)))
-    for card in (roomy, gpu):
-        for rank in ranks:
-            found = _split(shape, replace(chosen.settings(), rank=rank), effective, card)
-            if found:
-                settings = found
-                break
-        else:
-            continue
-        break
-    else:
+    trials = ((card, replace(chosen.settings(), rank=rank)) for card in (roomy, gpu) for rank in ranks)
+    fitting = ((card, found) for card, trial in trials if (found := _split(shape, trial, effective, card)))
+    card, settings = next(fitting, (None, None))
+    if settings is None:
         raise _nothing_fits(shape, replace(chosen.settings(), rank=ranks[-1], accumulation=effective), gpu)
     notes = []
     if settings.rank < wanted:

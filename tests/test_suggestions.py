@@ -172,9 +172,9 @@ def test_few_rows_train_for_the_fewest_steps_and_short_runs_at_a_higher_rate():
     sixty, twenty = (suggest_settings(QWEN_7B, rows, "l4") for rows in (60, 20))
     assert sixty.settings.steps >= 100 and sixty.settings.learning_rate == 2e-4
     assert twenty.reasons["epochs"].value == 10 and twenty.settings.steps == 50
-    assert (
-        twenty.settings.learning_rate == pytest.approx(3e-4) and "1.5 times" in twenty.reasons["learning_rate"].reason
-    )
+    rate = twenty.reasons["learning_rate"]
+    assert rate.value == pytest.approx(3e-4) and "1.5 times the usual 0.0002" in rate.reason
+    assert "about 15 times" in rate.source and "2e-4 for 7B and 13B" in rate.source
 
 
 def test_the_run_of_the_paper_comes_out_again():
@@ -325,3 +325,9 @@ def test_steps_are_epochs_times_rows_over_the_effective_batch():
         found = suggest_settings(QWEN_7B, rows, "h200")
         batch = found.settings.batch_size * found.settings.accumulation
         assert found.settings.steps == ceil(found.reasons["epochs"].value * rows / batch - 1e-6)
+
+
+def test_many_rows_are_asked_to_wait():
+    (note,) = suggest_settings(QWEN_7B, 60_001, "h200").notes
+    assert note.startswith("60,001 rows make 3,751 steps. Train on 30,000 of them first")
+    assert suggest_settings(QWEN_7B, 60_000, "h200").notes == ()
