@@ -41,9 +41,8 @@ def test_a_table_becomes_a_tuned_model_with_a_report_and_a_card(few, tmp_path, c
     assert "What else it knows: Of 500 facts" in said and f"-m qlora_helpers chat {folder}" in said
 
     report = report_of(folder)
-    assert {"data_file": "few.csv", "data_form": "question-answer", "data_rows": 9, "validation_rows": 3} == {
-        name: report[name] for name in ("data_file", "data_form", "data_rows", "validation_rows")
-    }
+    of_the_data = [report[name] for name in ("data_file", "data_form", "data_rows", "validation_rows")]
+    assert of_the_data == ["few.csv", "question-answer", 9, 3]
     per_epoch = -(-9 // report["settings"]["batch_size"])
     assert report["settings"]["steps"] == 2 * per_epoch and report["settings"]["epochs"] is None
     assert report["scores"]["after"]["rows"] == report["test_rows"] == 3
