@@ -100,6 +100,8 @@ def _table(content: bytes, name: str, known: Callable[[str], bool]) -> Table:
     if content.startswith(_PARQUET):
         return _parquet(content, known)
     text = to_utf8(content)
+    if text.fault and text.encoding != "UTF-8":  # else each line of JSONL gets its own fault
+        raise ChatError(text.fault)
     if not text.content.strip():
         raise ChatError(f"there is no chat in this file. Each line must be one: {FORM}, or name a file of {READABLE}")
     lines = name.endswith((".jsonl", ".ndjson"))
