@@ -58,7 +58,9 @@ def to_utf8(content: bytes) -> Text:
                 place = getattr(error, "start", 0) + len(mark) + 1
                 return Text(content, name, fault=f"its mark says {name}, but byte {place} is not {name}")
     if content.count(b"\0") > len(content) / 5:
-        return Text(content, fault="it has a NUL in every few bytes, as UTF-16 without its mark has: save it in UTF-8")
+        return Text(
+            content, "UTF-16", fault="it has a NUL in every few bytes, as UTF-16 without its mark has: save it in UTF-8"
+        )
     fault = _fault_in_utf8(content)
     return _as_windows_1252(content, fault) if fault else Text(content)
 

@@ -12,7 +12,7 @@ import io
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +43,7 @@ _OTHERS = {
 _BATCH = 1000  # rows that are taken out of Arrow at a time
 
 
-@dataclass
+@dataclass(frozen=True)
 class Table:
     """The rows of a file as Python objects, by their number.
 
@@ -93,15 +93,15 @@ def read_table(path: Path, known: Callable[[str], bool]) -> Table:
 def _table(content: bytes, name: str, known: Callable[[str], bool]) -> Table:
     if content.startswith(_GZIP):
         table = _table(_unpacked(content), name.removesuffix(".gz"), known)
-        table.container += ", gzip"
-        table.plain = False
-        return table
+        return replace(table, container=f"{table.container}, gzip", plain=False)
     for mark, kind in _OTHERS.items():
         if content.startswith(mark):
             raise ChatError(f"this is {kind}")
     if content.startswith(_PARQUET):
         return _parquet(content, known)
     text = to_utf8(content)
+    if text.fault and text.encoding != "UTF-8":  # else each line of JSONL gets its own fault
+        raise ChatError(text.fault)
     if not text.content.strip():
         raise ChatError(f"there is no chat in this file. Each line must be one: {FORM}, or name a file of {READABLE}")
     lines = name.endswith((".jsonl", ".ndjson"))
@@ -110,8 +110,8 @@ def _table(content: bytes, name: str, known: Callable[[str], bool]) -> Table:
     else:
         table = _delimited(text, known)
     if text.encoding != "UTF-8":
-        table.container += f", {text.encoding}" + (f' as in "{text.example}"' if text.example else "")
-        table.plain = False
+        as_in = f' as in "{text.example}"' if text.example else ""
+        table = replace(table, container=f"{table.container}, {text.encoding}{as_in}", plain=False)
     return table
 
 
@@ -249,14 +249,13 @@ def _names_found(content: bytes, delimiter: str, known: Callable[[str], bool]) -
 
 def _csv_table(content: bytes, delimiter: str) -> Table:
     kind = "TSV" if delimiter == "\t" else f"CSV, {DELIMITERS.get(delimiter, repr(delimiter))}"
-    table = Table(container=kind)
     records = _records(content, delimiter)
     header = next(records, [])
     if isinstance(header, str):
         raise ChatError(f"its header cannot be read: {header}")
     names = [name.strip() or f"column {place}" for place, name in enumerate(header, start=1)]
     _check_names(names)
-    table.header = names
+    table = Table(header=names, container=kind)
     for number, record in enumerate(records, start=1):
         if isinstance(record, str):
             table.faults[number] = record
@@ -300,8 +299,7 @@ def _parquet(content: bytes, known: Callable[[str], bool]) -> Table:
             raise ChatError("there is no row in it")
     except (pyarrow.ArrowException, OSError) as error:
         raise ChatError(f"its parquet cannot be read ({str(error).splitlines()[0]})") from error
-    table.unread = unread
-    return table
+    return replace(table, unread=unread)
 
 
 def _wanted(schema: pyarrow.Schema, known: Callable[[str], bool]) -> tuple[list[str], list[str]]:
@@ -320,7 +318,7 @@ def _arrow_table(batches: Iterable, container: str) -> Table:
     table, first = Table(container=container), 1
     for batch in batches:
         try:
-            table.rows |= enumerate(batch.to_pylist(), start=first)
+            table.rows.update(enumerate(batch.to_pylist(), start=first))
         except (ValueError, OverflowError):  # such as a text that is not UTF-8
             for place in range(batch.num_rows):
                 try:
@@ -356,8 +354,7 @@ def _dataset(folder: Path, known: Callable[[str], bool]) -> Table:
         raise ChatError(f"{named}: this dataset cannot be read ({type(error).__name__}: {error})") from error
     if not rows:
         raise ChatError(f"{named}: there is no row in it")
-    table.unread = unread
-    return table
+    return replace(table, unread=unread)
 
 
 def _splits(folder: Path) -> list[str]:

@@ -93,6 +93,14 @@ def test_json_that_cannot_be_read_says_why(content, said, fault):
     assert fault(content, "rows.json").startswith(said)
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+def test_broken_utf_16_is_a_fault_of_the_file_and_not_of_each_line(name, fault):
+    assert fault(LINES.encode("utf-16-le"), name).startswith(
+        "it has a NUL in every few bytes, as UTF-16 without its mark"
+    )
+    assert fault(LINES.encode("utf-16")[:-1], name).startswith("its mark says UTF-16, but byte ")
+
+
 def test_a_place_in_long_json_is_named_by_line_and_column(fault):
     content = json.dumps(ROWS, indent=1).replace('"When?"', "When?")
     assert fault(content, "rows.json") == "not JSON: Expecting value at line 7, column 15"

@@ -64,6 +64,7 @@ OTHERS = {
     r".*\.format": "str",
     r"context\.(Pipe|Process)": "multiprocessing",
     r"stream\.reconfigure": "io",
+    r"file\.iter_batches": "pyarrow, the rows of a parquet file (qlora_helpers.chats.tables)",
     r"specifier\.contains": "packaging, a range of versions (qlora_helpers.commands.doctor)",
     r"self\.measurement\.begin": "qlora_helpers.memory.measurement",
     r"checked_by": "a function of qlora_helpers.validation",
