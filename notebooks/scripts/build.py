@@ -254,7 +254,7 @@ HELPERS = {
     "01_memory_maths": ("memory/catalogue", "memory/prediction"),
     "02_nf4_vs_int4": ("quantize", "models/weights"),
     "03_double_quantisation": ("quantize",),
-    "04_qlora_run": ("training/run", "training/trainer", "chats", "evaluation"),
+    "04_qlora_run": ("training/run", "training/trainer", "chats/files", "evaluation"),
     "05_will_it_fit": ("memory/prediction", "memory/layers", "memory/search", "memory/measurement"),
     "06_adapters_and_merging": ("adapters/files", "adapters/merge", "adapters/file_merge", "adapters/drift"),
     "07_does_it_cost_quality": ("statistics", "evaluation"),
