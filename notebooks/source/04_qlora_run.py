@@ -4,7 +4,8 @@
 # You will
 # - write LoRA in a dozen lines and get PEFT's numbers;
 # - load a model in 4 bits, and see that gradients flow through its dequantised weights;
-# - fine-tune it with TRL, so that a model that only continues text answers questions;
+# - make a run in the libraries' own words, which works without this course, and see that `train` gives the same adapters;
+# - fine-tune the model, so that one that only continues text answers questions;
 # - prove that the answers come from the frozen 4-bit base, then save the adapter and load it again;
 # - interrupt a run and go on with it; with a GPU, also train a real model of 1.5B on questions about QLoRA.
 #
@@ -190,16 +191,143 @@ check("facts recalled by the 4-bit base", known, at_least=0.95)
 # %% [markdown]
 # So the knowledge is there, and the model cannot be asked for it. That is what fine-tuning is for.
 #
-# ## The run
+# ## The run, in the libraries' own words
 #
-# `train` is a thin layer over TRL's `SFTTrainer` (see `qlora_helpers/training/trainer.py`). It sets what today's libraries get
-# wrong or refuse by themselves: `use_cpu` without a GPU, float16 on a T4, and adapters in float32. TRL makes the adapters of
-# a 4-bit model bfloat16, which breaks float16 training and is not restored exactly after an interruption.
+# First without this course's helpers. The cells of this section are a whole QLoRA run. To make it on your own model and
+# data, copy them into an empty notebook. Write your own names into the second one, and leave out its last line, which makes
+# this lesson obey `QLORA_GEAR`. The libraries come with `pip install bitsandbytes datasets peft transformers trl`.
+#
+# One line chooses the dtype, and all else follows it. `is_bf16_supported()` alone says yes on a T4, too, since it counts
+# bfloat16 that is emulated, and slow.
+
+# %% tags=["plain-run"]
+import torch
+from datasets import load_dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from trl import SFTConfig, SFTTrainer
+
+on_gpu = torch.cuda.is_available()
+bfloat16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+dtype = torch.bfloat16 if bfloat16 else torch.float16 if on_gpu else torch.float32
+
+# %% tags=["plain-run-names"]
+model_name = data_path("tiny-llama")  # yours: a folder, or such as "Qwen/Qwen2.5-1.5B-Instruct"
+data_file = str(data_path("chats", "train.jsonl"))  # yours: such as "mine.jsonl"
+output_dir = new_run_folder("lesson-04-plain")  # yours: such as "my-adapter"
+on_gpu, dtype = detect().device == "cuda", detect().compute_dtype  # only in this lesson
+
+# %% [markdown]
+# The options of the 4-bit layers are those of the table above. `dtype` is for what is not in 4 bits: embeddings, norms and
+# head.
+
+# %% tags=["plain-run"]
+quantization = BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+)
+model = AutoModelForCausalLM.from_pretrained(
+    model_name, quantization_config=quantization, dtype=dtype,
+    device_map={"": 0} if on_gpu else "cpu",  # all of it on the first GPU
+)
+tokenizer = AutoTokenizer.from_pretrained(model_name)
+
+# %% [markdown]
+# Each line of the data file is a chat, in a column named `messages`. The trainer puts it through the chat template itself.
+
+# %% tags=["plain-run"]
+chats = load_dataset("json", data_files=data_file, split="train")
+chats[0]
+
+# %% [markdown]
+# What the settings are there for:
+#
+# | setting | what it does | if it is left out |
+# |---|---|---|
+# | `target_modules="all-linear"` | adapters on all linear layers of the decoder | PEFT chooses some by the model's kind, or stops |
+# | `max_steps` | a short run; for a real one, write `num_train_epochs` instead | the data is gone through three times |
+# | `learning_rate` | suits this tiny model; for one of 1B or more, begin with 2e-4 | 2e-5, which is low for LoRA |
+# | `assistant_only_loss` | only what the assistant says counts in the loss | the model learns to ask, too |
+# | `use_cpu` | without an NVIDIA GPU, train on the CPU | on a Mac, the trainer takes the Mac's GPU |
+# | `bf16`, `fp16` | mixed precision in the dtype chosen above | TRL turns `bf16` on: an error without a GPU, slow on a T4 |
+# | `optim` | on a GPU, optimizer states in 8 bits, which may move to main memory | float32 states, in the GPU's memory |
+# | `seed` | decides the adapters' first values and the order of the chats | 42 |
+# | `save_strategy` | no checkpoints in so short a run | one every 500 steps, and one at the end |
+#
+# Two of TRL's defaults are worth knowing. It recomputes activations in the backward pass (`gradient_checkpointing`), which
+# saves memory. And it cuts chats that are longer than `max_length`, without a warning: choose one that your data fits into.
+
+# %% tags=["plain-run"]
+lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+config = SFTConfig(
+    output_dir=output_dir,
+    max_steps=20,
+    per_device_train_batch_size=16,  # fewer, if they do not fit
+    learning_rate=1e-3,
+    warmup_steps=2,
+    assistant_only_loss=True,
+    use_cpu=not on_gpu,
+    bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
+    optim="paged_adamw_8bit" if on_gpu else "adamw_torch",
+    seed=0, logging_steps=5, save_strategy="no",
+)
+
+# %% [markdown]
+# TRL makes the adapters of a 4-bit model bfloat16. Small updates are then rounded away, and training in float16 stops with
+# an error. So make them float32 before the first step:
+
+# %% tags=["plain-run"]
+trainer = SFTTrainer(
+    model, config, train_dataset=chats, processing_class=tokenizer, peft_config=lora
+)
+for parameter in trainer.model.parameters():
+    if parameter.requires_grad:
+        parameter.data = parameter.data.float()
+
+# %% tags=["plain-run"]
+trainer.train()
+trainer.save_model()  # the adapters without their base, into output_dir
+
+# %% [markdown]
+# ## `train` makes the same run
+#
+# `train` is a thin layer over these lines (see `qlora_helpers/training/trainer.py`). It adds what a longer run needs: it
+# refuses a chat that would be cut, stops when the loss is not finite, and goes on after an interruption. `load_model` adds
+# an attention that takes less memory on a T4 (see below). The run itself is the same. With the same settings, the adapters
+# are equal on a CPU, bit for bit:
+
+# %%
+short = Settings(steps=20, warmup_steps=2, save_steps=8)
+whole = train(load_model(), tokenizer, training_chats, new_run_folder("lesson-04-whole"), short)
+plain, ours = (dict(m.named_parameters()) for m in (trainer.model, whole.model))
+trained = [name for name in ours if ours[name].requires_grad]
+differing = [name for name in trained if not torch.equal(ours[name], plain[name])]
+
+# %% tags=["nbval-check-output"]
+if detect().gear == "cpu":
+    check("adapter tensors that differ from the plain run's", len(differing), 0, exact=True)
+else:  # a GPU may add up in another order
+    largest = max((ours[name] - plain[name]).abs().max().item() for name in trained)
+    print(f"{len(differing)} of {len(trained)} adapter tensors differ, by at most {largest:.2g}")
+
+# %% [markdown]
+# For the last bit it matters that both begin with the same adapters (`seed`), keep them in float32, compute in the same
+# dtype, and use the same optimizer: TRL's default is a fused AdamW, which rounds differently. Who applies the chat template
+# does not matter. Neither does how often the loss is logged, nor whether activations are kept or recomputed.
+#
+# The plain cells lack one more thing that `load_model` does. On a CPU with AVX512-BF16, bitsandbytes rearranges the 4-bit
+# weights when the model is first evaluated, and training after that goes wrong without a word. The cells only train. If you
+# evaluate first on such a CPU, load the model anew before you train.
+#
+# ## The full run
+#
+# Now long enough to learn something, from a fresh model:
 
 # %% tags=["nbval-check-output"]
 print(settings)
 
 # %%
+model = load_model()
 live = plots.LivePlot(settings.steps, "The loss falls while the base stays frozen")
 run = train(model, tokenizer, training_chats, new_run_folder("lesson-04"), settings, on_loss=live.update)
 print(f"{run.seconds:.0f} s of training")
@@ -282,9 +410,6 @@ _ = (run.saved_path.parent / "report.json").write_text(json.dumps(report, indent
 # process goes on with `resume=True`. Let us pull the plug after step 12, with a checkpoint at step 8:
 
 # %% tags=["nbval-check-output"]
-short = Settings(steps=20, warmup_steps=2, save_steps=8)
-
-
 def pull_the_plug(history):
     if history[-1][0] == 12:
         raise KeyboardInterrupt
@@ -308,10 +433,10 @@ resumed = train(load_model(), tokenizer, training_chats, folder, short, resume=T
 print("steps that were logged:", [step for step, _ in resumed.history])
 
 # %% [markdown]
-# The result must be that of a run that nobody interrupted. Not nearly: the adapters are equal, bit for bit.
+# The result must be that of a run that nobody interrupted: that of `train` above, with the same settings. Not nearly: the
+# adapters are equal, bit for bit.
 
 # %% tags=["nbval-check-output"]
-whole = train(load_model(), tokenizer, training_chats, new_run_folder("lesson-04-whole"), short)
 pairs = list(zip(whole.model.parameters(), resumed.model.parameters()))
 check("adapter tensors that differ", sum(not torch.equal(a, b) for a, b in pairs if a.requires_grad), 0, exact=True)
 
@@ -495,6 +620,7 @@ exercise("your question", reply, lambda text: "" if text.endswith(".") else f"ex
 # ## You have
 # - written LoRA, and got PEFT's output from it;
 # - loaded a base in 4 bits, and seen the backward pass go through its dequantised weights;
+# - made a run in the libraries' own words, which you can take with you, and got the same adapters from `train`;
 # - trained 262,144 parameters, and turned a model that continues text into one that answers;
 # - shown that the knowledge is in the frozen base; saved the adapter and loaded it again;
 # - interrupted a run and gone on with it, to the last bit; with a GPU, trained a real model by the same code.

@@ -41,13 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
     parser.add_argument("file", metavar="FILE", type=Path, help="the file, or a dataset's folder")
-    parser.add_argument("--format", choices=FORMS, help="the form, where the columns leave it open")
-    parser.add_argument(
-        "--on-bad",
-        choices=ON_BAD,
-        default="stop",
-        help="what to do if rows cannot be used: stop with an error, or drop them and say which (default: %(default)s)",
-    )
+    add_reading(parser)
     parser.add_argument(
         "--to", metavar="OUT", type=Path, help="write the chats to this new file, as JSONL in the messages format"
     )
