@@ -8,9 +8,9 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_helpers.chats.files import ON_BAD, ChatFile, read_file, said_of_the_dropped, without, write_chats
-from qlora_helpers.chats.forms import FORMS
+from qlora_helpers.chats.files import ChatFile, read_file, said_of_the_dropped, without, write_chats
 from qlora_helpers.chats.messages import ROLES, Chat, ChatError
+from qlora_helpers.commands.reading_options import add_reading
 from qlora_helpers.settings import Settings
 
 if TYPE_CHECKING:
@@ -54,8 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-length",
         metavar="N",
         type=int,
-        default=Settings.max_length,
-        help="the longest chat that the run will take, in tokens (default: %(default)s)",
+        help="what a chat may have in tokens: says what would be too long, and where it would be cut (default: any length)",
     )
     parser.add_argument(
         "--validation",
@@ -71,7 +70,8 @@ def command(args: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: the file cannot be read, or not as it is; or its chats cannot be written.
     """
-    Settings(max_length=args.max_length)  # refused before a long file is read
+    if args.max_length is not None:
+        Settings(max_length=args.max_length)  # refused before a long file is read
     if args.to and os.path.lexists(args.to):
         raise FileExistsError(f"--to={str(args.to)!r} is there already: name a new file")
     files = [_read(path, args) for path in (args.file, args.validation) if path]
@@ -93,8 +93,9 @@ def command(args: argparse.Namespace) -> int:
 def _read(path: Path, args: argparse.Namespace) -> ChatFile:
     file = read_file(path, form=args.format, on_bad="drop")
     print(file.said, flush=True)
-    file = _settled(file, {}, args.on_bad)
-    print(_contents(file), flush=True)
+    file = _settled(file, {}, args.on_bad or "stop")
+    if args.model.lower() == "none":  # else the report says it
+        print(_contents(file))
     return file
 
 
@@ -120,19 +121,19 @@ def _without_refused(file: ChatFile, tokenizer: PreTrainedTokenizerBase, args: a
 
     faults = faults_for(tokenizer, dict(zip(file.rows, file.chats, strict=True)), None)
     try:
-        return _settled(file, faults, args.on_bad)
+        return _settled(file, faults, args.on_bad or "stop")
     except ChatError as error:
         cure = f"This is for the tokenizer of {args.model}: name the model to be trained with --model, or none"
         raise ChatError(f"{error}\n{cure}") from error
 
 
 def _report(
-    chats: list[Chat], tokenizer: PreTrainedTokenizerBase, max_length: int, validation: list[Chat] | tuple
-) -> object:
+    chats: list[Chat], tokenizer: PreTrainedTokenizerBase, max_length: int | None, validation: list[Chat] | tuple
+) -> str:
     """What the chats are in tokens, as `qlora_helpers.chats.report` finds it."""
     from qlora_helpers.chats.report import report_on
 
-    return report_on(chats, tokenizer, max_length, validation=validation)
+    return report_on(chats, tokenizer, max_length, validation=validation).in_colour()
 
 
 def _count(number: int, what: str) -> str:

@@ -12,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_helpers.chats.lengths import TOO_LONG
 from qlora_helpers.commands.command_line import command_line
 from qlora_helpers.commands.reading_options import add_reading
 from qlora_helpers.commands.run_request import SHIPPED, Request, asked_for, refuse_another
@@ -82,6 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default with --data: a tenth of them, at most 50 of 1,000 and 1,000 of all)",
     )
     add_reading(files)
+    files.add_argument(
+        "--too-long",
+        choices=TOO_LONG,
+        help="what to do with chats of more than --max-length tokens: stop with an error, drop them, or cut out the middle of "
+        "their longest question; answers stay whole (default: stop)",
+    )
     run = parser.add_argument_group("the run")
     run.add_argument(
         "--output",

@@ -9,7 +9,6 @@ import pytest
 
 from qlora_helpers.__main__ import main
 from qlora_helpers.chats import read_chats, read_file
-from qlora_helpers.settings import Settings
 from tests.support.chats import GOOD, chat
 
 CSV = "Frage;Antwort;Quelle\nWo?;Hier.;1\nWann?;Jetzt.;2\nWo?;Hier.;3\nWo?;Dort.;4\n"
@@ -42,7 +41,7 @@ def reports(monkeypatch):
 
     def report_on(chats, tokenizer, max_length, validation=()):
         asked.append((chats, tokenizer.name_or_path, max_length, validation))
-        return "the report"
+        return SimpleNamespace(in_colour=lambda: "the report")
 
     monkeypatch.setitem(sys.modules, "qlora_helpers.chats.report", SimpleNamespace(report_on=report_on))
     return asked
@@ -56,12 +55,12 @@ def test_with_a_tokenizer_there_is_a_report(call, reports, tmp_path):
     lines = "\n".join(json.dumps({"messages": GOOD}) for _ in range(2))
     (tmp_path / "held.jsonl").write_text(lines)
     status, said, errors = call(CSV, "--max-length", 99, "--validation", tmp_path / "held.jsonl")
-    assert (status, errors) == (0, "") and said.startswith(FOUND) and said.endswith("\n\nthe report\n")
-    assert "held.jsonl: 2 rows of messages (JSONL)\n  2 chats of 1 answer each." in said
+    assert (status, errors) == (0, "") and said.endswith("\n\nthe report\n")
+    assert said.startswith(FOUND.splitlines()[0]) and "held.jsonl: 2 rows of messages (JSONL)\n" in said
     ((chats, model, max_length, validation),) = reports
     assert (len(chats), max_length, validation) == (4, 99, [GOOD, GOOD]) and "tiny-llama" in model
     call(CSV)
-    assert reports[1][2:] == (Settings().max_length, ())
+    assert reports[1][2:] == (None, ())
 
 
 def test_it_writes_messages_that_are_read_again(call, tmp_path):
