@@ -43,6 +43,7 @@ METHODS = {
     "tokenizer": "transformers.PreTrainedTokenizerFast.__call__",
     "apply_chat_template": "transformers.PreTrainedTokenizerFast.apply_chat_template",
     "batch_decode": "transformers.PreTrainedTokenizerFast.batch_decode",
+    "decode": "transformers.PreTrainedTokenizerFast.decode",
     "encode": "transformers.PreTrainedTokenizerFast.encode",
     "model": "transformers.LlamaForCausalLM.forward",
     "layer": "transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward",
@@ -58,8 +59,9 @@ METHODS = {
 OTHERS = {
     r"(ax|axes|fig|left|other)\b.*": "matplotlib",
     r".*\.(add_argument|add_parser|add_subparsers|set_defaults)": "argparse",
-    r".*\.(mkdir|read_text|unlink|write_text)": "pathlib",
+    r".*\.(mkdir|open|read_text|unlink|write_text)": "pathlib",
     r".*\.format": "str",
+    r"(self\.)?conversation\.ask": "qlora_helpers.conversation",
     r"context\.(Pipe|Process)": "multiprocessing",
     r"stream\.reconfigure": "io",
     r"specifier\.contains": "packaging, a range of versions (qlora_helpers.commands.doctor)",
@@ -109,6 +111,7 @@ EXPANDED = {
     # for PEFT, which takes adapter_names out before the model sees it: tests/adapters/test_files.py
     ("evaluation.py", "chosen"): lambda: (),
     ("loading.py", "options"): lambda: ("quantization_config",),
+    ("conversation.py", "encoded"): lambda: load_tokenizer()("a"),
     ("evaluation.py", "encoded"): lambda: load_tokenizer()("a"),
     ("evaluation.py", "batch"): lambda: load_tokenizer()("a"),
     ("evaluation.py", "prompts"): lambda: load_tokenizer()("a"),
