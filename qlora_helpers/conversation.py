@@ -164,7 +164,8 @@ def _generate(
     config = GenerationConfig(
         max_new_tokens=limit,
         do_sample=drawn,
-        **({"temperature": decoding.temperature, "top_k": 0, "top_p": 1.0} if drawn else {}),
+        temperature=decoding.temperature if drawn else None,
+        top_k=0 if drawn else None,
         eos_token_id=end_tokens(model, tokenizer),
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )

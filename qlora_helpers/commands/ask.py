@@ -99,7 +99,9 @@ def command(args: argparse.Namespace) -> int:
     if args.to:
         with _new_file(args.to) as write:
             cut = _write_json(pairs, args.file is not None, write, ensure_ascii=False)
-        print(f"{len(questions)} answers are in {args.to}.", file=sys.stderr)
+        print(
+            f"{len(questions)} {'answer is' if len(questions) == 1 else 'answers are'} in {args.to}.", file=sys.stderr
+        )
     elif args.json:
         cut = _write_json(pairs, args.file is not None, _print)  # ASCII, whatever the encoding of the output is
     else:
@@ -183,7 +185,7 @@ def _new_file(path: Path) -> Iterator[Write]:
     """A file that gets its name when it is complete. What was answered until an interrupt stays, as `.part`."""
     part = _part_of(path)
     try:
-        file = part.open("x", encoding="utf-8", newline="\n")
+        file = part.open("x", encoding="utf-8")
     except OSError as error:
         raise type(error)(f"--to={str(path)!r} cannot be written ({error.strerror}): name another file") from error
     count = 0
