@@ -321,6 +321,8 @@ def answers(
     context = context_of(model)
     limit = decoding.limit(context)
     _check_base(model, base)
+    if [] in chats:
+        raise ValueError(f"chat {chats.index([]) + 1}: there is no message in it: it must end with a question")
     for system in {chat[0]["content"] if chat[0]["role"] == "system" else None for chat in chats}:
         _check_template(tokenizer, system)
     check_texts(chats, tokenizer)

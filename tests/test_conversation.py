@@ -252,6 +252,7 @@ def test_many_questions_are_checked_before_the_first_is_answered(model, tokenize
     for chat, said in (
         ([{"role": "user", "content": "Carl " * 300}], "chat 2 has 305 tokens with what belongs to it"),
         ([{"role": "user", "content": "<|end|>"}], "chat 2: message 1 .user. has '<.end.>' in its text"),
+        ([], "chat 2: there is no message in it: it must end with a question"),
         ([{"role": "tool", "content": "x"}], "chat 2: the chat template refuses it: this model knows the roles user"),
     ):
         with pytest.raises(ValueError, match=said):

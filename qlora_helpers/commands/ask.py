@@ -95,7 +95,9 @@ def command(args: argparse.Namespace) -> int:
         replies = answers(model, tokenizer, [question.chat for question in questions], decoding, batch_size, args.base)
     except ValueError as error:
         raise ValueError(_in_the_file(str(error), questions, args.file)) from error
-    pairs = zip(questions, _counted(replies, len(questions)), strict=True)
+    if len(questions) > 1 and (args.to or not sys.stdout.isatty()):  # else the answers themselves are seen
+        replies = _counted(replies, len(questions))
+    pairs = zip(questions, replies, strict=True)
     if args.to:
         with _new_file(args.to) as write:
             cut = _write_json(pairs, args.file is not None, write, ensure_ascii=False)
@@ -123,10 +125,10 @@ def _in_the_file(said: str, questions: list[Question], file: Path | None) -> str
 
 
 def _counted(replies: Iterator[Answer], count: int) -> Iterator[Answer]:
-    """The answers, with a bar on a terminal if there are many."""
+    """The answers, with a bar on standard error if that is a terminal."""
     from tqdm import tqdm
 
-    return iter(tqdm(replies, total=count, unit="answer", disable=None if count > 1 else True))
+    return iter(tqdm(replies, total=count, unit="answer", disable=None))
 
 
 def _print(text: str) -> None:
