@@ -293,7 +293,7 @@ def report_on(
         repeated=len(ahead) - len(set(ahead)),
         contradicting=_contradicting(ahead),
         empty_answers=sum(not answer.strip() for answer in answers),
-        one_word_answers=sum(len(answer.split(maxsplit=1)) == 1 for answer in answers),
+        one_word_answers=sum(len(answer.split(None, 1)) == 1 for answer in answers),
         overlap=_overlap(ahead, [_digests(chat) for chat in validation]) if validation else None,
         marked_rows=marked,
         counted=counted / total if total else 0.0,

@@ -83,9 +83,7 @@ def rendered(
         return dict(zip(chats, texts, strict=True)), {}
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"tokenizer.chat_template is no Jinja template: {error} (line {error.lineno})") from error
-    except (
-        Exception
-    ):  # a template is a program, and may fail in any way; where no chat is to blame, it is raised as it is
+    except Exception:  # a template is a program, and may fail in any way
         texts, refused = {}, {}
         for number, chat in chats.items():
             try:
@@ -97,7 +95,7 @@ def rendered(
                 refused[number] = (
                     f"the chat template refuses it: {' '.join(said.split())}{_cure(chat, tokenizer, to_be_answered)}"
                 )
-        if not refused:
+        if not refused:  # no chat is to blame
             raise
         return texts, refused
 
@@ -106,9 +104,8 @@ def ids_of(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[in
     """The tokens of texts in which all special tokens are written already, as the template has done."""
     if not texts:
         return []
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)[
-        "input_ids"
-    ]
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
+    return encoded["input_ids"]
 
 
 FOLD = "put its text at the beginning of the first question"
