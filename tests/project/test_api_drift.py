@@ -55,6 +55,7 @@ METHODS = {
     "train": "trl.SFTTrainer.train",
     "load_adapter": "peft.PeftModel.load_adapter",
     "_save_checkpoint": "trl.SFTTrainer._save_checkpoint",
+    "prediction_step": "trl.SFTTrainer.prediction_step",
 }
 
 # Calls on variables that do not belong to the libraries: not checked.
