@@ -7,9 +7,10 @@ from transformers import BloomConfig, BloomForCausalLM
 from qlora_helpers import conversation
 from qlora_helpers.adapters.tuned import load_tuned
 from qlora_helpers.chats import read_chats, split_question
-from qlora_helpers.conversation import Conversation, _Streamer, answers, context_of, end_tokens
+from qlora_helpers.conversation import Conversation, _Streamer, answers
 from qlora_helpers.decoding import Decoding
 from qlora_helpers.evaluation import answer
+from qlora_helpers.evaluation.answers import context_of, end_tokens
 from qlora_helpers.models.loading import load_model, load_tokenizer
 from qlora_helpers.paths import data_path
 from tests.support.short_runs import CPU

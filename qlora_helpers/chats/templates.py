@@ -383,15 +383,12 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
     They differ for some models: Gemma's EOS token is <eos>, and its answers end with <end_of_turn>.
     """
-    chat = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    rows, _ = mark({1: chat}, tokenizer)
-    if rows:
+    texts, _ = rendered(
+        {1: [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]}, tokenizer
+    )
+    if texts:
         special = special_tokens(tokenizer)
-        spoken = [id for id, marked in zip(rows[1]["input_ids"], rows[1]["assistant_masks"], strict=True) if marked]
-        # after the answer, whatever a template's own marks add before it
-        after = spoken[
-            1 + max(place for place, id in enumerate(spoken) if id not in special and "2" in tokenizer.decode([id])) :
-        ]
-        stops += [id for id in after if id in special and id not in stops][:1]
-    return stops
+        after = ids_of([texts[1].rpartition("answer")[2]], tokenizer)[0]
+        stops += [id for id in after if id in special][:1]
+    return list(dict.fromkeys(stops))

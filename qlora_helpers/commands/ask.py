@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from qlora_helpers import validation
 from qlora_helpers.adapters.tuned import load_tuned
 from qlora_helpers.commands.answer_options import add_answer_options, checked_decoding
-from qlora_helpers.streams import visible
+from qlora_helpers.visible import harmless
 
 if TYPE_CHECKING:
     from qlora_helpers.chats.questions import Question
@@ -90,7 +90,7 @@ def command(args: argparse.Namespace) -> int:
     from qlora_helpers.conversation import answers
 
     model, tokenizer, found = load_tuned(args.adapter, args.model)
-    print(f"This is {visible(str(found))}.", file=sys.stderr, flush=True)
+    print(f"This is {harmless(str(found))}.", file=sys.stderr, flush=True)
     try:
         replies = answers(model, tokenizer, [question.chat for question in questions], decoding, batch_size, args.base)
     except ValueError as error:
@@ -141,8 +141,8 @@ def _print_plainly(pairs: Iterator[tuple[Question, Answer]], numbered: bool) -> 
     for number, (question, answer) in enumerate(pairs, start=1):
         if numbered:
             blank = "\n" if number > 1 else ""
-            _print(f"{blank}[{number}] {visible(question.chat[-1]['content'])}\n")
-        _print(f"{visible(answer.text)}\n")
+            _print(f"{blank}[{number}] {harmless(question.chat[-1]['content'])}\n")
+        _print(f"{harmless(answer.text)}\n")
         cut += answer.cut_off
     return cut
 
