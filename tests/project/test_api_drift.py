@@ -46,7 +46,6 @@ METHODS = {
     "batch_decode": "transformers.PreTrainedTokenizerFast.batch_decode",
     "decode": "transformers.PreTrainedTokenizerFast.decode",
     "encode": "transformers.PreTrainedTokenizerFast.encode",
-    "pad": "transformers.PreTrainedTokenizerFast.pad",
     "model": "transformers.LlamaForCausalLM.forward",
     "layer": "transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward",
     "from_pretrained": "transformers.PreTrainedModel.from_pretrained",
