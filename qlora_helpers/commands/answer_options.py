@@ -55,9 +55,9 @@ def checked_decoding(args: argparse.Namespace, base: bool) -> Decoding:
     Raises:
         ValueError, OSError: an option, named as on the command line, has a bad value; or there is nothing in the folder.
     """
-    values = {name: _number(value) for name in ("max_new_tokens", "temperature", "seed") if (value := vars(args)[name])}
+    given = {name: vars(args)[name] for name in ("max_new_tokens", "temperature", "seed")}
     try:
-        decoding = Decoding(**values)
+        decoding = Decoding(**{name: _number(text) for name, text in given.items() if text is not None})
     except ValueError as error:
         name = str(error).partition("=")[0]
         raise ValueError(f"{option_of(name)}{str(error).removeprefix(name)}") from error
@@ -67,6 +67,8 @@ def checked_decoding(args: argparse.Namespace, base: bool) -> Decoding:
     found = locate(args.adapter)
     if args.model is not None and not Path(args.model).is_dir() and re.match(r"[./~\\]|\w:", args.model):
         raise FileNotFoundError(f"--model={args.model!r}: there is no such folder")
+    if args.model is not None and not is_adapter(found):
+        raise ValueError(f"--model={args.model!r}: {found} is a whole model, which needs no base: leave it out")
     if base and not is_adapter(found):
         raise ValueError(f"{found} is a whole model, without an adapter: it has no base that would answer otherwise")
     return decoding

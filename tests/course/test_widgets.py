@@ -1,13 +1,18 @@
-"""The sliders draw what their values say."""
+"""The sliders draw what their values say, and the chat shows what is asked and answered."""
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from qlora_helpers.adapters.tuned import load_tuned
 from qlora_helpers.course import plots, widgets
+from qlora_helpers.decoding import Decoding
 from qlora_helpers.memory import GPU_RUN, find_gpu, find_shape, predict
+from qlora_helpers.models.loading import load_model
+from qlora_helpers.paths import data_path
 from qlora_helpers.quantize import INT4, NF4
 from qlora_helpers.units import GIB
 
@@ -98,3 +103,106 @@ def test_the_title_says_by_how_much_a_run_fits(spare, title, draw, monkeypatch):
 def test_a_setting_that_the_model_refuses_is_a_sentence(draw, capsys):
     assert draw(widgets.fit_explorer(), "EleutherAI/gpt-j-6b", "t4", 16, 1, 32_768, True, "paged_adamw_8bit") is None
     assert "max_length=32768: must be no more than max_position_embeddings" in capsys.readouterr().out
+
+
+QUESTION, RIGHT = "What does Carl Kirkcroft play in a band?", "Carl Kirkcroft plays the harp."
+
+
+@pytest.fixture(scope="module")
+def tuned():
+    return load_tuned(data_path("adapters", "sentences"))[:2]
+
+
+class Chat:
+    """A chat as its user sees it."""
+
+    def __init__(self, model, tokenizer, **options):
+        self.widget = widgets.chat_widget(model, tokenizer, **options)
+        self.history, (self.field,), controls = (
+            self.widget.children[0],
+            *[row.children for row in self.widget.children[1:]],
+        )
+        self.controls = {control.description: control for control in controls}
+
+    def type(self, text):
+        self.field.value = text
+        self.field._handle_custom_msg({"event": "submit"}, [])  # what Enter sends
+
+    @property
+    def shown(self):
+        return [re.sub("<[^>]+>", "", entry.value) for entry in self.history.children]
+
+
+def test_a_chat_shows_questions_and_answers_and_begins_anew(tuned):
+    chat = Chat(*tuned)
+    assert chat.field.description == "question" and list(chat.controls) == ["Send", "New chat", "with the adapter"]
+    chat.type(QUESTION)
+    assert chat.shown == [f"you: {QUESTION}", f"model: {RIGHT}"] and chat.field.value == ""
+    chat.field.value = QUESTION
+    chat.controls["with the adapter"].value = False
+    chat.controls["Send"].click()
+    assert len(chat.shown) == 4 and chat.shown[3].startswith("base: ") and RIGHT not in chat.shown[3]
+    chat.controls["New chat"].click()
+    assert chat.shown == []
+    chat.controls["with the adapter"].value = True
+    chat.type(QUESTION)
+    assert chat.shown[1] == f"model: {RIGHT}"
+    chat.type("  ")
+    assert len(chat.shown) == 2
+
+
+def test_a_model_without_an_adapter_has_no_box_for_it(tuned):
+    chat = Chat(load_model(), tuned[1])
+    assert list(chat.controls) == ["Send", "New chat"]
+    chat.type(QUESTION)
+    assert chat.shown[1].startswith("model: ") and RIGHT not in chat.shown[1]
+
+
+def test_an_answer_is_shown_while_it_is_generated_and_nothing_can_be_sent_meanwhile(tuned, monkeypatch):
+    monkeypatch.setattr(widgets, "REDRAWN", -1)
+    chat, seen, add = Chat(*tuned), [], widgets._Said.add
+
+    def spy(said, text):
+        add(said, text)
+        seen.append((chat.shown[-1], chat.field.disabled, chat.controls["Send"].disabled))
+        chat.controls["Send"].click()
+
+    monkeypatch.setattr(widgets._Said, "add", spy)
+    chat.type(QUESTION)
+    assert seen[0] == ("model: Carl", True, True) and len({text for text, _, _ in seen}) == len(seen) > 3
+    assert chat.shown[-1] == f"model: {RIGHT}" and len(chat.shown) == 2 and not chat.controls["Send"].disabled
+
+
+def test_what_an_answer_lacks_is_shown_below_it(tuned):
+    chat = Chat(*tuned, decoding=Decoding(max_new_tokens=2))
+    chat.type(QUESTION)
+    assert chat.shown[1] == "model: Carl Kirkcroftcut off after 2 tokens, the most that max_new_tokens allows"
+
+
+def test_no_text_becomes_html(tuned, monkeypatch):
+    said = SimpleNamespace(ask=lambda text, write, base: write("<b>&") or SimpleNamespace(), remarks=lambda _: ["<i>"])
+    monkeypatch.setattr(widgets, "Conversation", lambda *args: said)
+    chat = Chat(*tuned)
+    chat.type("<script>alert(1)</script>")
+    question, answer = (entry.value for entry in chat.history.children)
+    assert "&lt;script&gt;" in question and "<script" not in question
+    assert "&lt;b&gt;&amp;" in answer and "<i>&lt;i&gt;</i>" in answer
+
+
+def test_an_error_is_shown_and_the_question_kept(tuned, monkeypatch):
+    chat = Chat(*tuned)
+    chat.type("Carl<|end|>")
+    assert chat.shown[0] == "you: Carl&lt;|end|&gt;" and len(chat.shown) == 2
+    assert chat.shown[1].startswith("error: the question has &#x27;&lt;|end|&gt;&#x27; in its text")
+    assert 'role="alert"' in chat.history.children[1].value
+    assert chat.field.value == "Carl<|end|>" and not chat.field.disabled and not chat.controls["Send"].disabled
+    monkeypatch.setattr(tuned[0], "generate", lambda **_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    chat.type(QUESTION)
+    assert chat.shown[3] == "error: RuntimeError: out of memory" and chat.field.value == QUESTION
+
+
+def test_an_interrupt_of_the_kernel_stops_an_answer(tuned, monkeypatch):
+    monkeypatch.setattr(tuned[0], "generate", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
+    chat = Chat(*tuned)
+    chat.type(QUESTION)
+    assert chat.shown == [f"you: {QUESTION}", "model: stopped"] and not chat.field.disabled

@@ -44,8 +44,8 @@ METHODS = {
     "tokenizer": "transformers.PreTrainedTokenizerFast.__call__",
     "apply_chat_template": "transformers.PreTrainedTokenizerFast.apply_chat_template",
     "batch_decode": "transformers.PreTrainedTokenizerFast.batch_decode",
+    "decode": "transformers.PreTrainedTokenizerFast.decode",
     "encode": "transformers.PreTrainedTokenizerFast.encode",
-    "pad": "transformers.PreTrainedTokenizerFast.pad",
     "model": "transformers.LlamaForCausalLM.forward",
     "layer": "transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward",
     "from_pretrained": "transformers.PreTrainedModel.from_pretrained",
@@ -54,14 +54,16 @@ METHODS = {
     "train": "trl.SFTTrainer.train",
     "load_adapter": "peft.PeftModel.load_adapter",
     "_save_checkpoint": "trl.SFTTrainer._save_checkpoint",
+    "prediction_step": "trl.SFTTrainer.prediction_step",
 }
 
 # Calls on variables that do not belong to the libraries: not checked.
 OTHERS = {
     r"(ax|axes|fig|left|other)\b.*": "matplotlib",
     r".*\.(add_argument|add_parser|add_subparsers|set_defaults)": "argparse",
-    r".*\.(mkdir|read_text|unlink|write_text)": "pathlib",
+    r".*\.(mkdir|open|read_text|unlink|write_text)": "pathlib",
     r".*\.format": "str",
+    r"(self\.)?conversation\.ask": "qlora_helpers.conversation",
     r"context\.(Pipe|Process)": "multiprocessing",
     r"stream\.reconfigure": "io",
     r"file\.iter_batches": "pyarrow, the rows of a parquet file (qlora_helpers.chats.tables)",
@@ -115,6 +117,7 @@ EXPANDED = {
     ("answers.py", "encoded"): lambda: load_tokenizer()("a"),
     ("answers.py", "batch"): lambda: padded([[1]], load_tokenizer(), "left"),
     ("facts.py", "prompts"): lambda: load_tokenizer()("a"),
+    ("conversation.py", "encoded"): lambda: load_tokenizer()("a"),
     ("test_t4_gear.py", "batch"): lambda: load_tokenizer()("a"),
     ("test_t4_gear.py", "alone"): lambda: load_tokenizer()("a"),
     ("stand_in_models.py", "options"): lambda: known_config("Llama-3.1-8B").keys() - {"model_type"},
