@@ -65,8 +65,8 @@ class SuggestedSettings:
         rows: chats to train on.
         gpu: to run on; None for a CPU.
         settings: of the run.
-        reasons: for each setting that was chosen, by its name. "epochs" and "validation_rows", which are no fields of
-            `Settings`, have one, too.
+        reasons: for each setting that was chosen, by its name; and for "epochs", which `settings` hold as steps, and
+            "validation_rows".
         prediction: of the run's memory; None without a GPU.
         notes: what else to know.
     """
