@@ -247,8 +247,8 @@ class _Chosen:
 
 
 def _steps(epochs: float, rows: int, effective_batch: int) -> int:
-    """Optimizer steps of so many epochs. To become the `epochs` of `Settings`."""
-    return max(1, math.ceil(epochs * rows / effective_batch - 1e-6))
+    """Optimizer steps of so many epochs, as training counts them."""
+    return Settings(epochs=epochs, batch_size=effective_batch).for_rows(rows).steps
 
 
 def _choose_the_length(chosen: _Chosen, rows: int) -> int:

@@ -320,11 +320,11 @@ def test_it_is_a_table_in_a_notebook_and_plain_types_for_json():
     assert plain["predicted_bytes"] == found.prediction.device_bytes
 
 
-def test_steps_are_epochs_times_rows_over_the_effective_batch():
+def test_steps_are_those_that_training_makes_of_the_epochs():
     for rows in ROWS:
         found = suggest_settings(QWEN_7B, rows, "h200")
         batch = found.settings.batch_size * found.settings.accumulation
-        assert found.settings.steps == ceil(found.reasons["epochs"].value * rows / batch - 1e-6)
+        assert found.settings.steps == ceil(found.reasons["epochs"].value * ceil(rows / batch))
 
 
 def test_many_rows_are_asked_to_wait():
