@@ -20,11 +20,12 @@ from qlora_helpers import validation
 from qlora_helpers.chats import Chat, check_texts
 from qlora_helpers.decoding import Decoding
 from qlora_helpers.evaluation import evaluating
+from qlora_helpers.evaluation.answers import context_of, end_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Answer", "Conversation", "answers", "context_of", "end_tokens"]
+__all__ = ["Answer", "Conversation", "answers"]
 
 _HALF_A_CHARACTER = "\ufffd"  # what the bytes of a character decode to before the last of them is there
 
@@ -46,29 +47,6 @@ class Answer:
     cut_off: bool = False
     stopped: bool = False
     forgotten: int = 0
-
-
-def context_of(model: PreTrainedModel | PeftModel) -> int | None:
-    """The most tokens that a model takes, those of its answer included; None if its config names no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def end_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: the tokenizer's EOS, those the model's own files name, and the template's.
-
-    The last is the first special token that the chat template puts after an answer. For a base model it may be another
-    than EOS: one that was trained in ChatML ends its answers with <|im_end|>.
-    """
-    of_model = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])}
-    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("answer")[2]
-    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special} | {
-        *tokenizer.all_special_ids
-    }
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-    ends |= {next((id for id in ids if id in special), None)}
-    return sorted(ends - {None})
 
 
 class _Streamer(BaseStreamer):
@@ -321,6 +299,8 @@ def answers(
     context = context_of(model)
     limit = decoding.limit(context)
     _check_base(model, base)
+    if [] in chats:
+        raise ValueError(f"chat {chats.index([]) + 1}: there is no message in it: it must end with a question")
     for system in {chat[0]["content"] if chat[0]["role"] == "system" else None for chat in chats}:
         _check_template(tokenizer, system)
     check_texts(chats, tokenizer)

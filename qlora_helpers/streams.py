@@ -2,24 +2,19 @@
 
 A pipe on Windows is in cp1252, and under LC_ALL=C all is ASCII: Python then stops at the first ✓. Here such a character is
 written in plain ASCII, as a sign that means the same or as its escape (\\u8a9e).
-
-What a model or a file has written may also hold characters that command a terminal; `visible` shows them instead.
 """
 
 import codecs
 import io
 import sys
-import unicodedata
 
-__all__ = ["take_any_character", "visible"]
+__all__ = ["take_any_character"]
 
 PLAIN = {
     "✓": "[ok]", "✗": "[!]", "○": "( )", "·": "-", "…": "...", "–": "-", "‘": "'", "’": "'", "“": '"', "”": '"',
     "×": "x", "→": "->", "±": "+-", "≤": "<=", "≥": ">=", "≈": "~", "█": "#", "⏎": "\\n",
 }  # fmt: skip
 _NAME = "qlora_helpers.plain"
-# these change the order in which a terminal shows the text around them (Unicode Standard Annex 9)
-_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 # what Python sets by itself; any other way was chosen by the user, with PYTHONIOENCODING
 _OF_PYTHON = ("strict", "surrogateescape", "backslashreplace")
 
@@ -42,12 +37,3 @@ def take_any_character() -> None:
         # a notebook's streams are of another kind, and take everything
         if isinstance(stream, io.TextIOWrapper) and stream.errors in _OF_PYTHON:
             stream.reconfigure(errors=errors)
-
-
-def visible(text: str) -> str:
-    """A text for a terminal: each control character but the line feed and the tab becomes its escape, such as \\x1b."""
-
-    def commands(sign: str) -> bool:
-        return sign in _DIRECTIONS or (unicodedata.category(sign) == "Cc" and sign not in "\n\t")
-
-    return "".join(sign.encode("unicode_escape").decode() if commands(sign) else sign for sign in text)

@@ -65,8 +65,8 @@ class SuggestedSettings:
         rows: chats to train on.
         gpu: to run on; None for a CPU.
         settings: of the run.
-        reasons: for each setting that was chosen, by its name. "epochs" and "validation_rows", which are no fields of
-            `Settings`, have one, too.
+        reasons: for each setting that was chosen, by its name; and for "epochs", which `settings` hold as steps, and
+            "validation_rows".
         prediction: of the run's memory; None without a GPU.
         notes: what else to know.
     """
@@ -115,6 +115,9 @@ class SuggestedSettings:
         for note in self.notes:
             lines += ["", *textwrap.wrap(note, WIDTH)]
         return "\n".join(lines)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))  # where IPython shows no HTML
 
     def _repr_html_(self) -> str:
         cells = [(name, shown(value), why, source) for name, (value, why, source) in self.reasons.items()]
@@ -247,8 +250,8 @@ class _Chosen:
 
 
 def _steps(epochs: float, rows: int, effective_batch: int) -> int:
-    """Optimizer steps of so many epochs. To become the `epochs` of `Settings`."""
-    return max(1, math.ceil(epochs * rows / effective_batch - 1e-6))
+    """Optimizer steps of so many epochs, as training counts them."""
+    return Settings(epochs=epochs, batch_size=effective_batch).for_rows(rows).steps
 
 
 def _choose_the_length(chosen: _Chosen, rows: int) -> int:

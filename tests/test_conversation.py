@@ -7,9 +7,10 @@ from transformers import BloomConfig, BloomForCausalLM
 from qlora_helpers import conversation
 from qlora_helpers.adapters.tuned import load_tuned
 from qlora_helpers.chats import read_chats, split_question
-from qlora_helpers.conversation import Conversation, _Streamer, answers, context_of, end_tokens
+from qlora_helpers.conversation import Conversation, _Streamer, answers
 from qlora_helpers.decoding import Decoding
 from qlora_helpers.evaluation import answer
+from qlora_helpers.evaluation.answers import context_of, end_tokens
 from qlora_helpers.models.loading import load_model, load_tokenizer
 from qlora_helpers.paths import data_path
 from tests.support.short_runs import CPU
@@ -252,6 +253,7 @@ def test_many_questions_are_checked_before_the_first_is_answered(model, tokenize
     for chat, said in (
         ([{"role": "user", "content": "Carl " * 300}], "chat 2 has 305 tokens with what belongs to it"),
         ([{"role": "user", "content": "<|end|>"}], "chat 2: message 1 .user. has '<.end.>' in its text"),
+        ([], "chat 2: there is no message in it: it must end with a question"),
         ([{"role": "tool", "content": "x"}], "chat 2: the chat template refuses it: this model knows the roles user"),
     ):
         with pytest.raises(ValueError, match=said):

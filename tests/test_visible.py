@@ -1,8 +1,8 @@
-"""Texts of others on one line."""
+"""What a terminal would obey is shown instead. (Encodings are tested with the commands.)"""
 
 import pytest
 
-from qlora_helpers.visible import shortened, visible
+from qlora_helpers.visible import harmless, shortened, visible
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,20 @@ from qlora_helpers.visible import shortened, visible
 )
 def test_what_would_move_the_cursor_or_hide_is_shown(text, shown):
     assert visible(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[31mred\x1b]0;title\x07", r"\x1b[31mred\x1b]0;title\x07"),
+        ("a\rb\x08\x7f\x00\x0b", r"a\x0db\x08\x7f\x00\x0b"),
+        ("\x9b31m\x85", r"\x9b31m\x85"),  # the same commands in one character
+        ("abc\u202edef\u2066", r"abc\u202edef\u2066"),
+        ("line\n\tand où ✓ 語 👩\u200d🔬 \\x1b", "line\n\tand où ✓ 語 👩\u200d🔬 \\x1b"),
+    ],
+)
+def test_lines_and_tabs_may_stay(text, shown):
+    assert harmless(text) == shown
 
 
 def test_a_long_text_is_cut_and_says_so():

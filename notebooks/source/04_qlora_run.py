@@ -234,6 +234,7 @@ tokenizer = AutoTokenizer.from_pretrained(model_name)
 
 # %% [markdown]
 # Each line of the data file is a chat, in a column named `messages`. The trainer puts it through the chat template itself.
+# Where a template does not mark what the assistant says, TRL takes its own marked version, if it has one, or stops.
 
 # %% tags=["plain-run"]
 chats = load_dataset("json", data_files=data_file, split="train")

@@ -7,7 +7,6 @@ import html
 import os
 import sys
 import textwrap
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,11 +17,12 @@ from qlora_helpers.chats.messages import Chat
 from qlora_helpers.chats.templates import CHUNK, ids_of, mark, missing_text, rendered
 from qlora_helpers.chats.words import tokens_per_word, warning_of_spelling
 from qlora_helpers.validation import whole
+from qlora_helpers.visible import visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Bar", "DataReport", "Overlap", "Tokens", "report_on", "visible"]
+__all__ = ["Bar", "DataReport", "Overlap", "Tokens", "report_on"]
 
 MARKED = 5_000  # rows whose tokens are marked; of more rows as many, evenly spread, and all that are too long
 EXAMPLES, EXAMPLE_TOKENS = 3, 160
@@ -225,6 +225,9 @@ class DataReport:
             "a question of the training data: the score on them says nothing about new questions"
         )
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))  # where IPython shows no HTML
+
     def _repr_html_(self) -> str:
         return "\n".join(_html(self))
 
@@ -293,7 +296,7 @@ def report_on(
         repeated=len(ahead) - len(set(ahead)),
         contradicting=_contradicting(ahead),
         empty_answers=sum(not answer.strip() for answer in answers),
-        one_word_answers=sum(len(answer.split(maxsplit=1)) == 1 for answer in answers),
+        one_word_answers=sum(len(answer.split(None, 1)) == 1 for answer in answers),
         overlap=_overlap(ahead, [_digests(chat) for chat in validation]) if validation else None,
         marked_rows=marked,
         counted=counted / total if total else 0.0,
@@ -369,26 +372,9 @@ def _overlap(ahead: list[tuple[bytes, bytes]], later: list[tuple[bytes, bytes]])
 # The first rows, token by token
 
 
-def visible(text: str) -> str:
-    """A text whose control characters can be seen, and cannot act on a terminal: a line break is ⏎, ESC is ␛.
-
-    So are characters without a width or that change the direction of writing, as their number: \\u202e.
-    """
-    return "".join(_visible(character) for character in text)
-
-
-def _visible(character: str) -> str:
-    if character == "\n":
-        return "⏎"
-    if character < " ":
-        return chr(0x2400 + ord(character))
-    if character in "⟦⟧\x7f" or unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp", "Cs", "Co"):
-        return (
-            character.encode("ascii", "backslashreplace").decode()
-            if ord(character) > 0xFF
-            else f"\\x{ord(character):02x}"
-        )
-    return character
+def _unmarked(text: str) -> str:
+    """A text of one line without what the report marks tokens with."""
+    return visible(text).replace("⟦", "\\u27e6").replace("⟧", "\\u27e7")
 
 
 def _pieces(row: dict[str, list[int]], tokenizer) -> tuple[tuple[str, bool], ...]:
@@ -403,7 +389,7 @@ def _pieces(row: dict[str, list[int]], tokenizer) -> tuple[tuple[str, bool], ...
         same = next(
             (n for n, (a, b) in enumerate(zip(shown, text, strict=False)) if a != b), min(len(shown), len(text))
         )
-        pieces.append((visible(text[same:]), bool(marks[start])))
+        pieces.append((_unmarked(text[same:]), bool(marks[start])))
         shown, start = text, place
     if len(row["input_ids"]) > len(ids):
         pieces.append((f" … ({len(row['input_ids']) - len(ids):,} more tokens)", False))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from qlora_helpers import validation
 from qlora_helpers.adapters.tuned import load_tuned
 from qlora_helpers.commands.answer_options import add_answer_options, checked_decoding
-from qlora_helpers.streams import visible
+from qlora_helpers.visible import harmless
 
 if TYPE_CHECKING:
     from qlora_helpers.chats.questions import Question
@@ -90,12 +90,14 @@ def command(args: argparse.Namespace) -> int:
     from qlora_helpers.conversation import answers
 
     model, tokenizer, found = load_tuned(args.adapter, args.model)
-    print(f"This is {visible(str(found))}.", file=sys.stderr, flush=True)
+    print(f"This is {harmless(str(found))}.", file=sys.stderr, flush=True)
     try:
         replies = answers(model, tokenizer, [question.chat for question in questions], decoding, batch_size, args.base)
     except ValueError as error:
         raise ValueError(_in_the_file(str(error), questions, args.file)) from error
-    pairs = zip(questions, _counted(replies, len(questions)), strict=True)
+    if len(questions) > 1 and (args.to or not sys.stdout.isatty()):  # else the answers themselves are seen
+        replies = _counted(replies, len(questions))
+    pairs = zip(questions, replies, strict=True)
     if args.to:
         with _new_file(args.to) as write:
             cut = _write_json(pairs, args.file is not None, write, ensure_ascii=False)
@@ -123,10 +125,10 @@ def _in_the_file(said: str, questions: list[Question], file: Path | None) -> str
 
 
 def _counted(replies: Iterator[Answer], count: int) -> Iterator[Answer]:
-    """The answers, with a bar on a terminal if there are many."""
+    """The answers, with a bar on standard error if that is a terminal."""
     from tqdm import tqdm
 
-    return iter(tqdm(replies, total=count, unit="answer", disable=None if count > 1 else True))
+    return iter(tqdm(replies, total=count, unit="answer", disable=None))
 
 
 def _print(text: str) -> None:
@@ -139,8 +141,8 @@ def _print_plainly(pairs: Iterator[tuple[Question, Answer]], numbered: bool) -> 
     for number, (question, answer) in enumerate(pairs, start=1):
         if numbered:
             blank = "\n" if number > 1 else ""
-            _print(f"{blank}[{number}] {visible(question.chat[-1]['content'])}\n")
-        _print(f"{visible(answer.text)}\n")
+            _print(f"{blank}[{number}] {harmless(question.chat[-1]['content'])}\n")
+        _print(f"{harmless(answer.text)}\n")
         cut += answer.cut_off
     return cut
 

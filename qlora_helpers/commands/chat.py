@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from qlora_helpers.adapters.tuned import load_tuned
 from qlora_helpers.commands.answer_options import add_answer_options, checked_decoding
-from qlora_helpers.streams import visible
+from qlora_helpers.visible import harmless
 
 if TYPE_CHECKING:
     from qlora_helpers.conversation import Answer, Conversation
@@ -55,7 +55,7 @@ def command(args: argparse.Namespace) -> int:
 
     model, tokenizer, found = load_tuned(args.adapter, args.model)
     chat = _Chat(Conversation(model, tokenizer, args.system, decoding), args.compare)
-    print(f"This is {visible(str(found))}. /help lists the commands.", flush=True)
+    print(f"This is {harmless(str(found))}. /help lists the commands.", flush=True)
     return chat.talk()
 
 
@@ -81,7 +81,7 @@ def _read_line(prompt: str) -> str | None:
         print(prompt, end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
     if line and not _is_terminal():
-        print(f"{prompt}{visible(line.rstrip())}", flush=True)
+        print(f"{prompt}{harmless(line.rstrip())}", flush=True)
     return line.rstrip("\r\n") if line else None
 
 
@@ -123,7 +123,7 @@ class _Chat:
                 _note("Ctrl-C stops an answer; /quit or Ctrl-D ends the chat")
             except ValueError as error:
                 sys.stdout.flush()
-                print(f"error: {visible(str(error))}", file=sys.stderr, flush=True)
+                print(f"error: {harmless(str(error))}", file=sys.stderr, flush=True)
                 refused = True
         return 2 if refused and not _is_terminal() else 0
 
@@ -152,7 +152,7 @@ class _Chat:
         written = [label]  # the label waits for the first word, so that it does not stand before an error
 
         def write(text: str) -> None:
-            print("".join(written) + visible(text), end="", flush=True)
+            print("".join(written) + harmless(text), end="", flush=True)
             written.clear()
 
         answer = self.conversation.ask(question, write, **options)

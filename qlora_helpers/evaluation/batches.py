@@ -51,8 +51,8 @@ def padded(rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, si
     """Rows of tokens as "input_ids" and "attention_mask", each [rows, longest], on the CPU.
 
     Args:
-        side: of the padding. Generation needs "left": it goes on where a row ends. Elsewhere "right" leaves each token at
-            its own position.
+        side: of the padding. Generation needs "left": it goes on where a row ends. "right" leaves each token at its own
+            position.
     """
     longest = max(map(len, rows))
     # not the tokenizer's own padding: it refuses where there is no token for it, as in many models of the Hub

@@ -38,11 +38,14 @@ def losses_of(
     """
     if batch_size is not None:
         batch_size = validation.whole("batch_size", batch_size, otherwise="None for what fits")
+    # Rotary positions are relative, so either side gives the same but for rounding: the tokenizer's, as in generation.
+    # Learned positions are counted from the first column, padding included, which on the left would move every token.
+    side = tokenizer.padding_side if hasattr(model.config.get_text_config(), "rope_parameters") else "right"
     most_tokens = None if batch_size else MOST_LOGITS // model.config.get_text_config().vocab_size
     found: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
     for numbers in grouped([len(row["input_ids"]) for row in rows], batch_size or MOST_ROWS, most_tokens):
-        batch = padded([rows[number]["input_ids"] for number in numbers], tokenizer, "right")
-        spoken = padded([rows[number]["assistant_masks"] for number in numbers], tokenizer, "right")["input_ids"]
+        batch = padded([rows[number]["input_ids"] for number in numbers], tokenizer, side)
+        spoken = padded([rows[number]["assistant_masks"] for number in numbers], tokenizer, side)["input_ids"]
         spoken = (spoken * batch["attention_mask"])[:, 1:].bool()
         counts = spoken.sum(1).tolist()
         batch, spoken = {name: tensor.to(model.device) for name, tensor in batch.items()}, spoken.to(model.device)

@@ -18,9 +18,9 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from qlora_helpers.training.callbacks import TrainingDiverged
-from qlora_helpers.training.checkpoints import VALIDATION_LOSS, WEIGHTS, faults_in, log_history, logged
+from qlora_helpers.training.checkpoints import VALIDATION_LOSS, WEIGHTS, faults_in, logged
 from qlora_helpers.training.checksums import CHECKSUMS
-from qlora_helpers.training.run_folder import complete_checkpoints, numbered_checkpoints, step_of
+from qlora_helpers.training.run_folder import complete_checkpoints, numbered_checkpoints, step_of, trainer_state
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -80,7 +80,8 @@ def drop_superseded(folder: Path, keep: int) -> None:
         keep: how many of the newest ones stay.
     """
     newest = complete_checkpoints(folder)[:keep]
-    bests = {best_of(logged(log_history(checkpoint), VALIDATION_LOSS)) for checkpoint in newest}
+    logs = [(trainer_state(checkpoint) or {}).get("log_history", []) for checkpoint in newest]  # none in a damaged one
+    bests = {best_of(logged(log, VALIDATION_LOSS)) for log in logs}
     steps = {step_of(checkpoint) for checkpoint in newest} | {best[0] for best in bests if best}
     for checkpoint in numbered_checkpoints(folder):
         if step_of(checkpoint) not in steps:

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from qlora_helpers.chats import lengths_of, read_chats, report_on, tokenized
-from qlora_helpers.chats.report import MARKED, Bar, visible
+from qlora_helpers.chats.report import MARKED, Bar
 from qlora_helpers.models.loading import load_tokenizer
 from qlora_helpers.paths import data_path
 from tests.chats.made_up import CHATML, FAMILIES, IM, tokenizer_with
@@ -92,7 +92,11 @@ def test_repeated_rows_contradictions_and_rows_of_both_splits(report):
     assert report.repeated == 1
     assert report.contradicting == 3  # both that are equal, and the one that says something else
     assert (report.overlap.rows, report.overlap.questions) == (1, 2)
-    assert "of the validation data, 1 row equal to a training row, and 2 rows with a question of the" in str(report)
+    said = " ".join(str(report).split())
+    assert (
+        "of the validation data, 1 row equal to a training row, and 2 rows with a question of the training data: "
+        in said
+    )
     clean = report_on(CHATS[:2], TOKENIZER, validation=LATER[2:])
     assert (clean.repeated, clean.contradicting, clean.overlap.questions) == (0, 0, 0)
     assert "no row is there twice" in str(clean)
@@ -175,11 +179,10 @@ ATTACK = "\x1b[31mred\x1b]0;title\x07 \x9b2J \u202eabc\u2066 \u200b ⟦x⟧ a\rb
 
 
 def test_control_characters_are_seen_and_do_not_act():
-    shown = visible(ATTACK + "\n")
-    assert shown == ("␛[31mred␛]0;title␇ \\x9b2J \\u202eabc\\u2066 \\u200b \\u27e6x\\u27e7 a␍b␉c ␀\\x7f \\u2028⏎")
     made = report_on([chat("Why " + ATTACK, ATTACK + "!")], TOKENIZER)
     for text in (str(made), made._repr_html_()):
         assert not any(sign in text for sign in "\x1b\x9b\x07\u202e\u2066\u200b\r\x00\x7f\u2028")
+        assert all(sign in text for sign in (r"\x1b", r"\x07", r"\u202e", r"\u2066", r"\u27e6"))
     assert str(made).count("⟦") == 2  # of the sentence, and of the one answer
 
 
@@ -191,7 +194,7 @@ def test_what_a_template_says_cannot_act_either():
     made = report_on([NF4, chat("x", "y")], tokenizer_with(template, IM))
     assert (
         "\x1b" not in str(made)
-        and "␛[31m<b>" in str(made)
+        and r"\x1b[31m<b>" in str(made)
         and "<b>" not in made._repr_html_().replace("<b>Warning", "").replace("<p><b>", "")
     )
 

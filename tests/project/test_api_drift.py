@@ -46,7 +46,6 @@ METHODS = {
     "batch_decode": "transformers.PreTrainedTokenizerFast.batch_decode",
     "decode": "transformers.PreTrainedTokenizerFast.decode",
     "encode": "transformers.PreTrainedTokenizerFast.encode",
-    "pad": "transformers.PreTrainedTokenizerFast.pad",
     "model": "transformers.LlamaForCausalLM.forward",
     "layer": "transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward",
     "from_pretrained": "transformers.PreTrainedModel.from_pretrained",
@@ -55,6 +54,7 @@ METHODS = {
     "train": "trl.SFTTrainer.train",
     "load_adapter": "peft.PeftModel.load_adapter",
     "_save_checkpoint": "trl.SFTTrainer._save_checkpoint",
+    "prediction_step": "trl.SFTTrainer.prediction_step",
 }
 
 # Calls on variables that do not belong to the libraries: not checked.

@@ -43,6 +43,9 @@ tokenizer = load_tokenizer("my-model")
 run = train(load_model("my-model"), tokenizer, read_chats("mine.jsonl"), new_run_folder("mine"), Settings(steps=2, batch_size=2))
 found["adapter"] = sorted(path.name for path in run.saved_path.iterdir())
 found["where"] = str(run.saved_path)
+from qlora_helpers.evaluation.knowledge import general_items
+
+found["items"] = len(general_items())
 found["answers"] = len(answer(run.model, tokenizer, [[{"role": "user", "content": "Hello?"}]]))
 print("found", json.dumps(found))
 """
@@ -79,7 +82,7 @@ def test_a_project_of_one_s_own_uses_it_from_its_folder(site, tmp_path):
     assert Path(found.pop("where")) == project / "runs" / "mine-1" / "adapter"
     assert found == {
         "from": str(site), "typed": True, "gpu": "Tesla T4", "fits": True, "levels": 16,
-        "adapter": ["adapter_config.json", "adapter_model.safetensors", "base.json"], "answers": 1,
+        "adapter": ["adapter_config.json", "adapter_model.safetensors", "base.json"], "answers": 1, "items": 60,
     }  # fmt: skip
 
 

@@ -354,6 +354,13 @@ def test_the_best_of_each_checkpoint_that_is_kept_stays(finished, tmp_path):
     assert log_history(tmp_path / "checkpoint-3")
 
 
+def test_an_older_checkpoint_that_is_damaged_does_not_stop_a_run(finished, tmp_path):
+    left_at(6, finished, tmp_path)
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{")
+    drop_superseded(tmp_path, 2)
+    assert {step_of(path) for path in numbered_checkpoints(tmp_path)} == {4, 6}
+
+
 def test_evaluation_leaves_the_random_state_as_it_is(tmp_path):
     trainer = trainer_of(tmp_path, settings=Settings(steps=2, batch_size=4, rank=4))
     before = torch.get_rng_state()
