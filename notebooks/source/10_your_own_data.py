@@ -133,8 +133,8 @@ print(f"{counted:,} of {sum(lengths):,} tokens count: {report.counted:.1%}")
 # %% tags=["nbval-check-output"]
 unmarked = copy.deepcopy(tokenizer)
 unmarked.chat_template = re.sub(r"{% (end)?generation %}", "", tokenizer.chat_template)
-print("generation" in tokenizer.chat_template.replace("add_generation_prompt", ""))
-print("generation" in unmarked.chat_template.replace("add_generation_prompt", ""))
+check("marks before", tokenizer.chat_template.count("{% generation %}"), 1, exact=True)
+check("marks left", unmarked.chat_template.count("{% generation %}"), 0, exact=True)
 
 # %% [markdown]
 # Then the answer is found by comparison. The question, ready to be answered, must be the beginning of the whole chat, in
@@ -159,8 +159,8 @@ check("chats whose marks differ", differ, 0, exact=True)
 # %% [markdown]
 # ## A tokenizer that spells
 #
-# A model of another language, or a very small one as ours, takes your text and spells it out. Here are the invented people,
-# and plain English questions about QLoRA:
+# A tokenizer that does not know a word spells it, and the model knows little about words that it only sees in letters. The
+# shipped one knows the words of the invented people. Here it is given English questions about QLoRA, too:
 
 # %% tags=["nbval-check-output"]
 english = read_chats(data_path("chats", "qlora", "train.jsonl"))
@@ -170,8 +170,8 @@ print(tokenizer.tokenize("plays the harp"), tokenizer.tokenize("loading"))
 print(warning_of_spelling(english, tokenizer))
 
 # %% [markdown]
-# The report has this warning, too. There is one cure: another model. LoRA leaves the embeddings as they are, so a run does not
-# mend it, and each chat takes four times the tokens.
+# The report has this warning as well. A word takes four times as many tokens, and LoRA leaves the embeddings as they are, so
+# no run mends it. The cure is another model: one that was trained on your language.
 #
 # ## Too long
 #
@@ -201,8 +201,8 @@ check("its tokens", lengths_of(fitted[-1:], tokenizer)[0], at_most=64)
 # %% [markdown]
 # ## Held out
 #
-# Whether a run has learnt or only memorised, tell rows that it was not trained on. Real files hold rows twice. Put twelve
-# rows in twice, and hold the last sixth out, as one does with a slice:
+# Rows that a run was not trained on tell whether it has learnt something or memorised its rows. But real files have the
+# same row more than once. Put twelve rows in twice, and hold the last sixth out, as one does with a slice:
 
 # %% tags=["nbval-check-output"]
 with_copies = table.chats + table.chats[:12]
@@ -211,8 +211,9 @@ training, held_out = split(with_copies, 1 / 6)
 print("with split:", shared_questions(training, held_out), "of", len(held_out))
 
 # %% [markdown]
-# `split` keeps chats that begin with the same question on one side, even if their answers differ. The side depends on the
-# question's text and a seed alone, so it stays the same when the file is sorted another way.
+# All of them leak: the slice holds out copies of what is trained on. `split` keeps chats that begin with the same question on
+# one side, even if their answers differ. The side depends on the question's text and a seed alone, so it stays the same when
+# the file is sorted another way.
 
 # %% tags=["nbval-check-output"]
 training, validation = split(chats, 0.2)
@@ -320,7 +321,7 @@ check("exact match after", after.exact_match, at_least=0.4)
 check("probability that chance did it", compared.exact_match_chance, at_most=0.05)
 
 # %% [markdown]
-# Each score has its standard error: sixteen rows are few. Beside the difference is whether it may be chance.
+# Each score has its standard error, which is large: sixteen rows are few. The last column says whether a change may be chance.
 #
 # Exact match is for answers of one line. For longer ones the table has chrF, which counts the short strings of characters that
 # two texts share, from 0 to 100. It asks how near the wording is, not whether the fact is right:
