@@ -6,14 +6,14 @@ a JSON text or under the key "question" or "prompt". A CSV file has a column of 
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_helpers.chats.encodings import to_utf8
 from qlora_helpers.chats.messages import Chat, ChatError, fault_in
+from qlora_helpers.chats.strict_json import decode
+from qlora_helpers.chats.tables import csv_records
 from qlora_helpers.validation import shown
 
 __all__ = ["Question", "read_questions"]
@@ -38,10 +38,11 @@ class Question:
 
 
 def read_questions(path: str | Path, system: str | None = None) -> list[Question]:
-    """Read the questions of a file in UTF-8, and check every line. Empty lines are allowed.
+    """Read the questions of a file, and check every line. Empty lines are allowed.
 
     Args:
-        path: its ending says what it is: .txt, .jsonl or .csv.
+        path: its ending says what it is: .txt, .jsonl or .csv. Encodings and delimiters are told as for a file of chats
+            (`qlora_helpers.chats.read_file`).
         system: a system message for each chat that has none.
 
     Raises:
@@ -53,20 +54,19 @@ def read_questions(path: str | Path, system: str | None = None) -> list[Question
     if path.suffix.lower() not in FORMS:
         raise ValueError(f"{path}: its name must end in one of {', '.join(FORMS)}, which says how it is read")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = to_utf8(path.read_bytes())
     except OSError as error:
         raise type(error)(f"{path} cannot be read ({error.strerror}): name a file of questions") from error
-    except UnicodeDecodeError as error:
-        raise ChatError(f"{path} is not UTF-8 at byte {error.start + 1}: save it in UTF-8") from error
-    rows = _rows_of_csv(text, path) if path.suffix.lower() == ".csv" else _lines(text)
+    if text.fault:
+        raise ChatError(f"{path}: {text.fault}")
+    rows = _rows_of_csv(text.content, path) if path.suffix.lower() == ".csv" else _lines(text.content)
     read = _of_json if path.suffix.lower() == ".jsonl" else _of_text
     questions, faults = [], []
     for number, row in rows:
-        question = read(row, number)
-        if isinstance(question, str):
-            faults.append(f"{path}, line {number}: {question}")
-        else:
-            questions.append(question)
+        try:
+            questions.append(read(row, number))
+        except ValueError as error:
+            faults.append(f"{path}, line {number}: {error}")
     if faults:
         more = f"\n… and {len(faults) - 20} more" if len(faults) > 20 else ""
         raise ChatError("\n".join(faults[:20]) + more)
@@ -81,60 +81,66 @@ def _with_system(question: Question, system: str | None) -> Question:
     return Question([{"role": "system", "content": system}, *question.chat], question.line, question.expected)
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
+def _lines(content: bytes) -> Iterator[tuple[int, str]]:
     # str.splitlines would also split at characters such as U+2028, which are text
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(content.decode("utf-8").split("\n"), start=1):
         if line.strip():
             yield number, line.strip()
 
 
-def _rows_of_csv(text: str, path: Path) -> Iterator[tuple[int, str]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+def _is_key(name: str) -> bool:
+    return name.strip().lower() in KEYS
+
+
+def _rows_of_csv(content: bytes, path: Path) -> Iterator[tuple[int, str]]:
+    """The cells with the questions, each with the last line of its row."""
     try:
-        first = next(reader, [])
-        header = [name.strip().lower() for name in first]
-        column = next((header.index(key) for key in KEYS if key in header), None)
-        if column is None:
-            if len(header) > 1:
-                columns = ", ".join(map(shown, first))
-                raise ChatError(f"{path} has the columns {columns}: name the one with the questions {KEYS[0]!r}")
-            if header:  # one column, which begins at once
-                yield reader.line_num, first[0].strip()
-            column = 0
-        for row in reader:
-            if not any(cell.strip() for cell in row):
-                continue
-            if len(row) != len(header):
-                raise ChatError(
-                    f"{path}, line {reader.line_num}: it has {len(row)} cells, and the first line has {len(header)}: put a "
-                    "text with commas into double quotes"
-                )
-            yield reader.line_num, row[column].strip()
-    except csv.Error as error:
-        raise ChatError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
+        delimiter, records = csv_records(content, _is_key)
+    except ChatError as error:
+        raise ChatError(f"{path}: {error}") from error
+    for line, record in records:
+        if isinstance(record, str):
+            raise ChatError(f"{path}, line {line}: {record}")
+    header = next((record for _, record in records), [])
+    column = next((header.index(name) for key in KEYS for name in header if name.strip().lower() == key), None)
+    if column is None and len(header) > 1:
+        columns = ", ".join(map(shown, header))
+        raise ChatError(f"{path} has the columns {columns}: name the one with the questions {KEYS[0]!r}")
+    for line, row in records[column is not None :]:  # one column may begin at once
+        if not any(cell.strip() for cell in row):
+            continue
+        if len(row) != len(header):
+            raise ChatError(
+                f"{path}, line {line}: it has {len(row)} cells, and the first line has {len(header)}: put a text with "
+                f"{delimiter!r} into double quotes"
+            )
+        yield line, row[column or 0].strip()
 
 
-def _of_text(text: str, line: int) -> Question | str:
+def _of_text(text: str, line: int) -> Question:
     return _checked([{"role": "user", "content": text}], line)
 
 
-def _of_json(text: str, line: int) -> Question | str:
-    """A question, or what is wrong with its line."""
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return f"not JSON ({error})"
+def _of_json(text: str, line: int) -> Question:
+    row = decode(text)
     if isinstance(row, str):
         return _of_text(row, line)
     if isinstance(row, dict) and isinstance(row.get("messages"), list):
         return _checked(row["messages"], line)
     found = [row[key] for key in KEYS if isinstance(row, dict) and isinstance(row.get(key), str)]
-    return _of_text(found[0], line) if found else 'neither "messages" nor a text under "question" or "prompt"'
+    if not found:
+        raise ChatError('neither "messages" nor a text under "question" or "prompt"')
+    return _of_text(found[0], line)
 
 
-def _checked(chat: Chat, line: int) -> Question | str:
+def _checked(chat: Chat, line: int) -> Question:
+    """A question.
+
+    Raises:
+        ChatError: says what is wrong with it.
+    """
     answered = bool(chat) and isinstance(chat[-1], dict) and chat[-1].get("role") == "assistant"
     whole = chat if answered else [*chat, {"role": "assistant", "content": "an answer"}]
     if fault := fault_in({"messages": whole}):
-        return fault
+        raise ChatError(fault)
     return Question(whole[:-1], line, chat[-1]["content"] if answered else None)

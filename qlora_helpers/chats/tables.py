@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +25,7 @@ from qlora_helpers.json_files import read_json
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["Table", "read_table"]
+__all__ = ["Table", "csv_records", "read_table"]
 
 READABLE = "JSONL, JSON, CSV, TSV or parquet"
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
@@ -208,22 +209,39 @@ def _key_of_rows(value: dict, known: Callable[[str], bool]) -> str | None:
 def _delimited(text: Text, known: Callable[[str], bool]) -> Table:
     if text.fault:
         raise ChatError(text.fault)
-    if place := text.content.find(b"\0") + 1:
+    delimiter, records = csv_records(text.content, known)
+    kind = "TSV" if delimiter == "\t" else f"CSV, {DELIMITERS.get(delimiter, repr(delimiter))}"
+    return _csv_table([record for _, record in records], kind, delimiter)
+
+
+def csv_records(content: bytes, known: Callable[[str], bool]) -> tuple[str, list[tuple[int, list[str] | str]]]:
+    """The delimiter of a table, and its records that are not empty lines, each with the line in which it ends.
+
+    A record that cannot be read is the reason, as a text.
+
+    Args:
+        content: in UTF-8.
+        known: as in `read_table`.
+
+    Raises:
+        ChatError: it is no text file.
+    """
+    if place := content.find(b"\0") + 1:
         raise ChatError(f"byte {place} is NUL, so it is no text file: name a file of {READABLE}")
     old_limit = csv.field_size_limit(2**31 - 1)  # by default a cell has at most 128 KiB
     try:
-        content, said = text.content, None
-        first = content.lstrip().splitlines()[0].strip().lower()
-        if first.startswith(b"sep=") and len(first) == 5:  # Excel's own line, which is no row
-            said, content = chr(first[4]), content.lstrip()[len(first) :]
-        delimiter = said or max(DELIMITERS, key=lambda sign: _names_found(content, sign, known))
-        return _csv_table(content, delimiter)
+        if named := re.match(
+            rb"\s*sep=([!-~\t ])[ ]*[\r\n]", content, re.IGNORECASE
+        ):  # Excel's own line, which is no row
+            delimiter = named[1].decode("ascii")
+            return delimiter, list(_records(content[named.end() :], delimiter, content.count(b"\n", 0, named.end())))
+        delimiter = max(DELIMITERS, key=lambda sign: _names_found(content, sign, known))
+        return delimiter, list(_records(content, delimiter))
     finally:
         csv.field_size_limit(old_limit)
 
 
-def _records(content: bytes, delimiter: str) -> Iterator[list[str] | str]:
-    """The records that are not empty lines; for one that cannot be read, the reason as a text."""
+def _records(content: bytes, delimiter: str, lines_before: int = 0) -> Iterator[tuple[int, list[str] | str]]:
     lines = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", newline="")
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
@@ -233,24 +251,21 @@ def _records(content: bytes, delimiter: str) -> Iterator[list[str] | str]:
             return
         except csv.Error as error:
             if "end of data" in str(error):
-                yield "a text begins with a quote that never ends"
+                record = "a text begins with a quote that never ends"
             else:
-                yield f'a quote inside a quoted text is not doubled, as in "she said ""no""" ({error})'
-        else:
-            if record:
-                yield record
+                record = f'a quote inside a quoted text is not doubled, as in "she said ""no""" ({error})'
+        if record:
+            yield lines_before + reader.line_num, record
 
 
 def _names_found(content: bytes, delimiter: str, known: Callable[[str], bool]) -> tuple[int, int]:
     """How many names of columns the header has with this delimiter: those known, and all."""
-    header = next(_records(content, delimiter), [])
+    _, header = next(_records(content, delimiter), (0, []))
     return (sum(map(known, header)), len(header)) if isinstance(header, list) else (0, 0)
 
 
-def _csv_table(content: bytes, delimiter: str) -> Table:
-    kind = "TSV" if delimiter == "\t" else f"CSV, {DELIMITERS.get(delimiter, repr(delimiter))}"
-    records = _records(content, delimiter)
-    header = next(records, [])
+def _csv_table(records: list[list[str] | str], kind: str, delimiter: str) -> Table:
+    header, *records = records or [[]]
     if isinstance(header, str):
         raise ChatError(f"its header cannot be read: {header}")
     names = [name.strip() or f"column {place}" for place, name in enumerate(header, start=1)]

@@ -55,6 +55,14 @@ def test_a_csv_file_has_a_column_of_questions_or_one_alone(read):
     assert asked(read("q.csv", "prompt\nWho?\n")) == [(2, "Who?")]
 
 
+def test_a_table_is_read_with_its_delimiter_and_in_its_encoding(read):
+    table = "id;question\n1;Où est Zoé, ici?\n"
+    for encoding in ("utf-8", "utf-16", "cp1252"):
+        assert asked(read("q.csv", table.encode(encoding))) == [(2, "Où est Zoé, ici?")]
+    assert asked(read("q.csv", "sep=\t\nid\tquestion\n1\tWho?\n")) == [(3, "Who?")]
+    assert asked(read("q.csv", f"question\n{'Who? ' * 40_000}\n")) == [(2, ("Who? " * 40_000).strip())]
+
+
 def test_a_system_message_is_put_before_each_chat_that_has_none(read):
     other = [{"role": "system", "content": "Be long."}, *USER]
     found = read("q.jsonl", "\n".join(json.dumps({"messages": chat}) for chat in (USER, other)), "Be brief.")
@@ -70,13 +78,28 @@ def test_a_system_message_is_put_before_each_chat_that_has_none(read):
         ("q.csv", "a,b\n1,2\n", "q.csv has the columns 'a', 'b': name the one with the questions 'question'"),
         ("q.csv", "id,question\n1,Who, then?\n", "q.csv, line 2: it has 3 cells, and the first line has 2: put a text"),
         ("q.csv", "id,question\n1,\n", "q.csv, line 2: message 1 (user) is an empty message"),
-        ("q.csv", 'question\n"Who\n', "q.csv, line 2: not CSV: unexpected end of data"),
-        ("q.jsonl", "{", "q.jsonl, line 1: not JSON (Expecting property name"),
+        ("q.csv", 'question\n"Who\n', "q.csv, line 2: a text begins with a quote that never ends"),
+        (
+            "q.csv",
+            "id;question\n1;Who; then?\n",
+            "q.csv, line 2: it has 3 cells, and the first line has 2: put a text with ';'",
+        ),
+        ("q.csv", b"question\nWho\0?", "q.csv: byte 13 is NUL, so it is no text file"),
+        ("q.jsonl", "{", "q.jsonl, line 1: not JSON: Expecting property name"),
+        (
+            "q.jsonl",
+            '{"question": "a", "question": "b"}',
+            "q.jsonl, line 1: not JSON that can be trusted: the key 'question'",
+        ),
         ("q.jsonl", '"Who?"\n3', 'q.jsonl, line 2: neither "messages" nor a text under "question" or "prompt"'),
         ("q.jsonl", '{"messages": []}', "q.jsonl, line 1: message 1 is an answer without a question"),
         ("q.jsonl", '{"messages": [3]}', 'q.jsonl, line 1: message 1 is not {"role": "…", "content": "…"}'),
         ("q.jsonl", '"\\ud83d"', "q.jsonl, line 1: message 1 (user) has half a surrogate pair"),
-        ("q.txt", b"Who\xff", "q.txt is not UTF-8 at byte 4: save it in UTF-8"),
+        (
+            "q.txt",
+            b"Who\xff\xff\xff\xff",
+            "q.txt: byte 4 (0xff) is not UTF-8, and it is not plainly Windows-1252 either",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_with_its_line(read, tmp_path, name, text, said):
