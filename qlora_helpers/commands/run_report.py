@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ __all__ = ["ask", "peak_memory", "print_report", "put_together", "reset_peak_mem
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 CURVE = 10  # evaluations that are printed
+WIDTH = 100  # columns of a text
 
 
 def ask(model, tokenizer, data: RunData, when: str) -> Scores | None:
@@ -98,7 +100,9 @@ def print_report(report: dict[str, Any], path: Path, scores: Comparison | None, 
     print(scores or "Nothing was held out, so what the model has learned was not measured: --validation 0.1")
     if (rate := report["commonest_answer_rate"]) is not None:
         print(f"\nAlways giving the commonest answer to a question's wording would match {rate:.1%}.")
-    print(f"\nWhat else it knows: {kept}")
+    print("\n" + "\n".join(textwrap.fill(line, WIDTH) for line in f"What else it knows: {kept}".splitlines()))
+    if warning := report.get("data_warning"):
+        print("\n" + textwrap.fill(f"As said before training: {warning}.", WIDTH))
     if report["validation_history"]:
         print(f"\n{_curve(report)}")
     seconds, peak = report["train_seconds"], report["peak_memory_bytes"]
