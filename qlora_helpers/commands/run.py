@@ -319,7 +319,11 @@ def _settings(plan: _Plan, data: RunData, shape: ModelShape | None, hardware: Ha
         print("Settings are those of the course's usual run on a GPU: none can be suggested without the model's shape.")
         usual = replace(GPU_RUN, learning_rate=2e-4, max_length=length, steps=None, epochs=3, warmup_steps=None)
         return replace(usual, **_instead(named, usual, 3), save_steps=SAVE_STEPS).for_rows(rows)
+    from qlora_helpers.suggestions import Reason
+
     found = _suggested(shape, rows, hardware, length, data.answer_tokens, plan.ignore_memory)
+    longest = Reason(length, f"the longest chat has {data.longest:,} tokens; rounded up to a multiple of 8", "")
+    found = replace(found, reasons=found.reasons | {"max_length": longest})
     instead = _instead(named, found.settings, found.reasons["epochs"].value)
     settings = replace(found.settings, **instead, save_steps=SAVE_STEPS).for_rows(rows)
     _print_suggestions(found, settings, named, instead)
@@ -384,6 +388,7 @@ def _print_suggestions(
     # that no GPU was named is no news here
     found = replace(found, reasons=reasons, prediction=prediction, notes=found.notes if found.gpu else ())
     print(f"\nSettings to start from, for {found}\n")
+    print("What the sources in brackets say is in README.md. To change a setting, name it, as in --seed 1.")
     follows = [name for name in instead if name not in named and getattr(settings, name) is not None]
     for how, values in (
         ("As you named them", {name: named[name] for name in named}),
@@ -391,7 +396,7 @@ def _print_suggestions(
     ):
         if values:
             print(f"{how}: {', '.join(f'{name}={shown(value)}' for name, value in values.items())}")
-    print(flush=True)
+    sys.stdout.flush()
 
 
 def _gpu(hardware: Hardware) -> GPU | None:
