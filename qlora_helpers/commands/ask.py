@@ -73,6 +73,10 @@ def command(args: argparse.Namespace) -> int:
     if args.question and args.file:
         raise ValueError("--file: pass a question or a file of questions, not both")
     if not args.question and not args.file:
+        if not args.adapter.exists():
+            raise ValueError(
+                f"{str(args.adapter)!r} is no folder: the folder comes first, such as runs/latest, and then the question"
+            )
         raise ValueError("there is no question: put one behind the folder, or name a file with --file")
     decoding = checked_decoding(args, base=args.base)
     if args.to:

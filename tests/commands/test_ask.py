@@ -147,6 +147,7 @@ def test_the_base_answers_otherwise(call):
     [
         ([], "there is no question: put one behind the folder, or name a file with --file"),
         ([""], "question='': must be a text"),
+        (["--file", "q.json"], "q.json: its name must end in one of .txt, .jsonl, .csv"),
         (["Who?", "--file", "q.txt"], "--file: pass a question or a file of questions, not both"),
         (["--file", "none.txt"], "none.txt cannot be read (No such file or directory): name a file of questions"),
         (["--file", "q.pdf"], "q.pdf: its name must end in one of .txt, .jsonl, .csv"),
@@ -171,3 +172,9 @@ def test_a_question_that_the_model_cannot_take_is_named_by_its_line(call, tmp_pa
     assert code == 2 and "error: the question: message 1 (user) has '<|end|>' in its text" in err
     code, _, err = call("Who?", "--system", "Be brief.")
     assert code == 2 and "error: system='Be brief.': this model's chat template takes no system message" in err
+
+
+def test_a_question_in_the_place_of_the_folder_is_told_apart(capsys):
+    assert main(["ask", "Who is it?"]) == 2
+    said = "error: 'Who is it?' is no folder: the folder comes first, such as runs/latest, and then the question\n"
+    assert capsys.readouterr().err == said
