@@ -52,6 +52,15 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         print("\nStopped by Ctrl-C.", file=sys.stderr)
         return 128 + signal.SIGINT
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith("qlora_helpers"):
+            raise
+        print(
+            f"error: {sys.executable} has no package {error.name}: use the Python that `make run` has set up, "
+            ".venv/bin/python, or install requirements.txt. `doctor`, in the place of this command, says what is missing",
+            file=sys.stderr,
+        )
+        return 2
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
