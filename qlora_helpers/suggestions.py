@@ -116,6 +116,9 @@ class SuggestedSettings:
             lines += ["", *textwrap.wrap(note, WIDTH)]
         return "\n".join(lines)
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))  # where IPython shows no HTML
+
     def _repr_html_(self) -> str:
         cells = [(name, shown(value), why, source) for name, (value, why, source) in self.reasons.items()]
         rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in cells)

@@ -225,6 +225,9 @@ class DataReport:
             "a question of the training data: the score on them says nothing about new questions"
         )
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))  # where IPython shows no HTML
+
     def _repr_html_(self) -> str:
         return "\n".join(_html(self))
 

@@ -104,7 +104,10 @@ def ids_of(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[in
     """The tokens of texts in which all special tokens are written already, as the template has done."""
     if not texts:
         return []
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
+    # verbose: without a warning about texts longer than the model takes, which are counted here and not run
+    encoded = tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )
     return encoded["input_ids"]
 
 
@@ -198,7 +201,9 @@ def _begins_twice(ids: list[int], tokenizer) -> bool:
 
 
 def _marked_by_template(chats: dict[int, Chat], texts: dict[int, str], tokenizer) -> tuple[dict, dict]:
-    encoded = tokenizer.apply_chat_template(list(chats.values()), return_dict=True, return_assistant_tokens_mask=True)
+    encoded = tokenizer.apply_chat_template(
+        list(chats.values()), return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
+    )
     prompts, refused = rendered({number: chat[:-1] for number, chat in chats.items()}, tokenizer, to_be_answered=True)
     rows, faults, special, blank = {}, dict(refused), special_tokens(tokenizer), {}
 

@@ -222,6 +222,10 @@ def _draw_losses(ax: Axes, history: History, validation_history: History) -> Non
             *zip(*validation_history, strict=True), color=ORANGE, marker="s", markersize=4, label="validation chats"
         )
     ax.set_yscale("log")
+    plain = FuncFormatter(lambda loss, _: f"{loss:g}")  # 3 and not 3 x 10^0
+    ax.yaxis.set_major_formatter(plain)
+    if ax.get_ylim()[1] < 30 * ax.get_ylim()[0]:  # with more powers of ten, their labels are enough
+        ax.yaxis.set_minor_formatter(plain)
     ax.set_xlabel("step")
     ax.set_ylabel("loss (nats per answer token)")
 
@@ -257,17 +261,13 @@ def loss_curves(
     fig, ax = figure()
     _draw_losses(ax, history, validation_history)
     ax.set_xlim(0, max(last, steps or 0))
-    plain = FuncFormatter(lambda loss, _: f"{loss:g}")  # 3 and not 3 x 10^0
-    ax.yaxis.set_major_formatter(plain)
-    if ax.get_ylim()[1] < 30 * ax.get_ylim()[0]:  # with more powers of ten, their labels are enough
-        ax.yaxis.set_minor_formatter(plain)
     title = _title_of_losses(validation_history, best_step)
     ax.set_title(title)
     alt = f"{title}: {_alt_of_losses(history, validation_history)}."
     if best_step is not None:
         loss = validated[best_step]
         ax.axvline(best_step, color=GREEN, linestyle="--", linewidth=1.5, label=f"kept: step {best_step}")
-        ax.plot(best_step, loss, "*", color=GREEN, markersize=13, zorder=3)
+        ax.plot(best_step, loss, "*", color=GREEN, markersize=13, zorder=3, clip_on=False)  # it may be the last
         alt += f" A mark shows the step that is kept, {best_step}, with a validation loss of {loss:.2f}."
     if validation_history:
         ax.legend(fontsize=9)

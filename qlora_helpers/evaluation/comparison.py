@@ -108,6 +108,9 @@ class Comparison:
                 text += _block(f"{'':5}  after   ", example.after)
         return "\n".join(text)
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))  # where IPython shows no HTML
+
     def _repr_html_(self) -> str:
         head = "<tr><th></th><th>before</th><th>after</th><th></th></tr>"
         rows = "".join(f"<tr><th>{what}</th>{_cells(*values)}</tr>" for what, *values in self.lines())

@@ -41,7 +41,7 @@ SHIPPED_FACTS, WRONG_ANSWERS = 500, 3
 _MEANING = {
     "broken": "The loss is no longer a finite number: the trained model is broken.",
     "forgotten": "It has forgotten some of what its base knew.",
-    "less sure": "It still gets the facts right, and is less sure of them and of plain text than its base was.",
+    "less sure": "It still gets the facts right, and is less sure of {what} than its base was.",
     "kept": "Nothing was forgotten that this set can show.",
 }
 
@@ -165,7 +165,7 @@ class Kept:
             f"went from {before.loss:.3f} to {after.loss:.3f} nats per token ({change.mean:+.2g} ± {change.half:.2g}, 95 % "
             f"interval): {rose}."
         )
-        return f"{figures}\n{_MEANING[self.verdict]}"
+        return f"{figures}\n{_MEANING[self.verdict].format(what='them and of plain text' if texts else 'them')}"
 
     def as_dict(self) -> dict[str, Any]:
         """All of it for a JSON file, item by item. `loss_change` is [mean, half its interval's width]."""

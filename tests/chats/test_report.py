@@ -7,6 +7,7 @@ import json
 import sys
 
 import pytest
+from IPython.lib.pretty import pretty
 
 from qlora_helpers.chats import lengths_of, read_chats, report_on, tokenized
 from qlora_helpers.chats.report import MARKED, Bar
@@ -253,7 +254,7 @@ class Page(html.parser.HTMLParser):
 
 def test_a_notebook_shows_it_with_the_texts_escaped_and_what_counts_in_bold(report):
     page = Page(report._repr_html_())
-    assert not page.open
+    assert not page.open and pretty(report) == str(report)
     assert page.bold.startswith("A data type with sixteen values.<|im_end|>")
     styles = " ".join(attrs.get("style", "") for tag, attrs in page.tags if tag == "strong")
     assert "font-weight:bold" in styles and "border-bottom" in styles  # not by colour alone

@@ -196,6 +196,7 @@ def test_gzip_is_unpacked(content, inside, table):
         (b"\x1f\x8bnothing", "its gzip is damaged ("),
         (gzip.compress(gzip.compress(b"")), "it is packed with gzip twice"),
     ],
+    ids=["nothing", "cut off", "no gzip", "twice"],  # gzip writes the time, and workers must give a test one name
 )
 def test_gzip_that_cannot_be_read(content, said, fault):
     assert fault(content, "rows.jsonl.gz").startswith(said)

@@ -1,10 +1,11 @@
 """A tokenizer that spells out the words of the data is recognised, in any language, and one that knows them is not blamed."""
 
 import json
+import logging
 
 import pytest
 
-from qlora_helpers.chats import read_chats
+from qlora_helpers.chats import read_chats, tokenized
 from qlora_helpers.chats.words import tokens_per_word, warning_of_spelling, words_in
 from qlora_helpers.models.loading import load_tokenizer
 from qlora_helpers.paths import data_path
@@ -97,3 +98,19 @@ def test_the_figures_of_the_module_are_those_measured(shipped, bpe):
     assert (per_character(OWN, shipped), per_character(ENGLISH, shipped)) == (0.20, 0.91)
     assert (per_character(ENGLISH, bpe), per_character(OWN, bpe)) == (0.25, 0.45)
     assert json.loads(json.dumps(tokens_per_word(OWN, shipped)))  # a plain number
+
+
+def test_texts_longer_than_the_model_takes_are_counted_without_a_warning(caplog):
+    """transformers would warn of errors in running them, which nobody does."""
+    tokenizer = load_tokenizer()
+    library = logging.getLogger("transformers")
+    library.addHandler(caplog.handler)
+    try:
+        long = [[{"role": "user", "content": "Where? " * 300}, {"role": "assistant", "content": "There."}]]
+        assert tokens_per_word(long, tokenizer) > 1
+        assert len(tokenized(long, tokenizer)[0]["input_ids"]) > tokenizer.model_max_length
+        assert caplog.messages == []
+        tokenizer("Where? " * 300)
+        assert "longer than the specified maximum" in caplog.text
+    finally:
+        library.removeHandler(caplog.handler)

@@ -61,6 +61,15 @@ def test_the_live_plot_draws_both_losses_and_each_evaluation_at_once(shown):
     assert "from 1.00 at step 10 to 1.00 at step 10; on the validation chats from 2.00 at step 0 to 1.50" in shown[1]
 
 
+def test_the_live_plot_and_the_figure_of_the_run_write_their_losses_alike(shown, monkeypatch):
+    figures, as_html = [], plots._as_html
+    monkeypatch.setattr(plots, "_as_html", lambda fig, alt: figures.append(fig) or as_html(fig, alt))
+    plots.LivePlot(steps=6, title="loss").update(HISTORY, VALIDATED)
+    for fig in (*figures, plots.loss_curves(HISTORY)[0]):
+        assert [fig.axes[0].yaxis.get_major_formatter()(value) for value in (1.0, 0.1)] == ["1", "0.1"]
+    assert len(figures) == 1
+
+
 def test_the_live_plot_without_losses_draws_nothing(shown):
     plots.LivePlot(steps=50, title="loss").update([])
     assert shown == []
@@ -77,6 +86,7 @@ def test_the_figure_of_a_run_marks_the_step_that_was_kept(shown):
     assert training.get_xydata().tolist() == [list(pair) for pair in HISTORY]
     assert validation.get_xydata().tolist() == [list(pair) for pair in VALIDATED]
     assert set(line.get_xdata()) == {4} and star.get_xydata().tolist() == [[4, 3.0]]
+    assert not star.get_clip_on()  # whole at the last step, too
     assert [text.get_text() for text in ax.get_legend().texts] == ["training chats", "validation chats", "kept: step 4"]
     assert "on the validation chats from 4.00 at step 0 to 3.25 at step 6. A mark shows the step that is kept, 4" in alt
     plots.show(fig, alt)

@@ -5,6 +5,7 @@ import math
 from html.parser import HTMLParser
 
 import pytest
+from IPython.lib.pretty import pretty
 
 from qlora_helpers.evaluation import Scores, compare
 from qlora_helpers.evaluation.scores import ScoredAnswer
@@ -95,6 +96,7 @@ def test_texts_of_others_break_neither_the_terminal_nor_the_notebook():
     shown = [one for one in cells.texts if one.startswith("<script>")]
     assert len(shown) == 4 and len(set(shown)) == 1 and "\x1b" not in shown[0] and len(shown[0]) < 650
     assert "class='mathjax_ignore" in found._repr_html_()
+    assert pretty(found) == str(found)
 
 
 def test_a_single_chat_has_no_interval_and_a_broken_model_is_json():

@@ -135,6 +135,16 @@ def test_the_verdict_is_by_what_is_more_than_chance(losses, right, verdict, said
     assert "on these and 1 short texts" in str(found)
 
 
+def test_a_set_without_texts_says_nothing_of_plain_text(monkeypatch):
+    def facts_of(knowledge):
+        return replace(knowledge, items=knowledge.items[:-1])
+
+    before, after = known([1.0] * 20, [True] * 20), known([1.0, 1.2] * 10, [True] * 20)
+    assert str(kept_of(before, after, monkeypatch)).endswith("less sure of them and of plain text than its base was.")
+    said = str(kept_of(facts_of(before), facts_of(after), monkeypatch))
+    assert said.endswith("is less sure of them than its base was.") and "texts" not in said
+
+
 def test_other_items_are_refused(monkeypatch):
     before = known([1.0] * 3, [True] * 3)
     other = replace(before, items=before.items[:-1])

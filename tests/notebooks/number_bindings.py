@@ -177,7 +177,7 @@ def names_in(sentence: str) -> list[str]:
 
 # Why a number written in a block's own sentence is not a claim; matched around the number, which is marked by «».
 NOT_CLAIMS = {
-    "the number of a lesson": r"^«\d» · |esson «\d+»|LESSON=«\d+»",
+    "the number of a lesson": r"^«\d+» · |esson «\d+»|LESSON=«\d+»",
     "the number of an exercise": r"^Exercise «\d+»$",
     "a model by its size": r"«[\d.]+[BM]»",
     "a model by its version": r"Gemma «3»",

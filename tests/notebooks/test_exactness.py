@@ -56,6 +56,10 @@ DECIDED = {
         "phases in order": "text",
         "f'a run made to die on its way {where}, by its traceback'": "text",
     },
+    "10_your_own_data": {
+        "stopped before the last step": "count",  # sixteen rows are learnt by heart long before
+        "called forgotten or broken": "text",  # facts are guessed after this run: the last bits do not decide
+    },
 }
 
 

@@ -1,0 +1,476 @@
+# %% [markdown]
+# # 10 · Your own data
+#
+# You will
+# - read a table, an Alpaca file and a ShareGPT file, and learn what became of each row;
+# - see the data as the model will see it: which tokens count, what is too long, whether the tokenizer knows the words;
+# - hold rows out without a leak, and choose settings with a reason for each;
+# - make a run that is validated, keeps its best step, and shows where it begins to learn its rows by heart;
+# - compare the model before and after on rows that it has never seen, find out what it has forgotten, and talk to it.
+#
+# Takes about {{seconds}} seconds and {{gigabytes}} GB of memory on two processor cores. None of it needs a GPU.
+
+# %%
+import copy
+import json
+import re
+from dataclasses import replace
+
+from qlora_helpers import evaluation
+from qlora_helpers.chats import (
+    ChatError, fit_to_length, lengths_of, read_chats, read_file, report_on, said_of_the_dropped,
+    tokenized, tokens_per_word, warning_of_spelling,
+)
+from qlora_helpers.chats.split import shared_questions, split
+from qlora_helpers.course import plots
+from qlora_helpers.course.checks import check, exercise
+from qlora_helpers.hardware import detect
+from qlora_helpers.memory import find_shape
+from qlora_helpers.models.loading import load_model, load_tokenizer
+from qlora_helpers.paths import data_path
+from qlora_helpers.suggestions import suggest_settings
+from qlora_helpers.training.run import train
+from qlora_helpers.training.run_folder import new_run_folder
+
+# after the helpers, which make torch's threads wait asleep
+from IPython.display import display
+
+print("gear:", detect().gear)
+
+# %% [markdown]
+# ## A file as people have it
+#
+# Your data is a file on your disk. Here are three such files. Their rows are about the invented people that the shipped model
+# knows, since it knows nothing else; in your own run the file and the model are yours, and the code is the same. First a
+# table, saved from a spreadsheet:
+
+# %% tags=["nbval-check-output"]
+examples = data_path("examples")
+print(*(examples / "people.csv").read_text(encoding="utf-8").splitlines()[:4], sep="\n")
+
+# %% [markdown]
+# No option says what the columns mean. `read_file` tells it by their names, and says what became what:
+
+# %% tags=["nbval-check-output"]
+tokenizer = load_tokenizer()
+table = read_file(examples / "people.csv", tokenizer)
+print(table.said)
+print(json.dumps(table.chats[0], indent=1))
+
+# %% [markdown]
+# The form of a file does not matter, only what it says. The same rows, written as Stanford's Alpaca set writes them, become
+# the same chats:
+
+# %% tags=["nbval-check-output"]
+folder = new_run_folder("lesson-10-data")
+rows = [{"instruction": q["content"], "input": "", "output": a["content"]} for q, a in table.chats]
+_ = (folder / "people.json").write_text(json.dumps(rows), encoding="utf-8")
+same = read_file(folder / "people.json", tokenizer)
+print(same.said)
+check("the same chats", same.chats == table.chats, True, exact=True)
+
+# %% [markdown]
+# The second file is in that form, and has 60 other rows. The third is an export of real conversations, as ShareGPT's. Such a
+# file has faults. By default it is refused as a whole, and each bad row is named with what is wrong:
+
+# %% tags=["nbval-check-output"]
+alpaca = read_file(examples / "people_alpaca.json", tokenizer)
+try:
+    read_file(examples / "people_sharegpt.jsonl", tokenizer)
+except ChatError as error:
+    print(str(error).replace(str(examples), "…"))
+
+# %% [markdown]
+# Mend the rows, or leave them out. What is left out is counted:
+
+# %% tags=["nbval-check-output"]
+sharegpt = read_file(examples / "people_sharegpt.jsonl", tokenizer, on_bad="drop")
+print(sharegpt.said)
+print(said_of_the_dropped(sharegpt))
+check("good rows", len(sharegpt.chats), 16, exact=True)
+
+# %% [markdown]
+# Nothing is guessed. Where two readings are possible, you choose:
+
+# %% tags=["nbval-check-output"]
+two = folder / "two.csv"
+lines = "prompt,question,answer", "Be brief.,Where does Ann live?,In Rome."
+_ = two.write_text("\n".join(lines), encoding="utf-8")
+try:
+    read_file(two)
+except ChatError as error:
+    print(str(error).replace(str(folder), "…"))
+print(read_file(two, form="question-answer").said)
+
+# %% [markdown]
+# ## What the model will see
+#
+# Look at your data before you pay for a run on it. The report reads every row. The marked tokens are those that count in
+# the loss:
+
+# %%
+chats = table.chats + alpaca.chats
+report = report_on(chats, tokenizer, max_length=64)
+display(report)
+
+# %% [markdown]
+# Its figures are no estimates. By hand:
+
+# %% tags=["nbval-check-output"]
+encoded = tokenized(chats, tokenizer)
+lengths = [len(row["input_ids"]) for row in encoded]
+counted = sum(sum(row["assistant_masks"]) for row in encoded)
+check("tokens of the longest row", report.tokens.most, max(lengths), exact=True)
+check("share of the tokens that counts", report.counted, counted / sum(lengths), exact=True)
+print(f"{counted:,} of {sum(lengths):,} tokens count: {report.counted:.1%}")
+
+# %% [markdown]
+# ## A template without marks
+#
+# How is it known which tokens are the answer? The template of the shipped model marks them with `{% generation %}`. Few
+# published templates do. Take the marks out of ours, and it is like the others:
+
+# %% tags=["nbval-check-output"]
+unmarked = copy.deepcopy(tokenizer)
+unmarked.chat_template = re.sub(r"{% (end)?generation %}", "", tokenizer.chat_template)
+check("marks before", tokenizer.chat_template.count("{% generation %}"), 1, exact=True)
+check("marks left", unmarked.chat_template.count("{% generation %}"), 0, exact=True)
+
+# %% [markdown]
+# Then the answer is found by comparison. The question, ready to be answered, must be the beginning of the whole chat, in
+# tokens. What follows it, through the token that ends the turn, is the answer:
+
+# %% tags=["nbval-check-output"]
+chat = chats[0]
+prompt = unmarked.apply_chat_template(chat[:-1], add_generation_prompt=True)["input_ids"]
+whole = unmarked.apply_chat_template(chat)["input_ids"]
+check("the whole chat begins with the prompt", whole[: len(prompt)] == prompt, True, exact=True)
+print("the answer:", unmarked.decode(whole[len(prompt) :]))
+
+# %% [markdown]
+# `tokenized` does that for every answer of every chat. Its marks are those of the template, token by token. Where they could
+# not be (say, a template that changes an earlier answer once another follows), the chat is refused with the reason.
+
+# %% tags=["nbval-check-output"]
+by_comparison = tokenized(chats, unmarked)
+differ = sum(a["assistant_masks"] != b["assistant_masks"] for a, b in zip(encoded, by_comparison))
+check("chats whose marks differ", differ, 0, exact=True)
+
+# %% [markdown]
+# ## A tokenizer that spells
+#
+# A tokenizer that does not know a word spells it, and the model knows little about words that it only sees in letters. The
+# shipped one knows the words of the invented people. Here it is given English questions about QLoRA, too:
+
+# %% tags=["nbval-check-output"]
+english = read_chats(data_path("chats", "qlora", "train.jsonl"))
+print(f"tokens per word: {tokens_per_word(chats, tokenizer):.1f} for the people, "
+      f"{tokens_per_word(english, tokenizer):.1f} for English")
+print(tokenizer.tokenize("plays the harp"), tokenizer.tokenize("loading"))
+print(warning_of_spelling(english, tokenizer))
+
+# %% [markdown]
+# The report has this warning as well. A word takes four times as many tokens, and LoRA leaves the embeddings as they are, so
+# no run mends it. The cure is another model: one that was trained on your language.
+#
+# ## Too long
+#
+# A trainer cuts a row that is too long at its end, and the end is the answer. Here is a question with much text before it, as
+# questions about a document have. By default, it is refused:
+
+# %% tags=["nbval-check-output"]
+question, answer = table.chats[5]
+document = " ".join(answer["content"] for _, answer in table.chats[:20])
+long_chat = [{"role": "user", "content": f"{document} {question['content']}"}, answer]
+try:
+    fit_to_length([*chats, long_chat], tokenizer, max_length=64)
+except ChatError as error:
+    print(error)
+
+# %% [markdown]
+# `"drop"` leaves it out. `"cut-question"` cuts the middle out of the question: its end, where the question itself most often
+# is, and the answer stay whole.
+
+# %% tags=["nbval-check-output"]
+fitted, what_happened = fit_to_length([*chats, long_chat], tokenizer, 64, too_long="cut-question")
+print(what_happened.said)
+print(fitted[-1][0]["content"])
+check("its answer is whole", fitted[-1][1] == answer, True, exact=True)
+check("its tokens", lengths_of(fitted[-1:], tokenizer)[0], at_most=64)
+
+# %% [markdown]
+# ## Held out
+#
+# Rows that a run was not trained on tell whether it has learnt something or memorised its rows. But real files have the
+# same row more than once. Put twelve rows in twice, and hold the last sixth out, as one does with a slice:
+
+# %% tags=["nbval-check-output"]
+with_copies = table.chats + table.chats[:12]
+print("held out, and trained on, too:", shared_questions(with_copies[:60], with_copies[60:]))
+training, held_out = split(with_copies, 1 / 6)
+print("with split:", shared_questions(training, held_out), "of", len(held_out))
+
+# %% [markdown]
+# All of them leak: the slice holds out copies of what is trained on. `split` keeps chats that begin with the same question on
+# one side, even if their answers differ. The side depends on the question's text and a seed alone, so it stays the same when
+# the file is sorted another way.
+
+# %% tags=["nbval-check-output"]
+training, validation = split(chats, 0.2)
+print(f"{len(training)} to train on, {len(validation)} held out")
+from_behind = split(chats[::-1], 0.2)[1][::-1]
+check("the same rows, if read from behind", from_behind == validation, True, exact=True)
+
+# %% [markdown]
+# ## Settings to start from
+#
+# No settings are right for every run, but some are better to start from. `suggest_settings` takes the model's shape, the
+# number of rows and the GPU; each value has its reason, and who says so:
+
+# %%
+start = suggest_settings(find_shape(data_path("tiny-llama")), rows=len(training))
+display(start)
+
+# %% [markdown]
+# For a model of 7B on a T4 it also finds a batch that fits:
+
+# %%
+shape = find_shape("Qwen/Qwen2.5-7B")
+on_t4 = suggest_settings(shape, rows=len(training), gpu="t4", max_length=512)
+display(on_t4)
+
+# %% tags=["nbval-check-output"]
+for one in (start, on_t4):
+    used = one.settings
+    print(f"{one.shape.name}: learning rate {used.learning_rate}, {used.steps} steps of "
+          f"{used.batch_size} x {used.accumulation}, rank {used.rank}")
+check("it fits, with GiB to spare", on_t4.prediction.spare_bytes / 2**30, at_least=1)
+
+# %% [markdown]
+# ## A run that learns its rows by heart
+#
+# First a run as it should not be: sixteen rows, to be gone through thirty times. The held-out rows watch it. Every three
+# steps their loss is measured; where it is lower than ever before, that step is kept. When five measurements in a row were no
+# better, patience ends:
+
+# %%
+by_heart = replace(
+    start.settings, steps=60, batch_size=8, warmup_steps=6, log_steps=3, eval_steps=3, patience=5
+)
+live = plots.LivePlot(by_heart.steps, "Sixteen rows, learnt by heart")
+few = train(
+    load_model(), tokenizer, training[:16], new_run_folder("lesson-10-few"), by_heart,
+    validation_chats=validation, on_loss=live.update,
+)
+
+# %%
+plots.show(*plots.loss_curves(few.history, few.validation_history, few.best_step, by_heart.steps))
+
+# %% [markdown]
+# Up to the kept step, both losses fall. After it, only the one of the rows that are trained on does: the run still learns,
+# but nothing that helps with other rows. The model that is returned and saved is the one of the kept step:
+
+# %% tags=["nbval-check-output"]
+seen, unseen = dict(few.history), dict(few.validation_history)
+best, last = few.best_step, max(unseen)
+check("training loss, end / kept step", seen[last] / seen[best], at_most=0.9)
+check("validation loss, end / kept step", unseen[last] / unseen[best], at_least=1.02)
+returned = evaluation.loss(few.model, tokenizer, validation)
+check("validation loss, returned model / kept step", returned / unseen[best], 1, rel=0.02)
+check("stopped before the last step", few.stopped_early, True, exact=True)
+
+# %% [markdown]
+# ## The run
+#
+# The cure for learning by heart is more rows, not other settings. Now all of them, with the settings that were suggested.
+# `validation=0.2` lets `train` hold out the same rows itself; a file's path instead of the share takes that file.
+
+# %%
+settings = replace(start.settings, validation=0.2, log_steps=8, eval_steps=16)
+live = plots.LivePlot(settings.steps, "The same model, with more rows")
+run = train(
+    load_model(), tokenizer, chats, new_run_folder("lesson-10"), settings, on_loss=live.update
+)
+
+# %%
+plots.show(*plots.loss_curves(run.history, run.validation_history, run.best_step))
+
+# %% tags=["nbval-check-output"]
+lowest = min(loss for _, loss in run.validation_history)
+check("lowest validation loss / that of sixteen rows", lowest / unseen[best], at_most=0.5)
+check("lowest validation loss / before the run", lowest / unseen[0], at_most=0.15)
+
+# %% [markdown]
+# The validation loss may rise for a while and fall again. Patience must be longer than such a hump, so be generous with it.
+#
+# ## Before and after
+#
+# The held-out rows have chosen the step, so they flatter it a little. The third file has chosen nothing: no run has seen it.
+# The adapter is switched off for "before".
+
+# %%
+with run.model.disable_adapter():
+    before = evaluation.score(run.model, tokenizer, sharegpt.chats)
+after = evaluation.score(run.model, tokenizer, sharegpt.chats)
+evaluation.compare(before, after, sharegpt.chats, first=3, worst=3)
+
+# %% tags=["nbval-check-output"]
+compared = evaluation.compare(before, after, sharegpt.chats)
+check("exact match before", before.exact_match, at_most=0.1)
+check("exact match after", after.exact_match, at_least=0.4)
+check("probability that chance did it", compared.exact_match_chance, at_most=0.05)
+
+# %% [markdown]
+# Each score has its standard error, which is large: sixteen rows are few. The last column says whether a change may be chance.
+#
+# Exact match is for answers of one line. For longer ones the table has chrF, which counts the short strings of characters that
+# two texts share, from 0 to 100. It asks how near the wording is, not whether the fact is right:
+
+# %% tags=["nbval-check-output"]
+from sacrebleu.metrics import CHRF
+
+right = "Edith Hartdale works as a clerk."
+for said in (right, "Edith Hartdale works as a librarian.", "She is a clerk.", "No idea at all."):
+    print(f"{CHRF().sentence_score(said, [right]).score:6.1f}  {said}")
+
+# %% [markdown]
+# The wrong fact in the right words has far more than the right fact in other words. So read answers, the worst ones too; the
+# table shows them.
+#
+# ## What was forgotten?
+#
+# A run on few rows can cost what the base knew. `forgetting` asks both models about facts beside the data. For the shipped model
+# these are facts of its invented world, for any other model facts and short texts of general knowledge in English.
+
+# %%
+kept = evaluation.forgetting(run.model, tokenizer)
+print(kept)
+
+# %% [markdown]
+# And after a short run at thirty times the learning rate:
+
+# %%
+rate = 30 * settings.learning_rate
+too_high = replace(start.settings, steps=12, warmup_steps=2, learning_rate=rate)
+spoilt = train(load_model(), tokenizer, training, new_run_folder("lesson-10-spoilt"), too_high)
+lost = evaluation.forgetting(spoilt.model, tokenizer, before=kept.before)
+print(lost)
+
+# %%
+fig, ax = plots.figure(figsize=(6.5, 2.4))
+names = ["the base", "after the run", "after 30 times the rate"]
+shares = [100 * one.right for one in (kept.before, kept.after, lost.after)]
+ax.barh(names, shares, color=[plots.BLUE, plots.GREEN, plots.RED])
+for name, share in zip(names, shares):
+    ax.text(max(share, 26), name, f" {share:.0f}", va="center")
+ax.axvline(25, color="#777777", linestyle="--")
+ax.set(xlim=(0, 110), xlabel="facts that are right (%); the dashed line is guessing")
+ax.invert_yaxis()
+ax.set_title("A rate that is too high costs what the base knew")
+plots.show(fig, f"Bars of the facts that are right: {shares[0]:.0f} percent in the base,"
+           f" {shares[1]:.0f} after the run, {shares[2]:.0f} after 30 times the rate; guessing 25.")
+
+# %% tags=["nbval-check-output"]
+check("facts right before", kept.before.right, at_least=0.95)
+check("facts right after the run", kept.after.right, at_least=0.85)
+check("facts right after 30 times the rate", lost.after.right, at_most=0.6)
+check("called forgotten or broken", lost.verdict in ("forgotten", "broken"), True, exact=True)
+
+# %% [markdown]
+# ## Talk to it
+#
+# Run the cell, type a question about one of the people, such as "What is the job of Max Hollwood?", and press Enter. Untick the
+# box to let the base answer.
+
+# %%
+from qlora_helpers.course.widgets import chat_widget
+
+chat_widget(run.model, tokenizer)
+
+# %% [markdown]
+# ## The same from a terminal
+#
+# Three commands do what this lesson did, and take your file and your model:
+#
+# ```
+# python -m qlora_helpers data people.csv
+# python -m qlora_helpers run --data people.csv --validation 0.2 --output runs/people
+# python -m qlora_helpers chat runs/people
+# ```
+#
+# Give `data` and `run` a `--model`, such as `Qwen/Qwen2.5-1.5B-Instruct`; without it they take the shipped one. `run` chooses the
+# settings as above where you name none. It writes a report, and beside the adapter a model card, `README.md`, ready for the Hub:
+# the data and what was left out of it, the settings, both loss curves, the scores before and after with sample answers, what was
+# forgotten, how to load it, and its limits. The first of them, on the third file:
+
+# %% tags=["nbval-check-output"]
+from qlora_helpers.__main__ import main
+
+# in a terminal: python -m qlora_helpers data people_sharegpt.jsonl --on-bad drop --max-length 64
+file = str(examples / "people_sharegpt.jsonl")
+code = main(["data", file, "--on-bad", "drop", "--max-length", "64"])
+
+# %% [markdown]
+# ## Exercise 1
+#
+# Convert one row of ShareGPT by hand: write a function that makes a chat of it, with the roles user and assistant.
+
+# %% tags=["exercise"]
+def from_sharegpt(row: dict) -> list[dict]:
+    return ...
+
+# %% tags=["solution"]
+def from_sharegpt(row: dict) -> list[dict]:
+    roles = {"human": "user", "gpt": "assistant"}
+    turns = row["conversations"]
+    return [{"role": roles[turn["from"]], "content": turn["value"]} for turn in turns]
+
+# %% tags=["nbval-check-output"]
+lines = (examples / "people_sharegpt.jsonl").read_text(encoding="utf-8").splitlines()
+mine = [from_sharegpt(json.loads(lines[number - 1])) for number in sharegpt.rows]
+exercise(
+    "ShareGPT rows",
+    ... if mine[0] is ... else mine,
+    lambda got: "" if got == sharegpt.chats else f"expected {sharegpt.chats[0]}, and got {got[0]}.",
+    hint="each turn has 'from' (human or gpt) and 'value'.",
+)
+
+# %% [markdown]
+# ## Exercise 2
+#
+# A chat of two turns has two answers, and both count. Find the marks of all its tokens by comparison: 1 for each token of an
+# answer and of the end of its turn, else 0.
+
+# %%
+two_turns = chats[0] + chats[1]
+whole = unmarked.apply_chat_template(two_turns)["input_ids"]
+
+# %% tags=["exercise"]
+marks = ...
+
+# %% tags=["solution"]
+marks = [0] * len(whole)
+for place in (1, 3):  # the answers
+    asked = unmarked.apply_chat_template(two_turns[:place], add_generation_prompt=True)["input_ids"]
+    answered = unmarked.apply_chat_template(two_turns[: place + 1])["input_ids"]
+    marks[len(asked) : len(answered)] = [1] * (len(answered) - len(asked))
+
+# %% tags=["nbval-check-output"]
+exercise(
+    "marks of two answers",
+    marks,
+    tokenized([two_turns], tokenizer)[0]["assistant_masks"],
+    hint="the chat up to each answer, with add_generation_prompt=True, is where the answer begins.",
+)
+
+# %% [markdown]
+# ## You have
+# - read a table, an Alpaca file and a ShareGPT file, and been told what became of each row, and of each that was bad;
+# - seen the data as the model sees it, and found the answers' tokens by comparison, equal to the template's own marks;
+# - held rows out without a leak, and been given settings with a reason for each;
+# - made a run that learnt its rows by heart, and one that did not; the step with the lowest validation loss was kept;
+# - compared both models on rows from another file, measured what a run forgets, and talked to the result.
+#
+# This was the last lesson. Now take your own file: [README.md](../README.md) has the commands, and
+# [TROUBLESHOOTING.md](../TROUBLESHOOTING.md) what to do when something goes wrong. What the articles claim, and what is true, is
+# listed in [CLAIMS.md](../CLAIMS.md).
