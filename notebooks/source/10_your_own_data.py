@@ -114,7 +114,7 @@ report = report_on(chats, tokenizer, max_length=64)
 display(report)
 
 # %% [markdown]
-# Two of its figures, by hand:
+# Its figures can be checked by hand:
 
 # %% tags=["nbval-check-output"]
 encoded = tokenized(chats, tokenizer)
