@@ -6,23 +6,21 @@ What leaves its place is said: an answer that is cut off, and turns that no long
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-import torch
 from peft import PeftModel
-from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from qlora_helpers import validation
 from qlora_helpers.chats import Chat, check_texts
 from qlora_helpers.decoding import Decoding
-from qlora_helpers.evaluation import evaluating
-from qlora_helpers.evaluation.answers import context_of, end_tokens
+from qlora_helpers.evaluation.answers import context_of, continued, end_tokens, prompts_of
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Answer", "Conversation", "answers"]
@@ -120,44 +118,9 @@ def _check_base(model, base: bool) -> None:
         raise ValueError("base=True: this model has no adapter, and so no base that would answer otherwise")
 
 
-@contextmanager
-def _by(config: GenerationConfig, model) -> Iterator[None]:
-    """Generate by this config alone: a model's own generation_config.json may have a top_k, or a longest answer."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    own, inner.generation_config = inner.generation_config, config
-    try:
-        yield
-    finally:
-        inner.generation_config = own
-
-
-def _generate(
-    model, tokenizer, chats: list[Chat], limit: int, decoding: Decoding, seed: int, streamer: BaseStreamer | None = None
-) -> torch.Tensor:
-    """The new tokens, (chats, up to limit); what follows an end token is padding."""
-    encoded = tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, padding=len(chats) > 1, return_dict=True, return_tensors="pt"
-    ).to(model.device)
-    drawn = decoding.temperature > 0
-    config = GenerationConfig(
-        max_new_tokens=limit,
-        do_sample=drawn,
-        temperature=decoding.temperature if drawn else None,
-        top_k=0 if drawn else None,
-        eos_token_id=end_tokens(model, tokenizer),
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-    )
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices, enabled=drawn), evaluating(model), _by(config, model):
-        if drawn:
-            torch.manual_seed(seed)
-        output = model.generate(**encoded, streamer=streamer)
-    return output[:, encoded["input_ids"].shape[1] :]
-
-
 def _length(chat: Chat, tokenizer) -> int:
     """The number of tokens that come before the answer to a chat's last question."""
-    return len(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"])
+    return len(prompts_of([chat], tokenizer)[0])
 
 
 class Conversation:
@@ -223,10 +186,10 @@ class Conversation:
         _check_base(self.model, base)
         messages, forgotten, limit = self._fitted([*self.messages, {"role": "user", "content": question}])
         streamer, stopped = _Streamer(self.tokenizer, write), False
-        seed = self.decoding.seed + self.turns
+        prompts, seed = prompts_of([messages], self.tokenizer), self.decoding.seed + self.turns
         try:
             with self.model.disable_adapter() if base else nullcontext():
-                _generate(self.model, self.tokenizer, [messages], limit, self.decoding, seed, streamer)
+                continued(self.model, self.tokenizer, prompts, limit, self.decoding, seed=seed, streamer=streamer)
         except KeyboardInterrupt:
             stopped = True
             streamer.flush()
@@ -304,25 +267,25 @@ def answers(
     for system in {chat[0]["content"] if chat[0]["role"] == "system" else None for chat in chats}:
         _check_template(tokenizer, system)
     check_texts(chats, tokenizer)
-    limits = []
+    prompts, limits = [], []
     for number, chat in enumerate(chats, start=1):
         try:
-            length = _length(chat, tokenizer)
+            prompts += prompts_of([chat], tokenizer)
         except Exception as error:  # a template is a program, and may fail in any way
             raise ValueError(f"chat {number}: the chat template refuses it: {error}") from error
-        limits.append(limit if context is None else _room(f"chat {number}", length, context, limit))
-    return _answers(model, tokenizer, chats, limits, decoding, batch_size, base)
+        limits.append(limit if context is None else _room(f"chat {number}", len(prompts[-1]), context, limit))
+    return _answers(model, tokenizer, prompts, limits, decoding, batch_size, base)
 
 
-def _answers(model, tokenizer, chats, limits, decoding, batch_size, base) -> Iterator[Answer]:
+def _answers(model, tokenizer, prompts, limits, decoding, batch_size, base) -> Iterator[Answer]:
     ends, start = set(end_tokens(model, tokenizer)), 0
     # a long question shortens the answers to its own batch alone
     for limit, group in groupby(limits):
         stop = start + len(list(group))
         for first in range(start, stop, batch_size):
-            batch = chats[first : min(first + batch_size, stop)]
+            batch, seed = prompts[first : min(first + batch_size, stop)], decoding.seed + first
             with model.disable_adapter() if base else nullcontext():
-                output = _generate(model, tokenizer, batch, limit, decoding, decoding.seed + first)
+                output = continued(model, tokenizer, batch, limit, decoding, seed=seed)
             for ids in output.tolist():
                 end = next((place for place, id in enumerate(ids, start=1) if id in ends), None)
                 text = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()

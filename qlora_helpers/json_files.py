@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: JSON with one object, read with a reason if it is damaged; and any new file."""
+"""Files that are written whole or not at all: JSON with one object, read with a reason if it is damaged; text; any new file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_json", "read_json_if_whole", "write_json", "write_new"]
+__all__ = ["read_json", "read_json_if_whole", "write_json", "write_new", "write_text"]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -38,9 +38,14 @@ def read_json_if_whole(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file; a kill leaves it complete, or as it was."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a text file in UTF-8; a kill leaves it complete, or as it was."""
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.qlora-new")
     try:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        part.write_text(content, encoding="utf-8")
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)

@@ -84,10 +84,10 @@ class SuggestedSettings:
         """The model, the data and the GPU in one line, with the memory that the run takes."""
         size = self.shape.parameters
         size = f"{size / 1e9:.1f} billion" if size >= 1e9 else f"{size / 1e6:.0f} million"
-        where = "without a GPU"
+        where = f"on a {self.gpu.name}" if self.gpu else "without a GPU"
         if self.prediction:
             taken, there = in_words(self.prediction.device_bytes), in_words(self.gpu.usable_bytes)
-            where = f"on a {self.gpu.name}: {taken} of {there}"
+            where += f": {taken} of {there}"
         rows = f"{self.rows:,} row{'s' * (self.rows != 1)}"
         return f"{self.shape.name or 'the model'} ({size} parameters), {rows}, {where}"
 

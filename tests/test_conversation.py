@@ -281,3 +281,11 @@ def test_pieces_make_up_the_text_and_have_no_half_characters(tokenizer, text):
     streamer.end()
     assert "".join(pieces) == text.strip() == streamer.text and len(pieces) > 2
     assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_many_questions_need_neither_a_padding_token_nor_a_padding_side(model, tokenizer):
+    """Many models of the Hub have no padding token, and most tokenizers pad on the right."""
+    expected = [found.text for found in answers(model, tokenizer, QUESTIONS)]
+    tokenizer.pad_token, tokenizer.padding_side = None, "right"
+    assert [found.text for found in answers(model, tokenizer, QUESTIONS)] == expected
+    assert answer(model, tokenizer, QUESTIONS, 64) == expected

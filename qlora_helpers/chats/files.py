@@ -127,8 +127,8 @@ def read_file(
 
     Raises:
         ChatError: bad rows, the first 20 of them by file, number and first fault, and the number of the others; with
-            "drop", only if no row is good. Or the file as a whole cannot be read, or has no form that is known, or more
-            than one.
+            "drop", only if no row is good. Or the file as a whole cannot be read, or has no form that is known.
+        FormLeftOpen: its columns fit more than one form. It is a ChatError.
         ValueError: `max_length` without a tokenizer, or not a positive whole number; `form` or `on_bad` is unknown; or the
             tokenizer has no chat template.
         OSError: the file cannot be read.
@@ -174,7 +174,7 @@ def _read(path: Path, form: str | None) -> ChatFile:
         try:
             reading = detect(columns, form, table.unread)
         except ChatError as error:
-            raise ChatError(f"path={str(path)!r}: {error}") from error
+            raise type(error)(f"path={str(path)!r}: {error}") from error
     chats, faults, changed = _converted(table, reading)
     used = {*reading.columns.values(), *reading.refused}
     unused = {name: count for name, count in columns.filled.items() if count and name not in used}

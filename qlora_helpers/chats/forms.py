@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from qlora_helpers import validation
-from qlora_helpers.chats.messages import ROLES, Chat, ChatError, fault_in
+from qlora_helpers.chats.messages import ROLES, Chat, ChatError, FormLeftOpen, fault_in
 from qlora_helpers.chats.strict_json import NotJson, decode, quoted
 
 __all__ = ["FORMS", "Reading", "columns_of", "convert", "detect", "known", "read_json_cells"]
@@ -170,7 +170,8 @@ def detect(columns: Columns, form: str | None = None, unread: Iterable[str] = ()
         unread: names of further columns, for the message.
 
     Raises:
-        ChatError: none is possible; several are; or two columns can be the same part. The message says what to do.
+        FormLeftOpen: several are possible, or two columns can be the same part.
+        ChatError: none is possible. Both messages say what to do.
     """
     possible = _possible(columns)
     chosen = {name: parts for name, parts in possible.items() if form in (None, name)}
@@ -185,14 +186,16 @@ def detect(columns: Columns, form: str | None = None, unread: Iterable[str] = ()
             for name, parts in chosen.items()
         )
         choice = " or ".join(f"form={name!r}" for name in chosen)
-        raise ChatError(f"it can be read as {' or as '.join(readings)}: choose {choice} (--format on the command line)")
+        raise FormLeftOpen(
+            f"it can be read as {' or as '.join(readings)}: choose {choice} (--format on the command line)"
+        )
     ((name, parts),) = chosen.items()
     parts = _usual(parts) if form else parts
     system = [name for name in columns.filled if _plain(name) in _SYSTEM]
     parts |= {"system": system} if system else {}
     for part, names in parts.items():
         if len(names) > 1:
-            raise ChatError(
+            raise FormLeftOpen(
                 f"the columns {' and '.join(map(quoted, names))} can each be the {part} of the form {name}: rename or remove "
                 f"all but one{_choice(name, parts)}"
             )

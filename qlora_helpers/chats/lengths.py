@@ -36,6 +36,7 @@ class Fitted:
         cut: the chats whose longest question lost its middle, by number (the first is 1), with the tokens of the chat before
             and after.
         dropped: the chats that were left out, by number, with the reason.
+        name: what the numbers count: chats, or the rows or lines of a file.
     """
 
     total: int
@@ -43,6 +44,7 @@ class Fitted:
     longest: int
     cut: dict[int, tuple[int, int]] = field(default_factory=dict)
     dropped: dict[int, str] = field(default_factory=dict)
+    name: str = "chat"
 
     @property
     def said(self) -> str:
@@ -54,11 +56,11 @@ class Fitted:
             lost = sum(before - after for before, after in self.cut.values())
             parts.append(
                 f"in {len(self.cut):,} the middle of the longest question was cut out ({lost:,} tokens in all; beginning, end "
-                f"and answers are whole; the first is chat {min(self.cut)})"
+                f"and answers are whole; the first is {self.name} {min(self.cut)})"
             )
         if self.dropped:
             number = min(self.dropped)
-            parts.append(f"{len(self.dropped):,} left out (the first is chat {number}: {self.dropped[number]})")
+            parts.append(f"{len(self.dropped):,} left out (the first is {self.name} {number}: {self.dropped[number]})")
         count = len(self.cut) + len(self.dropped)
         return f"Of {self.total:,} chats {count:,} had more than {self.max_length:,} tokens: {'; '.join(parts)}."
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qlora_helpers import validation
 
-__all__ = ["Chat", "ChatError", "check_chats", "fault_in", "split_question"]
+__all__ = ["Chat", "ChatError", "FormLeftOpen", "check_chats", "fault_in", "split_question"]
 
 ROLES = ("system", "user", "assistant")
 Chat = list[dict[str, str]]
@@ -13,6 +13,10 @@ FORM = '{"messages": [...]}'
 
 class ChatError(ValueError):
     """A chat file with bad lines; the message names them."""
+
+
+class FormLeftOpen(ChatError):
+    """The columns of a file can be read in more than one way; the message says in which."""
 
 
 def fault_in(chat: object) -> str | None:

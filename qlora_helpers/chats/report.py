@@ -8,7 +8,7 @@ import os
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -78,7 +78,7 @@ class DataReport:
         answers: the number of chats with one answer, two, and so on.
         tokens: of each row.
         max_length: what a row may have; None for any length.
-        too_long: tokens of the rows that have more, by their number; the first row is 1.
+        too_long: tokens of the rows that have more, by their number.
         cut_in: of the rows that are too long, in which message the cut would be, such as "answer 1": their number.
         validation_too_long: rows of the validation data that have more.
         refused: what the chat template does not take, by the row's number.
@@ -244,6 +244,7 @@ def report_on(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None = None,
     validation: list[Chat] = (),
+    numbers: Sequence[int] | None = None,
 ) -> DataReport:
     """Look at chat data before anything is trained.
 
@@ -253,6 +254,8 @@ def report_on(
     Args:
         max_length: what a row may have, in tokens; None for any length.
         validation: the chats that are kept for validation.
+        numbers: of the chats, for the report to name them by, such as those in their file (`ChatFile.rows`); None to
+            count them from 1.
 
     Raises:
         ValueError: there are no chats, `max_length` is no positive whole number, or the tokenizer has no chat template.
@@ -261,6 +264,7 @@ def report_on(
         raise ValueError("chats=[]: there is nothing to report on. Pass at least one chat")
     if max_length is not None:
         max_length = whole("max_length", max_length, otherwise="None for any length")
+    numbers = range(1, len(chats) + 1) if numbers is None else numbers
     lengths, refused = _lengths(chats, tokenizer)
     too_long = {number: length for number, length in lengths.items() if max_length is not None and length > max_length}
     step = max(1, len(chats) // MARKED)
@@ -289,10 +293,10 @@ def report_on(
         answers=dict(sorted(Counter(sum(m["role"] == "assistant" for m in chat) for chat in chats).items())),
         tokens=_spread(sorted(lengths.values())) if lengths else None,
         max_length=max_length,
-        too_long=too_long,
+        too_long={numbers[number - 1]: length for number, length in too_long.items()},
         cut_in=dict(sorted(cut_in.items())),
         validation_too_long=sum(length > max_length for length in later_lengths.values()),
-        refused=dict(sorted(refused.items())),
+        refused={numbers[number - 1]: fault for number, fault in sorted(refused.items())},
         repeated=len(ahead) - len(set(ahead)),
         contradicting=_contradicting(ahead),
         empty_answers=sum(not answer.strip() for answer in answers),

@@ -20,8 +20,6 @@ import re
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
-import jinja2
-
 from qlora_helpers import validation
 from qlora_helpers.chats.messages import Chat
 
@@ -72,6 +70,8 @@ def rendered(
     Raises:
         ValueError: there is no template, or it is no Jinja template.
     """
+    import jinja2  # not above: the command line's doctor must start where no package is installed
+
     if not tokenizer.chat_template:
         raise ValueError("tokenizer.chat_template is not set: take the tokenizer of a model that was made for chats")
     try:

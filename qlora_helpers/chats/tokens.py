@@ -14,16 +14,16 @@ __all__ = ["check_texts", "count_tokens", "faults_for", "lengths_of", "tokenized
 
 
 def faults_for(tokenizer, chats: dict[int, Chat], max_length: int | None) -> dict[int, str]:
-    """What is wrong with chats for this tokenizer, by line number."""
+    """What is wrong with chats for this tokenizer, by their number. Of each the first thing is said."""
     faults = _faults_of_texts(chats, tokenizer)
     good = {number: chat for number, chat in chats.items() if number not in faults}
     texts, refused = rendered(good, tokenizer)
     faults |= refused
     faults |= {number: fault for number, text in texts.items() if (fault := missing_text(good[number], text))}
-    lengths = dict(zip(texts, _lengths(list(texts.values()), tokenizer), strict=True))
-    for number, length in lengths.items():
-        if max_length is not None and length > max_length and number not in faults:
-            faults[number] = too_long_fault(length, max_length)
+    if max_length is not None:
+        for number, length in zip(texts, _lengths(list(texts.values()), tokenizer), strict=True):
+            if length > max_length:
+                faults.setdefault(number, too_long_fault(length, max_length))
     return faults
 
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from qlora_helpers.adapters.tuned import LATEST, is_adapter, locate
-from qlora_helpers.commands.settings_options import option_of
+from qlora_helpers.commands.settings_options import number_or_text, option_of
 from qlora_helpers.decoding import Decoding
 
 __all__ = ["add_answer_options", "checked_decoding"]
@@ -57,7 +57,7 @@ def checked_decoding(args: argparse.Namespace, base: bool) -> Decoding:
     """
     given = {name: vars(args)[name] for name in ("max_new_tokens", "temperature", "seed")}
     try:
-        decoding = Decoding(**{name: _number(text) for name, text in given.items() if text is not None})
+        decoding = Decoding(**{name: number_or_text(text) for name, text in given.items() if text is not None})
     except ValueError as error:
         name = str(error).partition("=")[0]
         raise ValueError(f"{option_of(name)}{str(error).removeprefix(name)}") from error
@@ -72,13 +72,3 @@ def checked_decoding(args: argparse.Namespace, base: bool) -> Decoding:
     if base and not is_adapter(found):
         raise ValueError(f"{found} is a whole model, without an adapter: it has no base that would answer otherwise")
     return decoding
-
-
-def _number(text: str) -> object:
-    """A number, or the text itself, which is refused by name."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text

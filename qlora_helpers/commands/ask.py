@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from qlora_helpers import validation
 from qlora_helpers.adapters.tuned import load_tuned
+from qlora_helpers.chats.questions import Question, read_questions
 from qlora_helpers.commands.answer_options import add_answer_options, checked_decoding
 from qlora_helpers.visible import harmless
 
 if TYPE_CHECKING:
-    from qlora_helpers.chats.questions import Question
     from qlora_helpers.conversation import Answer
 
 __all__ = ["add_arguments", "command"]
@@ -77,8 +77,6 @@ def command(args: argparse.Namespace) -> int:
     decoding = checked_decoding(args, base=args.base)
     if args.to:
         _check_new(args.to)
-    from qlora_helpers.chats.questions import Question, read_questions  # no torch is needed to read them, but jinja2
-
     if args.file:
         questions = read_questions(args.file, args.system)
     else:

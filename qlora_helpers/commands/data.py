@@ -8,9 +8,10 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_helpers.chats.files import ChatFile, read_file, said_of_the_dropped, without, write_chats
-from qlora_helpers.chats.messages import ROLES, Chat, ChatError
-from qlora_helpers.commands.reading_options import add_reading
+from qlora_helpers.chats.files import ChatFile, said_of_the_dropped, write_chats
+from qlora_helpers.chats.messages import ROLES, ChatError
+from qlora_helpers.chats.split import shared_questions
+from qlora_helpers.commands.reading_options import add_reading, read_and_say, settled
 from qlora_helpers.settings import Settings
 
 if TYPE_CHECKING:
@@ -74,10 +75,17 @@ def command(args: argparse.Namespace) -> int:
         Settings(max_length=args.max_length)  # refused before a long file is read
     if args.to and os.path.lexists(args.to):
         raise FileExistsError(f"--to={str(args.to)!r} is there already: name a new file")
-    files = [_read(path, args) for path in (args.file, args.validation) if path]
-    tokenizer = None if args.model.lower() == "none" else _tokenizer(args.model)
+    on_bad, with_tokens = args.on_bad or "stop", args.model.lower() != "none"
+    files = []
+    for path in filter(None, (args.file, args.validation)):
+        files.append(read_and_say(path, args.format, on_bad, second=bool(files)))
+        if not with_tokens:  # else the report says it
+            print(_contents(files[-1]))
+    if len(files) > 1 and not with_tokens:
+        print(_shared(*files))
+    tokenizer = _tokenizer(args.model) if with_tokens else None
     if tokenizer is not None:
-        files = [_without_refused(file, tokenizer, args) for file in files]
+        files = [_without_refused(file, tokenizer, args.model, on_bad) for file in files]
     for file in files:
         if file.dropped:
             print(f"\n{said_of_the_dropped(file)}")
@@ -85,27 +93,8 @@ def command(args: argparse.Namespace) -> int:
         write_chats(args.to, files[0].chats)
         print(f"\nWritten as messages to {args.to}: {_count(len(files[0].chats), 'chat')}.")
     if tokenizer is not None:
-        validation = files[1].chats if len(files) > 1 else ()
-        print(f"\n{_report(files[0].chats, tokenizer, args.max_length, validation)}")
+        print(f"\n{_report(files, tokenizer, args.max_length)}")
     return 0
-
-
-def _read(path: Path, args: argparse.Namespace) -> ChatFile:
-    file = read_file(path, form=args.format, on_bad="drop")
-    print(file.said, flush=True)
-    file = _settled(file, {}, args.on_bad or "stop")
-    if args.model.lower() == "none":  # else the report says it
-        print(_contents(file))
-    return file
-
-
-def _settled(file: ChatFile, faults: dict[int, str], on_bad: str) -> ChatFile:
-    """A file without its bad rows, or an error that names them."""
-    try:
-        return without(file, faults, on_bad)
-    except ChatError as error:
-        some = len(file.dropped | faults) < len(file.chats) + len(file.dropped)
-        raise ChatError(f"{error}\nTo leave such rows out: --on-bad drop" if some else str(error)) from error
 
 
 def _tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -115,25 +104,31 @@ def _tokenizer(model: str) -> PreTrainedTokenizerBase:
     return load_tokenizer(model)
 
 
-def _without_refused(file: ChatFile, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> ChatFile:
+def _without_refused(file: ChatFile, tokenizer: PreTrainedTokenizerBase, model: str, on_bad: str) -> ChatFile:
     """A file without the chats that the tokenizer refuses. How long they may be is a matter of the report."""
     from qlora_helpers.chats.tokens import faults_for
 
     faults = faults_for(tokenizer, dict(zip(file.rows, file.chats, strict=True)), None)
     try:
-        return _settled(file, faults, args.on_bad or "stop")
+        return settled(file, faults, on_bad)
     except ChatError as error:
-        cure = f"This is for the tokenizer of {args.model}: name the model to be trained with --model, or none"
+        cure = f"This is for the tokenizer of {model}: name the model to be trained with --model, or none"
         raise ChatError(f"{error}\n{cure}") from error
 
 
-def _report(
-    chats: list[Chat], tokenizer: PreTrainedTokenizerBase, max_length: int | None, validation: list[Chat] | tuple
-) -> str:
+def _report(files: list[ChatFile], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> str:
     """What the chats are in tokens, as `qlora_helpers.chats.report` finds it."""
     from qlora_helpers.chats.report import report_on
 
-    return report_on(chats, tokenizer, max_length, validation=validation).in_colour()
+    file, *second = files
+    validation = second[0].chats if second else ()
+    return report_on(file.chats, tokenizer, max_length, validation=validation, numbers=file.rows).in_colour()
+
+
+def _shared(file: ChatFile, second: ChatFile) -> str:
+    """What the validation file has in common with the data."""
+    shared = shared_questions(file.chats, second.chats)
+    return f"  {_count(shared, 'chat')} of {len(second.chats):,} with a question that is in {file.path.name}, too."
 
 
 def _count(number: int, what: str) -> str:

@@ -19,8 +19,9 @@ from qlora_helpers.commands.run_request import SHIPPED, Request, asked_for, refu
 from qlora_helpers.commands.settings_options import add_settings, given
 from qlora_helpers.folder_locks import locked
 from qlora_helpers.json_files import read_json_if_whole, write_json
-from qlora_helpers.settings import GPU_RUN, WARMUP_STEPS, Settings
+from qlora_helpers.settings import GPU_RUN, MEMORY_SETTINGS, WARMUP_STEPS, Settings
 from qlora_helpers.training.run_folder import (  # none needs torch
+    RECORD,
     RESULT,
     check_movable,
     check_output,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from qlora_helpers.commands.run_data import RunData
     from qlora_helpers.hardware import Hardware
     from qlora_helpers.memory import GPU, ModelShape, Prediction
+    from qlora_helpers.suggestions import SuggestedSettings
 
 __all__ = ["SAVE_STEPS", "VARIED", "add_arguments", "command"]
 
@@ -49,6 +51,7 @@ VARIED = (
     "max_grad_norm", "rank", "alpha", "dropout", "target_modules", "gradient_checkpointing", "optimizer", "eval_steps",
     "patience", "seed",
 )  # fmt: skip
+ONLY_ADAPTERS = ("rank", "alpha", "dropout", "target_modules")
 _EXAMPLES = """\
 examples:
   python -m qlora_helpers run
@@ -155,30 +158,54 @@ def command(args: argparse.Namespace) -> int:
         ValueError, OSError: the run cannot go into the output folder, or not as it is asked for; the message names the
             argument.
     """
-    Settings(**given(args))  # a bad setting is refused before a folder is made
+    _check_settings(args)
     if not args.resume:
         asked_for(args)
+    before = _begun_at(args.output)
     try:
         with gone_if_refused(args.output):
             check_output(args.output)
             with locked(args.output, "--output"):
                 return _load_and_run(_where_to_begin(args))
     except KeyboardInterrupt as stop:  # during training it is an Interrupted, which says where
-        where = (
-            f"after the training; what was trained is in {args.output}"
-            if is_finished(args.output)
-            else "before the first step of training"
-        )
-        how = "" if _has_report(args.output) else f" To continue:\n  {_how_to_resume(args)}"
+        # else the folder still holds an earlier run, which is not moved aside until all is checked
+        begun = args.resume or _begun_at(args.output) != before
+        where = "before the first step of training"
+        if begun and is_finished(args.output):
+            where = f"after the training; what was trained is in {args.output}"
+        how = "" if begun and _has_report(args.output) else f" To continue:\n  {_how_to_continue(args, begun)}"
         print(f"\nStopped {getattr(stop, 'where', where)}.{how}", file=sys.stderr)
         return 128 + getattr(stop, "signal", signal.SIGINT)
 
 
-def _how_to_resume(args: argparse.Namespace) -> str:
-    """The command line that continues a run."""
-    if read_record(args.output):  # which says what was asked for
-        return command_line("run", "--resume", "--output", args.output)
-    return command_line(*args.typed, *(["--resume"] * (not args.resume)))
+def _check_settings(args: argparse.Namespace) -> None:
+    """Refuse a bad setting before a folder is made.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    named = given(args)
+    if (args.data or args.resume) and not {"steps", "epochs"} & named.keys():
+        named["epochs"] = 1  # how many steps there are is not known yet, and not what they would be without --data
+    Settings(**named)
+
+
+def _begun_at(folder: Path) -> int | None:
+    """When the record of the run in a folder was written; None if there is none."""
+    try:
+        return (folder / RECORD).stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _how_to_continue(args: argparse.Namespace, begun: bool) -> str:
+    """The command line that goes on where this one was stopped."""
+    if args.resume or not begun:
+        return command_line(*args.typed)
+    if not read_record(args.output):
+        return command_line(*args.typed, "--resume")
+    # the record says what was asked for
+    return command_line("run", "--resume", "--output", args.output, *["--ignore-memory"] * args.ignore_memory)
 
 
 def _where_to_begin(args: argparse.Namespace) -> _Plan:
@@ -242,8 +269,7 @@ def _load_and_run(plan: _Plan) -> int:
     settings = _settings(plan, data, shape, hardware)
     prediction = _predicted(shape, settings, hardware, plan.ignore_memory)
     model = load_model(request.model, quantization="nf4" if settings.method == "qlora" else None, hardware=hardware)
-    if plan.begin is not _Begin.REPORT:
-        _refuse_before_anything_is_asked(plan, model, data, settings, hardware)
+    _refuse_before_anything_is_asked(plan, model, data, settings, hardware)
     parts = _print_bytes(request.model, model, hardware)
     known, before = evaluation.measure_knowledge(model, tokenizer), ask(model, tokenizer, data, "before training")
     if plan.begin is _Begin.REPORT:
@@ -255,8 +281,8 @@ def _load_and_run(plan: _Plan) -> int:
     kept = evaluation.forgetting(model, tokenizer, known)
     report = put_together(request, data, settings, hardware, prediction, scores, kept)
     report |= {"bytes_by_part": parts, **facts, "total_seconds": time.perf_counter() - started}
-    write_json(plan.folder / REPORT, report)
     write_card(report)
+    write_json(plan.folder / REPORT, report)  # comes last, since it says that the run is finished
     print_report(report, plan.folder / REPORT, scores, kept)
     return 0
 
@@ -289,13 +315,29 @@ def _settings(plan: _Plan, data: RunData, shape: ModelShape | None, hardware: Ha
     if plan.request.data is None:
         return Settings(save_steps=SAVE_STEPS, **named).for_rows(rows)
     length = named.get("max_length") or _rounded_up(data.longest, shape)
-    base = _suggested(shape, rows, hardware, length, data.answer_tokens)
-    changed: dict[str, Any] = {"save_steps": SAVE_STEPS}
-    if {"steps", "epochs"} & named.keys():  # then the suggested length does not hold, nor what goes with it
-        changed |= {"steps": None, "epochs": None, "warmup_steps": None}
+    if shape is None:
+        print("Settings are those of the course's usual run on a GPU: none can be suggested without the model's shape.")
+        usual = replace(GPU_RUN, learning_rate=2e-4, max_length=length, steps=None, epochs=3, warmup_steps=None)
+        return replace(usual, **_instead(named, usual, 3), save_steps=SAVE_STEPS).for_rows(rows)
+    found = _suggested(shape, rows, hardware, length, data.answer_tokens, plan.ignore_memory)
+    instead = _instead(named, found.settings, found.reasons["epochs"].value)
+    settings = replace(found.settings, **instead, save_steps=SAVE_STEPS).for_rows(rows)
+    _print_suggestions(found, settings, named, instead)
+    return settings
+
+
+def _instead(named: dict[str, Any], base: Settings, epochs: float) -> dict[str, Any]:
+    """The settings that take the place of those to start from: those that are named, and what goes with them."""
+    instead: dict[str, Any] = {}
+    if {"steps", "epochs"} & named.keys():
+        instead |= {"steps": None, "epochs": None, "warmup_steps": None}
+    elif {"batch_size", "accumulation"} & named.keys():  # with other batches, as many epochs are other steps
+        instead |= {"steps": None, "epochs": epochs, "warmup_steps": None}
     if {"batch_size", "accumulation"} & named.keys():
-        changed |= {"batch_size": 1, "accumulation": 1}
-    return replace(base, **changed | named).for_rows(rows)
+        instead |= {"batch_size": 1, "accumulation": 1}
+    if named.get("method") == "full":  # adapters want ten times the rate (LoRA Without Regret, Thinking Machines 2025)
+        instead["learning_rate"] = base.learning_rate / 10
+    return instead | named
 
 
 def _rounded_up(tokens: int, shape: ModelShape | None) -> int:
@@ -304,19 +346,52 @@ def _rounded_up(tokens: int, shape: ModelShape | None) -> int:
     return min(-(-tokens // 8) * 8, most or math.inf)
 
 
-def _suggested(shape: ModelShape | None, rows: int, hardware: Hardware, length: int, tokens: int) -> Settings:
-    """The settings to start from; they are printed, each with its reason."""
+def _suggested(
+    shape: ModelShape, rows: int, hardware: Hardware, length: int, tokens: int, ignore_memory: bool
+) -> SuggestedSettings:
+    """The settings to start from.
+
+    Raises:
+        ValueError: nothing fits on the GPU, and that is not to be ignored.
+    """
     from qlora_helpers.suggestions import suggest_settings
 
-    if shape is None:
-        print("Settings are those of the course's usual run on a GPU: none can be suggested without the model's shape.")
-        return replace(GPU_RUN, learning_rate=2e-4, max_length=length, steps=None, epochs=3, warmup_steps=None)
-    found = suggest_settings(shape, rows, _gpu(hardware), length, tokens)
-    # what was held out is said already; and that no GPU was named is no news here
-    reasons = {name: reason for name, reason in found.reasons.items() if name != "validation_rows"}
-    found = replace(found, reasons=reasons, notes=found.notes if found.gpu else ())
-    print(f"\nSettings to start from, for {found}\n", flush=True)
-    return found.settings
+    gpu = _gpu(hardware)
+    try:
+        return suggest_settings(shape, rows, gpu, length, tokens)
+    except ValueError as error:
+        anyway = suggest_settings(shape, rows, None, length, tokens)  # raises what has nothing to do with the GPU
+        if not ignore_memory:
+            raise ValueError(f"{error}\nTo train all the same: --ignore-memory") from error
+        least = {"batch_size": 1, "accumulation": anyway.settings.batch_size, "gradient_checkpointing": True}
+        kept = {name: reason for name, reason in anyway.reasons.items() if name not in least}
+        note = "Not even one row at a time is predicted to fit. It is tried so, with gradient checkpointing."
+        return replace(anyway, gpu=gpu, settings=replace(anyway.settings, **least), reasons=kept, notes=(note,))
+
+
+def _print_suggestions(
+    found: SuggestedSettings, settings: Settings, named: dict[str, Any], instead: dict[str, Any]
+) -> None:
+    """Print the settings to start from that the run has, each with its reason; and those that it has instead."""
+    from qlora_helpers.suggestions import shown
+
+    # what was held out is said already
+    out_of_place = {"validation_rows", *instead, *(ONLY_ADAPTERS if settings.method == "full" else ())}
+    if instead.get("epochs") == found.reasons["epochs"].value:
+        out_of_place.discard("epochs")
+    reasons = {name: reason for name, reason in found.reasons.items() if name not in out_of_place}
+    prediction = None if set(MEMORY_SETTINGS) & instead.keys() else found.prediction
+    # that no GPU was named is no news here
+    found = replace(found, reasons=reasons, prediction=prediction, notes=found.notes if found.gpu else ())
+    print(f"\nSettings to start from, for {found}\n")
+    follows = [name for name in instead if name not in named and getattr(settings, name) is not None]
+    for how, values in (
+        ("As you named them", {name: named[name] for name in named}),
+        ("What goes with them", {name: getattr(settings, name) for name in follows}),
+    ):
+        if values:
+            print(f"{how}: {', '.join(f'{name}={shown(value)}' for name, value in values.items())}")
+    print(flush=True)
 
 
 def _gpu(hardware: Hardware) -> GPU | None:
@@ -365,13 +440,16 @@ def _refuse_before_anything_is_asked(plan: _Plan, model, data: RunData, settings
     """Refuse what `train` would refuse, before a run is moved aside and minutes are spent on questions."""
     import torch
 
-    from qlora_helpers.training.checkpoints import record_of, where_to_start
+    from qlora_helpers.training.checkpoints import record_of, refuse_other_data, where_to_start
     from qlora_helpers.training.trainer import check_settings
 
+    record = record_of(model, data.training, settings, hardware, data.validation)
+    if plan.begin is _Begin.REPORT:
+        refuse_other_data(plan.folder, plan.record, record)
+        return
     check_settings(model, settings, hardware)
     if plan.begin is _Begin.ASIDE:
         _make_room(plan.folder)
-    record = record_of(model, data.training, settings, hardware, data.validation)
     resume = plan.begin is _Begin.RESUME
     where_to_start(plan.folder, record, resume, float16=hardware.compute_dtype == torch.float16)
 

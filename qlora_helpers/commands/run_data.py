@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.chats import (
     Chat,
+    ChatError,
+    ChatFile,
     fit_to_length,
-    lengths_of,
     read_file,
     said_of_the_dropped,
     tokenized,
+    warning_of_spelling,
 )
+from qlora_helpers.chats.files import without
 from qlora_helpers.chats.split import split
-from qlora_helpers.chats.words import warning_of_spelling
+from qlora_helpers.chats.templates import CHUNK, mark
+from qlora_helpers.chats.tokens import faults_for, too_long_fault
+from qlora_helpers.commands.reading_options import read_and_say, settled
 from qlora_helpers.commands.run_request import SUGGESTED, Request
 from qlora_helpers.paths import data_path
 from qlora_helpers.suggestions import validation_rows
@@ -59,6 +65,11 @@ def read_run_data(request: Request, tokenizer: PreTrainedTokenizerBase, max_leng
     Raises:
         ChatError, ValueError, OSError: a file cannot be read; or, with the rules of the request, not as it is.
     """
+    if request.too_long != "stop" and max_length is None:
+        raise ValueError(
+            f"--too-long={request.too_long}: how many tokens this model takes is not known. Say how many a chat may have "
+            "with --max-length"
+        )
     if request.data is None:
         training = read_file(data_path("chats", "train.jsonl"), tokenizer, max_length).chats
         described: dict[str, Any] = {}
@@ -70,7 +81,7 @@ def read_run_data(request: Request, tokenizer: PreTrainedTokenizerBase, max_leng
     if request.validation == SUGGESTED:
         training, held_out = _split(training, validation_rows(len(training)) / len(training), seed)
     elif isinstance(request.validation, str):
-        held_out, of_file = _read(request.validation, request, tokenizer, max_length)
+        held_out, of_file = _read(request.validation, request, tokenizer, max_length, second=True)
         described |= {name.replace("data_", "validation_"): value for name, value in of_file.items()}
     elif request.validation is not None:
         training, held_out = _split(training, request.validation, seed)
@@ -78,8 +89,9 @@ def read_run_data(request: Request, tokenizer: PreTrainedTokenizerBase, max_leng
         asked = read_file(data_path("chats", "test.jsonl"), tokenizer).chats
     else:
         asked = held_out[:MOST_ASKED]
-    longest = max(lengths_of([*training, *held_out], tokenizer))
-    answer_tokens = sum(sum(row["assistant_masks"]) for row in tokenized(training, tokenizer))
+    longest, answer_tokens = _counted(training, tokenizer)
+    longest_held_out, _ = _counted(held_out, tokenizer)
+    longest = max(longest, longest_held_out)
     described |= {
         "data_rows": len(training),
         "data_answer_tokens": answer_tokens,
@@ -90,28 +102,79 @@ def read_run_data(request: Request, tokenizer: PreTrainedTokenizerBase, max_leng
     return RunData(training, held_out, asked, longest, answer_tokens, described)
 
 
-def _read(path: str, request: Request, tokenizer, max_length: int | None) -> tuple[list[Chat], dict[str, Any]]:
-    """The chats of a file by the rules of the request, and what became of its rows, which is also printed."""
-    file = read_file(path, tokenizer, form=request.form, on_bad=request.on_bad)
-    print(file.said)
+def _read(
+    path: str, request: Request, tokenizer, max_length: int | None, second: bool = False
+) -> tuple[list[Chat], dict[str, Any]]:
+    """The chats of a file by the rules of the request, and what became of its rows, which is also printed.
+
+    Args:
+        second: it is the validation file.
+    """
+    file = read_and_say(path, request.form, request.on_bad, second)
+    file = settled(file, faults_for(tokenizer, _by_row(file), None), request.on_bad)
+    lengths, faults = {}, {}
+    for part in _parts(_by_row(file)):
+        marked, unmarked = mark(part, tokenizer)
+        lengths |= {row: len(tokens["input_ids"]) for row, tokens in marked.items()}
+        faults |= unmarked
+    file = settled(file, faults, request.on_bad)
     if file.dropped:
         print(said_of_the_dropped(file))
     described = {"data_file": Path(path).name, "data_form": file.form, "data_dropped": len(file.dropped)}
     described |= {"data_changed": file.changed}
     if max_length is None:
         return file.chats, described
+    if request.too_long == "stop":
+        _refuse_too_long(file, lengths, max_length)
+        return file.chats, described | {"data_cut": 0, "data_too_long": 0}
     chats, fitted = fit_to_length(file.chats, tokenizer, max_length, request.too_long)
     if fitted.cut or fitted.dropped:
-        print(fitted.said)
-    counts = {"data_cut": len(fitted.cut), "data_too_long": len(fitted.dropped)}
-    return chats, described | counts
+        cut, dropped = ({file.rows[n - 1]: what for n, what in those.items()} for those in (fitted.cut, fitted.dropped))
+        print(replace(fitted, cut=cut, dropped=dropped, name=file.row_name).said)
+    return chats, described | {"data_cut": len(fitted.cut), "data_too_long": len(fitted.dropped)}
+
+
+def _by_row(file: ChatFile) -> dict[int, Chat]:
+    return dict(zip(file.rows, file.chats, strict=True))
+
+
+def _parts(chats: dict[int, Chat]) -> Iterator[dict[int, Chat]]:
+    """A part of the chats at a time, since their tokens take much more memory than their text."""
+    numbers = list(chats)
+    for start in range(0, len(numbers), CHUNK):
+        yield {number: chats[number] for number in numbers[start : start + CHUNK]}
+
+
+def _refuse_too_long(file: ChatFile, lengths: dict[int, int], max_length: int) -> None:
+    """Stop at chats that are too long, with the rows of their file."""
+    faults = {row: too_long_fault(length, max_length) for row, length in lengths.items() if length > max_length}
+    try:
+        without(replace(file, dropped={}), faults)
+    except ChatError as error:
+        raise ChatError(
+            f"{error}\nmax_length is that of --max-length, else what the model takes. To leave such chats out, or to shorten "
+            "their questions: --too-long drop, --too-long cut-question"
+        ) from error
+
+
+def _counted(chats: list[Chat], tokenizer) -> tuple[int, int]:
+    """The tokens of the longest chat, and those of all answers."""
+    longest = answer_tokens = 0
+    for part in _parts(dict(enumerate(chats))):
+        for row in tokenized(list(part.values()), tokenizer):
+            longest = max(longest, len(row["input_ids"]))
+            answer_tokens += sum(row["assistant_masks"])
+    return longest, answer_tokens
 
 
 def _split(chats: list[Chat], share: float, seed: int) -> tuple[list[Chat], list[Chat]]:
+    cure = "Name a file with --validation, or train without: --validation none"
+    if len(chats) == 1:
+        raise ValueError(f"--data has one chat that can be used, so none can be held out for validation. {cure}")
     try:
         training, held_out = split(chats, share, seed)
     except ValueError as error:
-        raise ValueError(f"--validation: {error}. Or train without: --validation none") from None
+        raise ValueError(f"--validation: {error}. {cure}") from None
     print(
         f"{len(held_out):,} of the {len(chats):,} chats are held out for validation; {len(training):,} are trained on."
     )

@@ -14,6 +14,7 @@ from qlora_helpers.adapters.card import model_card
 from qlora_helpers.commands.command_line import command_line
 from qlora_helpers.commands.run_request import Request
 from qlora_helpers.hardware import Hardware, peak_memory_bytes
+from qlora_helpers.json_files import write_text
 from qlora_helpers.settings import Settings
 from qlora_helpers.units import GIB
 
@@ -80,7 +81,7 @@ def put_together(
 def write_card(report: dict[str, Any]) -> Path:
     """Write the model card into the folder of what was trained."""
     path = Path(report["adapter_path"], "README.md")
-    path.write_text(model_card(report), encoding="utf-8")
+    write_text(path, model_card(report))
     return path
 
 

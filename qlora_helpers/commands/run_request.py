@@ -44,8 +44,8 @@ def asked_for(args: argparse.Namespace) -> Request:
     """What the command line asks for.
 
     Raises:
-        ValueError: another model than the shipped one, and no data for it.
-        OSError: a file that it names cannot be read.
+        ValueError: another model than the shipped one, and no data for it; or how to read a file, and no file.
+        OSError: a file that it names is not there.
     """
     settings = given(args)
     default = None if args.data is None else SUGGESTED
@@ -63,6 +63,10 @@ def asked_for(args: argparse.Namespace) -> Request:
             f"--model={args.model!r} needs chats to learn from: name a file with --data, such as your own or "
             "data/chats/qlora/train.jsonl. The chats that are used without it are about the shipped model's world"
         )
+    if request.data is None and not isinstance(request.validation, str):
+        for option in ("format", "on_bad", "too_long"):
+            if (value := getattr(args, option)) is not None:
+                raise ValueError(f"{option_of(option)}={value}: there is no file to read: name yours with --data")
     return request
 
 
@@ -83,41 +87,53 @@ def _path_or_name(model: str) -> str:
     return os.path.abspath(model) if model != SHIPPED and Path(model).is_dir() else model
 
 
-def _begun_with(record: dict[str, Any]) -> Request:
-    """What a run was asked for, by its record; the shipped chats if it does not say."""
-    found = record.get("request") or {}
-    return Request(**{known.name: found[known.name] for known in fields(Request) if known.name in found})
-
-
 def refuse_another(args: argparse.Namespace, folder: Path, record: dict[str, Any]) -> Request:
     """What the run in a folder was asked for, if the command line asks for nothing else.
 
-    The files may lie elsewhere now: whether their chats are the same is checked when they are read.
+    The files and the model's folder may lie elsewhere now: whether they are the same is checked when they are read. So it
+    is for all that a record does not say, as those of older versions and of `train` do not.
 
     Args:
         record: of the run.
 
     Raises:
         ValueError: the command line asks for something else; the message names the option.
+        OSError: a file is not there.
     """
-    before = _begun_with(record)
-    for name in ("model", "form", "on_bad", "too_long"):
-        option = "format" if name == "form" else name
-        asked, begun = getattr(args, option), getattr(before, name)
-        if asked is not None and (_path_or_name(asked) if name == "model" else asked) != begun:
-            _refuse(option, asked, begun, folder)
-    changed = given(args)
-    held_out = changed.pop("validation", before.validation)
-    for name, value in changed.items():
+    settings = given(args)
+    found = record.get("request")
+    if isinstance(found, dict):
+        before = Request(**{known.name: found[known.name] for known in fields(Request) if known.name in found})
+        _refuse_another_reading(args, before, folder)
+    else:
+        before = replace(asked_for(args), settings={})
+    held_out = settings.pop("validation", before.validation)
+    for name, value in settings.items():
         if value not in (before.settings.get(name), record.get(name)):
             _refuse(name, value, before.settings.get(name, record.get(name)), folder)
-    data = before.data if args.data is None else _file("--data", args.data)
-    return replace(before, data=data, validation=_held_out(held_out))
+    data = args.data or before.data
+    return replace(
+        before,
+        model=_path_or_name(args.model or before.model),
+        data=data and _file("--data", data),
+        validation=_held_out(held_out),
+    )
+
+
+def _refuse_another_reading(args: argparse.Namespace, before: Request, folder: Path) -> None:
+    """Refuse another model, or other rules for reading the files."""
+    moved = os.path.isabs(before.model) and not os.path.exists(before.model)
+    if args.model and _path_or_name(args.model) != before.model and not (moved and os.path.isdir(args.model)):
+        _refuse("model", args.model, before.model, folder)
+    for option, begun in (("format", before.form), ("on_bad", before.on_bad), ("too_long", before.too_long)):
+        if getattr(args, option) not in (None, begun):
+            _refuse(option, getattr(args, option), begun, folder)
 
 
 def _refuse(name: str, value: Any, begun: Any, folder: Path) -> None:
     option = option_of(name)
+    how = "without it" if begun is None else f"with {begun}"
     raise ValueError(
-        f"{option}={value}: the run in --output={str(folder)!r} was begun with {begun}. Leave out {option} to continue it, "
-        "or leave out --resume to begin another"
+        f"{option}={value}: the run in --output={str(folder)!r} was begun {how}. Leave out {option} to continue it, or leave "
+        "out --resume to begin another"
     )

@@ -10,7 +10,7 @@ from dataclasses import fields
 
 from qlora_helpers.settings import Settings
 
-__all__ = ["TYPES", "add_settings", "as_words", "given", "option_of"]
+__all__ = ["TYPES", "add_settings", "as_words", "given", "number_or_text", "option_of"]
 
 TYPES = {field.name: field.type for field in fields(Settings)}
 
@@ -23,16 +23,19 @@ def _texts() -> dict[str, str]:
     return {name: " ".join(text.split()).replace("`", "") for name, text in entries}
 
 
-def _value(text: str) -> object:
-    """A number, None, or the text itself: `Settings` decides whether the field accepts it."""
-    if text.lower() == "none":
-        return None
+def number_or_text(text: str) -> int | float | str:
+    """A number, or the text itself, which is then refused by name."""
     for kind in (int, float):
         try:
             return kind(text)
         except ValueError:
             pass
     return text
+
+
+def _value(text: str) -> int | float | str | None:
+    """A number, None, or the text itself: `Settings` decides whether the field accepts it."""
+    return None if text.lower() == "none" else number_or_text(text)
 
 
 def _names(text: str) -> str | list[str]:

@@ -8,25 +8,32 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from transformers import GenerationConfig
 
 from qlora_helpers import validation
 from qlora_helpers.chats import Chat, check_texts, split_question, stop_tokens
-from qlora_helpers.evaluation.batches import evaluating, grouped, padded
+from qlora_helpers.decoding import Decoding
+from qlora_helpers.evaluation.batches import evaluating, grouped, padded, padding_token
 from qlora_helpers.evaluation.losses import check_not_empty
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
 
 __all__ = [
     "Answer",
     "answer",
     "answers_up_to",
+    "context_of",
+    "continued",
     "end_tokens",
     "exact_match",
+    "prompts_of",
     "seconds_per_token",
     "share_that_ends",
     "tokens_needed",
@@ -37,8 +44,12 @@ MOST_TOKENS, MOST_CACHE = 2**14, 2**30  # of a batch: tokens, and bytes of their
 SHORTEST_LIMIT = 16
 
 
-def _prompts(questions: list[Chat], tokenizer) -> list[list[int]]:
-    """The tokens of each question in the chat template, up to where the answer begins."""
+def prompts_of(questions: list[Chat], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The tokens of each chat that ends with a question, in the chat template, up to where the answer begins.
+
+    Raises:
+        ValueError: a special token, such as an end of turn, is typed into a question.
+    """
     check_texts(questions, tokenizer)
     rendered = [
         tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True) for question in questions
@@ -47,45 +58,73 @@ def _prompts(questions: list[Chat], tokenizer) -> list[list[int]]:
     return tokenizer(rendered, add_special_tokens=False)["input_ids"] if rendered else []
 
 
-def _continued(
-    model,
-    tokenizer,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    ends: Sequence[int],
+@contextmanager
+def _by(config: GenerationConfig, model) -> Iterator[None]:
+    """Generate by this config alone: a model's own generation_config.json may have a top_k, or a longest answer."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT's
+    own, inner.generation_config = inner.generation_config, config
+    try:
+        yield
+    finally:
+        inner.generation_config = own
+
+
+def continued(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    limit: int,
+    decoding: Decoding | None = None,
+    *,
+    seed: int | None = None,
+    least: int = 0,
     adapters: list[str] | None = None,
+    streamer: BaseStreamer | None = None,
 ) -> torch.Tensor:
-    """The new tokens of one batch, (prompts, up to max_new_tokens); what follows one of `ends` is padding."""
+    """The new tokens of one batch, [prompts, up to limit]; what follows one of `end_tokens` is padding.
+
+    Args:
+        prompts: tokens, as `prompts_of` makes them.
+        limit: the most new tokens of each.
+        decoding: its temperature and seed; by default greedy. Nothing is taken from the model's generation_config.json
+            but what ends an answer.
+        seed: instead of that of `decoding`.
+        least: so many tokens are generated in any case.
+        adapters: as in `answer`.
+        streamer: gets the tokens of a single prompt as they come.
+    """
+    decoding, ends = decoding or Decoding(), end_tokens(model, tokenizer)
+    drawn = decoding.temperature > 0
+    config = GenerationConfig(
+        max_new_tokens=limit,
+        min_new_tokens=least or None,
+        do_sample=drawn,
+        temperature=decoding.temperature if drawn else None,
+        top_k=0 if drawn else None,
+        eos_token_id=ends or None,
+        pad_token_id=padding_token(tokenizer),
+    )
     batch = {name: tensor.to(model.device) for name, tensor in padded(prompts, tokenizer, "left").items()}
     chosen = {} if adapters is None else {"adapter_names": adapters}
-    with evaluating(model):
-        output = model.generate(
-            **batch,
-            **chosen,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            # a model's generation_config.json may set these; they have no place in greedy decoding
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            repetition_penalty=1.0,
-            eos_token_id=list(ends),
-            pad_token_id=ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        )
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices, enabled=drawn), evaluating(model), _by(config, model):
+        if drawn:
+            torch.manual_seed(decoding.seed if seed is None else seed)
+        output = model.generate(**batch, **chosen, streamer=streamer)
     return output[:, batch["input_ids"].shape[1] :]
 
 
 def _generated(
     model, tokenizer, questions: list[Chat], max_new_tokens: int, batch_size: int, adapters: list[str] | None = None
 ) -> Iterator[torch.Tensor]:
-    """The new tokens of each batch, (questions, up to max_new_tokens); what follows an EOS token is padding."""
+    """The new tokens of each batch, (questions, up to max_new_tokens); what follows one of `end_tokens` is padding."""
     max_new_tokens = validation.whole("max_new_tokens", max_new_tokens)
     batch_size = validation.whole("batch_size", batch_size)
-    prompts, ends = _prompts(questions, tokenizer), end_tokens(model, tokenizer)
+    prompts = prompts_of(questions, tokenizer)
     for start in range(0, len(prompts), batch_size):
         batch = slice(start, start + batch_size)
         chosen = None if adapters is None else adapters[batch]
-        yield _continued(model, tokenizer, prompts[batch], max_new_tokens, ends, chosen)
+        yield continued(model, tokenizer, prompts[batch], max_new_tokens, adapters=chosen)
 
 
 def answer(
@@ -130,9 +169,9 @@ def share_that_ends(
     """
     check_not_empty("chats", chats, "chat")
     questions = [split_question(chat)[0] for chat in chats]
-    ended, ends = 0, torch.tensor(end_tokens(model, tokenizer))
+    ended = 0
     for new in _generated(model, tokenizer, questions, max_new_tokens, batch_size):
-        ended += int(torch.isin(new.cpu(), ends).any(1).sum())
+        ended += int(torch.isin(new.cpu(), torch.tensor(end_tokens(model, tokenizer))).any(1).sum())
     return ended / len(chats)
 
 
@@ -209,7 +248,7 @@ def answers_up_to(
     limits = [validation.whole("limits", limit) for limit in limits]
     if batch_size is not None:
         batch_size = validation.whole("batch_size", batch_size, otherwise="None for what fits")
-    prompts, context = _prompts(questions, tokenizer), context_of(model)
+    prompts, context = prompts_of(questions, tokenizer), context_of(model)
     by_limit: dict[int, list[int]] = defaultdict(list)
     for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         if context is not None and len(prompt) >= context:
@@ -225,7 +264,7 @@ def answers_up_to(
         lengths = [len(prompts[number]) + limit for number in numbers]
         for batch in grouped(lengths, batch_size or MOST_ROWS, most_tokens):
             asked = [numbers[place] for place in batch]
-            new = _continued(model, tokenizer, [prompts[number] for number in asked], limit, ends).cpu()
+            new = continued(model, tokenizer, [prompts[number] for number in asked], limit).cpu()
             ended = torch.isin(new, torch.tensor(ends)).any(1).tolist()
             texts = tokenizer.batch_decode(new, skip_special_tokens=True)
             found |= {number: Answer(text.strip(), end) for number, text, end in zip(asked, texts, ended, strict=True)}
@@ -262,23 +301,11 @@ def seconds_per_token(
         ValueError: `tokens` is no positive whole number.
     """
     tokens = validation.whole("tokens", tokens)
-    encoded = tokenizer.apply_chat_template(
-        question, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    ).to(model.device)
+    prompts = prompts_of([question], tokenizer)
 
     def generate(count: int) -> float:
         started = time.perf_counter()
-        with evaluating(model):
-            model.generate(
-                **encoded,
-                max_new_tokens=count,
-                min_new_tokens=count,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=tokenizer.pad_token_id,
-            )
+        continued(model, tokenizer, prompts, count, least=count)
         if model.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started

@@ -11,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["evaluating", "grouped", "padded"]
+__all__ = ["evaluating", "grouped", "padded", "padding_token"]
 
 
 @contextmanager
@@ -56,11 +56,15 @@ def padded(rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, si
     """
     longest = max(map(len, rows))
     # not the tokenizer's own padding: it refuses where there is no token for it, as in many models of the Hub
-    token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    ids = torch.full((len(rows), longest), token)
+    ids = torch.full((len(rows), longest), padding_token(tokenizer))
     mask = torch.zeros_like(ids)
     for number, row in enumerate(rows):
         place = slice(longest - len(row), None) if side == "left" else slice(len(row))
         ids[number, place] = torch.tensor(row)
         mask[number, place] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that rows are filled up with; any will do where there is none for it, since the attention mask hides it."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0

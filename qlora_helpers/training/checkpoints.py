@@ -67,6 +67,7 @@ __all__ = [
     "log_history",
     "logged",
     "record_of",
+    "refuse_other_data",
     "say_what_changes",
     "where_to_start",
     "write_record",
@@ -303,6 +304,20 @@ def say_what_changes(folder: Path, checkpoint: Path | None, record: dict[str, An
             f"The run in {folder} was begun in another environment: {'; '.join(changed)}. It is resumed, but its last bits "
             "may differ from those of an uninterrupted run."
         )
+
+
+def refuse_other_data(folder: Path, before: dict[str, Any], record: dict[str, Any]) -> None:
+    """Make sure that a finished run is judged by the chats and the base that it had.
+
+    Args:
+        before: its record.
+        record: of a run with those that are there now.
+
+    Raises:
+        ValueError: they are others.
+    """
+    names = ("chats", "validation_chats", "base")
+    _refuse_another_run(folder, *({name: said[name] for name in names if name in said} for said in (before, record)))
 
 
 def _refuse_another_run(folder: Path, before: dict[str, Any], record: dict[str, Any]) -> None:

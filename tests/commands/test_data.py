@@ -39,7 +39,8 @@ def reports(monkeypatch):
     """What the report in tokens is asked for; it answers with one line."""
     asked = []
 
-    def report_on(chats, tokenizer, max_length, validation=()):
+    def report_on(chats, tokenizer, max_length, validation=(), numbers=None):
+        assert len(numbers) == len(chats)
         asked.append((chats, tokenizer.name_or_path, max_length, validation))
         return SimpleNamespace(in_colour=lambda: "the report")
 
@@ -61,6 +62,25 @@ def test_with_a_tokenizer_there_is_a_report(call, reports, tmp_path):
     assert (len(chats), max_length, validation) == (4, 99, [GOOD, GOOD]) and "tiny-llama" in model
     call(CSV)
     assert reports[1][2:] == (None, ())
+
+
+def test_the_report_numbers_rows_as_the_file_does(call):
+    rows = [chat(("user", f"Who{' is' * n}?"), ("assistant", "Carl.")) for n in (1, 2, 40)]
+    lines = ["", "{}", *(json.dumps({"messages": row}) for row in rows)]
+    status, said, _ = call("\n".join(lines), "--on-bad", "drop", "--max-length", 40, name="chats.jsonl")
+    assert status == 0 and "line 2: no messages" in said and "(row 5 with" in " ".join(said.split())
+
+
+def test_a_second_file_may_be_of_another_form(call, tmp_path):
+    other = tmp_path / "held.csv"
+    other.write_text("instruction,input,output\nWhere?,,Here.\nWhat is it?,It.,That.\n", encoding="utf-8")
+    options = ("--model", "none", "--format", "question-answer", "--validation")
+    status, said, errors = call("question,answer\nWhere?,Here.\n", *options, other)
+    assert (status, errors) == (0, "") and "held.csv: 2 rows of alpaca" in said
+    assert said.endswith("  1 chat of 2 with a question that is in faq.csv, too.\n")
+    other.write_text("question,answer,prompt,completion\na,b,c,d\n", encoding="utf-8")
+    status, said, _ = call("question,answer\nWhere?,Here.\n", *options, other)
+    assert status == 0 and 'not used: "prompt"' in said
 
 
 def test_it_writes_messages_that_are_read_again(call, tmp_path):

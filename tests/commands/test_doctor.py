@@ -306,7 +306,13 @@ def test_problems_are_printed_after_notices(monkeypatch, capsys):
 
 def test_the_doctor_starts_where_nothing_is_installed(tmp_path):
     """-S: without the folder of installed packages, as in an environment that is yet to be made, or is an old one."""
-    command = [sys.executable, "-S", "-c", "from qlora_helpers.commands import doctor, preflight"]
     environment = os.environ | {"PYTHONPATH": str(COURSE)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    def call(*arguments):
+        command = [sys.executable, "-S", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    done = call("-c", "from qlora_helpers.commands import doctor, preflight")
     assert done.returncode == 0, done.stderr
+    done = call("-m", "qlora_helpers", "doctor")  # with all other commands, which are parsed beside it
+    assert done.returncode == 1 and "torch" in done.stdout and not done.stderr

@@ -1,13 +1,16 @@
 """`run` on any model and any file of chats: what it reads, suggests, refuses, keeps and reports."""
 
 import json
+import math
 import shutil
+from dataclasses import asdict, replace
 
 import pytest
 
 from qlora_helpers import evaluation
 from qlora_helpers.__main__ import main
 from qlora_helpers.commands import run as run_command
+from qlora_helpers.commands.run_request import Request
 from qlora_helpers.paths import data_path
 from qlora_helpers.training.interrupts import Interrupted
 
@@ -51,6 +54,21 @@ def test_a_table_becomes_a_tuned_model_with_a_report_and_a_card(few, tmp_path, c
 
     card = (folder / "adapter" / "README.md").read_text(encoding="utf-8")
     assert "tiny-llama, tuned on few" in card and "What it has forgotten" in card and str(tmp_path) not in card
+
+    # killed before the report: it is made again from the same chats, and from no others
+    (folder / "report.json").unlink()
+    kept = few.read_text(encoding="utf-8")
+    few.write_text(kept.replace("lawyer", "dentist"), encoding="utf-8")
+    assert main(["run", "--resume", "--output", str(folder)]) == 2
+    assert "was begun differently: chats was" in capsys.readouterr().err and not (folder / "report.json").exists()
+    few.write_text(kept, encoding="utf-8")
+    (folder / "adapter" / "README.md").unlink()
+    assert main(["run", "--resume", "--output", str(folder)]) == 0
+    again = report_of(folder)
+    for name in ("validation_history", "loss_history", "best_step", "forgetting", "data_answer_tokens", "adapter_path"):
+        assert again[name] == report[name]
+    assert again["scores"]["after"]["loss"] == report["scores"]["after"]["loss"]
+    assert "tiny-llama, tuned on few" in (folder / "adapter" / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_run_is_continued_by_its_folder_alone(few, tmp_path, capsys, monkeypatch):
@@ -148,3 +166,214 @@ def test_a_run_that_will_not_fit_is_refused_with_what_helps(few, tmp_path, capsy
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):
         main([*arguments, "--ignore-memory"])
     assert "It is tried all the same." in capsys.readouterr().out
+
+
+# ---- Up to where the model would be loaded
+
+
+@pytest.fixture
+def up_to_loading(tmp_path, capsys, monkeypatch):
+    """Standard output of a run that is ended where it would load the model."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qlora_helpers.models.loading.load_model", None)
+
+    def run(*options):
+        with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+            main(["run", "--output", "out", *map(str, options)])
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_what_is_named_takes_the_place_of_what_is_suggested(few, up_to_loading):
+    said = up_to_loading("--data", few, "--epochs", 2, "--rank", 4, "--validation", "none")
+    assert "As you named them: epochs=2, rank=4\nWhat goes with them: steps=6, warmup_steps=6\n" in said
+    lines = [line.split()[0] for line in said.splitlines() if line and not line.startswith(" ")]
+    assert "learning_rate" in lines and not {"epochs", "steps", "rank"} & set(lines)
+
+
+def test_another_batch_is_trained_for_as_many_epochs(few, up_to_loading):
+    usual = up_to_loading("--data", few, "--validation", "none")
+    epochs, batch = (
+        next(float(line.split()[1]) for line in usual.splitlines() if line.startswith(name))
+        for name in ("epochs", "batch_size")
+    )
+    assert batch > 1
+    said = up_to_loading("--data", few, "--batch-size", 1, "--validation", "none")
+    steps = math.ceil(epochs * 12)
+    assert f"What goes with them: steps={steps}, warmup_steps=15, accumulation=1\n" in said and "\nepochs " in said
+
+
+def test_all_weights_are_trained_at_a_tenth_of_the_rate(few, up_to_loading):
+    said = up_to_loading("--data", few, "--method", "full", "--validation", "none")
+    assert "What goes with them: learning_rate=0.00015\n" in said and "rank" not in said.replace("ranking", "")
+    said = up_to_loading("--data", few, "--method", "full", "--validation", "none", "--learning-rate", "3e-5")
+    assert "As you named them: method=full, learning_rate=3e-05\n" in said
+
+
+def test_a_long_warm_up_is_measured_by_the_steps_of_this_run(few, up_to_loading):
+    assert "warmup_steps=400" in up_to_loading(
+        "--data", few, "--warmup-steps", 400, "--epochs", 150, "--validation", "none"
+    )
+    assert main(["run", "--data", str(few), "--warmup-steps", "400", "--epochs", "1", "--output", "out"]) == 2
+
+
+def test_what_no_gpu_is_predicted_to_hold_can_be_tried_all_the_same(few, up_to_loading, capsys, monkeypatch):
+    from qlora_helpers.memory import find_gpu
+
+    tiny = replace(find_gpu("t4"), usable_bytes=2**20)
+    monkeypatch.setattr(run_command, "_gpu", lambda hardware: tiny)
+    assert main(["run", "--data", str(few), "--output", "out"]) == 2
+    assert capsys.readouterr().err.endswith("To train all the same: --ignore-memory\n")
+    said = up_to_loading("--data", few, "--ignore-memory")
+    assert "11 rows, on a Tesla T4\n" in said and "Not even one row at a time is predicted to fit." in said
+    assert "It is tried all the same." in said
+
+
+def test_the_validation_file_may_be_of_another_form(few, tmp_path, up_to_loading):
+    other = tmp_path / "held.jsonl"
+    row = {"instruction": "Which pet?", "input": "Carmen Kirkford", "output": "turtle."}
+    other.write_text(json.dumps(row), encoding="utf-8")
+    said = up_to_loading("--data", few, "--format", "question-answer", "--validation", other)
+    assert "held.jsonl: 1 row of alpaca (JSONL)" in said
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "said"),
+    [
+        (1, [], "--data has one chat that can be used, so none can be held out for validation. Name a file with"),
+        (3, ["--on-bad", "stop"], 'few.csv, row 4: "answer" is empty\nTo leave such rows out: --on-bad drop'),
+        (3, ["--on-bad", "drop", "--max-length", "16"], "--too-long drop, --too-long cut-question"),
+    ],
+)
+def test_what_is_wrong_with_the_rows_is_said_with_the_option_that_helps(rows, options, said, few, tmp_path, capsys):
+    lines = rows_of(few.read_text(encoding="utf-8"))[: rows + 1] + ["Why?,\n"] * (rows > 1)
+    few.write_text("".join(lines), encoding="utf-8")
+    assert main(["run", "--data", str(few), "--output", str(tmp_path / "out"), *options]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_chats_that_are_too_long_are_named_by_their_rows(few, tmp_path, capsys, up_to_loading):
+    lines = rows_of(few.read_text(encoding="utf-8"))
+    long = f'"{"Who? " * 30}",Carmen Kirkford.\n'
+    few.write_text("".join([lines[0], "Why?,\n", *lines[1:4], long]), encoding="utf-8")
+    options = ["--data", str(few), "--on-bad", "drop", "--max-length", "64", "--validation", "none"]
+    assert main(["run", "--output", "out", *options]) == 2
+    assert f"{few}, row 5: " in capsys.readouterr().err
+    assert "1 left out (the first is row 5: " in up_to_loading(*options, "--too-long", "drop")
+    few.write_text(f"{lines[0]}{'Who? ' * 600},Carmen Kirkford.\n", encoding="utf-8")
+    assert main(["run", "--output", "out", "--data", str(few), "--validation", "none"]) == 2
+    assert "max_length is that of --max-length, else what the model takes" in capsys.readouterr().err
+
+
+def test_a_chat_whose_answers_cannot_be_marked_is_a_bad_row(few, tmp_path, capsys, up_to_loading):
+    """Its template changes earlier messages, so a chat of two questions cannot be learnt from."""
+    model = tmp_path / "model"
+    shutil.copytree(data_path("tiny-llama"), model)
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' or loop.last %}<|{{ m.role }}|>{{ m.content }}<|end|>"
+        "{% else %}<|{{ m.role }}|>...{{ m.content }}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    (model / "chat_template.jinja").write_text(template, encoding="utf-8")
+    path = tmp_path / "chats.jsonl"
+    one = [{"role": "user", "content": "Which pet?"}, {"role": "assistant", "content": "turtle."}]
+    path.write_text("".join(json.dumps({"messages": one * n}) + "\n" for n in (1, 2, 1)), encoding="utf-8")
+    options = ["--data", str(path), "--model", str(model), "--validation", "none"]
+    assert main(["run", "--output", "out", *options]) == 2
+    err = capsys.readouterr().err
+    assert "chats.jsonl, line 2: the chat template changes earlier messages" in err and "--on-bad drop" in err
+    assert "1 row of chats.jsonl cannot be used, and are left out:" in up_to_loading(*options, "--on-bad", "drop")
+
+
+def test_rules_for_reading_need_a_file(tmp_path, capsys):
+    for option, value in (("--on-bad", "drop"), ("--too-long", "drop"), ("--format", "alpaca")):
+        assert main(["run", "--output", str(tmp_path / "out"), option, value]) == 2
+        assert f"error: {option}={value}: there is no file to read" in capsys.readouterr().err
+
+
+# ---- Interrupts, and what --resume takes
+
+
+def stop(*args, **options):
+    raise KeyboardInterrupt
+
+
+def begun(folder, **request):
+    """A folder with the record of a run."""
+    folder.mkdir()
+    record = {"steps": 6, "chats": "0", "model": "tiny-llama", "compute_dtype": "x", "rank": 8}
+    record |= {"request": asdict(Request(**request))} if request else {}
+    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    return record
+
+
+def test_an_interrupt_before_an_earlier_run_is_moved_aside_says_nothing_about_that_run(
+    few, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    begun(tmp_path / "out", data=str(few))
+    (tmp_path / "out" / "adapter").mkdir()
+    (tmp_path / "out" / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "out" / "report.json").write_text("{}")
+    monkeypatch.setattr("qlora_helpers.models.loading.load_tokenizer", stop)
+    assert main(["run", "--data", "few.csv", "--output", "out"]) == 130
+    said, how = capsys.readouterr().err.strip().splitlines()
+    assert said == "Stopped before the first step of training. To continue:"
+    assert how.endswith("run --data few.csv --output out")
+
+
+def test_the_command_that_continues_keeps_what_a_resumed_run_needs(few, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record = begun(tmp_path / "out", data="/nowhere/few.csv")
+    monkeypatch.setattr(run_command, "_load_and_run", stop)
+    typed = ["run", "--resume", "--output", "out", "--data", "few.csv"]
+    assert main(typed) == 130
+    assert capsys.readouterr().err.strip().endswith(" ".join(typed))
+
+    def begins(plan):
+        (tmp_path / "new" / "run.json").write_text(json.dumps(record), encoding="utf-8")
+        stop()
+
+    monkeypatch.setattr(run_command, "_load_and_run", begins)
+    assert main(["run", "--output", "new", "--data", "few.csv", "--ignore-memory"]) == 130
+    assert capsys.readouterr().err.strip().endswith("run --resume --output new --ignore-memory")
+
+
+@pytest.fixture
+def resumed(tmp_path, monkeypatch, few):
+    """What a resumed run is asked for."""
+    monkeypatch.chdir(tmp_path)
+    plans = []
+    monkeypatch.setattr(run_command, "_load_and_run", lambda plan: plans.append(plan) or 0)
+
+    def run(*options):
+        assert main(["run", "--resume", "--output", "out", *options]) == 0
+        return plans[-1].request
+
+    return run
+
+
+def test_a_run_of_an_older_version_is_resumed_with_what_is_named(few, tmp_path, resumed, capsys):
+    begun(tmp_path / "out")
+    assert resumed() == Request()
+    assert resumed("--rank", "8", "--steps", "6") == Request()
+    found = resumed("--data", "few.csv", "--model", "some/model", "--validation", "none")
+    assert found == Request("some/model", str(few), None)
+    assert main(["run", "--resume", "--output", "out", "--rank", "4"]) == 2
+    assert "--rank=4: the run in --output='out' was begun with 8" in capsys.readouterr().err
+
+
+def test_a_model_s_folder_may_lie_elsewhere_now(few, tmp_path, resumed, capsys):
+    begun(tmp_path / "out", model=str(tmp_path / "gone" / "model"), data=str(few))
+    (tmp_path / "model").mkdir()
+    assert resumed("--model", "model").model == str(tmp_path / "model")
+    for options, said in (
+        (["--model", "other/model"], "--model=other/model: the run in"),
+        (["--format", "alpaca"], "--format=alpaca: the run in --output='out' was begun without it. Leave out --format"),
+    ):
+        assert main(["run", "--resume", "--output", "out", *options]) == 2
+        assert said in capsys.readouterr().err
+    few.rename(tmp_path / "moved.csv")
+    assert main(["run", "--resume", "--output", "out"]) == 2
+    assert f"--data={str(few)!r} is not there: name a file of chats" in capsys.readouterr().err
+    assert resumed("--data", "moved.csv").data == str(tmp_path / "moved.csv")

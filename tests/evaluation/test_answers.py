@@ -112,11 +112,11 @@ def test_answers_do_not_depend_on_their_batch(base):
     assert len(answers) == 7 and len(set(answers)) > 1
 
 
-def test_the_share_of_answers_that_end(monkeypatch):
+def test_the_share_of_answers_that_end(base, monkeypatch):
     end = TOKENIZER.eos_token_id
     batches = [torch.tensor([[7, end, 0], [7, 7, 7]]), torch.tensor([[7, 7, end]])]
     monkeypatch.setattr(answers, "_generated", lambda *args: iter(batches))
-    assert evaluation.share_that_ends(None, TOKENIZER, CHATS[:3]) == 2 / 3
+    assert evaluation.share_that_ends(base, TOKENIZER, CHATS[:3]) == 2 / 3
 
 
 def test_the_base_alone_does_not_stop():
@@ -136,7 +136,7 @@ def test_one_long_answer_does_not_make_the_others_as_long(base, monkeypatch):
     asked, generate = [], base.generate
 
     def seen(**options):
-        asked.append((len(options["input_ids"]), options["max_new_tokens"]))
+        asked.append((len(options["input_ids"]), base.generation_config.max_new_tokens))
         return generate(**options)
 
     monkeypatch.setattr(base, "generate", seen)
@@ -193,3 +193,25 @@ def test_limits_that_are_none_are_refused(limits, base):
         ValueError, match=r"^limits" + ("" if len(limits) == 2 else re.escape(" has length 1 for 2 questions"))
     ):
         answers.answers_up_to(base, TOKENIZER, [CHATS[0][:1]] * 2, limits)
+
+
+def test_what_a_model_s_own_generation_config_says_has_no_effect(base, monkeypatch):
+    questions = [split_question(chat)[0] for chat in CHATS[:2]]
+    expected = evaluation.answer(base, TOKENIZER, questions, 32)
+    for name, value in {
+        "num_beams": 3,
+        "no_repeat_ngram_size": 1,
+        "suppress_tokens": [5, 6, 7],
+        "min_new_tokens": 30,
+    }.items():
+        monkeypatch.setattr(base.generation_config, name, value)
+    assert evaluation.answer(base, TOKENIZER, questions, 32) == expected
+    assert [said.text for said in answers.answers_up_to(base, TOKENIZER, questions, [32, 32])] == expected
+
+
+def test_a_model_without_an_end_token_is_cut_off(base, monkeypatch):
+    monkeypatch.setattr(base.generation_config, "eos_token_id", None)
+    monkeypatch.setattr(answers, "stop_tokens", lambda tokenizer: [])
+    (said,) = answers.answers_up_to(base, TOKENIZER, [split_question(CHATS[0])[0]], [16])
+    assert not said.ended and said.text
+    assert evaluation.share_that_ends(base, TOKENIZER, CHATS[:1], 4) == 0
