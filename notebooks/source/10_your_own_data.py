@@ -70,8 +70,8 @@ print(same.said)
 check("the same chats", same.chats == table.chats, True, exact=True)
 
 # %% [markdown]
-# The second file is in that form, and has 60 other rows. The third is an export of real conversations, as ShareGPT's. Such a
-# file has faults. By default it is refused as a whole, and each bad row is named with what is wrong:
+# The second file is in that form, and has 60 other rows. The third has the form of ShareGPT's exports, with faults as logs of
+# chats have them. By default such a file is refused as a whole, and each bad row is named with what is wrong:
 
 # %% tags=["nbval-check-output"]
 alpaca = read_file(examples / "people_alpaca.json", tokenizer)
