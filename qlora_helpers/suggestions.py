@@ -121,10 +121,11 @@ class SuggestedSettings:
 
     def _repr_html_(self) -> str:
         cells = [(name, shown(value), why, source) for name, (value, why, source) in self.reasons.items()]
-        rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in cells)
-        head = "<tr><th>setting</th><th>value</th><th>why</th><th>who says what</th></tr>"
+        left = "style='text-align:left'"
+        rows = "".join(f"<tr>{''.join(f'<td {left}>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in cells)
+        head = "".join(f"<th {left}>{name}</th>" for name in ("setting", "value", "why", "who says what"))
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
-        return f"<p>{html.escape(self.title)}</p><table>{head}{rows}</table>{notes}"
+        return f"<p>{html.escape(self.title)}</p><table><tr>{head}</tr>{rows}</table>{notes}"
 
 
 def suggest_settings(

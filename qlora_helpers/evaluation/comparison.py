@@ -112,17 +112,16 @@ class Comparison:
         printer.text(str(self))  # where IPython shows no HTML
 
     def _repr_html_(self) -> str:
-        head = "<tr><th></th><th>before</th><th>after</th><th></th></tr>"
-        rows = "".join(f"<tr><th>{what}</th>{_cells(*values)}</tr>" for what, *values in self.lines())
+        head = f"<tr>{_cells('', 'before', 'after', '', kind='th')}</tr>"
+        rows = "".join(f"<tr>{_cells(what, kind='th')}{_cells(*values)}</tr>" for what, *values in self.lines())
         # mathjax_ignore: else a notebook takes what stands between two dollars for a formula
         parts = [
             f"<div class='mathjax_ignore tex2jax_ignore'><table>{head}{rows}</table><p>± is one standard error.</p>"
         ]
         for title, examples in self._parts():
-            head = "".join(f"<th>{name}</th>" for name in ("chat", "question", "right", "before", "after"))
+            head = _cells("chat", "question", "right", "before", "after", kind="th")
             rows = "".join(
-                f"<tr><td>{example.number}</td>"
-                f"{_cells(example.question, example.right, example.before, example.after)}</tr>"
+                f"<tr>{_cells(str(example.number), example.question, example.right, example.before, example.after)}</tr>"
                 for example in examples
             )
             parts.append(f"<p>{html.escape(title)}</p><table><tr>{head}</tr>{rows}</table>")
@@ -218,7 +217,8 @@ def _block(start: str, text: str) -> list[str]:
     ) or [start.rstrip()]
 
 
-def _cells(*texts: str) -> str:
+def _cells(*texts: str, kind: str = "td") -> str:
+    """Cells of a table, on the left, where JupyterLab would put them on the right."""
     return "".join(
-        f"<td style='text-align:left'>{html.escape(shortened(visible(text), LONGEST))}</td>" for text in texts
+        f"<{kind} style='text-align:left'>{html.escape(shortened(visible(text), LONGEST))}</{kind}>" for text in texts
     )

@@ -96,6 +96,7 @@ def test_texts_of_others_break_neither_the_terminal_nor_the_notebook():
     shown = [one for one in cells.texts if one.startswith("<script>")]
     assert len(shown) == 4 and len(set(shown)) == 1 and "\x1b" not in shown[0] and len(shown[0]) < 650
     assert "class='mathjax_ignore" in found._repr_html_()
+    assert found._repr_html_().count("text-align:left") == sum(cells.tags.count(kind) for kind in ("td", "th"))
     assert pretty(found) == str(found)
 
 
