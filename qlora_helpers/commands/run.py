@@ -34,6 +34,7 @@ from qlora_helpers.training.run_folder import (  # none needs torch
     steps_saved,
 )
 from qlora_helpers.units import in_words
+from qlora_helpers.validation import refuse
 
 if TYPE_CHECKING:
     from qlora_helpers.commands.run_data import RunData
@@ -200,10 +201,8 @@ def _begun_at(folder: Path) -> int | None:
 
 def _how_to_continue(args: argparse.Namespace, begun: bool) -> str:
     """The command line that goes on where this one was stopped."""
-    if args.resume or not begun:
+    if args.resume or not (begun and read_record(args.output)):
         return command_line(*args.typed)
-    if not read_record(args.output):
-        return command_line(*args.typed, "--resume")
     # the record says what was asked for
     return command_line("run", "--resume", "--output", args.output, *["--ignore-memory"] * args.ignore_memory)
 
@@ -263,7 +262,12 @@ def _load_and_run(plan: _Plan) -> int:
     from qlora_helpers.models.loading import load_model, load_tokenizer
 
     request, hardware = plan.request, detect()
-    tokenizer, shape = load_tokenizer(request.model), _shape_of(request.model)
+    tokenizer = load_tokenizer(request.model)
+    if not tokenizer.chat_template:
+        raise refuse(
+            "--model", request.model, "it has no chat template. Name one that was made for chats, often -Instruct"
+        )
+    shape = _shape_of(request.model)
     length, seed = _length_and_seed(plan, shape)
     data = read_run_data(request, tokenizer, length, seed)
     settings = _settings(plan, data, shape, hardware)

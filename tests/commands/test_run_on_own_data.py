@@ -285,6 +285,14 @@ def test_a_chat_whose_answers_cannot_be_marked_is_a_bad_row(few, tmp_path, capsy
     assert "1 row of chats.jsonl cannot be used, and are left out:" in up_to_loading(*options, "--on-bad", "drop")
 
 
+def test_a_model_without_a_chat_template_is_refused_by_name(few, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(data_path("tiny-llama"), model)
+    (model / "chat_template.jinja").unlink()
+    assert main(["run", "--data", str(few), "--model", str(model), "--output", str(tmp_path / "out")]) == 2
+    assert f"error: --model={str(model)!r}: it has no chat template. Name one" in capsys.readouterr().err
+
+
 def test_rules_for_reading_need_a_file(tmp_path, capsys):
     for option, value in (("--on-bad", "drop"), ("--too-long", "drop"), ("--format", "alpaca")):
         assert main(["run", "--output", str(tmp_path / "out"), option, value]) == 2
