@@ -231,7 +231,7 @@ def _load_and_run(plan: _Plan) -> int:
     print("Loading the libraries …", flush=True)
     from qlora_helpers import evaluation
     from qlora_helpers.commands.run_data import read_run_data
-    from qlora_helpers.commands.run_report import ask, print_report, put_together, write_card
+    from qlora_helpers.commands.run_report import ask, print_report, put_together, what_to_change, write_card
     from qlora_helpers.hardware import detect
     from qlora_helpers.models.loading import load_model, load_tokenizer
 
@@ -255,6 +255,7 @@ def _load_and_run(plan: _Plan) -> int:
     kept = evaluation.forgetting(model, tokenizer, known)
     report = put_together(request, data, settings, hardware, prediction, scores, kept)
     report |= {"bytes_by_part": parts, **facts, "total_seconds": time.perf_counter() - started}
+    report["first_changes"] = [change._asdict() for change in what_to_change(report, scores, kept)]
     write_json(plan.folder / REPORT, report)
     write_card(report)
     print_report(report, plan.folder / REPORT, scores, kept)
@@ -288,14 +289,42 @@ def _settings(plan: _Plan, data: RunData, shape: ModelShape | None, hardware: Ha
         return Settings(save_steps=SAVE_STEPS, **begun)
     if plan.request.data is None:
         return Settings(save_steps=SAVE_STEPS, **named).for_rows(rows)
+    from qlora_helpers.suggestions import shown, warmup_steps
+
     length = named.get("max_length") or _rounded_up(data.longest, shape)
-    base = _suggested(shape, rows, hardware, length, data.answer_tokens)
-    changed: dict[str, Any] = {"save_steps": SAVE_STEPS}
-    if {"steps", "epochs"} & named.keys():  # then the suggested length does not hold, nor what goes with it
-        changed |= {"steps": None, "epochs": None, "warmup_steps": None}
-    if {"batch_size", "accumulation"} & named.keys():
-        changed |= {"batch_size": 1, "accumulation": 1}
-    return replace(base, **changed | named).for_rows(rows)
+    base, epochs = _suggested(shape, rows, hardware, length, data.answer_tokens, named)
+    # the steps are counted anew, for the batch that is named
+    changed = {"save_steps": SAVE_STEPS, "warmup_steps": None, "steps": None, "epochs": epochs, **_batch(base, named)}
+    if "steps" in named:
+        changed["epochs"] = None
+    settings = replace(base, **changed | named).for_rows(rows)
+    if "warmup_steps" not in named:
+        settings = replace(settings, warmup_steps=warmup_steps(settings.steps))
+    if left := _superseded(named):
+        values = {name: named.get(name, getattr(settings, name)) for name in VARIED if name in left}
+        said = ", ".join(
+            f"{name} {shown(value)}" for name, value in values.items() if (name, value) != ("epochs", None)
+        )
+        print(f"By what the command line names: {said}.\n", flush=True)
+    return settings
+
+
+def _batch(base: Settings, named: dict[str, Any]) -> dict[str, int]:
+    """The split of the suggested effective batch where a part of it is named, as near as it comes; {} where none is."""
+    if not {"batch_size", "accumulation"} & named.keys():
+        return {}
+    effective = base.batch_size * base.accumulation
+    size = named.get("batch_size", min(base.batch_size, max(1, effective // named.get("accumulation", 1))))
+    return {"batch_size": size, "accumulation": named.get("accumulation", max(1, effective // size))}
+
+
+def _superseded(named: dict[str, Any]) -> set[str]:
+    """The suggestions that do not hold: for what the command line names, and for what goes with it."""
+    found = {*named}
+    for group in ({"steps", "epochs"}, {"batch_size", "accumulation"}):
+        if found & group:
+            found |= group
+    return found | ({"steps", "warmup_steps"} if found & {"steps", "batch_size"} else set())
 
 
 def _rounded_up(tokens: int, shape: ModelShape | None) -> int:
@@ -304,19 +333,23 @@ def _rounded_up(tokens: int, shape: ModelShape | None) -> int:
     return min(-(-tokens // 8) * 8, most or math.inf)
 
 
-def _suggested(shape: ModelShape | None, rows: int, hardware: Hardware, length: int, tokens: int) -> Settings:
-    """The settings to start from; they are printed, each with its reason."""
-    from qlora_helpers.suggestions import suggest_settings
+def _suggested(
+    shape: ModelShape | None, rows: int, hardware: Hardware, length: int, tokens: int, named: dict[str, Any]
+) -> tuple[Settings, float]:
+    """The settings to start from and the epochs; those that hold are printed, each with its reason."""
+    from qlora_helpers.suggestions import Reason, suggest_settings
 
     if shape is None:
         print("Settings are those of the course's usual run on a GPU: none can be suggested without the model's shape.")
-        return replace(GPU_RUN, learning_rate=2e-4, max_length=length, steps=None, epochs=3, warmup_steps=None)
+        return replace(GPU_RUN, learning_rate=2e-4, max_length=length), 3
     found = suggest_settings(shape, rows, _gpu(hardware), length, tokens)
-    # what was held out is said already; and that no GPU was named is no news here
-    reasons = {name: reason for name, reason in found.reasons.items() if name != "validation_rows"}
-    found = replace(found, reasons=reasons, notes=found.notes if found.gpu else ())
+    epochs, why = found.reasons["epochs"].value, "the longest chat, rounded up to a multiple of 8"
+    reasons = found.reasons | {"max_length": Reason(length, why, "")}
+    left_out = _superseded(named) | {"validation_rows"}  # what was held out is said already
+    reasons = {name: reason for name, reason in reasons.items() if name not in left_out}
+    found = replace(found, reasons=reasons, notes=found.notes if found.gpu else ())  # that no GPU was named is no news
     print(f"\nSettings to start from, for {found}\n", flush=True)
-    return found.settings
+    return found.settings, epochs
 
 
 def _gpu(hardware: Hardware) -> GPU | None:
@@ -425,7 +458,7 @@ def _trained_before(model, folder: Path, settings: Settings) -> tuple:
     """
     from qlora_helpers.adapters.files import describe, load_adapter
     from qlora_helpers.models.loading import load_model
-    from qlora_helpers.training.best import best_of
+    from qlora_helpers.training.best import best_of, patience_ended
     from qlora_helpers.training.checkpoints import VALIDATION_LOSS, log_history, logged
 
     saved = folder / RESULT[settings.method]
@@ -438,7 +471,7 @@ def _trained_before(model, folder: Path, settings: Settings) -> tuple:
     last = next(iter(complete_checkpoints(folder)), None)
     log = log_history(last) if last else []
     validation_history = logged(log, VALIDATION_LOSS)
-    stopped_early = bool(validation_history) and step_of(last) < settings.steps
+    stopped_early = patience_ended(validation_history, settings.patience) and step_of(last) < settings.steps
     at_its_end = bool(last) and (step_of(last) == settings.steps or stopped_early)
     best = best_of(validation_history)
     return model, {
