@@ -2,9 +2,9 @@
 
 import gc
 
-import ipykernel.zmqshell  # noqa: F401  tqdm recognises a notebook by it, so it comes first
+import ipykernel.zmqshell
 
-import qlora_helpers.training.run  # noqa: F401  torch, transformers, peft, trl, bitsandbytes, datasets
+import qlora_helpers.training.run
 
 gc.collect()
 gc.freeze()

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.description = "Talk to what a run has trained. Each answer appears as it is generated."
     parser.epilog = "In the chat, /help lists the commands."
-    add_answer_options(parser, needed=False)
+    add_answer_options(parser)
     parser.add_argument(
         "--compare",
         action="store_true",
@@ -108,7 +108,7 @@ class _Chat:
     def talk(self) -> int:
         if _is_terminal():
             with contextlib.suppress(ImportError):  # not there on Windows, whose console can edit a line itself
-                import readline  # noqa: F401 (gives input() a history)
+                import readline
         refused = False
         while True:
             try:

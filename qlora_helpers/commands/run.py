@@ -257,7 +257,7 @@ def _load_and_run(plan: _Plan) -> int:
     print("Loading the libraries …", flush=True)
     from qlora_helpers import evaluation
     from qlora_helpers.commands.run_data import read_run_data
-    from qlora_helpers.commands.run_report import ask, print_report, put_together, write_card
+    from qlora_helpers.commands.run_report import ask, print_report, put_together, what_to_change, write_card
     from qlora_helpers.hardware import detect
     from qlora_helpers.models.loading import load_model, load_tokenizer
 
@@ -285,6 +285,7 @@ def _load_and_run(plan: _Plan) -> int:
     kept = evaluation.forgetting(model, tokenizer, known)
     report = put_together(request, data, settings, hardware, prediction, scores, kept)
     report |= {"bytes_by_part": parts, **facts, "total_seconds": time.perf_counter() - started}
+    report["first_changes"] = [change._asdict() for change in what_to_change(report, scores, kept)]
     write_card(report)
     write_json(plan.folder / REPORT, report)  # comes last, since it says that the run is finished
     print_report(report, plan.folder / REPORT, scores, kept)
@@ -321,27 +322,42 @@ def _settings(plan: _Plan, data: RunData, shape: ModelShape | None, hardware: Ha
     length = named.get("max_length") or _rounded_up(data.longest, shape)
     if shape is None:
         print("Settings are those of the course's usual run on a GPU: none can be suggested without the model's shape.")
-        usual = replace(GPU_RUN, learning_rate=2e-4, max_length=length, steps=None, epochs=3, warmup_steps=None)
-        return replace(usual, **_instead(named, usual, 3), save_steps=SAVE_STEPS).for_rows(rows)
+        usual = replace(GPU_RUN, learning_rate=2e-4, max_length=length)
+        return _with(usual, _instead(named, usual, 3) | {"steps": None, "epochs": 3} | named, rows)
     found = _suggested(shape, rows, hardware, length, data.answer_tokens, plan.ignore_memory)
     instead = _instead(named, found.settings, found.reasons["epochs"].value)
-    settings = replace(found.settings, **instead, save_steps=SAVE_STEPS).for_rows(rows)
+    settings = _with(found.settings, instead, rows)
     _print_suggestions(found, settings, named, instead)
+    return settings
+
+
+def _with(base: Settings, instead: dict[str, Any], rows: int) -> Settings:
+    """Settings with others in their place, and the warm-up that the steps want which this comes to."""
+    from qlora_helpers.suggestions import warmup_steps
+
+    settings = replace(base, **instead, save_steps=SAVE_STEPS).for_rows(rows)
+    if instead.get("warmup_steps", 0) is None:
+        settings = replace(settings, warmup_steps=warmup_steps(settings.steps))
     return settings
 
 
 def _instead(named: dict[str, Any], base: Settings, epochs: float) -> dict[str, Any]:
     """The settings that take the place of those to start from: those that are named, and what goes with them."""
-    instead: dict[str, Any] = {}
-    if {"steps", "epochs"} & named.keys():
-        instead |= {"steps": None, "epochs": None, "warmup_steps": None}
-    elif {"batch_size", "accumulation"} & named.keys():  # with other batches, as many epochs are other steps
-        instead |= {"steps": None, "epochs": epochs, "warmup_steps": None}
-    if {"batch_size", "accumulation"} & named.keys():
-        instead |= {"batch_size": 1, "accumulation": 1}
+    instead: dict[str, Any] = _batch(base, named)
+    if instead or {"steps", "epochs"} & named.keys():  # the steps are counted anew, for the batch that is named
+        instead |= {"steps": None, "epochs": None if "steps" in named else epochs, "warmup_steps": None}
     if named.get("method") == "full":  # adapters want ten times the rate (LoRA Without Regret, Thinking Machines 2025)
         instead["learning_rate"] = base.learning_rate / 10
     return instead | named
+
+
+def _batch(base: Settings, named: dict[str, Any]) -> dict[str, int]:
+    """The split of the suggested effective batch where a part of it is named, as near as it comes; {} where none is."""
+    if not {"batch_size", "accumulation"} & named.keys():
+        return {}
+    effective = base.batch_size * base.accumulation
+    size = named.get("batch_size", min(base.batch_size, max(1, effective // named.get("accumulation", 1))))
+    return {"batch_size": size, "accumulation": named.get("accumulation", max(1, effective // size))}
 
 
 def _rounded_up(tokens: int, shape: ModelShape | None) -> int:
@@ -507,7 +523,7 @@ def _trained_before(model, folder: Path, settings: Settings) -> tuple:
     """
     from qlora_helpers.adapters.files import describe, load_adapter
     from qlora_helpers.models.loading import load_model
-    from qlora_helpers.training.best import best_of
+    from qlora_helpers.training.best import best_of, patience_ended
     from qlora_helpers.training.checkpoints import VALIDATION_LOSS, log_history, logged
 
     saved = folder / RESULT[settings.method]
@@ -520,7 +536,7 @@ def _trained_before(model, folder: Path, settings: Settings) -> tuple:
     last = next(iter(complete_checkpoints(folder)), None)
     log = log_history(last) if last else []
     validation_history = logged(log, VALIDATION_LOSS)
-    stopped_early = bool(validation_history) and step_of(last) < settings.steps
+    stopped_early = patience_ended(validation_history, settings.patience) and step_of(last) < settings.steps
     at_its_end = bool(last) and (step_of(last) == settings.steps or stopped_early)
     best = best_of(validation_history)
     return model, {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from qlora_helpers.commands.run_request import Request
 from qlora_helpers.hardware import Hardware, peak_memory_bytes
 from qlora_helpers.json_files import write_text
 from qlora_helpers.settings import Settings
+from qlora_helpers.suggestions import FirstChange, first_changes
 from qlora_helpers.units import GIB
 
 if TYPE_CHECKING:
@@ -23,10 +25,11 @@ if TYPE_CHECKING:
     from qlora_helpers.evaluation import Comparison, Kept, Scores
     from qlora_helpers.memory import Prediction
 
-__all__ = ["ask", "peak_memory", "print_report", "put_together", "reset_peak_memory", "write_card"]
+__all__ = ["ask", "peak_memory", "print_report", "put_together", "reset_peak_memory", "what_to_change", "write_card"]
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 CURVE = 10  # evaluations that are printed
+HARDLY = 0.9  # a training loss that has not fallen to this share of its first value has hardly fallen
 
 
 def ask(model, tokenizer, data: RunData, when: str) -> Scores | None:
@@ -45,6 +48,7 @@ def ask(model, tokenizer, data: RunData, when: str) -> Scores | None:
 def reset_peak_memory() -> None:
     """Measure the peak of the GPU's memory from now on."""
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what the questions before have left would be counted as the training's
         torch.cuda.reset_peak_memory_stats()
 
 
@@ -85,6 +89,20 @@ def write_card(report: dict[str, Any]) -> Path:
     return path
 
 
+def what_to_change(report: dict[str, Any], scores: Comparison | None, kept: Kept) -> list[FirstChange]:
+    """What to change first, by what the figures of a run say went wrong; [] if they say nothing of the kind."""
+    wrong = {"broken": "diverges", "forgotten": "forgets"}
+    names = [wrong[kept.verdict]] if kept.verdict in wrong else []
+    history, training = report["validation_history"], report["loss_history"]
+    fell = not history or min(loss for _, loss in history[1:]) < history[0][1]  # a run ends with an evaluation
+    if not fell or (scores and scores.loss_change and scores.loss_change.mean >= -scores.loss_change.half):
+        learned = training and training[-1][1] < HARDLY * training[0][1]
+        names.append("overfits" if learned else "hardly learns")
+    if scores and scores.after.cut_off > len(scores.after.rows) / 2:
+        names.append("never ends")
+    return [change for change in first_changes() if change.name in names]
+
+
 def print_report(report: dict[str, Any], path: Path, scores: Comparison | None, kept: Kept) -> None:
     """Print the report of a run.
 
@@ -101,6 +119,9 @@ def print_report(report: dict[str, Any], path: Path, scores: Comparison | None, 
     print(f"\nWhat else it knows: {kept}")
     if report["validation_history"]:
         print(f"\n{_curve(report)}")
+    for change in report["first_changes"]:
+        text = f"{change['symptom']}: {change['change']} ({change['why']})."
+        print(f"\n{textwrap.fill(f'What to change first where {text}', 100)}")
     seconds, peak = report["train_seconds"], report["peak_memory_bytes"]
     gone = "not known: the run was stopped before its report"
     where = "main memory" if report["gear"] == "cpu" else "GPU memory, reserved by torch"

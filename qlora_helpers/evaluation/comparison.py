@@ -68,13 +68,16 @@ class Comparison:
         ]
         if before.exact_match is not None:
             chance = "more than chance" if self.exact_match_chance < 0.05 else "may be chance"
+            chance = f"{chance} (p = {self.exact_match_chance:.2g})"
+            pairs = zip(before.rows, after.rows, strict=True)
+            if all(one.exact == other.exact for one, other in pairs if one.short):
+                chance = "none became right or wrong"
             found.append(
                 (
                     "exact match",
                     _plus_minus(before.exact_match, before.exact_match_error, ".1%"),
                     _plus_minus(after.exact_match, after.exact_match_error, ".1%"),
-                    f"{before.short_rows:,} answers of one line of up to {SHORT_ANSWER} characters; {chance} "
-                    f"(p = {self.exact_match_chance:.2g})",
+                    f"{before.short_rows:,} answers of one line of up to {SHORT_ANSWER} characters; {chance}",
                 )
             )
         if before.overlap is not None:

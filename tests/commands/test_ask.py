@@ -171,3 +171,15 @@ def test_a_question_that_the_model_cannot_take_is_named_by_its_line(call, tmp_pa
     assert code == 2 and "error: the question: message 1 (user) has '<|end|>' in its text" in err
     code, _, err = call("Who?", "--system", "Be brief.")
     assert code == 2 and "error: system='Be brief.': this model's chat template takes no system message" in err
+
+
+def test_without_a_folder_the_latest_run_is_asked(call, loaded, monkeypatch, capsys, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "latest").symlink_to(ADAPTER)
+    assert main(["ask", QUESTION]) == 0
+    assert capsys.readouterr().out == f"{RIGHT}\n"
+    (tmp_path / "q.txt").write_text(f"{QUESTION}\n", encoding="utf-8")
+    assert main(["ask", "--file", "q.txt"]) == 0
+    assert capsys.readouterr().out == f"{RIGHT}\n"
+    assert main(["ask", "runs/tlaest"]) == 2  # a single word may be a folder that is mistyped
+    assert "there is no question" in capsys.readouterr().err
