@@ -74,8 +74,6 @@ def rendered(
 
     if not tokenizer.chat_template:
         raise ValueError("tokenizer.chat_template is not set: take the tokenizer of a model that was made for chats")
-    import jinja2  # not for the help of a command
-
     try:
         texts = (
             tokenizer.apply_chat_template(list(chats.values()), tokenize=False, add_generation_prompt=to_be_answered)
