@@ -108,6 +108,8 @@ def _read(path: str, request: Request, tokenizer, max_length: int | None) -> tup
 
 
 def _split(chats: list[Chat], share: float, seed: int) -> tuple[list[Chat], list[Chat]]:
+    if len(chats) < 2:
+        raise ValueError("--data: a single chat cannot be held out and trained on. To train without: --validation none")
     try:
         training, held_out = split(chats, share, seed)
     except ValueError as error:
