@@ -136,6 +136,7 @@ def test_a_run_is_continued_by_its_folder_alone(few, tmp_path, capsys, monkeypat
         (["--model", "Qwen/Qwen2.5-1.5B-Instruct"], "--model='Qwen/Qwen2.5-1.5B-Instruct' needs chats to learn from"),
         (["--data", "none.csv"], "--data='none.csv' is not there: name a file of chats"),
         (["--data", "{few}", "--validation", "none.csv"], "--validation='none.csv' is not there"),
+        (["--data", "one.csv"], "--data: a single chat cannot be held out and trained on"),
         (["--data", "{few}", "--validation", "1.5"], "validation=1.5: must be a share of the chats"),
         (["--data", "{few}", "--epochs", "0"], "epochs=0: must be"),
         (["--data", "{few}", "--epochs", "1", "--steps", "2"], "steps=2 and epochs=1: a run has one length"),
@@ -148,6 +149,7 @@ def test_a_run_is_continued_by_its_folder_alone(few, tmp_path, capsys, monkeypat
 def test_what_cannot_be_done_is_refused_before_anything_is_asked(options, said, few, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluation, "score", None)  # asking would fail
+    (tmp_path / "one.csv").write_text("question,answer\nWho?,Ann.\n", encoding="utf-8")
     assert main(["run", "--output", "out", *[option.format(few=few) for option in options]]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and said in err
