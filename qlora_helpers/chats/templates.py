@@ -104,11 +104,7 @@ def ids_of(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[in
     """The tokens of texts in which all special tokens are written already, as the template has done."""
     if not texts:
         return []
-<<<<<<< HEAD
     # verbose: without a warning about texts longer than the model takes, which are counted here and not run
-=======
-    # verbose: transformers warns of a chat that is longer than the context, which is counted and refused elsewhere
->>>>>>> review2
     encoded = tokenizer(
         texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
     )

@@ -173,14 +173,9 @@ def _counted(chats: list[Chat], tokenizer) -> tuple[int, int]:
 
 
 def _split(chats: list[Chat], share: float, seed: int) -> tuple[list[Chat], list[Chat]]:
-<<<<<<< HEAD
     cure = "Name a file with --validation, or train without: --validation none"
     if len(chats) == 1:
         raise ValueError(f"--data has one chat that can be used, so none can be held out for validation. {cure}")
-=======
-    if len(chats) < 2:
-        raise ValueError("--data: a single chat cannot be held out and trained on. To train without: --validation none")
->>>>>>> review2
     try:
         training, held_out = split(chats, share, seed)
     except ValueError as error:
