@@ -19,6 +19,9 @@ from qlora_helpers.settings import Settings
 from qlora_helpers.units import GIB
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from qlora_helpers.commands.run_data import RunData
     from qlora_helpers.evaluation import Comparison, Kept, Scores
     from qlora_helpers.memory import Prediction
@@ -29,7 +32,9 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 CURVE = 10  # evaluations that are printed
 
 
-def ask(model, tokenizer, data: RunData, when: str) -> Scores | None:
+def ask(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, data: RunData, when: str
+) -> Scores | None:
     """How a model does on the chats that are asked; None if there are none.
 
     Args:
