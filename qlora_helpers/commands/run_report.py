@@ -21,6 +21,9 @@ from qlora_helpers.suggestions import FirstChange, first_changes
 from qlora_helpers.units import GIB
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from qlora_helpers.commands.run_data import RunData
     from qlora_helpers.evaluation import Comparison, Kept, Scores
     from qlora_helpers.memory import Prediction
@@ -32,7 +35,9 @@ CURVE = 10  # evaluations that are printed
 HARDLY = 0.9  # a training loss that has not fallen to this share of its first value has hardly fallen
 
 
-def ask(model, tokenizer, data: RunData, when: str) -> Scores | None:
+def ask(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, data: RunData, when: str
+) -> Scores | None:
     """How a model does on the chats that are asked; None if there are none.
 
     Args:
