@@ -103,7 +103,7 @@ def test_each_filter_has_its_message_here():
 @pytest.mark.parametrize(("logger", "beginning"), LOGGED)
 def test_a_message_that_a_library_logs_is_kept_out_and_would_come(logger, beginning, heard, monkeypatch, tmp_path):
     library_messages.quieten()
-    provoke = lambda: LOGGED[logger, beginning](monkeypatch, tmp_path)
+    provoke = lambda: LOGGED[logger, beginning](monkeypatch, tmp_path)  # noqa: E731
     assert heard(provoke) == []
     one = dropped()[logger, beginning]
     monkeypatch.setattr(logging.getLogger(logger), "filters", [])

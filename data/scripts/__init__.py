@@ -5,7 +5,7 @@ Run them from the repository's root, for example `python -m data.scripts.measure
 
 from pathlib import Path
 
-import qlora_helpers
+import qlora_helpers  # noqa: F401  first, since it sets torch's threads and the libraries' messages
 
 ROOT = Path(__file__).resolve().parents[2]  # of the repository
 DATA = ROOT / "data"

@@ -2,9 +2,9 @@
 
 import gc
 
-import ipykernel.zmqshell
+import ipykernel.zmqshell  # noqa: F401  tqdm recognises a notebook by it, so it comes first
 
-import qlora_helpers.training.run
+import qlora_helpers.training.run  # noqa: F401  torch, transformers, peft, trl, bitsandbytes, datasets
 
 gc.collect()
 gc.freeze()

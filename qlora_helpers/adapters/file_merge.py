@@ -78,7 +78,7 @@ def merge_files(base: str | Path, adapter: str | Path, folder: str | Path, overw
                 shutil.copyfile(path, part / path.name)
         for path in files:
             with safe_open(path, framework="pt") as file:
-                keys = [key for key in file.keys() if key in changes]
+                keys = [key for key in file.keys() if key in changes]  # noqa: SIM118 - the file cannot be iterated over
                 for key in keys:
                     change, weight = changes.pop(key), file.get_tensor(key)
                     delta = (change.b.float() @ change.a.float()) * change.scale

@@ -108,7 +108,7 @@ class _Chat:
     def talk(self) -> int:
         if _is_terminal():
             with contextlib.suppress(ImportError):  # not there on Windows, whose console can edit a line itself
-                import readline
+                import readline  # noqa: F401 (gives input() a history)
         refused = False
         while True:
             try:

@@ -118,7 +118,7 @@ def test_the_command_of_the_hub_is_called_hf():
 def test_flash_attention_is_not_installed():
     if "flash-attn" in {name.metadata["Name"] for name in importlib.metadata.distributions()}:
         pytest.skip("flash-attn is installed")
-    model = lambda: AutoModelForCausalLM.from_pretrained(SHIPPED, attn_implementation="flash_attention_2")
+    model = lambda: AutoModelForCausalLM.from_pretrained(SHIPPED, attn_implementation="flash_attention_2")  # noqa: E731
     is_entry("FlashAttention2 has been toggled on, but it cannot be used", seen(model))
 
 
@@ -137,7 +137,7 @@ def test_torchao_is_too_old(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     is_torchao_available.cache_clear()  # else PEFT remembers that it found no torchao
     get_peft_model(four_bit(), LoraConfig(**LORA))  # layers in 4 bits are matched before torchao is looked for
-    in_32_bit = lambda: get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
+    in_32_bit = lambda: get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))  # noqa: E731
     is_entry("Found an incompatible version of torchao", seen(in_32_bit))
 
 
@@ -245,7 +245,7 @@ def test_two_adapters_at_once(tmp_path):
 
 
 def test_a_quantised_model_without_an_adapter(tmp_path):
-    build = lambda: SFTTrainer(four_bit(), settings(tmp_path), train_dataset=CHATS, processing_class=tokenizer())
+    build = lambda: SFTTrainer(four_bit(), settings(tmp_path), train_dataset=CHATS, processing_class=tokenizer())  # noqa: E731
     is_entry("You cannot perform fine-tuning on purely quantized models", seen(build))
 
 
@@ -264,7 +264,7 @@ def test_long_texts_are_cut_in_silence(tmp_path):
     texts = Dataset.from_list([{"text": "a " * 3_000}])
     trainers = []
     args = settings(tmp_path, kind=TrainingArguments)
-    build = lambda: trainers.append(
+    build = lambda: trainers.append(  # noqa: E731
         SFTTrainer(random_llama(), args, train_dataset=texts, processing_class=tokenizer(model_max_length=10_000))
     )
     text = seen(build)
@@ -341,7 +341,7 @@ def test_two_gpus_in_one_process(tmp_path):
     args = settings(tmp_path)
     assert args.n_gpu < 2
     args._n_gpu = 2
-    build = lambda: SFTTrainer(random_llama(), args, train_dataset=CHATS, processing_class=tokenizer())
+    build = lambda: SFTTrainer(random_llama(), args, train_dataset=CHATS, processing_class=tokenizer())  # noqa: E731
     is_entry("SFTTrainer does not support nn.DataParallel", seen(build))
 
 
@@ -392,7 +392,7 @@ def test_nothing_is_trainable(adapter, tmp_path):
     model = PeftModel.from_pretrained(random_llama(), adapter)
     is_entry(heading, seen(lambda: plain_trainer(tmp_path, model).train()))
     layer = torch.nn.Linear(2, 2)  # trainable, but its input requires no gradient
-    checkpoint = lambda: torch.utils.checkpoint.checkpoint(layer, torch.ones(2), use_reentrant=True)
+    checkpoint = lambda: torch.utils.checkpoint.checkpoint(layer, torch.ones(2), use_reentrant=True)  # noqa: E731
     is_entry(heading, seen(checkpoint))
 
 
@@ -428,7 +428,7 @@ def test_label_smoothing_needs_all_logits(tmp_path):
 def test_there_is_no_managed_memory():
     if hasattr(bnb.cextension.lib._lib, "cget_managed_ptr"):
         pytest.skip("this bitsandbytes library has managed memory")
-    page = lambda: bnb.functional.get_paged(8, dtype=torch.float32, device=torch.device("cpu"))
+    page = lambda: bnb.functional.get_paged(8, dtype=torch.float32, device=torch.device("cpu"))  # noqa: E731
     is_entry("The paged optimizer fails: no managed memory", seen(page))
 
 

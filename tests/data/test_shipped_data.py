@@ -166,7 +166,7 @@ def test_a_batch_tells_asks_and_talks_in_the_shares_that_are_said(corpus, tokeni
 def weights():
     """Shape and dtype of every tensor in the shipped file, by name."""
     with safe_open(DATA / "tiny-llama" / "model.safetensors", framework="pt") as file:
-        return {name: (file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()) for name in file.keys()}
+        return {name: (file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
 
 
 def test_the_shapes_of_the_linear_layers_meet_no_fault_of_bitsandbytes(weights):

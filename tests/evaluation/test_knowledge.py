@@ -46,7 +46,7 @@ def test_the_shipped_set_has_wrong_answers_of_the_same_kind():
 
 def test_the_set_is_chosen_by_the_tokenizer(monkeypatch):
     assert knowledge._items_for(TOKENIZER)[1] is knowledge.shipped_items()
-    pieces = lambda texts, **options: {"input_ids": [list(range(len(text))) for text in texts]}
+    pieces = lambda texts, **options: {"input_ids": [list(range(len(text))) for text in texts]}  # noqa: E731
     pieces.unk_token_id = None
     assert knowledge._items_for(pieces) == ("facts of general knowledge", knowledge.general_items())
     monkeypatch.setattr(knowledge, "shipped_items", lambda: (_ for _ in ()).throw(FileNotFoundError("no data")))
@@ -78,7 +78,7 @@ def test_an_item_is_measured_as_by_hand(base, monkeypatch):
 
 def test_a_continuation_is_what_differs_from_the_prompt_even_if_its_last_token_does():
     ids = {"ab": [1, 7], "ab c": [1, 8, 9], "": [1], "text": [1, 4, 5]}
-    tokenizer = lambda texts: {"input_ids": [ids[text] for text in texts]}
+    tokenizer = lambda texts: {"input_ids": [ids[text] for text in texts]}  # noqa: E731
     rows = knowledge._rows([("ab", "c"), ("", "text")], tokenizer)
     assert rows == [
         {"input_ids": [1, 8, 9], "assistant_masks": [0, 1, 1]}, {"input_ids": [1, 4, 5], "assistant_masks": [0, 1, 1]},

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
-import qlora_helpers
+import qlora_helpers  # noqa: F401  before bitsandbytes: it quietens the libraries
 from qlora_helpers.memory.tape import BLOCK
 
 

@@ -358,11 +358,11 @@ def load_libraries(capability: str | None) -> None:
         answers = {"is_available": True, "device_count": 1, "get_device_capability": (int(major), int(minor))}
     answering = {name: lambda *_, answer=answer, **__: answer for name, answer in answers.items()}
     with mock.patch.multiple(torch.cuda, **answering):
-        import bitsandbytes
-        from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer
-        from trl import SFTTrainer
+        import bitsandbytes  # noqa: F401
+        from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer  # noqa: F401
+        from trl import SFTTrainer  # noqa: F401
 
-        import qlora_helpers.models.loading
+        import qlora_helpers.models.loading  # noqa: F401
     if torch.cuda.is_initialized():
         raise SystemExit("importing the libraries has initialised CUDA: no forked process can use the GPU now")
 

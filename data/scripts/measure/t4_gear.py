@@ -189,7 +189,7 @@ def loading_row(folder: str) -> dict:
 
 def child(job: dict) -> None:
     """Measure one row."""
-    import qlora_helpers
+    import qlora_helpers  # noqa: F401  before bitsandbytes: it silences the libraries
 
     if job["gear"] == "t4":
         as_on_a_t4(math_kernel=job["who"] == "recipe")
