@@ -136,7 +136,7 @@ def test_a_run_is_continued_by_its_folder_alone(few, tmp_path, capsys, monkeypat
         (["--model", "Qwen/Qwen2.5-1.5B-Instruct"], "--model='Qwen/Qwen2.5-1.5B-Instruct' needs chats to learn from"),
         (["--data", "none.csv"], "--data='none.csv' is not there: name a file of chats"),
         (["--data", "{few}", "--validation", "none.csv"], "--validation='none.csv' is not there"),
-        (["--data", "one.csv"], "--data: a single chat cannot be held out and trained on"),
+        (["--data", "one.csv"], "--data has one chat that can be used, so none can be held out for validation"),
         (["--data", "{few}", "--validation", "1.5"], "validation=1.5: must be a share of the chats"),
         (["--data", "{few}", "--epochs", "0"], "epochs=0: must be"),
         (["--data", "{few}", "--epochs", "1", "--steps", "2"], "steps=2 and epochs=1: a run has one length"),
