@@ -93,9 +93,8 @@ def read_run_data(request: Request, tokenizer: PreTrainedTokenizerBase, max_leng
     longest, answer_tokens = _counted(training, tokenizer)
     longest_held_out, _ = _counted(held_out, tokenizer)
     longest = max(longest, longest_held_out)
-    if (
-        max_length is not None and longest > max_length
-    ):  # of the shipped chats; those of files are refused with their rows
+    # of the shipped chats; those of files are refused before, with their rows
+    if max_length is not None and longest > max_length:
         raise refuse("max_length", max_length, f"the longest training chat has {longest} tokens. Raise it")
     described |= {
         "data_rows": len(training),

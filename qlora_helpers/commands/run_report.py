@@ -15,7 +15,7 @@ from qlora_helpers.adapters.card import model_card
 from qlora_helpers.commands.command_line import command_line
 from qlora_helpers.commands.run_request import Request
 from qlora_helpers.hardware import Hardware, peak_memory_bytes
-from qlora_helpers.json_files import write_text
+from qlora_helpers.json_files import write_whole
 from qlora_helpers.settings import Settings
 from qlora_helpers.suggestions import FirstChange, first_changes
 from qlora_helpers.units import GIB
@@ -90,7 +90,7 @@ def put_together(
 def write_card(report: dict[str, Any]) -> Path:
     """Write the model card into the folder of what was trained."""
     path = Path(report["adapter_path"], "README.md")
-    write_text(path, model_card(report))
+    write_whole(path, model_card(report))
     return path
 
 

@@ -468,3 +468,16 @@ def test_a_run_of_which_later_checkpoints_are_gone_was_not_stopped_early(few, tm
         load_model(hardware=CPU), folder, Settings(steps=2, batch_size=4, save_steps=1, validation=0.25)
     )[1]
     assert not facts["stopped_early"] and facts["loss_history"] == []
+
+
+def test_a_card_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
+    from qlora_helpers.json_files import write_whole
+
+    path = tmp_path / "README.md"
+    write_whole(path, "é first\n")
+    monkeypatch.setattr("os.replace", stop)  # a kill before the new text has the name
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, "second")
+    assert path.read_text(encoding="utf-8") == "é first\n" and [file.name for file in tmp_path.iterdir()] == [
+        "README.md"
+    ]
