@@ -393,13 +393,15 @@ def _print_suggestions(
     found: SuggestedSettings, settings: Settings, named: dict[str, Any], instead: dict[str, Any]
 ) -> None:
     """Print the settings to start from that the run has, each with its reason; and those that it has instead."""
-    from qlora_helpers.suggestions import shown
+    from qlora_helpers.suggestions import Reason, shown
 
+    rounded = Reason(settings.max_length, "the longest chat, rounded up to a multiple of 8", "")
     # what was held out is said already
     out_of_place = {"validation_rows", *instead, *(ONLY_ADAPTERS if settings.method == "full" else ())}
     if instead.get("epochs") == found.reasons["epochs"].value:
         out_of_place.discard("epochs")
-    reasons = {name: reason for name, reason in found.reasons.items() if name not in out_of_place}
+    reasons = found.reasons | {"max_length": rounded}
+    reasons = {name: reason for name, reason in reasons.items() if name not in out_of_place}
     prediction = None if set(MEMORY_SETTINGS) & instead.keys() else found.prediction
     # that no GPU was named is no news here
     found = replace(found, reasons=reasons, prediction=prediction, notes=found.notes if found.gpu else ())

@@ -49,10 +49,7 @@ def test_a_table_becomes_a_tuned_model_with_a_report_and_a_card(few, tmp_path, c
     assert "3 of the 12 chats are held out for validation; 9 are trained on." in said
     assert "Settings to start from, for tiny-llama (3 million parameters), 9 rows, without a GPU" in said
     assert "learning_rate" in said and "[this course]" in said and "validation_rows" not in said
-    assert (
-        "the longest chat, rounded up to a multiple of 8" in said
-        and "By what the command line names: epochs 2, " in said
-    )
+    assert "the longest chat, rounded up to a multiple of 8" in said and "As you named them: epochs=2\n" in said
     assert "What else it knows: Of 500 facts" in said and f"-m qlora_helpers chat {folder}" in said
 
     report = report_of(folder)
