@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_json", "read_json_if_whole", "write_json", "write_new", "write_text"]
+__all__ = ["read_json", "read_json_if_whole", "write_json", "write_new", "write_whole"]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -38,10 +38,10 @@ def read_json_if_whole(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file; a kill leaves it complete, or as it was."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
-def write_text(path: Path, content: str) -> None:
+def write_whole(path: Path, content: str) -> None:
     """Write a text file in UTF-8; a kill leaves it complete, or as it was."""
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.qlora-new")
     try:

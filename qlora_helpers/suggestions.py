@@ -31,6 +31,7 @@ __all__ = [
     "shown",
     "suggest_settings",
     "validation_rows",
+    "warmup_steps",
 ]
 
 TABLE = Path(__file__).with_name("suggestions.json")
@@ -48,12 +49,13 @@ class Reason(NamedTuple):
 
 
 class FirstChange(NamedTuple):
-    """What to change first when a run goes wrong."""
+    """What to change first when a run goes wrong. `name` is a short one for the symptom, such as "forgets"."""
 
     symptom: str
     change: str
     why: str
     source: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,11 @@ class SuggestedSettings:
 
     def _repr_html_(self) -> str:
         cells = [(name, shown(value), why, source) for name, (value, why, source) in self.reasons.items()]
-        rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in cells)
-        head = "<tr><th>setting</th><th>value</th><th>why</th><th>who says what</th></tr>"
+        left = "style='text-align:left'"
+        rows = "".join(f"<tr>{''.join(f'<td {left}>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in cells)
+        head = "".join(f"<th {left}>{name}</th>" for name in ("setting", "value", "why", "who says what"))
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
-        return f"<p>{html.escape(self.title)}</p><table>{head}{rows}</table>{notes}"
+        return f"<p>{html.escape(self.title)}</p><table><tr>{head}</tr>{rows}</table>{notes}"
 
 
 def suggest_settings(
@@ -186,7 +189,7 @@ def suggest_settings(
 def first_changes() -> list[FirstChange]:
     """What to change first, for each way in which runs mostly go wrong."""
     return [
-        FirstChange(entry["symptom"], entry["change"], entry["why"], _sources_of(entry))
+        FirstChange(entry["symptom"], entry["change"], entry["why"], _sources_of(entry), entry["name"])
         for entry in read_table()["first_changes"]
     ]
 
@@ -205,8 +208,8 @@ def _sources_of(entry: dict[str, Any]) -> str:
 
 
 def _names_in(source: str) -> list[str]:
-    """The names of the sources in a text of `_sources_of`."""
-    return [part.partition(": ")[0] for part in source.split("; ") if part]
+    """The names of the sources in a text of `_sources_of`, each once."""
+    return list(dict.fromkeys(part.partition(": ")[0] for part in source.split("; ") if part))
 
 
 def shown(value: Any) -> str:
@@ -283,9 +286,17 @@ def _choose_the_length(chosen: _Chosen, rows: int) -> int:
     else:
         chosen.take("learning_rate")
     share = chosen.entry("warmup_share")["value"]
-    warmup = min(max(1, round(share * steps)), steps)
-    chosen.take("warmup_steps", warmup, f"{share * 100:g} % of the steps", "warmup_share")
+    chosen.take("warmup_steps", warmup_steps(steps), f"{share * 100:g} % of the steps", "warmup_share")
     return effective
+
+
+def warmup_steps(steps: int) -> int:
+    """How many of so many steps to warm up for.
+
+    Raises:
+        ValueError: `steps` is no positive whole number.
+    """
+    return max(1, round(read_table()["warmup_share"][0]["value"] * validation.whole("steps", steps)))
 
 
 def _rounded(epochs: float) -> float:

@@ -167,10 +167,11 @@ def test_an_empty_answer_is_said_and_not_remembered(model, tokenizer, talk, monk
         ),
     ],
 )
-def test_a_question_that_cannot_be_asked_is_refused_and_not_remembered(talk, question, said):
+def test_a_question_that_cannot_be_asked_is_refused_and_not_remembered(talk, tokenizer, question, said):
     with pytest.raises(ValueError, match="^" + said):
         talk.ask(question)
     assert talk.messages == []
+    assert not tokenizer.deprecation_warnings  # no warning of transformers' beside it
 
 
 def test_a_system_message_that_would_not_reach_the_model_is_refused(model, tokenizer):

@@ -313,6 +313,7 @@ def test_it_is_a_table_in_a_notebook_and_plain_types_for_json():
     found = suggest_settings(QWEN_7B, 500, "t4")
     page = found._repr_html_()
     assert page.count("<tr>") == len(found.reasons) + 1 and "2e-4 for 7B and 13B" in page
+    assert page.count("text-align:left") == page.count("<td ") + page.count("<th ") == 4 * page.count("<tr>")
     assert pretty(found) == str(found)  # in IPython without HTML
     odd = suggest_settings(replace(QWEN_7B, name="<b>"), 500, "t4")
     assert "<b>" not in odd._repr_html_() and "&lt;b&gt;" in odd._repr_html_()

@@ -288,8 +288,16 @@ HELPERS = {
     "08_stability": ("training/spikes", "training/faulty_runs", "training/callbacks"),
     "09_out_of_memory": ("memory/out_of_memory", "memory/timeline", "memory/ladder", "memory/merge_memory"),
     "10_your_own_data": (
-        "chats/files", "chats/report", "chats/templates", "chats/lengths", "chats/split", "suggestions", "training/best",
-        "evaluation/scores", "evaluation/comparison", "evaluation/knowledge",
+        "chats/files",
+        "chats/report",
+        "chats/templates",
+        "chats/lengths",
+        "chats/split",
+        "suggestions",
+        "training/best",
+        "evaluation/scores",
+        "evaluation/comparison",
+        "evaluation/knowledge",
     ),
 }
 

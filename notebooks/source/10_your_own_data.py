@@ -70,8 +70,8 @@ print(same.said)
 check("the same chats", same.chats == table.chats, True, exact=True)
 
 # %% [markdown]
-# The second file is in that form, and has 60 other rows. The third is an export of real conversations, as ShareGPT's. Such a
-# file has faults. By default it is refused as a whole, and each bad row is named with what is wrong:
+# The second file is in that form, and has 60 other rows. The third has the form of ShareGPT's exports, with faults as logs of
+# chats have them. By default such a file is refused as a whole, and each bad row is named with what is wrong:
 
 # %% tags=["nbval-check-output"]
 alpaca = read_file(examples / "people_alpaca.json", tokenizer)
@@ -114,7 +114,7 @@ report = report_on(chats, tokenizer, max_length=64)
 display(report)
 
 # %% [markdown]
-# Its figures are no estimates. By hand:
+# Its figures can be checked by hand:
 
 # %% tags=["nbval-check-output"]
 encoded = tokenized(chats, tokenizer)
@@ -148,8 +148,9 @@ check("the whole chat begins with the prompt", whole[: len(prompt)] == prompt, T
 print("the answer:", unmarked.decode(whole[len(prompt) :]))
 
 # %% [markdown]
-# `tokenized` does that for every answer of every chat. Its marks are those of the template, token by token. Where they could
-# not be (say, a template that changes an earlier answer once another follows), the chat is refused with the reason.
+# `tokenized` does that for every answer of every chat (`qlora_helpers/chats/templates.py`). Its marks are those of the template,
+# token by token. Where a comparison cannot work, as with a template that changes an earlier answer once another follows, the
+# chat is refused with the reason.
 
 # %% tags=["nbval-check-output"]
 by_comparison = tokenized(chats, unmarked)
@@ -268,7 +269,8 @@ plots.show(*plots.loss_curves(few.history, few.validation_history, few.best_step
 
 # %% [markdown]
 # Up to the kept step, both losses fall. After it, only the one of the rows that are trained on does: the run still learns,
-# but nothing that helps with other rows. The model that is returned and saved is the one of the kept step:
+# but nothing that helps with other rows. The model that is returned and saved is the one of the kept step
+# (`qlora_helpers/training/best.py`):
 
 # %% tags=["nbval-check-output"]
 seen, unseen = dict(few.history), dict(few.validation_history)
@@ -282,8 +284,8 @@ check("stopped before the last step", few.stopped_early, True, exact=True)
 # %% [markdown]
 # ## The run
 #
-# The cure for learning by heart is more rows, not other settings. Now all of them, with the settings that were suggested.
-# `validation=0.2` lets `train` hold out the same rows itself; a file's path instead of the share takes that file.
+# The best cure for learning by heart is more rows. Now all of them, with the settings that were suggested. With
+# `validation=0.2`, `train` holds the same rows out itself. In place of the share it also takes a file's path.
 
 # %%
 settings = replace(start.settings, validation=0.2, log_steps=8, eval_steps=16)
@@ -305,8 +307,8 @@ check("lowest validation loss / before the run", lowest / unseen[0], at_most=0.1
 #
 # ## Before and after
 #
-# The held-out rows have chosen the step, so they flatter it a little. The third file has chosen nothing: no run has seen it.
-# The adapter is switched off for "before".
+# The held-out rows have chosen the step, so they flatter it a little. The third file is fresh: no run has seen it, and it has
+# chosen nothing. For "before", the adapter is switched off.
 
 # %%
 with run.model.disable_adapter():
@@ -379,8 +381,8 @@ check("called forgotten or broken", lost.verdict in ("forgotten", "broken"), Tru
 # %% [markdown]
 # ## Talk to it
 #
-# Run the cell, type a question about one of the people, such as "What is the job of Max Hollwood?", and press Enter. Untick the
-# box to let the base answer.
+# Run the cell, type a question about one of the people, such as "What does Marion Birchley feed every day?", and press Enter.
+# Untick the box to let the base answer.
 
 # %%
 from qlora_helpers.course.widgets import chat_widget
@@ -399,9 +401,9 @@ chat_widget(run.model, tokenizer)
 # ```
 #
 # Give `data` and `run` a `--model`, such as `Qwen/Qwen2.5-1.5B-Instruct`; without it they take the shipped one. `run` chooses the
-# settings as above where you name none. It writes a report, and beside the adapter a model card, `README.md`, ready for the Hub:
+# settings as above where you name none. It writes `report.json`, and beside the adapter a model card, `README.md`. The card has
 # the data and what was left out of it, the settings, both loss curves, the scores before and after with sample answers, what was
-# forgotten, how to load it, and its limits. The first of them, on the third file:
+# forgotten, how to load the adapter, and its limits. Here is the first command, on the third file:
 
 # %% tags=["nbval-check-output"]
 from qlora_helpers.__main__ import main

@@ -237,7 +237,11 @@ def _forgotten(kept: Mapping[str, Any] | None) -> list[str]:
     before, after = kept["before"], kept["after"]
     rows = [
         ("right, of 4 choices", *_pair(before, after, "right", ".1%"), f"{kept['facts']:,} {kept['what']}"),
-        ("loss, nats per token", *_pair(before, after, "loss", ".3f"), f"{kept['items']:,} facts and texts"),
+        (
+            "loss, nats per token",
+            *_pair(before, after, "loss", ".3f"),
+            f"{kept['items']:,} facts{' and texts' * (kept['items'] > kept['facts'])}",
+        ),
     ]
     return [_table(rows, ("", "base", "tuned", "on")), _text(" ".join(kept["said"].split()), 2_000)]
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["check_texts", "count_tokens", "faults_for", "lengths_of", "tokenized", "too_long_fault"]
 
 
-def faults_for(tokenizer, chats: dict[int, Chat], max_length: int | None) -> dict[int, str]:
+def faults_for(tokenizer: PreTrainedTokenizerBase, chats: dict[int, Chat], max_length: int | None) -> dict[int, str]:
     """What is wrong with chats for this tokenizer, by their number. Of each the first thing is said."""
     faults = _faults_of_texts(chats, tokenizer)
     good = {number: chat for number, chat in chats.items() if number not in faults}

@@ -13,19 +13,14 @@ from qlora_helpers.decoding import Decoding
 __all__ = ["add_answer_options", "checked_decoding"]
 
 
-def add_answer_options(parser: argparse.ArgumentParser, needed: bool) -> None:
-    """Add the folder to answer from and the options of both commands.
-
-    Args:
-        needed: whether the folder must be named; otherwise it is the latest run's by default.
-    """
+def add_answer_options(parser: argparse.ArgumentParser) -> None:
+    """Add the folder to answer from and the options of both commands."""
     parser.add_argument(
         "adapter",
         metavar="ADAPTER",
-        type=Path,
-        nargs=None if needed else "?",
-        default=LATEST,
-        help=f"folder of a run, an adapter or a model{', such as runs/latest' if needed else ' (default: runs/latest)'}",
+        nargs="?",
+        default=str(LATEST),
+        help="folder of a run, an adapter or a model (default: runs/latest)",
     )
     parser.add_argument(
         "--model",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_helpers import validation
-from qlora_helpers.adapters.tuned import load_tuned
+from qlora_helpers.adapters.tuned import LATEST, load_tuned
 from qlora_helpers.chats.questions import Question, read_questions
 from qlora_helpers.commands.answer_options import add_answer_options, checked_decoding
 from qlora_helpers.visible import harmless
@@ -32,9 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Ask what a run has trained. Standard output has the answers alone; remarks go to standard error. Each question is "
         "asked by itself, without the others."
     )
-    add_answer_options(parser, needed=True)
+    add_answer_options(parser)
     parser.add_argument(
-        "question", metavar="QUESTION", nargs="*", help="one question; several words are joined by blanks"
+        "question",
+        metavar="QUESTION",
+        nargs="*",
+        help="one question; several words are joined by blanks. In quotation marks, it may also stand alone",
     )
     parser.add_argument(
         "--file",
@@ -70,13 +73,11 @@ def command(args: argparse.Namespace) -> int:
     batch_size = validation.whole(
         "--batch-size", int(args.batch_size) if args.batch_size.isdecimal() else args.batch_size
     )
+    if not args.question and not args.file and len(args.adapter.split()) > 1 and not Path(args.adapter).exists():
+        args.question, args.adapter = [args.adapter], str(LATEST)  # several words, so it is no folder that is mistyped
     if args.question and args.file:
         raise ValueError("--file: pass a question or a file of questions, not both")
     if not args.question and not args.file:
-        if not args.adapter.exists():
-            raise ValueError(
-                f"{str(args.adapter)!r} is no folder: the folder comes first, such as runs/latest, and then the question"
-            )
         raise ValueError("there is no question: put one behind the folder, or name a file with --file")
     decoding = checked_decoding(args, base=args.base)
     if args.to:

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.description = "Talk to what a run has trained. Each answer appears as it is generated."
     parser.epilog = "In the chat, /help lists the commands."
-    add_answer_options(parser, needed=False)
+    add_answer_options(parser)
     parser.add_argument(
         "--compare",
         action="store_true",

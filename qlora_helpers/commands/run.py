@@ -34,6 +34,7 @@ from qlora_helpers.training.run_folder import (  # none needs torch
     steps_saved,
 )
 from qlora_helpers.units import in_words
+from qlora_helpers.validation import refuse
 
 if TYPE_CHECKING:
     from qlora_helpers.commands.run_data import RunData
@@ -200,10 +201,8 @@ def _begun_at(folder: Path) -> int | None:
 
 def _how_to_continue(args: argparse.Namespace, begun: bool) -> str:
     """The command line that goes on where this one was stopped."""
-    if args.resume or not begun:
+    if args.resume or not (begun and read_record(args.output)):
         return command_line(*args.typed)
-    if not read_record(args.output):
-        return command_line(*args.typed, "--resume")
     # the record says what was asked for
     return command_line("run", "--resume", "--output", args.output, *["--ignore-memory"] * args.ignore_memory)
 
@@ -258,12 +257,17 @@ def _load_and_run(plan: _Plan) -> int:
     print("Loading the libraries …", flush=True)
     from qlora_helpers import evaluation
     from qlora_helpers.commands.run_data import read_run_data
-    from qlora_helpers.commands.run_report import ask, print_report, put_together, write_card
+    from qlora_helpers.commands.run_report import ask, print_report, put_together, what_to_change, write_card
     from qlora_helpers.hardware import detect
     from qlora_helpers.models.loading import load_model, load_tokenizer
 
     request, hardware = plan.request, detect()
-    tokenizer, shape = load_tokenizer(request.model), _shape_of(request.model)
+    tokenizer = load_tokenizer(request.model)
+    if not tokenizer.chat_template:
+        raise refuse(
+            "--model", request.model, "it has no chat template. Name one that was made for chats, often -Instruct"
+        )
+    shape = _shape_of(request.model)
     length, seed = _length_and_seed(plan, shape)
     data = read_run_data(request, tokenizer, length, seed)
     settings = _settings(plan, data, shape, hardware)
@@ -281,6 +285,7 @@ def _load_and_run(plan: _Plan) -> int:
     kept = evaluation.forgetting(model, tokenizer, known)
     report = put_together(request, data, settings, hardware, prediction, scores, kept)
     report |= {"bytes_by_part": parts, **facts, "total_seconds": time.perf_counter() - started}
+    report["first_changes"] = [change._asdict() for change in what_to_change(report, scores, kept)]
     write_card(report)
     write_json(plan.folder / REPORT, report)  # comes last, since it says that the run is finished
     print_report(report, plan.folder / REPORT, scores, kept)
@@ -317,31 +322,42 @@ def _settings(plan: _Plan, data: RunData, shape: ModelShape | None, hardware: Ha
     length = named.get("max_length") or _rounded_up(data.longest, shape)
     if shape is None:
         print("Settings are those of the course's usual run on a GPU: none can be suggested without the model's shape.")
-        usual = replace(GPU_RUN, learning_rate=2e-4, max_length=length, steps=None, epochs=3, warmup_steps=None)
-        return replace(usual, **_instead(named, usual, 3), save_steps=SAVE_STEPS).for_rows(rows)
-    from qlora_helpers.suggestions import Reason
-
+        usual = replace(GPU_RUN, learning_rate=2e-4, max_length=length)
+        return _with(usual, _instead(named, usual, 3) | {"steps": None, "epochs": 3} | named, rows)
     found = _suggested(shape, rows, hardware, length, data.answer_tokens, plan.ignore_memory)
-    longest = Reason(length, f"the longest chat has {data.longest:,} tokens; rounded up to a multiple of 8", "")
-    found = replace(found, reasons=found.reasons | {"max_length": longest})
     instead = _instead(named, found.settings, found.reasons["epochs"].value)
-    settings = replace(found.settings, **instead, save_steps=SAVE_STEPS).for_rows(rows)
+    settings = _with(found.settings, instead, rows)
     _print_suggestions(found, settings, named, instead)
+    return settings
+
+
+def _with(base: Settings, instead: dict[str, Any], rows: int) -> Settings:
+    """Settings with others in their place, and the warm-up that the steps want which this comes to."""
+    from qlora_helpers.suggestions import warmup_steps
+
+    settings = replace(base, **instead, save_steps=SAVE_STEPS).for_rows(rows)
+    if instead.get("warmup_steps", 0) is None:
+        settings = replace(settings, warmup_steps=warmup_steps(settings.steps))
     return settings
 
 
 def _instead(named: dict[str, Any], base: Settings, epochs: float) -> dict[str, Any]:
     """The settings that take the place of those to start from: those that are named, and what goes with them."""
-    instead: dict[str, Any] = {}
-    if {"steps", "epochs"} & named.keys():
-        instead |= {"steps": None, "epochs": None, "warmup_steps": None}
-    elif {"batch_size", "accumulation"} & named.keys():  # with other batches, as many epochs are other steps
-        instead |= {"steps": None, "epochs": epochs, "warmup_steps": None}
-    if {"batch_size", "accumulation"} & named.keys():
-        instead |= {"batch_size": 1, "accumulation": 1}
+    instead: dict[str, Any] = _batch(base, named)
+    if instead or {"steps", "epochs"} & named.keys():  # the steps are counted anew, for the batch that is named
+        instead |= {"steps": None, "epochs": None if "steps" in named else epochs, "warmup_steps": None}
     if named.get("method") == "full":  # adapters want ten times the rate (LoRA Without Regret, Thinking Machines 2025)
         instead["learning_rate"] = base.learning_rate / 10
     return instead | named
+
+
+def _batch(base: Settings, named: dict[str, Any]) -> dict[str, int]:
+    """The split of the suggested effective batch where a part of it is named, as near as it comes; {} where none is."""
+    if not {"batch_size", "accumulation"} & named.keys():
+        return {}
+    effective = base.batch_size * base.accumulation
+    size = named.get("batch_size", min(base.batch_size, max(1, effective // named.get("accumulation", 1))))
+    return {"batch_size": size, "accumulation": named.get("accumulation", max(1, effective // size))}
 
 
 def _rounded_up(tokens: int, shape: ModelShape | None) -> int:
@@ -377,13 +393,15 @@ def _print_suggestions(
     found: SuggestedSettings, settings: Settings, named: dict[str, Any], instead: dict[str, Any]
 ) -> None:
     """Print the settings to start from that the run has, each with its reason; and those that it has instead."""
-    from qlora_helpers.suggestions import shown
+    from qlora_helpers.suggestions import Reason, shown
 
+    rounded = Reason(settings.max_length, "the longest chat, rounded up to a multiple of 8", "")
     # what was held out is said already
     out_of_place = {"validation_rows", *instead, *(ONLY_ADAPTERS if settings.method == "full" else ())}
     if instead.get("epochs") == found.reasons["epochs"].value:
         out_of_place.discard("epochs")
-    reasons = {name: reason for name, reason in found.reasons.items() if name not in out_of_place}
+    reasons = found.reasons | {"max_length": rounded}
+    reasons = {name: reason for name, reason in reasons.items() if name not in out_of_place}
     prediction = None if set(MEMORY_SETTINGS) & instead.keys() else found.prediction
     # that no GPU was named is no news here
     found = replace(found, reasons=reasons, prediction=prediction, notes=found.notes if found.gpu else ())
@@ -508,7 +526,7 @@ def _trained_before(model, folder: Path, settings: Settings) -> tuple:
     """
     from qlora_helpers.adapters.files import describe, load_adapter
     from qlora_helpers.models.loading import load_model
-    from qlora_helpers.training.best import best_of
+    from qlora_helpers.training.best import best_of, patience_ended
     from qlora_helpers.training.checkpoints import VALIDATION_LOSS, log_history, logged
 
     saved = folder / RESULT[settings.method]
@@ -521,7 +539,7 @@ def _trained_before(model, folder: Path, settings: Settings) -> tuple:
     last = next(iter(complete_checkpoints(folder)), None)
     log = log_history(last) if last else []
     validation_history = logged(log, VALIDATION_LOSS)
-    stopped_early = bool(validation_history) and step_of(last) < settings.steps
+    stopped_early = patience_ended(validation_history, settings.patience) and step_of(last) < settings.steps
     at_its_end = bool(last) and (step_of(last) == settings.steps or stopped_early)
     best = best_of(validation_history)
     return model, {

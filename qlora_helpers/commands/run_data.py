@@ -26,6 +26,7 @@ from qlora_helpers.commands.reading_options import read_and_say, settled
 from qlora_helpers.commands.run_request import SUGGESTED, Request
 from qlora_helpers.paths import data_path
 from qlora_helpers.suggestions import validation_rows
+from qlora_helpers.validation import refuse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +74,7 @@ def read_run_data(request: Request, tokenizer: PreTrainedTokenizerBase, max_leng
             "with --max-length"
         )
     if request.data is None:
-        training = read_file(data_path("chats", "train.jsonl"), tokenizer, max_length).chats
+        training = read_file(data_path("chats", "train.jsonl"), tokenizer).chats
         described: dict[str, Any] = {}
     else:
         training, described = _read(request.data, request, tokenizer, max_length)
@@ -95,6 +96,9 @@ def read_run_data(request: Request, tokenizer: PreTrainedTokenizerBase, max_leng
     longest, answer_tokens = _counted(training, tokenizer)
     longest_held_out, _ = _counted(held_out, tokenizer)
     longest = max(longest, longest_held_out)
+    # of the shipped chats; those of files are refused before, with their rows
+    if max_length is not None and longest > max_length:
+        raise refuse("max_length", max_length, f"the longest training chat has {longest} tokens. Raise it")
     described |= {
         "data_rows": len(training),
         "data_answer_tokens": answer_tokens,

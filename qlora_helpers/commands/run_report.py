@@ -15,23 +15,30 @@ from qlora_helpers.adapters.card import model_card
 from qlora_helpers.commands.command_line import command_line
 from qlora_helpers.commands.run_request import Request
 from qlora_helpers.hardware import Hardware, peak_memory_bytes
-from qlora_helpers.json_files import write_text
+from qlora_helpers.json_files import write_whole
 from qlora_helpers.settings import Settings
+from qlora_helpers.suggestions import FirstChange, first_changes
 from qlora_helpers.units import GIB
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from qlora_helpers.commands.run_data import RunData
     from qlora_helpers.evaluation import Comparison, Kept, Scores
     from qlora_helpers.memory import Prediction
 
-__all__ = ["ask", "peak_memory", "print_report", "put_together", "reset_peak_memory", "write_card"]
+__all__ = ["ask", "peak_memory", "print_report", "put_together", "reset_peak_memory", "what_to_change", "write_card"]
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 CURVE = 10  # evaluations that are printed
 WIDTH = 100  # columns of a text
+HARDLY = 0.9  # a training loss that has not fallen to this share of its first value has hardly fallen
 
 
-def ask(model, tokenizer, data: RunData, when: str) -> Scores | None:
+def ask(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, data: RunData, when: str
+) -> Scores | None:
     """How a model does on the chats that are asked; None if there are none.
 
     Args:
@@ -47,6 +54,7 @@ def ask(model, tokenizer, data: RunData, when: str) -> Scores | None:
 def reset_peak_memory() -> None:
     """Measure the peak of the GPU's memory from now on."""
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what the questions before have left would be counted as the training's
         torch.cuda.reset_peak_memory_stats()
 
 
@@ -83,8 +91,22 @@ def put_together(
 def write_card(report: dict[str, Any]) -> Path:
     """Write the model card into the folder of what was trained."""
     path = Path(report["adapter_path"], "README.md")
-    write_text(path, model_card(report))
+    write_whole(path, model_card(report))
     return path
+
+
+def what_to_change(report: dict[str, Any], scores: Comparison | None, kept: Kept) -> list[FirstChange]:
+    """What to change first, by what the figures of a run say went wrong; [] if they say nothing of the kind."""
+    wrong = {"broken": "diverges", "forgotten": "forgets"}
+    names = [wrong[kept.verdict]] if kept.verdict in wrong else []
+    history, training = report["validation_history"], report["loss_history"]
+    fell = not history or min(loss for _, loss in history[1:]) < history[0][1]  # a run ends with an evaluation
+    if not fell or (scores and scores.loss_change and scores.loss_change.mean >= -scores.loss_change.half):
+        learned = training and training[-1][1] < HARDLY * training[0][1]
+        names.append("overfits" if learned else "hardly learns")
+    if scores and scores.after.cut_off > len(scores.after.rows) / 2:
+        names.append("never ends")
+    return [change for change in first_changes() if change.name in names]
 
 
 def print_report(report: dict[str, Any], path: Path, scores: Comparison | None, kept: Kept) -> None:
@@ -105,6 +127,9 @@ def print_report(report: dict[str, Any], path: Path, scores: Comparison | None, 
         print("\n" + textwrap.fill(f"As said before training: {warning}.", WIDTH))
     if report["validation_history"]:
         print(f"\n{_curve(report)}")
+    for change in report["first_changes"]:
+        text = f"{change['symptom']}: {change['change']} ({change['why']})."
+        print(f"\n{textwrap.fill(f'What to change first where {text}', 100)}")
     seconds, peak = report["train_seconds"], report["peak_memory_bytes"]
     gone = "not known: the run was stopped before its report"
     where = "main memory" if report["gear"] == "cpu" else "GPU memory, reserved by torch"

@@ -10,7 +10,7 @@ from dataclasses import fields
 
 from qlora_helpers.settings import Settings
 
-__all__ = ["TYPES", "add_settings", "as_words", "given", "number_or_text", "option_of"]
+__all__ = ["TYPES", "add_settings", "given", "number_or_text", "option_of"]
 
 TYPES = {field.name: field.type for field in fields(Settings)}
 
@@ -63,14 +63,3 @@ def add_settings(parser: argparse.ArgumentParser, names: Iterable[str], defaults
 def given(args: argparse.Namespace) -> dict[str, object]:
     """The fields of `Settings` that the command line names, with their values."""
     return {name: value for name, value in vars(args).items() if name in TYPES}
-
-
-def as_words(changed: dict[str, object]) -> list[str]:
-    """Fields as typed on the command line, such as ["--steps", "50", "--no-double-quant"]."""
-    words = []
-    for name, value in changed.items():
-        if TYPES[name] is bool:
-            words.append(option_of(name) if value else option_of(f"no_{name}"))
-        else:
-            words += [option_of(name), ",".join(value) if isinstance(value, list | tuple) else str(value)]
-    return words

@@ -55,7 +55,7 @@ def prompts_of(questions: list[Chat], tokenizer: PreTrainedTokenizerBase) -> lis
         tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True) for question in questions
     ]
     # the template has already added the BOS token: adding special tokens would double it
-    # verbose: without a warning about what is longer than the model takes, which is refused in our words
+    # verbose: transformers warns of a chat that is longer than the context, which the callers refuse themselves
     return tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"] if rendered else []
 
 

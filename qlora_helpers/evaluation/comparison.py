@@ -68,13 +68,16 @@ class Comparison:
         ]
         if before.exact_match is not None:
             chance = "more than chance" if self.exact_match_chance < 0.05 else "may be chance"
+            chance = f"{chance} (p = {self.exact_match_chance:.2g})"
+            pairs = zip(before.rows, after.rows, strict=True)
+            if all(one.exact == other.exact for one, other in pairs if one.short):
+                chance = "none became right or wrong"
             found.append(
                 (
                     "exact match",
                     _plus_minus(before.exact_match, before.exact_match_error, ".1%"),
                     _plus_minus(after.exact_match, after.exact_match_error, ".1%"),
-                    f"{before.short_rows:,} answers of one line of up to {SHORT_ANSWER} characters; {chance} "
-                    f"(p = {self.exact_match_chance:.2g})",
+                    f"{before.short_rows:,} answers of one line of up to {SHORT_ANSWER} characters; {chance}",
                 )
             )
         if before.overlap is not None:
@@ -112,17 +115,16 @@ class Comparison:
         printer.text(str(self))  # where IPython shows no HTML
 
     def _repr_html_(self) -> str:
-        head = "<tr><th></th><th>before</th><th>after</th><th></th></tr>"
-        rows = "".join(f"<tr><th>{what}</th>{_cells(*values)}</tr>" for what, *values in self.lines())
+        head = f"<tr>{_cells('', 'before', 'after', '', kind='th')}</tr>"
+        rows = "".join(f"<tr>{_cells(what, kind='th')}{_cells(*values)}</tr>" for what, *values in self.lines())
         # mathjax_ignore: else a notebook takes what stands between two dollars for a formula
         parts = [
             f"<div class='mathjax_ignore tex2jax_ignore'><table>{head}{rows}</table><p>± is one standard error.</p>"
         ]
         for title, examples in self._parts():
-            head = "".join(f"<th>{name}</th>" for name in ("chat", "question", "right", "before", "after"))
+            head = _cells("chat", "question", "right", "before", "after", kind="th")
             rows = "".join(
-                f"<tr><td>{example.number}</td>"
-                f"{_cells(example.question, example.right, example.before, example.after)}</tr>"
+                f"<tr>{_cells(str(example.number), example.question, example.right, example.before, example.after)}</tr>"
                 for example in examples
             )
             parts.append(f"<p>{html.escape(title)}</p><table><tr>{head}</tr>{rows}</table>")
@@ -218,7 +220,8 @@ def _block(start: str, text: str) -> list[str]:
     ) or [start.rstrip()]
 
 
-def _cells(*texts: str) -> str:
+def _cells(*texts: str, kind: str = "td") -> str:
+    """Cells of a table, on the left, where JupyterLab would put them on the right."""
     return "".join(
-        f"<td style='text-align:left'>{html.escape(shortened(visible(text), LONGEST))}</td>" for text in texts
+        f"<{kind} style='text-align:left'>{html.escape(shortened(visible(text), LONGEST))}</{kind}>" for text in texts
     )

@@ -41,7 +41,7 @@ SHIPPED_FACTS, WRONG_ANSWERS = 500, 3
 _MEANING = {
     "broken": "The loss is no longer a finite number: the trained model is broken.",
     "forgotten": "It has forgotten some of what its base knew.",
-    "less sure": "It still gets the facts right, and is less sure of {what} than its base was.",
+    "less sure": "It gets about as many facts right as its base did, and is less sure than that was.",
     "kept": "Nothing was forgotten that this set can show.",
 }
 
@@ -80,7 +80,7 @@ class KnownItem:
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What one model knows of the set. Each error is a standard error.
+    """What one model knows of the set. Each error is a standard error; None where all facts are right, or none is.
 
     Attributes:
         what: the set, in words.
@@ -114,8 +114,8 @@ class Knowledge:
         return sum(self.choices) / len(self.choices)
 
     @property
-    def right_error(self) -> float:
-        return standard_error(self.right, len(self.choices))
+    def right_error(self) -> float | None:
+        return standard_error(self.right, len(self.choices)) if 0 < self.right < 1 else None
 
     def as_dict(self) -> dict[str, Any]:
         """The figures for a JSON file; None where one is not a finite number."""
@@ -155,17 +155,18 @@ class Kept:
 
     def __str__(self) -> str:
         before, after, change = self.before, self.after, self.loss_change
-        worth = "more than" if self.chance < 0.05 else "no more than"
+        worth = f"{'more' if self.chance < 0.05 else 'no more'} than chance (p = {self.chance:.2g})"
+        worth = "none has changed" if before.choices == after.choices else worth
         rose = "no more than noise" if change.is_noise else "more than noise"
         texts = len(after.items) - len(after.choices)
         on = f", on these and {texts} short texts," if texts else ""
         figures = (
-            f"Of {len(after.choices)} {before.what}, {sum(after.choices)} are right ({after.right:.1%}), and "
-            f"{sum(before.choices)} before training ({before.right:.1%}): {worth} chance (p = {self.chance:.2g}). The loss{on} "
-            f"went from {before.loss:.3f} to {after.loss:.3f} nats per token ({change.mean:+.2g} ± {change.half:.2g}, 95 % "
-            f"interval): {rose}."
+            f"Of {len(after.choices)} {before.what}, {sum(before.choices)} were right before training ({before.right:.1%}) "
+            f"and {sum(after.choices)} are right after it ({after.right:.1%}): {worth}. The loss{on} went from "
+            f"{before.loss:.3f} to {after.loss:.3f} nats per token ({change.mean:+.2g} ± {change.half:.2g}, 95 % interval): "
+            f"{rose}."
         )
-        return f"{figures}\n{_MEANING[self.verdict].format(what='them and of plain text' if texts else 'them')}"
+        return f"{figures}\n{_MEANING[self.verdict]}"
 
     def as_dict(self) -> dict[str, Any]:
         """All of it for a JSON file, item by item. `loss_change` is [mean, half its interval's width]."""

@@ -89,7 +89,9 @@ class Scores:
 
     @property
     def exact_match_error(self) -> float | None:
-        return standard_error(self.exact_match, self.short_rows) if self.short_rows > 1 else None
+        """None also where no answer or each of them is right: the formula would say 0, as if nothing were left to chance."""
+        known = self.short_rows > 1 and 0 < self.exact_match < 1
+        return standard_error(self.exact_match, self.short_rows) if known else None
 
     @property
     def long_rows(self) -> int:

@@ -197,7 +197,13 @@ def test_a_question_that_the_model_cannot_take_is_named_by_its_line(call, tmp_pa
     assert code == 2 and "error: system='Be brief.': this model's chat template takes no system message" in err
 
 
-def test_a_question_in_the_place_of_the_folder_is_told_apart(capsys):
-    assert main(["ask", "Who is it?"]) == 2
-    said = "error: 'Who is it?' is no folder: the folder comes first, such as runs/latest, and then the question\n"
-    assert capsys.readouterr().err == said
+def test_without_a_folder_the_latest_run_is_asked(call, loaded, monkeypatch, capsys, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "latest").symlink_to(ADAPTER)
+    assert main(["ask", QUESTION]) == 0
+    assert capsys.readouterr().out == f"{RIGHT}\n"
+    (tmp_path / "q.txt").write_text(f"{QUESTION}\n", encoding="utf-8")
+    assert main(["ask", "--file", "q.txt"]) == 0
+    assert capsys.readouterr().out == f"{RIGHT}\n"
+    assert main(["ask", "runs/tlaest"]) == 2  # a single word may be a folder that is mistyped
+    assert "there is no question" in capsys.readouterr().err

@@ -26,15 +26,15 @@ QUESTION, RIGHT = "What does Carl Kirkcroft play in a band?", "Carl Kirkcroft pl
 # the adapter answers slowly, without an end, and with a command to the terminal in its answer
 SLOW = """
 import sys, time
+import torch
 from peft import PeftModelForCausalLM
-from qlora_helpers import conversation
 from qlora_helpers.__main__ import main
 
 def generate(self, streamer, **options):
     streamer.put(None)
     while True:
         for id in streamer.tokenizer("the harp \\x1b[31m", add_special_tokens=False)["input_ids"]:
-            streamer.put(conversation.torch.tensor([id]))
+            streamer.put(torch.tensor([id]))
             time.sleep(0.01)
 
 PeftModelForCausalLM.generate = generate

@@ -2,19 +2,26 @@
 
 import json
 import math
-import re
 import shutil
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from qlora_helpers import evaluation
 from qlora_helpers.__main__ import main
 from qlora_helpers.commands import run as run_command
 from qlora_helpers.commands import run_data
+from qlora_helpers.commands.run_report import reset_peak_memory, what_to_change
 from qlora_helpers.commands.run_request import Request
+from qlora_helpers.models.loading import load_model
 from qlora_helpers.paths import data_path
+from qlora_helpers.settings import Settings
+from qlora_helpers.statistics import Interval
+from qlora_helpers.suggestions import warmup_steps
 from qlora_helpers.training.interrupts import Interrupted
+from tests.support.short_runs import CPU
 
 PEOPLE = data_path("examples", "people.csv")
 
@@ -47,6 +54,7 @@ def test_a_table_becomes_a_tuned_model_with_a_report_and_a_card(few, tmp_path, c
     before, after = said.split("Training for")
     assert "Warning: the words are spelled out.\n" in before
     assert "As said before training: the words are spelled out.\n" in after
+    assert "the longest chat, rounded up to a multiple of 8" in said and "As you named them: epochs=2\n" in said
     assert "What else it knows: Of 500 facts" in said and f"-m qlora_helpers chat {folder}" in said
 
     report = report_of(folder)
@@ -54,6 +62,12 @@ def test_a_table_becomes_a_tuned_model_with_a_report_and_a_card(few, tmp_path, c
     assert of_the_data == ["few.csv", "question-answer", 9, 3]
     per_epoch = -(-9 // report["settings"]["batch_size"])
     assert report["settings"]["steps"] == 2 * per_epoch and report["settings"]["epochs"] is None
+    assert report["settings"]["warmup_steps"] == warmup_steps(2 * per_epoch) < per_epoch
+    changes = {change["name"]: change for change in report["first_changes"]}
+    assert set(changes) <= {"overfits", "hardly learns", "forgets", "never ends"}
+    assert all(
+        f"What to change first where {change['symptom']}" in " ".join(said.split()) for change in changes.values()
+    )
     assert report["scores"]["after"]["rows"] == report["test_rows"] == 3
     assert report["validation_history"][0][0] == 0 and report["best_step"] in dict(report["validation_history"])
     assert report["predicted_memory_bytes"] is None and report["peak_memory_bytes"] > 2**28
@@ -125,6 +139,7 @@ def test_a_run_is_continued_by_its_folder_alone(few, tmp_path, capsys, monkeypat
         (["--model", "Qwen/Qwen2.5-1.5B-Instruct"], "--model='Qwen/Qwen2.5-1.5B-Instruct' needs chats to learn from"),
         (["--data", "none.csv"], "--data='none.csv' is not there: name a file of chats"),
         (["--data", "{few}", "--validation", "none.csv"], "--validation='none.csv' is not there"),
+        (["--data", "one.csv"], "--data has one chat that can be used, so none can be held out for validation"),
         (["--data", "{few}", "--validation", "1.5"], "validation=1.5: must be a share of the chats"),
         (["--data", "{few}", "--epochs", "0"], "epochs=0: must be"),
         (["--data", "{few}", "--epochs", "1", "--steps", "2"], "steps=2 and epochs=1: a run has one length"),
@@ -143,6 +158,7 @@ def test_a_run_is_continued_by_its_folder_alone(few, tmp_path, capsys, monkeypat
 def test_what_cannot_be_done_is_refused_before_anything_is_asked(options, said, few, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluation, "score", None)  # asking would fail
+    (tmp_path / "one.csv").write_text("question,answer\nWho?,Ann.\n", encoding="utf-8")
     assert main(["run", "--output", "out", *[option.format(few=few) for option in options]]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and said in err
@@ -201,11 +217,10 @@ def up_to_loading(tmp_path, capsys, monkeypatch):
 def test_what_is_named_takes_the_place_of_what_is_suggested(few, up_to_loading):
     usual = up_to_loading("--data", few)
     assert "1 of the 12 chats is held out for validation; 11 are trained on." in usual
-    assert re.search(r"max_length +24  the longest chat has \d+ tokens; rounded up to a multiple of 8\n", usual)
     assert "this course, this course" not in usual and "As you named them" not in usual
     assert usual.endswith("To change a setting, name it, as in --seed 1.\n")
     said = up_to_loading("--data", few, "--epochs", 2, "--rank", 4, "--validation", "none")
-    assert "As you named them: epochs=2, rank=4\nWhat goes with them: steps=6, warmup_steps=6\n" in said
+    assert "As you named them: epochs=2, rank=4\nWhat goes with them: steps=6, warmup_steps=1\n" in said
     lines = [line.split()[0] for line in said.splitlines() if line and not line.startswith(" ")]
     assert "learning_rate" in lines and not {"epochs", "steps", "rank"} & set(lines)
 
@@ -216,10 +231,10 @@ def test_another_batch_is_trained_for_as_many_epochs(few, up_to_loading):
         next(float(line.split()[1]) for line in usual.splitlines() if line.startswith(name))
         for name in ("epochs", "batch_size")
     )
-    assert batch > 1
-    said = up_to_loading("--data", few, "--batch-size", 1, "--validation", "none")
-    steps = math.ceil(epochs * 12)
-    assert f"What goes with them: steps={steps}, warmup_steps=15, accumulation=1\n" in said and "\nepochs " in said
+    assert batch == 4
+    said = up_to_loading("--data", few, "--batch-size", 2, "--validation", "none")
+    steps = math.ceil(epochs * 12 / 4)
+    assert f"What goes with them: accumulation=2, steps={steps}, warmup_steps=3\n" in said and "\nepochs " in said
 
 
 def test_all_weights_are_trained_at_a_tenth_of_the_rate(few, up_to_loading):
@@ -301,6 +316,14 @@ def test_a_chat_whose_answers_cannot_be_marked_is_a_bad_row(few, tmp_path, capsy
     err = capsys.readouterr().err
     assert "chats.jsonl, line 2: the chat template changes earlier messages" in err and "--on-bad drop" in err
     assert "1 row of chats.jsonl cannot be used, and are left out:" in up_to_loading(*options, "--on-bad", "drop")
+
+
+def test_a_model_without_a_chat_template_is_refused_by_name(few, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(data_path("tiny-llama"), model)
+    (model / "chat_template.jinja").unlink()
+    assert main(["run", "--data", str(few), "--model", str(model), "--output", str(tmp_path / "out")]) == 2
+    assert f"error: --model={str(model)!r}: it has no chat template. Name one" in capsys.readouterr().err
 
 
 def test_rules_for_reading_need_a_file(tmp_path, capsys):
@@ -395,3 +418,79 @@ def test_a_model_s_folder_may_lie_elsewhere_now(few, tmp_path, resumed, capsys):
     assert main(["run", "--resume", "--output", "out"]) == 2
     assert f"--data={str(few)!r} is not there: name a file of chats" in capsys.readouterr().err
     assert resumed("--data", "moved.csv").data == str(tmp_path / "moved.csv")
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ({}, (54 * 10 / 4 + 5, 4, 1)),
+        ({"batch_size": 2}, (140, 2, 2)),  # the effective batch stays, and so does what a run sees
+        ({"accumulation": 4}, (140, 1, 4)),
+        ({"batch_size": 54}, (10, 54, 1)),  # ten epochs are ten steps
+        ({"batch_size": 2, "accumulation": 3, "epochs": 2}, (18, 2, 3)),
+        ({"steps": 40}, (40, 4, 1)),
+    ],
+)
+def test_what_is_named_changes_what_goes_with_it(named, said):
+    request = run_command.Request(data="people.csv", settings=named)
+    data = SimpleNamespace(training=[None] * 54, longest=23, answer_tokens=397)
+    plan = run_command._Plan(request, PEOPLE.parent, run_command._Begin.NEW)
+    found = run_command._settings(plan, data, run_command._shape_of("tiny-llama"), CPU)
+    assert (found.steps, found.batch_size, found.accumulation) == said
+    assert found.warmup_steps == warmup_steps(found.steps) == max(1, round(found.steps / 10))
+
+
+def report_and_scores(validation, training, cut_off=0, change=(-1.0, 0.1)):
+    report = {"validation_history": list(enumerate(validation)), "loss_history": list(enumerate(training, start=1))}
+    after = SimpleNamespace(cut_off=cut_off, rows=[None] * 4)
+    return report, SimpleNamespace(after=after, loss_change=Interval(*change, 4))
+
+
+@pytest.mark.parametrize(
+    ("measured", "verdict", "names"),
+    [
+        (report_and_scores([3.0, 2.0], [3.0, 1.0]), "kept", []),
+        (report_and_scores([], [3.0, 1.0]), "less sure", []),
+        (report_and_scores([3.0, 3.1], [3.0, 1.0]), "kept", ["overfits"]),
+        (report_and_scores([3.0, 3.0], [3.0, 2.9]), "kept", ["hardly learns"]),
+        (report_and_scores([3.0, 2.9], [3.0, 2.9], change=(-0.1, 0.2)), "kept", ["hardly learns"]),
+        (report_and_scores([3.0, 2.0], [3.0, 1.0], cut_off=3), "forgotten", ["never ends", "forgets"]),
+        (report_and_scores([3.0, 2.0], [3.0, 1.0], cut_off=2), "broken", ["diverges"]),
+    ],
+)
+def test_a_bad_figure_names_what_to_change_first(measured, verdict, names):
+    assert [change.name for change in what_to_change(*measured, SimpleNamespace(verdict=verdict))] == names
+
+
+def test_the_peak_of_the_training_is_not_that_of_the_questions_before(monkeypatch):
+    called = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: called.append("empty"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: called.append("reset"))
+    reset_peak_memory()
+    assert called == ["empty", "reset"]
+
+
+def test_a_run_of_which_later_checkpoints_are_gone_was_not_stopped_early(few, tmp_path, monkeypatch):
+    """Its report is made anew from what is there."""
+    folder = tmp_path / "out"
+    monkeypatch.setattr(run_command, "SAVE_STEPS", 1)
+    assert main(["run", "--data", str(few), "--output", str(folder), "--steps", "2", "--validation", "0.25"]) == 0
+    shutil.rmtree(folder / "checkpoint-2")
+    facts = run_command._trained_before(
+        load_model(hardware=CPU), folder, Settings(steps=2, batch_size=4, save_steps=1, validation=0.25)
+    )[1]
+    assert not facts["stopped_early"] and facts["loss_history"] == []
+
+
+def test_a_card_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
+    from qlora_helpers.json_files import write_whole
+
+    path = tmp_path / "README.md"
+    write_whole(path, "é first\n")
+    monkeypatch.setattr("os.replace", stop)  # a kill before the new text has the name
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, "second")
+    assert path.read_text(encoding="utf-8") == "é first\n" and [file.name for file in tmp_path.iterdir()] == [
+        "README.md"
+    ]

@@ -37,11 +37,12 @@ def test_the_changes_are_paired_row_by_row():
     assert found.overlap_change is None
     lines = {line[0]: line[1:] for line in found.lines()}
     assert (
-        lines["exact match"][:2] == ("0.0% ± 0.0%", "75.0% ± 15.3%")
+        lines["exact match"][:2] == ("0.0%", "75.0% ± 15.3%")
         and "more than chance (p = 0.031)" in lines["exact match"][2]
     )
     assert lines["cut off"][:2] == ("8", "0") and lines["loss"][0].startswith("2.175 ± ")
-    assert "may be chance" in dict((line[0], line[3]) for line in compare(BEFORE, BEFORE, CHATS).lines())["loss"]
+    same = {line[0]: line[1:] for line in compare(BEFORE, BEFORE, CHATS).lines()}
+    assert "may be chance" in same["loss"][2] and same["exact match"][2].endswith("none became right or wrong")
 
 
 def test_long_answers_have_an_overlap_instead():
@@ -96,6 +97,7 @@ def test_texts_of_others_break_neither_the_terminal_nor_the_notebook():
     shown = [one for one in cells.texts if one.startswith("<script>")]
     assert len(shown) == 4 and len(set(shown)) == 1 and "\x1b" not in shown[0] and len(shown[0]) < 650
     assert "class='mathjax_ignore" in found._repr_html_()
+    assert found._repr_html_().count("text-align:left") == sum(cells.tags.count(kind) for kind in ("td", "th"))
     assert pretty(found) == str(found)
 
 

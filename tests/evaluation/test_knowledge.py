@@ -120,6 +120,7 @@ def kept_of(before, after, monkeypatch):
 @pytest.mark.parametrize(
     ("losses", "right", "verdict", "said"),
     [
+        ([1.0] * 20, [True] * 20, "kept", "none has changed"),
         ([1.0] * 20, [True] * 20, "kept", "no more than noise"),
         ([1.0, 1.2] * 10, [True] * 18 + [False] * 2, "less sure", "no more than chance (p = 0.5)"),
         ([0.5] * 20, [True] * 20, "kept", "more than noise"),
@@ -154,5 +155,6 @@ def test_other_items_are_refused(monkeypatch):
 
 def test_figures_and_their_errors():
     found = known([1.0, 2.0, 3.0, 4.0], [True, True, True, False])
+    assert known([1.0] * 4, [True] * 4).right_error is None  # not 0, as the formula says: four facts are no certainty
     assert found.right == 0.75 and found.right_error == evaluation.standard_error(0.75, 4)
     assert found.loss == pytest.approx(30 / 14) and found.loss_error > 0

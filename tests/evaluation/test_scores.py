@@ -47,6 +47,7 @@ def test_short_answers_are_matched_and_long_ones_overlap(base, told):
     assert [row.exact for row in found.rows] == [True, False, True, False]
     assert (found.exact_match, found.short_rows, found.long_rows, found.cut_off) == (0.5, 2, 2, 1)
     assert found.exact_match_error == pytest.approx(evaluation.standard_error(0.5, 2))
+    assert evaluation.Scores(found.rows[:1] * 2, 1.0).exact_match_error is None  # two of two are no certainty
     assert found.rows[2].overlap == 100 and 0 < found.rows[3].overlap < 20 < found.rows[1].overlap < 100
     assert found.overlap == pytest.approx((100 + found.rows[3].overlap) / 2)
     assert found.overlap_error == pytest.approx((100 - found.rows[3].overlap) / 2)

@@ -114,10 +114,8 @@ EXPANDED = {
     # for PEFT, which takes adapter_names out before the model sees it: tests/adapters/test_files.py
     ("answers.py", "chosen"): lambda: (),
     ("loading.py", "options"): lambda: ("quantization_config",),
-    ("answers.py", "encoded"): lambda: load_tokenizer()("a"),
     ("answers.py", "batch"): lambda: padded([[1]], load_tokenizer(), "left"),
     ("facts.py", "prompts"): lambda: load_tokenizer()("a"),
-    ("conversation.py", "encoded"): lambda: load_tokenizer()("a"),
     ("test_t4_gear.py", "batch"): lambda: load_tokenizer()("a"),
     ("test_t4_gear.py", "alone"): lambda: load_tokenizer()("a"),
     ("stand_in_models.py", "options"): lambda: known_config("Llama-3.1-8B").keys() - {"model_type"},
@@ -291,7 +289,7 @@ def test_the_calls_that_matter_are_among_those_held():
         ("transformers.BitsAndBytesConfig", "bnb_4bit_use_double_quant"),
         ("transformers.AutoModelForCausalLM.from_pretrained", "quantization_config"),
         ("transformers.AutoConfig.for_model", "tie_word_embeddings"),  # through **options
-        ("transformers.LlamaForCausalLM.generate", "max_new_tokens"),
+        ("transformers.GenerationConfig", "max_new_tokens"),
         ("transformers.PreTrainedTokenizerFast.apply_chat_template", "return_assistant_tokens_mask"),
         ("peft.LoraConfig", "target_modules"),
         ("trl.SFTConfig", "assistant_only_loss"),

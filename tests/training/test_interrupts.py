@@ -5,12 +5,15 @@ import shlex
 import signal
 import sys
 import threading
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from trl import SFTTrainer
 
-from qlora_helpers import chats, evaluation
+from qlora_helpers import evaluation
 from qlora_helpers.__main__ import main
+from qlora_helpers.commands import run_data
 from qlora_helpers.models import loading as models
 from qlora_helpers.settings import Settings
 from qlora_helpers.training.interrupts import Interrupted, StopWhenAsked
@@ -115,10 +118,12 @@ def test_a_thread_trains_without_signals():
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
     """With few chats, and without the questions, which take the most time."""
-    monkeypatch.setattr(chats, "read_chats", lambda *args: CHATS)
-    monkeypatch.setattr(evaluation, "exact_match", lambda *args: 0.5)
-    monkeypatch.setattr(evaluation, "loss", lambda *args: 1.0)
-    monkeypatch.setattr(evaluation, "answer", lambda *args: ["nothing"] * 3)
+    read = run_data.read_run_data
+    monkeypatch.setattr(
+        run_data, "read_run_data", lambda *args: replace(data := read(*args), training=CHATS, asked=data.asked[:3])
+    )
+    monkeypatch.setattr(evaluation, "measure_knowledge", lambda *args: None)
+    monkeypatch.setattr(evaluation, "forgetting", lambda *args: SimpleNamespace(as_dict=dict))
     monkeypatch.chdir(tmp_path)
 
 
@@ -131,9 +136,9 @@ def test_the_printed_command_continues_to_the_same_end(quick, tmp_path, monkeypa
     said, command = told[told.index("Stopped") :].splitlines()
     assert said == "Stopped after step 2 of 4, which is saved. To continue:"
     python, *words = shlex.split(command)
-    assert words == ["-m", "qlora_helpers", "run", "--resume", "--output", "a run", "--steps", "4"]
+    assert words == ["-m", "qlora_helpers", "run", "--resume", "--output", "a run"]  # the run's record has the steps
     assert os.path.samefile(python, sys.executable)
-    assert main(words[2:-2]) == 0  # without --steps, which the run's record has
+    assert main(words[2:]) == 0
     assert "after step 2 of 4" in capsys.readouterr().out
     assert differing(adapter(tmp_path / "a run" / "adapter"), adapter(tmp_path / "whole" / "adapter")) == []
 
@@ -147,16 +152,15 @@ def test_an_interrupt_before_the_training_is_a_sentence_and_the_command(quick, m
     assert main(["run", "--output", "new"]) == 130
     said, command = capsys.readouterr().err.strip().splitlines()
     assert said == "Stopped before the first step of training. To continue:"
-    assert command.endswith("-m qlora_helpers run --resume --output new")
+    assert command.endswith("-m qlora_helpers run --output new")
 
 
 def test_an_interrupt_after_the_training_says_where_the_adapter_is(quick, tmp_path, monkeypatch, capsys):
-    answers = iter([["nothing"] * 3])
-    monkeypatch.setattr(evaluation, "answer", lambda *args: next(answers, None) or stop())
+    monkeypatch.setattr(evaluation, "forgetting", stop)
     assert main(["run", "--output", "new", "--steps", "1"]) == 130
     said = capsys.readouterr().err
     assert "\nStopped after the training; what was trained is in new. To continue:\n" in said
-    assert said.endswith("run --resume --output new --steps 1\n")
+    assert said.endswith("run --resume --output new\n")
 
 
 def test_an_interrupt_of_another_command_is_one_line(monkeypatch, capsys):
