@@ -40,19 +40,17 @@ class Settings:
     Attributes:
         method: "qlora" trains adapters on a frozen 4-bit base, "lora" on an unquantised one; "full" trains all weights
             of an unquantised model.
-        steps: how many optimizer steps to train for; None for 300, or for what `epochs` come to. It is None until
-            `for_rows` has counted them.
+        steps: how many optimizer steps to train for; None for 300, or for what `epochs` come to.
         epochs: how many times to go through the training chats, instead of `steps`; it may be a fraction.
         batch_size: how many sequences go through the model at once.
         accumulation: how many batches make one optimizer step (gradient accumulation).
         max_length: the longest sequence in tokens. Training refuses a longer chat; it does not truncate it. The
             predictor assumes that every sequence is this long.
         learning_rate: its peak, after a linear warm-up; then it follows the schedule.
-        warmup_steps: optimizer steps of warm-up, at most `steps`; None for 15, or all steps of a shorter run. With
-            `epochs`, None until `for_rows` has counted the steps.
+        warmup_steps: optimizer steps of warm-up, at most `steps`; None for 15, or all steps of a shorter run.
         schedule: of the learning rate after the warm-up: "linear" or "cosine" decay to zero, or "constant".
         max_grad_norm: gradients with a larger norm are clipped to this one; None for no clipping.
-        rank: of the two LoRA matrices. "full" uses neither this nor alpha, dropout and target_modules.
+        rank: the rank of the two LoRA matrices. "full" uses neither this nor alpha, dropout and target_modules.
         alpha: LoRA's output is scaled by alpha / rank.
         dropout: LoRA dropout, the share of a layer's inputs that its adapter does not see, drawn anew at each step.
         target_modules: the layers that get adapters: "all-linear", or a list of names (q_proj,v_proj on the command line).
@@ -84,7 +82,8 @@ class Settings:
             memory-efficient kernel. transformers has no "sdpa" for Gemma 2 and GPT-J: for these it means "eager".
         upcast_fp32: whether `peft.prepare_model_for_kbit_training` was called, which makes 16-bit weights float32.
 
-    The last four describe runs outside this course: the predictor takes any value, training only the default.
+    In a run of epochs, `steps` and `warmup_steps` are None until `for_rows` has counted the steps. The last four describe
+    runs outside this course: the predictor takes any value, training only the default.
 
     Raises:
         ValueError: names the field, its value, and what is allowed.

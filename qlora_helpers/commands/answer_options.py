@@ -36,9 +36,9 @@ def add_answer_options(parser: argparse.ArgumentParser) -> None:
         "--temperature",
         metavar="T",
         default="0",
-        help="0 always takes the likeliest token; up to 10, tokens are drawn, the more evenly the higher it is (default: 0)",
+        help="0 always takes the likeliest token; above, up to 10, tokens are drawn at random, the more evenly the higher it is (default: 0)",
     )
-    parser.add_argument("--seed", metavar="N", default="0", help="of what is drawn (default: 0)")
+    parser.add_argument("--seed", metavar="N", default="0", help="of the random draws (default: 0)")
 
 
 def checked_decoding(args: argparse.Namespace, base: bool) -> Decoding:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "command"]
 
 _DESCRIPTION = """\
-Reads a file of chats, says what is in it, and changes nothing. It takes JSONL, JSON, CSV, TSV or parquet, in gzip or not,
-or a folder that datasets' save_to_disk wrote. The form is told by the names of the columns:
+Reads a file of chats, says what is in it, and changes nothing. It takes JSONL, JSON, CSV, TSV or parquet, gzipped or not,
+or a folder that datasets' save_to_disk wrote. The names of the columns tell the form of the rows:
 
   messages            a list of {"role": "user", "content": "…"}
   sharegpt            conversations: a list of {"from": "human", "value": "…"}
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default="tiny-llama",
-        help="count in the tokens of this model, a folder or a name of the Hub; none to count no tokens (default: %(default)s)",
+        help="count in the tokens of this model, a folder or a name on the Hub; none to count no tokens (default: %(default)s)",
     )
     parser.add_argument(
         "--max-length",
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--validation",
         metavar="FILE",
         type=Path,
-        help="a second file, which the run is to be judged by and must not learn",
+        help="a second file, by which a run is to be judged: says what it has in common with the first",
     )
 
 

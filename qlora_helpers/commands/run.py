@@ -64,27 +64,29 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, _EXAMPLES
+    parser.usage = "%(prog)s [--model MODEL] [--data FILE] [--output FOLDER] [--resume] [more options]"
     parser.description = (
         "Tunes a model on chats and reports what came of it. Without --data it is the course's own run."
     )
     files = parser.add_argument_group("model and data")
     files.add_argument(
         "--model",
-        help="a name of the Hub, such as Qwen/Qwen2.5-1.5B-Instruct, or a folder (default: tiny-llama, the shipped one, "
+        help="a name on the Hub, such as Qwen/Qwen2.5-1.5B-Instruct, or a folder (default: tiny-llama, the shipped one, "
         "which knows only the words of its invented world)",
     )
     files.add_argument(
         "--data",
         metavar="FILE",
-        help="chats in any form that `data` reads (default: those about the shipped model's world)",
+        help="chats, or questions and answers, in any form that the command data reads (default: the course's chats about the "
+        "shipped model's world)",
     )
     files.add_argument(
         "--validation",
         type=_share_or_file,
         default=argparse.SUPPRESS,
         metavar="SHARE|FILE",
-        help="the share of the chats that is held out, or a second file, or none; the model is watched and judged by it "
-        "(default with --data: a tenth of them, at most 50 of 1,000 and 1,000 of all)",
+        help="the chats by which the model is watched and judged: the share that is held out, or a second file, or none "
+        "(default with --data: a tenth of up to 500 chats, 50 of up to 1,000, then a twentieth, at most 1,000)",
     )
     add_reading(files)
     files.add_argument(
@@ -98,6 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=_folder,
         default=Path("runs/latest"),
+        metavar="FOLDER",
         help="folder for what is trained and report.json (default: %(default)s)",
     )
     run.add_argument(
@@ -107,7 +110,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ignore-memory", action="store_true", help="train even if the run is predicted not to fit on the GPU"
     )
     settings = parser.add_argument_group(
-        "settings", "With --data, those that are not named are suggested by the model's size, the rows and the GPU."
+        "settings",
+        "The defaults are those of the course's own run. With --data, what is not named is suggested\n"
+        "for the model's size, the number of rows and the GPU.",
     )
     add_settings(settings, VARIED, Settings())
 
