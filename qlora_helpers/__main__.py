@@ -25,7 +25,11 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     take_any_character()
-    parser = argparse.ArgumentParser(prog="python -m qlora_helpers")
+    parser = argparse.ArgumentParser(
+        prog="python -m qlora_helpers",
+        description="Tune a language model with QLoRA, the course's or on your own data, and find out what came of it.",
+        epilog="Your own data, in this order: data FILE, run --data FILE, chat. Each command has its own --help.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (module, does) in COMMANDS.items():
         command = commands.add_parser(name, help=does)
@@ -35,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     if "question" in args and not any(word.startswith("-") for word in left):
         args.question += left  # argparse does not take the words that an option parts from the other arguments
     elif left:
-        parser.error(f"unrecognized arguments: {' '.join(left)}")
+        commands.choices[args.command].error(f"unrecognized arguments: {' '.join(left)}")
     args.typed = sys.argv[1:] if argv is None else list(argv)
     try:
         code = args.function(args)
@@ -48,6 +52,15 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         print("\nStopped by Ctrl-C.", file=sys.stderr)
         return 128 + signal.SIGINT
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith("qlora_helpers"):
+            raise
+        print(
+            f"error: {sys.executable} has no package {error.name}: use the Python that `make run` has set up, "
+            ".venv/bin/python, or install requirements.txt. `doctor`, in the place of this command, says what is missing",
+            file=sys.stderr,
+        )
+        return 2
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -180,9 +180,7 @@ class Settings:
             object.__setattr__(self, "steps", STEPS)
         self._hold_unless_none(validation.whole, "steps", otherwise=f"None for {STEPS}, or for a run of epochs")
         if self.steps is not None and self.epochs is not None:
-            raise ValueError(
-                f"steps={self.steps} and epochs={self.epochs:g}: a run has one length. Give one, and None else"
-            )
+            raise ValueError(f"steps={self.steps} and epochs={self.epochs:g}: a run has one length. Give one of them")
 
     def _check_the_warm_up(self) -> None:
         if self.steps is None:  # checked against them once they are counted

@@ -109,7 +109,7 @@ class SuggestedSettings:
     def __str__(self) -> str:
         lines = [*textwrap.wrap(self.title, WIDTH), ""]
         for name, (value, why, source) in self.reasons.items():
-            names = ", ".join(_names_in(source))
+            names = ", ".join(dict.fromkeys(_names_in(source)))
             text = f"{why} [{names}]" if names else why
             lines += textwrap.wrap(
                 text, WIDTH, initial_indent=f"{name:24}{shown(value):>12}  ", subsequent_indent=" " * 38
@@ -266,8 +266,9 @@ def _choose_the_length(chosen: _Chosen, rows: int) -> int:
     epochs = min(max(chosen.entry("examples")["value"] / rows, least), most)
     for_fewest = fewest * effective / rows
     if for_fewest > epochs:
-        epochs = min(for_fewest, chosen.entry("most_epochs")["value"])
-        why = f"few rows: for {fewest} steps, or as near as this comes"
+        at_most = chosen.entry("most_epochs")["value"]
+        epochs = min(for_fewest, at_most)
+        why = f"few rows, so as many as make {fewest} steps, but at most {at_most}"
         chosen.take("epochs", _rounded(epochs), why, "most_epochs")
     elif epochs == most:
         chosen.take("epochs", epochs)
@@ -342,7 +343,7 @@ def _choose_the_rank(chosen: _Chosen, rows: int, tokens: int | None) -> list[int
 
 
 def _bits(count: float) -> str:
-    size, unit = next(pair for pair in ((1e9, "Gbit"), (1e6, "Mbit"), (1e3, "kbit"), (1, "bit")) if count >= pair[0])
+    size, unit = next(pair for pair in ((1e9, "Gbit"), (1e6, "Mbit"), (1e3, "kbit"), (1, "bits")) if count >= pair[0])
     return f"{count / size:.3g} {unit}"
 
 

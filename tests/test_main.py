@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from qlora_helpers.__main__ import main
+
 
 @pytest.mark.skipif(os.name == "nt", reason="a closed pipe is another error on Windows")
 def test_a_reader_that_has_seen_enough_is_no_error():
@@ -14,3 +16,11 @@ def test_a_reader_that_has_seen_enough_is_no_error():
         started.stdout.close()  # as head does, and long before the first line is written
         assert started.stderr.read() == ""
     assert started.returncode == 0
+
+
+def test_what_a_command_does_not_take_is_refused_with_its_own_usage(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "faq.csv"])
+    err = capsys.readouterr().err
+    assert err.startswith("usage: python -m qlora_helpers run ") and "[--data FILE]" in err
+    assert err.endswith("run: error: unrecognized arguments: faq.csv\n")

@@ -156,7 +156,7 @@ def _training(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows.append(("seconds in all", _number(report.get("total_seconds"), ",.0f")))
     for name, label in (("predicted_memory_bytes", "predicted"), ("peak_memory_bytes", "measured")):
         size = report.get(name)
-        rows.append((f"peak memory, {label}", NOT_MEASURED if size is None else in_words(size)))
+        rows.append((f"peak memory, {label}", f"not {label}" if size is None else in_words(size)))
     return rows
 
 
@@ -311,8 +311,10 @@ def _code(lines: list[str]) -> str:
 def _limits(report: Mapping[str, Any]) -> str:
     rows = report.get("test_rows") or ((report.get("scores") or {}).get("before") or {}).get("rows")
     on = f"on {rows:,} chats" if rows else "not at all"
+    warning = report.get("data_warning")
     return "\n".join(
         [
+            *([f"- {_text(warning)}."] if warning else []),
             f"- It was scored {on}, of the kind that it was trained on. What it does with other questions is not known.",
             "- Exact match and overlap compare wordings. They do not know whether another answer is right, too.",
             "- What was forgotten was looked for in a small fixed set. Abilities outside it may have been lost.",

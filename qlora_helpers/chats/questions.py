@@ -20,6 +20,8 @@ __all__ = ["Question", "read_questions"]
 
 KEYS = ("question", "prompt")
 FORMS = (".txt", ".jsonl", ".csv")
+NO_QUESTION = 'neither "messages" nor a text under "question" or "prompt"'
+OTHER_FORMS = "To make .jsonl of another form of chats:  python -m qlora_helpers data FILE --to NEW.jsonl"
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ def read_questions(path: str | Path, system: str | None = None) -> list[Question
     """
     path = Path(path)
     if path.suffix.lower() not in FORMS:
-        raise ValueError(f"{path}: its name must end in one of {', '.join(FORMS)}, which says how it is read")
+        raise ValueError(
+            f"{path}: its name must end in one of {', '.join(FORMS)}, which says how it is read. {OTHER_FORMS}"
+        )
     try:
         text = to_utf8(path.read_bytes())
     except OSError as error:
@@ -69,7 +73,8 @@ def read_questions(path: str | Path, system: str | None = None) -> list[Question
             faults.append(f"{path}, line {number}: {error}")
     if faults:
         more = f"\n… and {len(faults) - 20} more" if len(faults) > 20 else ""
-        raise ChatError("\n".join(faults[:20]) + more)
+        cure = f"\n{OTHER_FORMS}" if any(fault.endswith(NO_QUESTION) for fault in faults) else ""
+        raise ChatError("\n".join(faults[:20]) + more + cure)
     if not questions:
         raise ChatError(f"{path}: there is no question in this file")
     return [_with_system(question, system) for question in questions]
@@ -129,7 +134,7 @@ def _of_json(text: str, line: int) -> Question:
         return _checked(row["messages"], line)
     found = [row[key] for key in KEYS if isinstance(row, dict) and isinstance(row.get(key), str)]
     if not found:
-        raise ChatError('neither "messages" nor a text under "question" or "prompt"')
+        raise ChatError(NO_QUESTION)
     return _of_text(found[0], line)
 
 

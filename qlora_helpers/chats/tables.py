@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_helpers.chats.encodings import Text, to_utf8
-from qlora_helpers.chats.messages import FORM, ChatError
+from qlora_helpers.chats.messages import ChatError
 from qlora_helpers.chats.strict_json import NotJson, decode_all, decode_bytes, quoted
 from qlora_helpers.json_files import read_json
 
@@ -41,6 +41,7 @@ _OTHERS = {
     b"BZh": "packed with bzip2: unpack it first",
     b"\xfd7zXZ": "packed with xz: unpack it first",
 }
+_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _BATCH = 1000  # rows that are taken out of Arrow at a time
 
 
@@ -104,7 +105,7 @@ def _table(content: bytes, name: str, known: Callable[[str], bool]) -> Table:
     if text.fault and text.encoding != "UTF-8":  # else each line of JSONL gets its own fault
         raise ChatError(text.fault)
     if not text.content.strip():
-        raise ChatError(f"there is no chat in this file. Each line must be one: {FORM}, or name a file of {READABLE}")
+        raise ChatError(f"there is no chat in this file: it is empty. Name a file of {READABLE}")
     lines = name.endswith((".jsonl", ".ndjson"))
     if lines or name.endswith(".json") or text.content.lstrip()[:1] in (b"{", b"["):
         table = _json(text, lines, known)
@@ -355,8 +356,10 @@ def _dataset(folder: Path, known: Callable[[str], bool]) -> Table:
             )
         folder, container = folder / splits[0], f"dataset folder, split {splits[0]}"
     if not ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()):
+        inside = next((file for file in sorted(folder.iterdir()) if file.suffix.lower() in _ENDINGS), None)
         raise IsADirectoryError(
-            f"{named} cannot be read (it is a folder, and none that datasets' save_to_disk wrote): name a file of {READABLE}"
+            f"{named} cannot be read (it is a folder, but not one that datasets' save_to_disk wrote): name a file of {READABLE}"
+            + (f", such as {str(inside)!r}" if inside else "")
         )
     import datasets
 

@@ -77,8 +77,13 @@ def warning_of_spelling(chats: list[Chat], tokenizer: PreTrainedTokenizerBase) -
     if not tokens or tokens < SPELLED * spaced + SPELLED_UNSPACED * unspaced:
         return ""
     shipped = Path(tokenizer.name_or_path or ".").resolve() == data_path("tiny-llama").resolve()
+    count = f"{tokens_per_word(chats, tokenizer):.1f} tokens per word"
+    if shipped:
+        return (
+            f"{count}: the shipped model knows only the words of its invented world. It spells yours letter by letter, so it "
+            "cannot learn from this data. Take another model (--model), such as Qwen/Qwen2.5-1.5B-Instruct on a GPU"
+        )
     return (
-        f"{tokens_per_word(chats, tokenizer):.1f} tokens per word: this tokenizer knows few words of your data and spells them "
-        "out, so the model can hardly learn them: take a model that was trained on this language"
-        + (" (the shipped model is for data in its own words)" if shipped else "")
+        f"{count}: this tokenizer knows few words of your data and spells them out, so the model can hardly learn them: take "
+        "a model that was trained on this language"
     )

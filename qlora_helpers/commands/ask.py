@@ -197,8 +197,13 @@ def _new_file(path: Path) -> Iterator[Write]:
 
     def write(text: str) -> None:
         nonlocal count
-        file.write(text)
-        file.flush()
+        try:
+            file.write(text)
+            file.flush()
+        except OSError as error:
+            raise type(error)(
+                f"--to={str(path)!r} cannot be written ({error.strerror}): free some space, or name a file on another disk"
+            ) from error
         count += 1
 
     try:
@@ -208,7 +213,8 @@ def _new_file(path: Path) -> Iterator[Write]:
         os.replace(part, path)
     except BaseException:
         if count:
-            print(f"\nThe first {count} answers are in {part}.", file=sys.stderr)
+            some = "answer is" if count == 1 else f"{count} answers are"
+            print(f"\nThe first {some} in {part}.", file=sys.stderr)
         else:
             part.unlink()
         raise

@@ -12,7 +12,8 @@ from qlora_helpers.chats.files import ChatFile, said_of_the_dropped, write_chats
 from qlora_helpers.chats.messages import ROLES, ChatError
 from qlora_helpers.chats.split import shared_questions
 from qlora_helpers.commands.reading_options import add_reading, read_and_say, settled
-from qlora_helpers.settings import Settings
+from qlora_helpers.commands.settings_options import number_or_text
+from qlora_helpers.validation import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-length",
         metavar="N",
-        type=int,
         help="what a chat may have in tokens: says what would be too long, and where it would be cut (default: any length)",
     )
     parser.add_argument(
@@ -71,8 +71,11 @@ def command(args: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: the file cannot be read, or not as it is; or its chats cannot be written.
     """
-    if args.max_length is not None:
-        Settings(max_length=args.max_length)  # refused before a long file is read
+    max_length = args.max_length  # what is wrong is refused before a long file is read
+    if max_length is not None:
+        max_length = whole("--max-length", number_or_text(max_length))
+    if args.validation and not args.validation.exists() and isinstance(number_or_text(str(args.validation)), float):
+        raise FileNotFoundError(f"--validation={args.validation}: there is no such file. Only `run` takes a share")
     if args.to and os.path.lexists(args.to):
         raise FileExistsError(f"--to={str(args.to)!r} is there already: name a new file")
     on_bad, with_tokens = args.on_bad or "stop", args.model.lower() != "none"
@@ -93,7 +96,7 @@ def command(args: argparse.Namespace) -> int:
         write_chats(args.to, files[0].chats)
         print(f"\nWritten as messages to {args.to}: {_count(len(files[0].chats), 'chat')}.")
     if tokenizer is not None:
-        print(f"\n{_report(files, tokenizer, args.max_length)}")
+        print(f"\n{_report(files, tokenizer, max_length)}")
     return 0
 
 

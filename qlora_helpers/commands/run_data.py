@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MOST_ASKED", "RunData", "read_run_data"]
 
+WIDTH = 100  # columns of a warning
 MOST_ASKED = 200  # answering takes longer than training: of more validation chats so many are asked
 
 
@@ -77,7 +79,8 @@ def read_run_data(request: Request, tokenizer: PreTrainedTokenizerBase, max_leng
     else:
         training, described = _read(request.data, request, tokenizer, max_length)
         if warning := warning_of_spelling(training, tokenizer):
-            print(f"warning: {warning}")
+            print(textwrap.fill(f"Warning: {warning}.", WIDTH))
+            described["data_warning"] = warning
     held_out: list[Chat] = []
     if request.validation == SUGGESTED:
         training, held_out = _split(training, validation_rows(len(training)) / len(training), seed)
@@ -180,6 +183,7 @@ def _split(chats: list[Chat], share: float, seed: int) -> tuple[list[Chat], list
     except ValueError as error:
         raise ValueError(f"--validation: {error}. {cure}") from None
     print(
-        f"{len(held_out):,} of the {len(chats):,} chats are held out for validation; {len(training):,} are trained on."
+        f"{len(held_out):,} of the {len(chats):,} chats {'is' if len(held_out) == 1 else 'are'} held out for validation; "
+        f"{len(training):,} {'is' if len(training) == 1 else 'are'} trained on."
     )
     return training, held_out

@@ -33,6 +33,7 @@ __all__ = ["ask", "peak_memory", "print_report", "put_together", "reset_peak_mem
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 CURVE = 10  # evaluations that are printed
 HARDLY = 0.9  # a training loss that has not fallen to this share of its first value has hardly fallen
+WIDTH = 100  # columns of a text
 
 
 def ask(
@@ -121,12 +122,14 @@ def print_report(report: dict[str, Any], path: Path, scores: Comparison | None, 
     print(scores or "Nothing was held out, so what the model has learned was not measured: --validation 0.1")
     if (rate := report["commonest_answer_rate"]) is not None:
         print(f"\nAlways giving the commonest answer to a question's wording would match {rate:.1%}.")
-    print(f"\nWhat else it knows: {kept}")
+    print("\n" + "\n".join(textwrap.fill(line, WIDTH) for line in f"What else it knows: {kept}".splitlines()))
+    if warning := report.get("data_warning"):
+        print("\n" + textwrap.fill(f"As said before training: {warning}.", WIDTH))
     if report["validation_history"]:
         print(f"\n{_curve(report)}")
     for change in report["first_changes"]:
         text = f"{change['symptom']}: {change['change']} ({change['why']})."
-        print(f"\n{textwrap.fill(f'What to change first where {text}', 100)}")
+        print(f"\n{textwrap.fill(f'What to change first where {text}', WIDTH)}")
     seconds, peak = report["train_seconds"], report["peak_memory_bytes"]
     gone = "not known: the run was stopped before its report"
     where = "main memory" if report["gear"] == "cpu" else "GPU memory, reserved by torch"

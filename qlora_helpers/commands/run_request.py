@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from qlora_helpers.adapters.tuned import is_adapter, locate
 from qlora_helpers.commands.settings_options import given, option_of
+from qlora_helpers.json_files import read_json_if_whole
 
 __all__ = ["SHIPPED", "SUGGESTED", "Request", "asked_for", "refuse_another"]
 
@@ -44,13 +47,14 @@ def asked_for(args: argparse.Namespace) -> Request:
     """What the command line asks for.
 
     Raises:
-        ValueError: another model than the shipped one, and no data for it; or how to read a file, and no file.
+        ValueError: another model than the shipped one, and no data for it; what is no model; or how to read a file, and no
+            file.
         OSError: a file that it names is not there.
     """
     settings = given(args)
     default = None if args.data is None else SUGGESTED
     request = Request(
-        model=_path_or_name(args.model or SHIPPED),
+        model=_path_or_name(SHIPPED if args.model is None else args.model),
         data=None if args.data is None else _file("--data", args.data),
         validation=_held_out(settings.pop("validation", default)),
         form=args.format,
@@ -73,7 +77,7 @@ def asked_for(args: argparse.Namespace) -> Request:
 def _file(option: str, name: str) -> str:
     """The full path of a file, which another working folder does not change."""
     path = Path(name)
-    if not path.exists():
+    if not name or not path.exists():
         raise FileNotFoundError(f"{option}={name!r} is not there: name a file of chats, or a dataset's folder")
     return os.path.abspath(path)
 
@@ -83,8 +87,26 @@ def _held_out(validation: float | str | None) -> float | str | None:
 
 
 def _path_or_name(model: str) -> str:
-    """The full path of a model's folder; a name stays as it is."""
-    return os.path.abspath(model) if model != SHIPPED and Path(model).is_dir() else model
+    """The full path of a model's folder; a name stays as it is.
+
+    Raises:
+        ValueError: it is empty, or what a run has trained on top of a model.
+    """
+    if not model.strip():
+        raise ValueError(f"--model={model!r}: name a model, or leave it out for the shipped one")
+    if model == SHIPPED or not Path(model).is_dir():
+        return model
+    with suppress(OSError):  # a folder that holds neither a run nor a model is refused when it is loaded
+        found = locate(model)
+        if is_adapter(found):
+            base = (read_json_if_whole(found / "adapter_config.json") or {}).get("base_model_name_or_path")
+            raise ValueError(
+                f"--model={model!r} holds an adapter, and a run starts from a model: name the adapter's base"
+                + (f", {base}" if isinstance(base, str) else "")
+            )
+        if found != Path(model):
+            raise ValueError(f"--model={model!r} is the folder of a run: name that of the model in it, {found}")
+    return os.path.abspath(model)
 
 
 def refuse_another(args: argparse.Namespace, folder: Path, record: dict[str, Any]) -> Request:

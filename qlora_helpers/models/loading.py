@@ -77,11 +77,15 @@ def load_tokenizer(name: str = SHIPPED_MODEL) -> PreTrainedTokenizerBase:
 
     Raises:
         HubError: a model from the Hub could not be fetched.
-        ValueError: the tokenizer needs code of its own.
+        FileNotFoundError, ValueError: `name` is a folder without a tokenizer, and that of no model, or of an adapter; or
+            the tokenizer needs code of its own.
     """
+    folder = folder_of(name)
+    if not any((folder / file).is_file() for file in ("tokenizer_config.json", "tokenizer.json")):
+        read_config(folder, name)  # transformers would not say that the folder is no model's
     with no_own_code(name):
         tokenizer = AutoTokenizer.from_pretrained(
-            folder_of(name), padding_side="left", local_files_only=True, trust_remote_code=False
+            folder, padding_side="left", local_files_only=True, trust_remote_code=False
         )
     template = tokenizer.chat_template
     if isinstance(template, dict):  # several, of which transformers takes the one named default

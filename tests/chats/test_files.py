@@ -66,7 +66,9 @@ def test_a_file_without_a_chat_is_refused(write, lines):
     path = write(*lines)
     with pytest.raises(ChatError) as caught:
         read_chats(path)
-    assert str(caught.value).startswith(f"path={str(path)!r}: there is no chat in this file. Each line must be one: {{")
+    assert str(caught.value).startswith(
+        f"path={str(path)!r}: there is no chat in this file: it is empty. Name a file of"
+    )
 
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "."])

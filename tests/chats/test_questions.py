@@ -109,8 +109,12 @@ def test_what_is_wrong_with_a_file_is_said_with_its_line(read, tmp_path, name, t
 
 
 def test_many_bad_lines_are_counted(read):
-    with pytest.raises(ChatError, match=r"line 20: neither.*\n… and 5 more$"):
+    with pytest.raises(
+        ChatError, match=r"line 20: neither.*\n… and 5 more\nTo make .jsonl of another form .* --to NEW.jsonl$"
+    ):
         read("q.jsonl", "3\n" * 25)
+    with pytest.raises(ChatError, match=r"line 20: not JSON.*\n… and 5 more$"):
+        read("q.jsonl", "{\n" * 25)
 
 
 def test_a_file_of_another_kind_or_none_is_refused(tmp_path):

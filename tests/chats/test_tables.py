@@ -259,7 +259,11 @@ def test_a_split_is_named_by_its_folder_unless_there_is_only_one(tmp_path):
 
 
 def test_other_folders_and_damaged_ones_are_refused(tmp_path):
-    with pytest.raises(IsADirectoryError, match="it is a folder, and none that datasets' save_to_disk wrote"):
+    with pytest.raises(IsADirectoryError, match=r"it is a folder, but not one .* wrote\): name a file of [^']*$"):
+        read_table(tmp_path, known)
+    for name in ("notes.txt", "z.csv", "faq.CSV"):
+        (tmp_path / name).touch()
+    with pytest.raises(IsADirectoryError, match=r"or parquet, such as '.*faq\.CSV'$"):
         read_table(tmp_path, known)
     (tmp_path / "dataset_dict.json").write_text("[")
     with pytest.raises(ChatError, match=r"its dataset_dict\.json is damaged"):

@@ -1,5 +1,6 @@
 """A tokenizer that spells out the words of the data is recognised, in any language, and one that knows them is not blamed."""
 
+import copy
 import json
 import logging
 
@@ -33,10 +34,13 @@ def test_the_shipped_tokenizer_knows_its_own_words_and_spells_all_others(shipped
     assert tokens_per_word(OWN, shipped) < 1.3 and warning_of_spelling(OWN, shipped) == ""
     said = warning_of_spelling(ENGLISH, shipped)
     assert said == (
-        f"{tokens_per_word(ENGLISH, shipped):.1f} tokens per word: this tokenizer knows few words of your data and spells them "
-        "out, so the model can hardly learn them: take a model that was trained on this language (the shipped model is for "
-        "data in its own words)"
+        f"{tokens_per_word(ENGLISH, shipped):.1f} tokens per word: the shipped model knows only the words of its invented world. "
+        "It spells yours letter by letter, so it cannot learn from this data. Take another model (--model), such as "
+        "Qwen/Qwen2.5-1.5B-Instruct on a GPU"
     )
+    other = copy.copy(shipped)
+    other.name_or_path = "some/model"
+    assert warning_of_spelling(ENGLISH, other).endswith("take a model that was trained on this language")
     assert tokens_per_word(ENGLISH, shipped) > 5
 
 

@@ -1,9 +1,12 @@
 """Asking from scripts: what is on standard output, what is written, and what an interrupt leaves."""
 
+import errno
+import io
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -117,6 +120,25 @@ def test_what_was_answered_before_an_interrupt_is_kept(call, tmp_path, monkeypat
     assert not (tmp_path / "a.jsonl").exists() and not list(tmp_path.glob("b.jsonl*"))
 
 
+class Full(io.StringIO):
+    """A file on a disk that has room for one answer."""
+
+    def write(self, text):
+        if self.tell():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(text)
+
+
+def test_a_disk_that_fills_up_is_named(call, tmp_path, monkeypatch):
+    (tmp_path / "q.txt").write_text("a\nb\nc\n", encoding="utf-8")
+    monkeypatch.setattr(conversation, "answers", lambda *args: iter([Answer("yes", 1)] * 3))
+    real = Path.open
+    monkeypatch.setattr(Path, "open", lambda *args, **how: Full() if "x" in args else real(*args, **how))
+    code, _, err = call("--file", "q.txt", "--to", "a.jsonl")
+    assert code == 2 and "The first answer is in a.jsonl.part." in err
+    assert "error: --to='a.jsonl' cannot be written (No space left on device): free some space" in err
+
+
 def test_a_file_that_appears_meanwhile_is_not_written_over(call, tmp_path, monkeypatch):
     (tmp_path / "q.txt").write_text("a\n", encoding="utf-8")
 
@@ -147,6 +169,7 @@ def test_the_base_answers_otherwise(call):
     [
         ([], "there is no question: put one behind the folder, or name a file with --file"),
         ([""], "question='': must be a text"),
+        (["--file", "q.json"], "q.json: its name must end in one of .txt, .jsonl, .csv"),
         (["Who?", "--file", "q.txt"], "--file: pass a question or a file of questions, not both"),
         (["--file", "none.txt"], "none.txt cannot be read (No such file or directory): name a file of questions"),
         (["--file", "q.pdf"], "q.pdf: its name must end in one of .txt, .jsonl, .csv"),
@@ -167,6 +190,7 @@ def test_a_question_that_the_model_cannot_take_is_named_by_its_line(call, tmp_pa
     (tmp_path / "q.txt").write_text("Who?\n\n" + "Carl " * 300, encoding="utf-8")
     code, _, err = call("--file", "q.txt")
     assert code == 2 and "error: q.txt, line 3 has 304 tokens with what belongs to it" in err
+    assert err.count("\n") == 3  # none of the libraries' words
     code, _, err = call("What<|end|>")
     assert code == 2 and "error: the question: message 1 (user) has '<|end|>' in its text" in err
     code, _, err = call("Who?", "--system", "Be brief.")

@@ -133,7 +133,9 @@ def test_the_form_can_be_chosen(call):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--max-length", "0"], "error: max_length=0: must be a whole number"),
+        (["--max-length", "0"], "error: --max-length=0: must be a whole number"),
+        (["--max-length", "abc"], "error: --max-length='abc': must be a whole number"),
+        (["--validation", "0.1"], "error: --validation=0.1: there is no such file. Only `run` takes a share"),
         (["--validation", "nowhere.csv"], "error: path='nowhere.csv' cannot be read (No such file or directory)"),
     ],
 )

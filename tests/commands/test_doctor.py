@@ -316,3 +316,7 @@ def test_the_doctor_starts_where_nothing_is_installed(tmp_path):
     assert done.returncode == 0, done.stderr
     done = call("-m", "qlora_helpers", "doctor")  # with all other commands, which are parsed beside it
     assert done.returncode == 1 and "torch" in done.stdout and not done.stderr
+    for command in (["run"], ["data", str(COURSE / "data" / "examples" / "people.csv")]):
+        done = call("-m", "qlora_helpers", *command)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and " has no package " in done.stderr
+        assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from qlora_helpers import evaluation
 from qlora_helpers.__main__ import main
 from qlora_helpers.commands import run as run_command
+from qlora_helpers.commands import run_data
 from qlora_helpers.commands.run_report import reset_peak_memory, what_to_change
 from qlora_helpers.commands.run_request import Request
 from qlora_helpers.models.loading import load_model
@@ -41,7 +43,8 @@ def report_of(folder):
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
-def test_a_table_becomes_a_tuned_model_with_a_report_and_a_card(few, tmp_path, capsys):
+def test_a_table_becomes_a_tuned_model_with_a_report_and_a_card(few, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run_data, "warning_of_spelling", lambda *args: "the words are spelled out")
     folder = tmp_path / "out"
     assert main(["run", "--data", str(few), "--output", str(folder), "--epochs", "2", "--validation", "0.25"]) == 0
     said = capsys.readouterr().out
@@ -49,7 +52,10 @@ def test_a_table_becomes_a_tuned_model_with_a_report_and_a_card(few, tmp_path, c
     assert "3 of the 12 chats are held out for validation; 9 are trained on." in said
     assert "Settings to start from, for tiny-llama (3 million parameters), 9 rows, without a GPU" in said
     assert "learning_rate" in said and "[this course]" in said and "validation_rows" not in said
-    assert "the longest chat, rounded up to a multiple of 8" in said and "As you named them: epochs=2\n" in said
+    assert "rounded up to a multiple of 8" in said and "As you named them: epochs=2\n" in said
+    before, after = said.split("Training for")
+    assert "Warning: the words are spelled out.\n" in before
+    assert "As said before training: the words are spelled out.\n" in after
     assert "What else it knows: Of 500 facts" in said and f"-m qlora_helpers chat {folder}" in said
 
     report = report_of(folder)
@@ -69,6 +75,7 @@ def test_a_table_becomes_a_tuned_model_with_a_report_and_a_card(few, tmp_path, c
 
     card = (folder / "adapter" / "README.md").read_text(encoding="utf-8")
     assert "tiny-llama, tuned on few" in card and "What it has forgotten" in card and str(tmp_path) not in card
+    assert "- the words are spelled out.\n" in card and "| peak memory, predicted | not predicted |" in card
 
     # killed before the report: it is made again from the same chats, and from no others
     (folder / "report.json").unlink()
@@ -141,6 +148,12 @@ def test_a_run_is_continued_by_its_folder_alone(few, tmp_path, capsys, monkeypat
         (["--data", "{few}", "--format", "alpaca"], "alpaca"),
         (["--data", "{few}", "--validation", "none", "--patience", "2"], "patience=2: there is nothing to validate on"),
         (["--data", "{few}", "--model", "no_such_folder"], "no_such_folder"),
+        (["--data", "{few}", "--model", ""], "--model='': name a model, or leave it out for the shipped one"),
+        (["--data", ""], "--data='' is not there: name a file of chats"),
+        (
+            ["--data", "{few}", "--model", str(data_path("adapters", "sentences"))],
+            "holds an adapter, and a run starts from a model: name the adapter's base, tiny-llama",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is_asked(options, said, few, tmp_path, capsys, monkeypatch):
@@ -161,7 +174,7 @@ def test_words_that_the_tokenizer_spells_out_are_said_before_training(tmp_path, 
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):
         main(["run", "--data", str(path), "--output", str(tmp_path / "out")])
     said = capsys.readouterr().out
-    assert "warning: " in said and "the shipped model is for data in its own words" in said
+    assert "Warning: " in said and "the shipped model knows only the words of its" in said and "(--model)" in said
 
 
 def test_a_run_that_will_not_fit_is_refused_with_what_helps(few, tmp_path, capsys, monkeypatch):
@@ -203,6 +216,11 @@ def up_to_loading(tmp_path, capsys, monkeypatch):
 
 
 def test_what_is_named_takes_the_place_of_what_is_suggested(few, up_to_loading):
+    usual = up_to_loading("--data", few)
+    assert "1 of the 12 chats is held out for validation; 11 are trained on." in usual
+    assert re.search(r"max_length +24  the longest chat has \d+ tokens; rounded up to a multiple of 8\n", usual)
+    assert "this course, this course" not in usual and "As you named them" not in usual
+    assert usual.endswith("To change a setting, name it, as in --seed 1.\n")
     said = up_to_loading("--data", few, "--epochs", 2, "--rank", 4, "--validation", "none")
     assert "As you named them: epochs=2, rank=4\nWhat goes with them: steps=6, warmup_steps=1\n" in said
     lines = [line.split()[0] for line in said.splitlines() if line and not line.startswith(" ")]
