@@ -318,6 +318,8 @@ def _shape_of(model: str) -> ModelShape | None:
 
 def _settings(plan: _Plan, data: RunData, shape: ModelShape | None, hardware: Hardware) -> Settings:
     """The settings of the run: those that it was begun with; else as asked for, and otherwise as suggested."""
+    from qlora_helpers.suggestions import Reason
+
     rows, named = len(data.training), plan.request.settings
     if plan.record:
         begun = {name: plan.record[name] for name in VARIED if name in plan.record}
@@ -330,6 +332,8 @@ def _settings(plan: _Plan, data: RunData, shape: ModelShape | None, hardware: Ha
         usual = replace(GPU_RUN, learning_rate=2e-4, max_length=length)
         return _with(usual, _instead(named, usual, 3) | {"steps": None, "epochs": 3} | named, rows)
     found = _suggested(shape, rows, hardware, length, data.answer_tokens, plan.ignore_memory)
+    longest = Reason(length, f"the longest chat has {data.longest:,} tokens; rounded up to a multiple of 8", "")
+    found = replace(found, reasons=found.reasons | {"max_length": longest})
     instead = _instead(named, found.settings, found.reasons["epochs"].value)
     settings = _with(found.settings, instead, rows)
     _print_suggestions(found, settings, named, instead)
@@ -398,15 +402,13 @@ def _print_suggestions(
     found: SuggestedSettings, settings: Settings, named: dict[str, Any], instead: dict[str, Any]
 ) -> None:
     """Print the settings to start from that the run has, each with its reason; and those that it has instead."""
-    from qlora_helpers.suggestions import Reason, shown
+    from qlora_helpers.suggestions import shown
 
-    rounded = Reason(settings.max_length, "the longest chat, rounded up to a multiple of 8", "")
     # what was held out is said already
     out_of_place = {"validation_rows", *instead, *(ONLY_ADAPTERS if settings.method == "full" else ())}
     if instead.get("epochs") == found.reasons["epochs"].value:
         out_of_place.discard("epochs")
-    reasons = found.reasons | {"max_length": rounded}
-    reasons = {name: reason for name, reason in reasons.items() if name not in out_of_place}
+    reasons = {name: reason for name, reason in found.reasons.items() if name not in out_of_place}
     prediction = None if set(MEMORY_SETTINGS) & instead.keys() else found.prediction
     # that no GPU was named is no news here
     found = replace(found, reasons=reasons, prediction=prediction, notes=found.notes if found.gpu else ())

@@ -32,8 +32,8 @@ __all__ = ["ask", "peak_memory", "print_report", "put_together", "reset_peak_mem
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 CURVE = 10  # evaluations that are printed
-WIDTH = 100  # columns of a text
 HARDLY = 0.9  # a training loss that has not fallen to this share of its first value has hardly fallen
+WIDTH = 100  # columns of a text
 
 
 def ask(
@@ -129,7 +129,7 @@ def print_report(report: dict[str, Any], path: Path, scores: Comparison | None, 
         print(f"\n{_curve(report)}")
     for change in report["first_changes"]:
         text = f"{change['symptom']}: {change['change']} ({change['why']})."
-        print(f"\n{textwrap.fill(f'What to change first where {text}', 100)}")
+        print(f"\n{textwrap.fill(f'What to change first where {text}', WIDTH)}")
     seconds, peak = report["train_seconds"], report["peak_memory_bytes"]
     gone = "not known: the run was stopped before its report"
     where = "main memory" if report["gear"] == "cpu" else "GPU memory, reserved by torch"

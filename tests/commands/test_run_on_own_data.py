@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -51,10 +52,10 @@ def test_a_table_becomes_a_tuned_model_with_a_report_and_a_card(few, tmp_path, c
     assert "3 of the 12 chats are held out for validation; 9 are trained on." in said
     assert "Settings to start from, for tiny-llama (3 million parameters), 9 rows, without a GPU" in said
     assert "learning_rate" in said and "[this course]" in said and "validation_rows" not in said
+    assert "rounded up to a multiple of 8" in said and "As you named them: epochs=2\n" in said
     before, after = said.split("Training for")
     assert "Warning: the words are spelled out.\n" in before
     assert "As said before training: the words are spelled out.\n" in after
-    assert "the longest chat, rounded up to a multiple of 8" in said and "As you named them: epochs=2\n" in said
     assert "What else it knows: Of 500 facts" in said and f"-m qlora_helpers chat {folder}" in said
 
     report = report_of(folder)
@@ -217,6 +218,7 @@ def up_to_loading(tmp_path, capsys, monkeypatch):
 def test_what_is_named_takes_the_place_of_what_is_suggested(few, up_to_loading):
     usual = up_to_loading("--data", few)
     assert "1 of the 12 chats is held out for validation; 11 are trained on." in usual
+    assert re.search(r"max_length +24  the longest chat has \d+ tokens; rounded up to a multiple of 8\n", usual)
     assert "this course, this course" not in usual and "As you named them" not in usual
     assert usual.endswith("To change a setting, name it, as in --seed 1.\n")
     said = up_to_loading("--data", few, "--epochs", 2, "--rank", 4, "--validation", "none")
