@@ -59,8 +59,8 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory(hardware: Hardware) -> int:
-    """The most memory so far, in bytes: reserved by torch on a GPU, else of the whole process."""
-    return torch.cuda.max_memory_reserved() if hardware.device == "cuda" else peak_memory_bytes()
+    """The most memory so far, in bytes: in torch's tensors on a GPU, else of the whole process."""
+    return torch.cuda.max_memory_allocated() if hardware.device == "cuda" else peak_memory_bytes()
 
 
 def put_together(
@@ -83,7 +83,7 @@ def put_together(
         "commonest_answer_rate": evaluation.commonest_answer_rate(data.training, data.asked) if shipped else None,
         "scores": scores and scores.as_dict(),
         "forgetting": kept.as_dict(),
-        "predicted_memory_bytes": prediction and prediction.peak_reserved_bytes,
+        "predicted_memory_bytes": prediction and prediction.peak_allocated_bytes,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
 
@@ -132,7 +132,7 @@ def print_report(report: dict[str, Any], path: Path, scores: Comparison | None, 
         print(f"\n{textwrap.fill(f'What to change first where {text}', WIDTH)}")
     seconds, peak = report["train_seconds"], report["peak_memory_bytes"]
     gone = "not known: the run was stopped before its report"
-    where = "main memory" if report["gear"] == "cpu" else "GPU memory, reserved by torch"
+    where = "main memory" if report["gear"] == "cpu" else "GPU memory, in torch's tensors"
     foreseen = report["predicted_memory_bytes"]
     foreseen = f" ({foreseen / GIB:.2f} GiB predicted)" if foreseen else ""
     print(f"""

@@ -50,7 +50,7 @@ def tuned(model, table, folder, capsys, *options):
         print(
             f"\n{report['model'].rpartition('/')[2]}, {report['gear']}: {settings['steps']} steps of {settings['accumulation']} x "
             f"{settings['batch_size']} chats of up to {settings['max_length']} tokens in {report['train_seconds']:.0f} s of "
-            f"{report['total_seconds']:.0f} s; {peak / GIB:.2f} GiB reserved, {predicted / GIB:.2f} predicted; loss "
+            f"{report['total_seconds']:.0f} s; {peak / GIB:.2f} GiB allocated, {predicted / GIB:.2f} predicted; loss "
             f"{report['scores']['before']['loss']:.2f} to {report['scores']['after']['loss']:.2f}"
         )
     return report, answer
