@@ -2,7 +2,7 @@
 
 from data.scripts import DATA
 from data.scripts.make import example_files
-from qlora_helpers.chats import read_chats
+from qlora_helpers.chats import read_chats, read_file
 
 
 def test_the_shipped_files_are_what_the_script_makes(tmp_path):
@@ -17,3 +17,8 @@ def test_each_file_holds_other_questions_all_of_them_from_the_training_chats():
     found = {name: {question for question in known if question in text} for name, text in texts.items()}
     assert [len(questions) for questions in found.values()] == [60, 60, 20]
     assert len(set.union(*found.values())) == 140
+
+
+def test_four_rows_of_the_third_file_cannot_be_used():
+    file = read_file(DATA / "examples" / "people_sharegpt.jsonl", on_bad="drop")
+    assert len(file.dropped) == len(file.kinds_of_faults()) == 4 and len(file.chats) == 16
