@@ -172,7 +172,8 @@ def command(args: argparse.Namespace) -> int:
         with gone_if_refused(args.output):
             check_output(args.output)
             with locked(args.output, "--output"):
-                return _load_and_run(_where_to_begin(args))
+                plan = _where_to_begin(args)
+                return _load_and_run(plan)
     except KeyboardInterrupt as stop:  # during training it is an Interrupted, which says where
         # else the folder still holds an earlier run, which is not moved aside until all is checked
         begun = args.resume or _begun_at(args.output) != before

@@ -36,7 +36,9 @@ def requirements(path: Path) -> dict[str, str]:
 
 
 PINS = requirements(ROOT / "colab" / "requirements.txt")
-INSTALLED = "Installed bitsandbytes {bitsandbytes}, datasets {datasets}, trl {trl}.\n".format(**PINS)
+INSTALLED = "Installed bitsandbytes {bitsandbytes}, datasets {datasets}, sacrebleu {sacrebleu}, trl {trl}.\n".format(
+    **PINS
+)
 NO_GPU = "Set-up is complete. There is no GPU: the lesson runs in the cpu gear.\n"
 
 
@@ -589,8 +591,12 @@ def test_only_what_is_missing_or_at_another_version_is_installed(colab):
         stand_in(colab.site, name, version)
     shutil.rmtree(next(colab.site.glob("peft-*")))
     done = colab.run()
-    assert completed(done, f"Installed datasets {PINS['datasets']}, trl {PINS['trl']}, peft>=0.20.\n{NO_GPU}"), done
-    assert colab.pip_calls[0].startswith(f"datasets=={PINS['datasets']} trl=={PINS['trl']} peft>=0.20 |")
+    installed = (
+        f"Installed datasets {PINS['datasets']}, sacrebleu {PINS['sacrebleu']}, trl {PINS['trl']}, peft>=0.20.\n"
+    )
+    assert completed(done, installed + NO_GPU), done
+    called = f"datasets=={PINS['datasets']} sacrebleu=={PINS['sacrebleu']} trl=={PINS['trl']} peft>=0.20 |"
+    assert colab.pip_calls[0].startswith(called)
 
 
 def test_pip_is_held_to_the_versions_that_the_runtime_has(colab):
