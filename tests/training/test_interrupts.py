@@ -123,7 +123,7 @@ def quick(monkeypatch, tmp_path):
         run_data, "read_run_data", lambda *args: replace(data := read(*args), training=CHATS, asked=data.asked[:3])
     )
     monkeypatch.setattr(evaluation, "measure_knowledge", lambda *args: None)
-    monkeypatch.setattr(evaluation, "forgetting", lambda *args: SimpleNamespace(as_dict=dict))
+    monkeypatch.setattr(evaluation, "forgetting", lambda *args: SimpleNamespace(as_dict=dict, verdict="kept"))
     monkeypatch.chdir(tmp_path)
 
 
