@@ -13,6 +13,7 @@ __all__ = [
     "DTYPES",
     "GPU_OPTIMIZER",
     "GPU_RUN",
+    "LOGITS",
     "MEMORY_SETTINGS",
     "METHODS",
     "PREDICTOR_ONLY",
@@ -24,6 +25,7 @@ __all__ = [
 METHODS = ("qlora", "lora", "full")
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # with the bytes per element
 ATTENTION = ("sdpa", "math", "eager")
+LOGITS = ("tiled", "whole")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes'
 # transformers' name for each. Its own "constant" has no warm-up, whatever warmup_steps says.
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -81,8 +83,13 @@ class Settings:
             "eager". Below compute capability 8.0, "sdpa" means this course's gear, which always uses the
             memory-efficient kernel. transformers has no "sdpa" for Gemma 2 and GPT-J: for these it means "eager".
         upcast_fp32: whether `peft.prepare_model_for_kbit_training` was called, which makes 16-bit weights float32.
+        checkpointed_layers: with gradient_checkpointing: how many decoder layers are checkpointed, from the first on; None
+            for all of them.
+        logits: "tiled" as TRL's output head makes them, piece by piece; or "whole", one for each token and each entry of
+            the vocabulary, as transformers' own Trainer and other stacks do.
+        eval_batch_size: of evaluations within the run; None to leave them out of the prediction.
 
-    In a run of epochs, `steps` and `warmup_steps` are None until `for_rows` has counted the steps. The last four describe
+    In a run of epochs, `steps` and `warmup_steps` are None until `for_rows` has counted the steps. The last seven describe
     runs outside this course: the predictor takes any value, training only the default.
 
     Raises:
@@ -119,6 +126,9 @@ class Settings:
     block_size: int = 64
     attention: str = "sdpa"
     upcast_fp32: bool = False
+    checkpointed_layers: int | None = None
+    logits: str = "tiled"
+    eval_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         self._hold(validation.one_of, "method", METHODS)
@@ -139,6 +149,12 @@ class Settings:
             self._hold(validation.whole, name)
         self._hold(validation.switch, "gradient_checkpointing")
         self._hold(validation.one_of, "attention", ATTENTION)
+        self._hold(validation.one_of, "logits", LOGITS)
+        self._hold_unless_none(validation.whole, "checkpointed_layers", at_least=0, otherwise="None for all")
+        self._hold_unless_none(validation.whole, "eval_batch_size", otherwise="None for no evaluation")
+        if self.checkpointed_layers is not None and not self.gradient_checkpointing:
+            cure = "needs gradient_checkpointing=True; None leaves it open"
+            raise validation.refuse("checkpointed_layers", self.checkpointed_layers, cure)
         self._hold_unless_none(validation.one_of, "compute_dtype", DTYPES, otherwise="None for the GPU's default")
         if not (self.optimizer is None or (isinstance(self.optimizer, str) and self.optimizer)):
             raise validation.refuse("optimizer", self.optimizer, "name one that transformers' optim takes, or None")
@@ -261,9 +277,12 @@ GPU_RUN = Settings(batch_size=1, max_length=2_048, dropout=0.05, gradient_checkp
 MEMORY_SETTINGS = (
     "method", "batch_size", "max_length", "accumulation", "rank", "dropout", "target_modules", "gradient_checkpointing",
     "optimizer", "compute_dtype", "double_quant", "adapter_dtype", "block_size", "attention", "upcast_fp32",
+    "checkpointed_layers", "logits", "eval_batch_size",
 )  # fmt: skip
 
 GPU_OPTIMIZER = "paged_adamw_8bit"  # on a GPU, where the settings name none
 
 # Training takes only the defaults of these, the predictor any value (see `Settings`).
-PREDICTOR_ONLY = ("adapter_dtype", "block_size", "attention", "upcast_fp32")
+PREDICTOR_ONLY = (
+    "adapter_dtype", "block_size", "attention", "upcast_fp32", "checkpointed_layers", "logits", "eval_batch_size",
+)  # fmt: skip

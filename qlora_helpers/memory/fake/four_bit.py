@@ -1,0 +1,67 @@
+"""A 4-bit layer of bitsandbytes without values: PEFT and transformers see the real class, and the ledger sees its memory."""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import torch
+import torch.nn.functional as F
+
+from qlora_helpers.memory.fake.ledger import Ledger
+from qlora_helpers.memory.layers import DEQUANTISED
+
+__all__ = ["Fake4bit"]
+
+
+class Fake4bit(bnb.nn.Linear4bit):
+    """A linear layer in 4 bits whose packed weight has the right number of bytes.
+
+    Args:
+        linear: the layer that it stands for.
+        dtype: that it computes in.
+        double_quant: its scales are quantised, too: they are decoded first.
+        block_size: weights that share a scale.
+    """
+
+    ledger: Ledger | None = None  # set while a step runs: it notes the decoded weights as a kind of their own
+
+    def __init__(self, linear: torch.nn.Module, dtype: torch.dtype, double_quant: bool, block_size: int) -> None:
+        torch.nn.Module.__init__(self)
+        # transformers' Conv1D has its weight the other way round
+        transposed = not isinstance(linear, torch.nn.Linear)
+        self.in_features, self.out_features = linear.weight.shape if transposed else linear.weight.shape[::-1]
+        self.compute_dtype, self.double_quant, self.block_size = dtype, double_quant, block_size
+        packed = torch.empty(-(-linear.weight.numel() // 2), 1, dtype=torch.uint8)
+        self.weight = torch.nn.Parameter(packed, requires_grad=False)
+        self.weight.compress_statistics, self.weight.quant_type = double_quant, "nf4"
+        self.bias = linear.bias
+
+    @property
+    def weights(self) -> int:
+        """How many weights it stands for."""
+        return self.in_features * self.out_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As bitsandbytes' own: in the compute dtype, and back to that of the input."""
+        return _Product.apply(x.to(self.compute_dtype), self).to(x.dtype)
+
+    def decoded(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight in 16 or 32 bits; with double quantisation the scales are decoded first."""
+        with self.ledger.kind(DEQUANTISED):
+            scales = torch.empty(-(-self.weights // self.block_size)) if self.double_quant else None
+            weight = torch.empty(self.out_features, self.in_features, dtype=dtype)
+            del scales
+        return weight
+
+
+class _Product(torch.autograd.Function):
+    """bitsandbytes' MatMul4Bit on a GPU: decode, multiply; and decode again in the backward pass. Nothing is saved."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        return F.linear(x, layer.decoded(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.matmul(gradient, ctx.layer.decoded(gradient.dtype)), None

@@ -1,0 +1,100 @@
+"""The decoder layers of any model: which of them are alike, and a model that has only a few of each kind.
+
+A decoder repeats few kinds of layer: all alike, or with and without a window, dense and with experts, attention and state
+space. What one of a kind takes, the others take, too; so a step needs to run only some of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+__all__ = ["decoder_layers", "kinds_of", "representatives", "shorten"]
+
+_PLACES = ("layer_idx", "layer_id", "layer_index", "layer_number", "idx", "block_idx")  # say where a layer is, not what
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
+    """The name and the list of a model's decoder layers; None if they cannot be told.
+
+    It is the list with the most parameters among those that are as long as the text part's config says.
+    """
+    wanted = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    found = [
+        (sum(parameter.numel() for parameter in module.parameters()), name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == wanted
+    ]
+    if not found:
+        return None
+    _, name, layers = max(found, key=lambda entry: entry[0])
+    return name, layers
+
+
+def _signature(layer: nn.Module) -> tuple:
+    """What decides the memory of a layer: its modules, their shapes, and their settings."""
+    parts = []
+    for name, module in layer.named_modules():
+        settings = tuple(
+            (key, value)
+            for key, value in sorted(vars(module).items())
+            # numbers with a fraction scale values, and decide no shape
+            if key not in _PLACES and not key.startswith("_") and isinstance(value, int | str | bool | None)
+        )
+        shapes = tuple((key, tuple(p.shape), p.dtype) for key, p in module.named_parameters(recurse=False))
+        parts.append((name, type(module).__name__, shapes, settings))
+    return tuple(parts)
+
+
+def kinds_of(layers: Sequence[nn.Module], checkpointed: int) -> tuple[int, ...]:
+    """A number for each layer, the same for layers that take the same memory.
+
+    Args:
+        checkpointed: so many of the first layers are checkpointed, and differ from the others.
+    """
+    numbers: dict[tuple, int] = {}
+    return tuple(
+        numbers.setdefault((_signature(layer), place < checkpointed), len(numbers))
+        for place, layer in enumerate(layers)
+    )
+
+
+def representatives(kinds: Sequence[int]) -> list[int]:
+    """The places of the layers that are run: the first, the last, and one of each kind between them.
+
+    The one between is followed by one of its own kind where there is any, since layers hand memory to each other.
+    """
+    last = len(kinds) - 1
+    chosen = {0, last} if kinds else set()
+    for kind in dict.fromkeys(kinds[1:last]):
+        places = [place for place in range(1, last) if kinds[place] == kind]
+        chosen.add(next((place for place in places if kinds[place + 1] == kind), places[0]))
+    return sorted(chosen)
+
+
+def shorten(model: PreTrainedModel, name: str, places: Sequence[int]) -> None:
+    """Leave only these of a model's decoder layers, and as much in each list of its config that has an entry per layer."""
+    parent, _, child = name.rpartition(".")
+    layers = model.get_submodule(name)
+    before = len(layers)
+    setattr(model.get_submodule(parent), child, nn.ModuleList(layers[place] for place in places))
+    seen: set[int] = set()
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and id(config) not in seen and hasattr(config, "num_hidden_layers"):
+            seen.add(id(config))
+            _shorten_config(config, before, places)
+
+
+def _shorten_config(config: PretrainedConfig, before: int, places: Sequence[int]) -> None:
+    if config.num_hidden_layers != before:
+        return  # of another part, such as a vision tower
+    for key, value in list(vars(config).items()):
+        if isinstance(value, list | tuple) and len(value) == before:
+            setattr(config, key, type(value)(value[place] for place in places))
+    config.num_hidden_layers = len(places)

@@ -1,0 +1,121 @@
+"""A ledger of all tensors that a run makes: their bytes, and when each of them comes and goes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qlora_helpers.memory.tape import rounded
+
+__all__ = ["ALIVE", "Ledger"]
+
+ALIVE = 1 << 60  # the time of an end that has not come
+
+
+class Ledger(TorchDispatchMode):
+    """Notes each storage that is made, in bytes as the allocator rounds them, and the moment at which it is freed.
+
+    Time is a count of events: a storage that is made, one that is freed, or a mark.
+
+    Attributes:
+        sizes, births, deaths, kinds: one entry for each storage, in the order in which they were made. A death is `ALIVE`
+            until it comes.
+        marks: the times and names of the moments that `mark` noted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self.births: list[int] = []
+        self.deaths: list[int] = []
+        self.kinds: list[str | None] = []
+        self.marks: list[tuple[int, str]] = []
+        self.clock = 0
+        self._kind: str | None = None
+        self._alive: dict[int, int] = {}  # the entry of each storage that is alive
+
+    def mark(self, name: str) -> None:
+        """Note that a part of the run begins here."""
+        self.clock += 1
+        self.marks.append((self.clock, name))
+
+    @contextmanager
+    def kind(self, name: str) -> Iterator[None]:
+        """What is made within is of this kind."""
+        before, self._kind = self._kind, name
+        try:
+            yield
+        finally:
+            self._kind = before
+
+    def brief(self, sizes: tuple[int, ...]) -> None:
+        """Note memory that a kernel takes and gives back by itself, which no operation shows."""
+        first = len(self.sizes)
+        for size in sizes:
+            self._note(rounded(size), self._kind)
+        for entry in range(first, len(self.sizes)):
+            self.clock += 1
+            self.deaths[entry] = self.clock
+
+    def _note(self, size: int, kind: str | None) -> None:
+        self.clock += 1
+        self.sizes.append(size)
+        self.births.append(self.clock)
+        self.deaths.append(ALIVE)
+        self.kinds.append(kind)
+
+    def _free(self, key: int) -> None:
+        self.clock += 1
+        self.deaths[self._alive.pop(key)] = self.clock
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._alive:
+            self._alive[storage._cdata] = len(self.sizes)
+            self._note(rounded(storage.nbytes()), self._kind)
+            weakref.finalize(storage, self._free, storage._cdata)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self._see(result)
+        elif isinstance(result, tuple | list):
+            for part in result:
+                if isinstance(part, torch.Tensor):
+                    self._see(part)
+        if taken := _INSIDE.get(function):
+            self.brief(taken(*args))
+        return result
+
+
+# ---- What CUDA kernels take internally
+
+
+def _flash_attention_backward(gradient, query, key, *_) -> tuple[int, ...]:
+    """aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_bwd: sums in float32, and gradients per head."""
+    batch, heads, tokens, head = query.shape
+    rows = batch * heads * (-(-tokens // 128) * 128)
+    expanded = 2 * (query.numel() * query.element_size(),) if key.shape[1] != heads else ()
+    return (rows * 4, rows * (-(-head // 32) * 32) * 4, *expanded)
+
+
+def _efficient_attention_backward(gradient, query, *_) -> tuple[int, ...]:
+    """aten/src/ATen/native/transformers/cuda/attention_backward.cu: one float32 number for each query and head."""
+    batch, heads, tokens, _ = query.shape
+    return (batch * heads * tokens * 4,)
+
+
+def _softmax_backward(gradient, output, *_) -> tuple[int, ...]:
+    """aten/src/ATen/native/cuda/SoftMax.cu, softmax_backward_cuda_out: gradient * output."""
+    return (output.numel() * output.element_size(),)
+
+
+_INSIDE = {
+    torch.ops.aten._scaled_dot_product_flash_attention_backward.default: _flash_attention_backward,
+    torch.ops.aten._scaled_dot_product_efficient_attention_backward.default: _efficient_attention_backward,
+    torch.ops.aten._softmax_backward_data.default: _softmax_backward,
+}

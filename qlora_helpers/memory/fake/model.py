@@ -1,0 +1,167 @@
+"""A model on the meta device, made ready for a run as transformers, PEFT and TRL make it ready on a GPU."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import BitsAndBytesConfig
+from transformers.integrations import replace_with_bnb_linear
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+from qlora_helpers.memory.fake.four_bit import Fake4bit
+from qlora_helpers.memory.fake.layers_alike import decoder_layers, kinds_of, representatives, shorten
+from qlora_helpers.memory.fake.on_a_gpu import fused_head
+from qlora_helpers.memory.gpus import GPU
+from qlora_helpers.models.attention import REPEATED_KV
+from qlora_helpers.models.meta import meta_model
+from qlora_helpers.settings import Settings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+__all__ = ["Prepared", "attention_of", "prepare", "supports_sdpa"]
+
+
+@dataclass
+class Prepared:
+    """A model that is ready to train, on the meta device, with only some of its decoder layers.
+
+    Attributes:
+        model: with its adapters, if it has any.
+        layers: the decoder layers that are left, in order; empty if they could not be told from the rest.
+        places: where these are in the whole model.
+        template: for each layer of the whole model, the one of `layers` that stands for it.
+        routed: how many layers of the whole model have a router.
+    """
+
+    model: PreTrainedModel | PeftModel
+    layers: list[torch.nn.Module]
+    places: list[int]
+    template: list[int]
+    routed: int
+
+
+def supports_sdpa(model: PreTrainedModel) -> bool:
+    """Whether transformers has `scaled_dot_product_attention` for a model."""
+    return bool(getattr(model, "_supports_sdpa", False))
+
+
+def attention_of(config: dict, settings: Settings, gpu: GPU) -> str:
+    """The name of a run's attention for transformers: the course's own on cards older than 8.0."""
+    if settings.attention == "sdpa" and gpu.compute_capability < (8, 0):
+        return REPEATED_KV
+    return "eager" if settings.attention == "eager" else "sdpa"
+
+
+def prepare(config: dict, settings: Settings, gpu: GPU, whole: bool = False) -> Prepared:
+    """A model of this config, ready for a run.
+
+    Args:
+        config: as in a `config.json`.
+        settings: of the run, with a `compute_dtype`.
+        gpu: that it runs on; decides the attention.
+        whole: keep all layers.
+    """
+    dtype = getattr(torch, settings.compute_dtype)
+    model = meta_model(config, dtype=dtype, attention=attention_of(config, settings, gpu))
+    found, places, template, routed = decoder_layers(model), [], [], 0
+    if found:
+        name, layers = found
+        kinds = kinds_of(layers, _checkpointed(settings, len(layers)))
+        places = list(range(len(layers))) if whole else representatives(kinds)
+        template = [_stands_for(place, kinds, places) for place in range(len(layers))]
+        routed = sum(any(p.dim() == 3 for p in layer.parameters()) for layer in layers)
+        shorten(model, name, places)
+    _keep_some_in_float32(model, dtype)
+    if settings.method == "qlora":
+        _quantise(model, dtype, settings)
+    for parameter in model.parameters():
+        parameter.requires_grad = settings.method == "full"
+    model.tie_weights()
+    model.config.use_cache = False
+    text = model.config.get_text_config()
+    if hasattr(text, "output_router_logits"):  # as SFTTrainer does: with the coefficient that the config has
+        text.output_router_logits = bool(getattr(text, "router_aux_loss_coef", 0))
+    if settings.logits == "tiled":
+        fused_head()(model, outputs=("log_probs", "entropy", "is_top1"))
+    if settings.upcast_fp32:
+        _upcast(model)
+    with_adapters = model if settings.method == "full" else _with_adapters(model, settings)
+    left = list(model.get_submodule(found[0])) if found else []
+    _checkpoint(with_adapters, left, places, settings, len(template))
+    return Prepared(with_adapters, left, places, template, routed)
+
+
+def _checkpointed(settings: Settings, layers: int) -> int:
+    """How many of the first layers are checkpointed."""
+    if not settings.gradient_checkpointing:
+        return 0
+    return layers if settings.checkpointed_layers is None else min(settings.checkpointed_layers, layers)
+
+
+def _stands_for(place: int, kinds: tuple[int, ...], places: list[int]) -> int:
+    """Which of the layers that are left stands for the one at this place: itself, or one between of its kind."""
+    if place in places:
+        return places.index(place)
+    return next(i for i, other in enumerate(places) if 0 < other < len(kinds) - 1 and kinds[other] == kinds[place])
+
+
+def _keep_some_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """As `from_pretrained` does for modules that would lose too much in 16 bits."""
+    names = {name for name, kept in model._get_dtype_plan(dtype).items() if kept == torch.float32}
+    if not names:
+        return
+    pattern = re.compile("|".join(rf"(^|\.){re.escape(name)}(\.|$)" for name in names))
+    for name, parameter in model.named_parameters():
+        if pattern.search(name):
+            parameter.data = parameter.data.float()
+
+
+def _quantise(model: PreTrainedModel, dtype: torch.dtype, settings: Settings) -> None:
+    """Replace the layers that transformers has bitsandbytes quantise; it decides which by their class and name."""
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4")
+    skipped = Bnb4BitHfQuantizer.get_modules_to_not_convert(
+        model, config.llm_int8_skip_modules, model._keep_in_fp32_modules
+    )
+    before = dict(model.named_modules())
+    replace_with_bnb_linear(model, modules_to_not_convert=skipped, quantization_config=config)
+    for name, module in list(model.named_modules()):
+        if module is not before.get(name) and name in before:
+            parent, _, child = name.rpartition(".")
+            fake = Fake4bit(before[name], dtype, settings.double_quant, settings.block_size)
+            setattr(model.get_submodule(parent), child, fake)
+    model.is_loaded_in_4bit = True
+
+
+def _upcast(model: PreTrainedModel) -> None:
+    """As PEFT's `prepare_model_for_kbit_training` does."""
+    for parameter in model.parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+
+
+def _with_adapters(model: PreTrainedModel, settings: Settings) -> PeftModel:
+    targets = settings.target_modules
+    lora = LoraConfig(
+        r=settings.rank,
+        lora_dropout=settings.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM",
+    )
+    # in the dtype of the base; the ledger's tensors get the run's own
+    return get_peft_model(model, lora, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+
+
+def _checkpoint(model, left: list, places: list[int], settings: Settings, layers: int) -> None:
+    if not settings.gradient_checkpointing:
+        return
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if settings.method != "full":
+        model.enable_input_require_grads()
+    for layer, place in zip(left, places, strict=True):
+        layer.gradient_checkpointing = place < _checkpointed(settings, layers)

@@ -1,0 +1,233 @@
+"""CPU kernels and CPU autocast replaced by what a GPU does, for steps on fake tensors.
+
+The libraries run on this machine's CPU build of torch, on tensors without values. Where a CUDA build takes other kernels or
+other dtypes, they are put in its place here, with the reason.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from transformers import masking_utils
+from transformers.models.mixtral import modeling_mixtral
+from trl.kernels import chunked_logprob
+from trl.trainer import utils as trl_utils
+
+from qlora_helpers.memory.fake.ledger import Ledger
+from qlora_helpers.memory.layers import TILE
+
+__all__ = ["LARGEST_FLASH_HEAD", "fused_head", "on_a_gpu"]
+
+LARGEST_FLASH_HEAD = 256  # elements (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, check_head_dim_size_flash)
+
+# Run in float32 by CUDA's autocast and not by the CPU's (aten/src/ATen/autocast_mode.h, AT_FORALL_FP32), where layers use
+# them; those of the second row give float32 without a copy of their input (AT_FORALL_FP32_SET_OPT_DTYPE).
+_IN_FLOAT32 = ("pow", "rsqrt", "exp", "log", "log1p", "reciprocal", "logsumexp")
+_INTO_FLOAT32 = ("cumsum", "prod", "sum")
+
+
+def _autocast_is_on() -> bool:
+    return _is_on("cpu")
+
+
+_is_on = torch.is_autocast_enabled
+_narrow = (torch.float16, torch.bfloat16)
+
+
+# ---- Attention
+
+
+def _with_as_many_heads(q: torch.Tensor, *keys: torch.Tensor) -> Iterator[torch.Tensor]:
+    for x in keys:
+        groups = q.shape[1] // x.shape[1]
+        yield x.repeat_interleave(groups, -3) if groups > 1 else x
+
+
+def _attention(kernel: str, capability: tuple[int, int]) -> Callable:
+    """`scaled_dot_product_attention` in the kernel that torch picks on a GPU.
+
+    Args:
+        kernel: "sdpa" (FlashAttention where it can be used, else the memory-efficient one) or "math".
+        capability: the GPU's compute capability.
+    """
+
+    def pick(q, k, v, mask, shared: bool) -> str:
+        if kernel == "math":
+            return "math"
+        heads_suit = q.shape[-1] == k.shape[-1] == v.shape[-1] <= LARGEST_FLASH_HEAD
+        if mask is None and capability >= (8, 0) and q.dtype in _narrow and heads_suit:
+            return "flash"
+        return "math" if shared else "efficient"  # the memory-efficient kernel takes no shared key heads
+
+    def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        if _autocast_is_on():
+            q, k, v = (t.to(torch.get_autocast_dtype("cpu")) for t in (q, k, v))
+        picked = pick(q, k, v, attn_mask, enable_gqa and k.shape[1] != q.shape[1])
+        if attn_mask is not None and attn_mask.dtype == torch.bool:  # made a bias of the queries' dtype
+            attn_mask = torch.empty(attn_mask.shape, dtype=q.dtype)
+        if picked == "flash":
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
+        if picked == "efficient":
+            if attn_mask is not None:
+                attn_mask = attn_mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+            return torch.ops.aten._scaled_dot_product_efficient_attention(
+                q, k, v, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
+            )[0]
+        with torch.autocast("cpu", enabled=False):
+            k, v = _with_as_many_heads(q, k, v)
+            return torch.ops.aten._scaled_dot_product_attention_math(
+                q, k, v, attn_mask, dropout_p, is_causal, scale=scale
+            )[0]
+
+    return attention
+
+
+# ---- Autocast
+
+
+def _in_float32(function: Callable) -> Callable:
+    def run(x, *args, **kwargs):
+        return function(x.float() if _autocast_is_on() and x.dtype in _narrow else x, *args, **kwargs)
+
+    return run
+
+
+def _into_float32(function: Callable) -> Callable:
+    def run(x, *args, **kwargs):
+        if _autocast_is_on() and x.dtype in _narrow and kwargs.get("dtype") is None:
+            kwargs["dtype"] = torch.float32
+        return function(x, *args, **kwargs)
+
+    return run
+
+
+def _softmax(function: Callable) -> Callable:
+    # CUDA's softmax reads float16 and gives float32 in one kernel; from bfloat16 it casts first
+    def run(x, dim=None, _stacklevel=3, dtype=None):
+        return function(x.float() if dtype or _autocast_is_on() else x, dim)
+
+    return run
+
+
+def _layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
+    if not _autocast_is_on():
+        return _plain_layer_norm(x, shape, weight, bias, eps)
+    with torch.autocast("cpu", enabled=False):
+        weight, bias = (None if p is None else p.float() for p in (weight, bias))
+        return _plain_layer_norm(x.float(), shape, weight, bias, eps)
+
+
+_plain_layer_norm = F.layer_norm
+
+
+def _dropout(x, p=0.5, training=True, inplace=False):
+    return torch.native_dropout(x, p, training)[0] if training and p else x  # masks of one byte
+
+
+# ---- TRL's output head
+
+
+class _Pick(torch.autograd.Function):
+    """`hidden_states[mask]` with every token scored: on a GPU a copy, and zeros to write its gradient into."""
+
+    @staticmethod
+    def forward(ctx, hidden):
+        ctx.shape = hidden.shape
+        return torch.empty(hidden.shape[0] * hidden.shape[1], hidden.shape[2], dtype=hidden.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.zeros(ctx.shape, dtype=gradient.dtype)
+
+
+def fused_head() -> Callable:
+    """TRL's `add_fused_lm_head`; on a GPU a Triton kernel folds its tiles, which takes nothing besides the tile.
+
+    Raises:
+        RuntimeError: the installed TRL treats the scored tokens in a way that is not known here.
+    """
+    source = inspect.getsource(trl_utils.add_fused_lm_head)
+    picks = "hidden_states[mask] if compact else hidden_states.reshape(-1, hidden_states.size(-1))"
+    if picks not in source:
+        raise RuntimeError("the installed TRL has another fused output head: how much memory it takes is not known here")
+    space = dict(vars(trl_utils), _pick=_Pick.apply)
+    exec(source.replace(picks, "_pick(hidden_states)"), space)
+    return space["add_fused_lm_head"]
+
+
+def _empty(ledger: Ledger) -> Callable:
+    """`torch.empty` for the tiles of logits, which the ledger notes as a kind of their own."""
+
+    def empty(*args, **kwargs):
+        with ledger.kind(TILE):
+            return torch.empty(*args, **kwargs)
+
+    return empty
+
+
+class _Torch:
+    """The torch module with another `empty`."""
+
+    def __init__(self, empty: Callable) -> None:
+        self.empty = empty
+
+    def __getattr__(self, name: str):
+        return getattr(torch, name)
+
+
+def _aux_loss_of_all(layers: int) -> Callable:
+    """The load-balancing loss, given the routers of all layers although only some of them run."""
+    plain = modeling_mixtral.load_balancing_loss_func
+
+    def loss(gate_logits, *args, **kwargs):
+        if isinstance(gate_logits, tuple) and gate_logits:
+            gate_logits = tuple(gate_logits[i * len(gate_logits) // layers] for i in range(layers))
+        return plain(gate_logits, *args, **kwargs)
+
+    return loss
+
+
+# ---- All of it
+
+
+@contextmanager
+def on_a_gpu(ledger: Ledger, kernel: str, capability: tuple[int, int], routed_layers: int) -> Iterator[None]:
+    """What runs within takes the memory that it would on a GPU.
+
+    Args:
+        ledger: of the run.
+        kernel: of attention: "sdpa", "math" or "eager" (which is Python and needs no replacement).
+        capability: the GPU's compute capability.
+        routed_layers: how many layers with a router the whole model has, for the load-balancing loss.
+    """
+    changes: list[tuple[object, str, object]] = [
+        (F, "scaled_dot_product_attention", _attention(kernel, capability)),
+        (F, "dropout", _dropout),
+        (F, "softmax", _softmax(F.softmax)),
+        (torch, "softmax", _softmax(F.softmax)),
+        (F, "layer_norm", _layer_norm),
+        (F, "softplus", _in_float32(F.softplus)),
+        # PEFT asks whether CUDA's autocast is on
+        (torch, "is_autocast_enabled", lambda device="cpu": _is_on("cpu")),
+        (chunked_logprob, "_forward_tile", lambda *args, **kwargs: None),
+        (chunked_logprob, "_backward_tile", lambda *args, **kwargs: None),
+        (chunked_logprob, "_addmm_fp32", lambda *args: None),
+        (chunked_logprob, "torch", _Torch(_empty(ledger))),
+        (modeling_mixtral, "load_balancing_loss_func", _aux_loss_of_all(routed_layers)),
+    ]
+    for name in _IN_FLOAT32:
+        changes += [(place, name, _in_float32(getattr(place, name))) for place in (torch, torch.Tensor)]
+    for name in _INTO_FLOAT32:
+        changes += [(place, name, _into_float32(getattr(place, name))) for place in (torch, torch.Tensor)]
+    # every token of a full batch counts; transformers cannot see that in a mask without values
+    plain = masking_utils._ignore_causal_mask_sdpa
+    changes.append((masking_utils, "_ignore_causal_mask_sdpa", lambda mask, *args, **kw: plain(None, *args, **kw)))
+    with ExitStack() as stack:
+        for place, name, new in changes:
+            stack.enter_context(mock.patch.object(place, name, new))
+        yield
