@@ -31,6 +31,10 @@ _IN_FLOAT32 = ("pow", "rsqrt", "exp", "log", "log1p", "reciprocal", "logsumexp")
 _INTO_FLOAT32 = ("cumsum", "prod", "sum")
 
 
+# torch's names for it; transformers takes the first that there is
+_GROUPED = ((F, "grouped_mm"), (torch, "_grouped_mm"))
+
+
 def _autocast_is_on() -> bool:
     return _is_on("cpu")
 
@@ -129,6 +133,28 @@ def _dropout(x, p=0.5, training=True, inplace=False):
     return torch.native_dropout(x, p, training)[0] if training and p else x  # masks of one byte
 
 
+# ---- Experts
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """torch's product of tokens with the expert that each was sent to: its rules for fake tensors know bfloat16 alone."""
+
+    @staticmethod
+    def forward(ctx, tokens, weights):
+        ctx.save_for_backward(tokens if ctx.needs_input_grad[1] else None, weights)
+        return torch.empty(tokens.shape[0], weights.shape[2], dtype=tokens.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        tokens, weights = ctx.saved_tensors
+        of_tokens = torch.empty(gradient.shape[0], weights.shape[1], dtype=gradient.dtype)
+        return of_tokens if ctx.needs_input_grad[0] else None, None if tokens is None else torch.empty_like(weights)
+
+
+def _grouped_product(tokens, weights, *, offs=None, bias=None, out_dtype=None):
+    return _GroupedProduct.apply(tokens, weights)
+
+
 # ---- TRL's output head
 
 
@@ -212,6 +238,7 @@ def on_a_gpu(ledger: Ledger, kernel: str, capability: tuple[int, int], routed_la
         (torch, "softmax", _softmax(F.softmax)),
         (F, "layer_norm", _layer_norm),
         (F, "softplus", _in_float32(F.softplus)),
+        *((place, name, _grouped_product) for place, name in _GROUPED if hasattr(place, name)),
         # PEFT asks whether CUDA's autocast is on
         (torch, "is_autocast_enabled", lambda device="cpu": _is_on("cpu")),
         (chunked_logprob, "_forward_tile", lambda *args, **kwargs: None),
