@@ -7,13 +7,15 @@ so does every other parameter, whatever its size. The rule is not written down h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import bitsandbytes as bnb
 import torch
 from transformers import BitsAndBytesConfig
-from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,16 +64,29 @@ def replace_layers(
         dtype: of the biases of the new layers; by default the model's.
         pre_quantized: whether the weights were saved in 4 bits.
     """
-    quantizer = AutoHfQuantizer.from_config(quantization_config, pre_quantized=pre_quantized)
+    quantizer = AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"](quantization_config, pre_quantized=pre_quantized)
     kept = torch.get_default_dtype()
     torch.set_default_dtype(dtype or model.dtype)  # as transformers does around it, so that biases have it
     try:
-        quantizer.preprocess_model(
-            model=model, dtype=dtype or model.dtype, device_map=None, checkpoint_files=None, use_kernels=False
-        )
+        with _no_word_of_eetq():
+            quantizer.preprocess_model(
+                model=model, dtype=dtype or model.dtype, device_map=None, checkpoint_files=None, use_kernels=False
+            )
     finally:
         torch.set_default_dtype(kept)
     model.hf_quantizer = quantizer
+
+
+@contextmanager
+def _no_word_of_eetq() -> Iterator[None]:
+    """transformers' message for a model in which it finds nothing to quantise names another library, and is ours to say."""
+    logger = logging.getLogger("transformers.integrations.bitsandbytes")
+    kept = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(kept)
 
 
 def _listed(skip: Sequence[str] | None) -> list[str] | None:
