@@ -8,7 +8,7 @@ from qlora_helpers.memory.shape import ModelShape
 from qlora_helpers.memory.tape import FLOAT32, rounded
 from qlora_helpers.settings import DTYPES, Settings
 
-__all__ = ["loaded_bytes", "weights_by_part"]
+__all__ = ["constant_sizes", "loaded_bytes", "weights_by_part"]
 
 NESTED_BLOCK = 256  # constants per second-level block, bitsandbytes
 
@@ -32,14 +32,24 @@ def weights_by_part(shape: ModelShape, settings: Settings) -> dict[str, int]:
 
 
 def _constant_bytes(weights: int, settings: Settings) -> int:
-    """What bitsandbytes keeps besides the 4-bit weights of one layer: scales and codebooks."""
-    blocks = -(-weights // settings.block_size)
-    codebook = rounded(16 * FLOAT32)
-    if not settings.double_quant:
-        return rounded(blocks * FLOAT32) + codebook
+    """What bitsandbytes keeps besides the 4-bit weights of one layer, each tensor rounded as torch allocates it."""
+    return sum(map(rounded, constant_sizes(weights, settings.double_quant, settings.block_size)))
+
+
+def constant_sizes(weights: int, double_quant: bool, block_size: int = 64) -> tuple[int, ...]:
+    """Bytes of each tensor that bitsandbytes keeps besides the 4-bit weights of one layer: scales and codebooks.
+
+    Args:
+        weights: how many the layer has.
+        double_quant: whether the scales are stored in 8 bits.
+        block_size: weights that share a scale.
+    """
+    blocks = -(-weights // block_size)
+    codebook = 16 * FLOAT32
+    if not double_quant:
+        return (blocks * FLOAT32, codebook)
     nested = -(-blocks // NESTED_BLOCK)
-    of_second_level = sum(map(rounded, (nested * FLOAT32, 256 * FLOAT32, FLOAT32)))  # scales, codebook, offset
-    return rounded(blocks) + of_second_level + codebook
+    return (blocks, nested * FLOAT32, 256 * FLOAT32, FLOAT32, codebook)  # with the second level's codebook and offset
 
 
 def loaded_bytes(shape: ModelShape, settings: Settings, method: str | None = None) -> int:

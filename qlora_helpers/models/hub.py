@@ -19,31 +19,40 @@ REVISIONS = {
     DEFAULT_MODEL: "989aa7980e4cf806f80c7fef2b1adb7bc71aa306",
     LARGER_MODEL: "a09a35458c702b33eeacc393d103063234e8bc28",
 }
-NEEDED = ["*.json", "*.jinja", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]  # no second copy as .bin
+SMALL_FILES = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model"]
+WEIGHTS = "*.safetensors"  # no second copy as .bin
 
 
 class HubError(OSError):
     """A model could not be fetched; the message says why, and what to do."""
 
 
-def fetch(name: str, revision: str | None = None) -> Path:
+def fetch(name: str, revision: str | None = None, weights: bool = True) -> Path:
     """Download a model's files from the Hub, or find them in the local cache.
 
     Args:
         name: owner/model.
         revision: a commit, branch or tag; by default the pinned commit if there is one, else the newest.
+        weights: False fetches a few megabytes, the config and the tokenizer: enough to see whether the model will do.
 
     Returns:
         The local folder of the files. Its name is the commit.
 
     Raises:
-        HubError: there is no network, no such model or revision, no access, or no room on the disk.
+        HubError: there is no network, no such model or revision, no access, no room on the disk, or the model has no weights
+            as safetensors.
     """
     revision = revision or REVISIONS.get(name)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=NEEDED))
+        patterns = [*SMALL_FILES, *[WEIGHTS] * weights]
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, errors.HFValidationError) as error:
         raise HubError(_sentence(name, revision, error)) from error
+    if weights and not any(folder.glob(WEIGHTS)):  # off the network, the Hub's library is content with what is there
+        raise HubError(
+            f"{name} is on this disk without its weights ({WEIGHTS}): fetch it with a network, or take a model that has them"
+        )
+    return folder
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import bitsandbytes as bnb
 import jinja2
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging as transformers_logging
 
@@ -21,6 +21,7 @@ from qlora_helpers.models.cpu_faults import make_safe_on_cpu
 from qlora_helpers.models.fingerprint import KEPT, fingerprint
 from qlora_helpers.models.folder_config import no_own_code, read_config, saved_in_4_bits
 from qlora_helpers.models.hub import DEFAULT_MODEL, HubError, fetch
+from qlora_helpers.models.in_4_bits import in_4_bits, planned_4_bits, refuse_unless_mostly
 from qlora_helpers.models.weights import linear_layers
 from qlora_helpers.paths import data_path
 from qlora_helpers.safe_folders import put_back
@@ -44,11 +45,12 @@ SHIPPED_MODEL = "tiny-llama"
 SMALL = 10**8  # bytes
 
 
-def folder_of(name: str) -> Path:
+def folder_of(name: str, weights: bool = True) -> Path:
     """The local folder of a model; one from the Hub is fetched first.
 
     Args:
         name: "tiny-llama" (shipped), a folder, or a model from the Hub (owner/model).
+        weights: whether its weights are needed, too; without them, little is fetched.
 
     Raises:
         HubError: a model from the Hub could not be fetched.
@@ -56,7 +58,7 @@ def folder_of(name: str) -> Path:
     if name == SHIPPED_MODEL:
         return data_path(SHIPPED_MODEL)
     folder = put_back(name)
-    return folder if folder.is_dir() else fetch(name)
+    return folder if folder.is_dir() else fetch(name, weights=weights)
 
 
 def default_model(hardware: Hardware | None = None) -> str:
@@ -80,7 +82,7 @@ def load_tokenizer(name: str = SHIPPED_MODEL) -> PreTrainedTokenizerBase:
         FileNotFoundError, ValueError: `name` is a folder without a tokenizer, and that of no model, or of an adapter; or
             the tokenizer needs code of its own.
     """
-    folder = folder_of(name)
+    folder = folder_of(name, weights=False)
     if not any((folder / file).is_file() for file in ("tokenizer_config.json", "tokenizer.json")):
         read_config(folder, name)  # transformers would not say that the folder is no model's
     with no_own_code(name):
@@ -118,16 +120,17 @@ def load_model(
 
     Raises:
         HubError: a model from the Hub could not be fetched.
-        ValueError: an unknown `quantization`, or an argument of a wrong kind; the layers did not come as asked for; `name`
-            is a folder that needs code of its own, is quantised in another way, or is that of an adapter; or, on a CPU, a
-            layer has a shape that bitsandbytes decodes wrongly.
+        ValueError: an unknown `quantization`, or an argument of a wrong kind; most of the decoder would not be in 4 bits
+            (see `qlora_helpers.models.in_4_bits`), which is found before the weights are fetched or read; the layers did
+            not come as asked for; `name` is a folder that needs code of its own, is quantised in another way, or is that of
+            an adapter; or, on a CPU, a layer has a shape that bitsandbytes decodes wrongly.
         FolderInUse: `name` is a folder that another process is just replacing.
     """
     if quantization is not None:
         validation.one_of("quantization", quantization, ("nf4", "fp4"), otherwise="None")
     double_quant = validation.switch("double_quant", double_quant)
     hardware = given_or_detected(hardware)
-    folder, options = folder_of(name), {}
+    folder, options = folder_of(name, weights=False), {}
     config = read_config(folder, name)
     saved = saved_in_4_bits(config, name)
     if saved and quantization not in (None, saved):
@@ -136,6 +139,11 @@ def load_model(
             quantization,
             f"{name!r} was saved in 4 bits as {saved}: pass quantization={saved!r}, or the model that it was made from",
         )
+    if quantization:
+        with no_own_code(name):
+            described = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        dtype = str(hardware.compute_dtype).removeprefix("torch.")
+        refuse_unless_mostly(planned_4_bits(described, quantization, double_quant, dtype, name), quantization)
     if quantization and not saved:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -143,6 +151,7 @@ def load_model(
             bnb_4bit_use_double_quant=double_quant,
             bnb_4bit_compute_dtype=hardware.compute_dtype,
         )
+    folder = folder_of(name)
     bars = transformers_logging.is_progress_bar_enabled()
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if size < SMALL:  # loaded in less than a second: no bar
@@ -164,8 +173,10 @@ def load_model(
     setattr(model, KEPT, fingerprint(folder))
     if quantization or saved:
         _check_4_bits(model, name, quantization or saved, None if saved else double_quant)
-        if hardware.device == "cpu":
-            make_safe_on_cpu(model)
+    if quantization:  # None asks for what there is
+        refuse_unless_mostly(in_4_bits(model, name), quantization)
+    if (quantization or saved) and hardware.device == "cpu":
+        make_safe_on_cpu(model)
     return model
 
 

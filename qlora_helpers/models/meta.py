@@ -6,46 +6,45 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_helpers import validation
-
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 __all__ = ["meta_model"]
 
 
-def meta_model(config: dict[str, Any], dtype: torch.dtype | None = None, attention: str = "sdpa") -> PreTrainedModel:
+def meta_model(
+    config: dict[str, Any] | PretrainedConfig, dtype: torch.dtype | None = None, attention: str | None = None
+) -> PreTrainedModel:
     """The transformers model of a config on torch's "meta" device, where tensors have a shape and no values.
 
-    A model that takes images, too, is built with all its parts.
+    It is the causal language model of the config; of a config that has none, as those of some models for pictures and text,
+    the model that takes both.
 
     Args:
         config: as in a `config.json`; `model_type` is required. `qlora_helpers.memory.known_config` has those of
-            well-known models.
-        dtype: of its weights; by default float32.
-        attention: transformers' name of its attention; "eager" where a model has no other.
+            well-known models. Or a config of transformers. A `quantization_config` in it is passed over.
+        dtype: of the parameters; by default what the config says, and float32 if it says nothing.
+        attention: transformers' name for it; by default what transformers takes. "eager" where a model has no other.
 
     Raises:
-        ValueError: transformers has no language model of this type.
+        KeyError, ValueError: no `model_type`, or one that transformers does not know or has no such model for.
     """
-    from transformers import (  # only here: they take seconds to import
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    from transformers import (  # only here: it takes seconds
         AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
     )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    options = {key: value for key, value in config.items() if key != "model_type"}
-    made = AutoConfig.for_model(config["model_type"], **options)
-    kind = type(made)
-    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
-        if kind in mapping:
-            found = mapping[kind]
-            break
-    else:
-        cure = "transformers has no language model of this type; give the config.json of one"
-        raise validation.refuse("model_type", config["model_type"], cure)
-    found = found[0] if isinstance(found, tuple) else found
-    if attention != "eager" and not getattr(found, "_supports_sdpa", False):
-        attention = "eager"
+    if isinstance(config, dict):
+        options = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
+        config = AutoConfig.for_model(config["model_type"], **options)
+    is_of_text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    options = {} if dtype is None else {"dtype": dtype}
+    if attention is not None:
+        mapping = MODEL_FOR_CAUSAL_LM_MAPPING if is_of_text else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        has_sdpa = getattr(mapping.get(type(config), None), "_supports_sdpa", False)
+        options["attn_implementation"] = attention if has_sdpa else "eager"
+    auto = AutoModelForCausalLM if is_of_text else AutoModelForImageTextToText
     with torch.device("meta"):
-        return found._from_config(made, dtype=dtype or torch.float32, attn_implementation=attention)
+        return auto.from_config(config, trust_remote_code=False, **options)

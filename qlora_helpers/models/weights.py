@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 import bitsandbytes as bnb
 import torch
+from bitsandbytes.functional import QuantState
 
 from qlora_helpers.quantize import Codebook, dequantize, quantize
 
-__all__ = ["bytes_by_part", "linear_layers", "quantize_dequantize", "shuffle_linear_weights"]
+__all__ = ["bytes_by_part", "constant_bytes", "linear_layers", "quantize_dequantize", "shuffle_linear_weights"]
 
 
 def linear_layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -28,7 +29,7 @@ def bytes_by_part(model: torch.nn.Module) -> dict[str, int]:
             part = "adapters"
         elif isinstance(parameter, bnb.nn.Params4bit):
             part = "4-bit weights"
-            parts["quantisation constants"] += _constant_bytes(parameter.quant_state)
+            parts["quantisation constants"] += constant_bytes(parameter.quant_state)
         elif "embed" in name:
             part = "embeddings"
         elif "lm_head" in name:
@@ -41,8 +42,8 @@ def bytes_by_part(model: torch.nn.Module) -> dict[str, int]:
     return {part: count for part, count in parts.items() if count}
 
 
-def _constant_bytes(state) -> int:
-    """Scales, second-level scales, codebooks and offset of one bitsandbytes weight."""
+def constant_bytes(state: QuantState) -> int:
+    """Bytes of the scales, second-level scales, codebooks and offset of one bitsandbytes weight."""
     tensors = [state.absmax, state.code]
     if state.nested:
         tensors += [state.offset, state.state2.absmax, state.state2.code]

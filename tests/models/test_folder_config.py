@@ -121,9 +121,16 @@ def test_layers_that_transformers_skips_by_name_may_stay_but_not_all(in_4_bits, 
     loading._check_4_bits(some, "some", "nf4", True)
     name = changed(tmp_path / "none", quantization_config=saved | {"llm_int8_skip_modules": ["model", "lm_head"]})
     with pytest.raises(
-        ValueError, match=r"^quantization='nf4': asks .*none' for layers in nf4, but every layer came as unq"
+        ValueError, match=r"^quantization='nf4': of .*none, only 0\.0 % .* \(named in llm_int8_skip_modules\)"
     ):
         load_model(name, hardware=CPU)
+    none = load_model(quantization=None, hardware=CPU)
+    none.hf_quantizer = some.hf_quantizer
+    none.hf_quantizer.modules_to_not_convert.append("model")
+    with pytest.raises(
+        ValueError, match=r"^quantization='nf4': asks 'none' for layers in nf4, .* every layer came as unq"
+    ):
+        loading._check_4_bits(none, "none", "nf4", True)
 
 
 @pytest.mark.parametrize("value", [1, "yes", None])

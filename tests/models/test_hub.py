@@ -71,6 +71,7 @@ def test_an_error_that_is_not_from_the_hub_is_not_swallowed(monkeypatch):
 
 def test_the_pinned_commit_is_asked_for_unless_another_is_named(monkeypatch, tmp_path):
     asked = []
+    (tmp_path / "model.safetensors").touch()
     monkeypatch.setattr(
         hub, "snapshot_download", lambda name, **options: asked.append((name, options)) or str(tmp_path)
     )
@@ -87,6 +88,22 @@ def test_the_pinned_commit_is_asked_for_unless_another_is_named(monkeypatch, tmp
     assert all(len(commit) == 40 for commit in REVISIONS.values())
 
 
+def test_without_weights_only_small_files_are_fetched_and_a_model_that_lacks_its_weights_is_named(
+    monkeypatch, tmp_path
+):
+    asked = []
+    monkeypatch.setattr(
+        hub, "snapshot_download", lambda name, **options: asked.append(options["allow_patterns"]) or str(tmp_path)
+    )
+    assert fetch("some/model", weights=False) == tmp_path
+    assert "*.json" in asked[0] and not any("safetensors" in pattern for pattern in asked[0])
+    with pytest.raises(
+        HubError, match=r"^some/model is on this disk without its weights \(\*\.safetensors\): fetch it"
+    ):
+        fetch("some/model")
+    assert "*.safetensors" in asked[1]
+
+
 def test_a_lesson_continues_with_the_shipped_model_and_says_why(capsys):
     model, tokenizer, name = models.load_or_shipped("some/model", hardware=CPU)
     assert name == "tiny-llama" and model.num_parameters() == 2_984_192 and len(tokenizer) == 1_216
@@ -98,7 +115,7 @@ def test_a_lesson_continues_with_the_shipped_model_and_says_why(capsys):
 def test_what_was_loaded_is_said_with_its_commit(capsys, monkeypatch, tmp_path):
     folder = tmp_path / ("ab12" * 10)
     folder.symlink_to(models.data_path("tiny-llama"))
-    monkeypatch.setattr(models, "fetch", lambda name: folder)
+    monkeypatch.setattr(models, "fetch", lambda name, **_: folder)
     _, _, name = models.load_or_shipped("some/model", hardware=CPU)
     assert name == "some/model"
     assert capsys.readouterr().out == f"Loaded some/model at {'ab12' * 10}.\n"

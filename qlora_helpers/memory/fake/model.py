@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig
-from transformers.integrations import replace_with_bnb_linear
-from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from qlora_helpers.memory.fake.four_bit import Fake4bit
 from qlora_helpers.memory.fake.layers_alike import decoder_layers, kinds_of, representatives, shorten
 from qlora_helpers.memory.fake.on_a_gpu import fused_head
 from qlora_helpers.memory.gpus import GPU
 from qlora_helpers.models.attention import REPEATED_KV
+from qlora_helpers.models.four_bit_rule import replace_layers
 from qlora_helpers.models.meta import meta_model
 from qlora_helpers.settings import Settings
 
@@ -124,18 +123,14 @@ def _keep_some_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 def _quantise(model: PreTrainedModel, dtype: torch.dtype, settings: Settings) -> None:
     """Replace the layers that transformers has bitsandbytes quantise; it decides which by their class and name."""
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4")
-    skipped = Bnb4BitHfQuantizer.get_modules_to_not_convert(
-        model, config.llm_int8_skip_modules, model._keep_in_fp32_modules
-    )
     before = dict(model.named_modules())
-    replace_with_bnb_linear(model, modules_to_not_convert=skipped, quantization_config=config)
+    replace_layers(model, BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype), dtype)
     for name, module in list(model.named_modules()):
         if module is not before.get(name) and name in before:
             parent, _, child = name.rpartition(".")
             fake = Fake4bit(before[name], dtype, settings.double_quant, settings.block_size)
             setattr(model.get_submodule(parent), child, fake)
-    model.is_loaded_in_4bit = True
+    model.is_loaded_in_4bit = True  # for PEFT and the trainer
 
 
 def _upcast(model: PreTrainedModel) -> None:

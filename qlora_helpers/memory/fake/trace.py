@@ -17,6 +17,7 @@ from qlora_helpers.memory.fake.ledger import ALIVE, Ledger
 from qlora_helpers.memory.fake.model import Prepared
 from qlora_helpers.memory.fake.on_a_gpu import on_a_gpu
 from qlora_helpers.memory.gpus import GPU
+from qlora_helpers.memory.loaded import constant_sizes
 from qlora_helpers.settings import DTYPES, Settings
 
 if TYPE_CHECKING:
@@ -72,16 +73,6 @@ class Standing:
     embedding: bool = False
 
 
-def _constants(layer: Fake4bit) -> Iterator[tuple[int, int]]:
-    """What bitsandbytes keeps besides a layer's packed weight: (elements, width) of scales and codebooks."""
-    blocks = -(-layer.weights // layer.block_size)
-    yield 16, 4  # the codebook
-    if not layer.double_quant:
-        yield blocks, 4
-        return
-    yield from ((blocks, 1), (-(-blocks // 256), 4), (256, 4), (1, 4))  # then scales, codebook and offset of the scales
-
-
 def _made_real(prepared: Prepared, adapter_dtype: torch.dtype | None) -> list[Standing]:
     """Give every parameter and buffer a storage, once; returns what there is then."""
     made: dict[int, tuple] = {}
@@ -110,7 +101,8 @@ def _made_real(prepared: Prepared, adapter_dtype: torch.dtype | None) -> list[St
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
                 standing.append(Standing(layer, buffer.numel(), buffer.element_size(), "16-bit weights"))
         if isinstance(module, Fake4bit):
-            standing += [Standing(layer, *size, "quantisation constants") for size in _constants(module)]
+            sizes = constant_sizes(module.weights, module.double_quant, module.block_size)
+            standing += [Standing(layer, size, 1, "quantisation constants") for size in sizes]
     return standing
 
 
