@@ -2,8 +2,10 @@
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-__all__ = ["quieten"]
+__all__ = ["quieten", "silenced"]
 
 # bitsandbytes at import, on a CPU with AVX512-BF16: an optional package that this course does not use.
 _BITSANDBYTES = "Failed to load CPU gemm_4bit_forward"
@@ -38,3 +40,19 @@ def quieten() -> None:
         if not any(isinstance(old, _Drop) and old.beginning == beginning for old in filters):
             logging.getLogger(logger).addFilter(_Drop(beginning))
     warnings.filterwarnings("ignore", message=_RENAMED, category=FutureWarning)
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Hide all messages of the libraries while they work on a model that is neither loaded nor trained.
+
+    Their errors are raised as ever.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(before)

@@ -30,12 +30,15 @@ BETWEEN = "between steps"
 
 # The moments of a step at which its peak can occur, and the phase that each belongs to.
 MOMENTS = {
+    "forward": FORWARD,
     "loss": LOSS,
     "loss backward": BACKWARD,
     "last layer backward": BACKWARD,
+    "middle layer backward": BACKWARD,
     "first layer backward": BACKWARD,
     "embeddings backward": BACKWARD,
     "optimizer step": STEP,
+    "evaluation": EVALUATION,
 }
 
 # The optimizer makes its states in the first step that changes the weights: only the steps after it are alike.

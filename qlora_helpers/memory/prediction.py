@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from qlora_helpers import validation
+from qlora_helpers.memory.any_shape import AnyShape
 from qlora_helpers.memory.gpus import GPU, find_gpu
 from qlora_helpers.memory.layers import LayerSettings
 from qlora_helpers.memory.loaded import loaded_bytes, weights_by_part
@@ -18,7 +19,7 @@ from qlora_helpers.memory.step import Moment, mask_bytes, moments_of_a_step
 from qlora_helpers.memory.trained import OPTIMIZERS, Trained, what_is_trained
 from qlora_helpers.settings import GPU_OPTIMIZER, Settings
 
-__all__ = ["Prediction", "on_gpu", "predict"]
+__all__ = ["Prediction", "needs_libraries", "on_gpu", "predict"]
 
 # Main memory of a process that has loaded the libraries, without a model: Llama-3.1-8B was loaded, tensor by tensor, in
 # 1.62 GB, of which 1.05 GB is its largest tensor (data/measured/t4_gear.json).
@@ -43,13 +44,15 @@ class Prediction:
         disk_bytes: of the model's files in 16 bits.
         peak_phase: the moment of the step at which the peak occurs, one of `phases.MOMENTS`.
         phases: the most in torch's tensors at each of these moments of a steady step, in order.
+        road: how it was found: "layers" that are written out in `memory.layers`, or the "libraries" themselves, which ran a
+            step on tensors without values.
         parts: what is alive at the peak, in order. They add up to `peak_allocated_bytes`, except for two that are outside
             torch's allocator: "optimizer (paged)" and "CUDA context". Without checkpointing "checkpointed activations" and
             "recomputed layer" are called "activations" and "layer at work". "16-bit weights" are all weights that are not
             in 4 bits, even if the run has made them float32.
     """
 
-    shape: ModelShape
+    shape: ModelShape | AnyShape
     settings: Settings
     gpu: GPU
     loaded_bytes: int
@@ -62,6 +65,7 @@ class Prediction:
     peak_phase: str
     parts: dict[str, int] = field(hash=False)
     phases: dict[str, int] = field(hash=False)
+    road: str = "layers"
 
     @property
     def spare_bytes(self) -> int:
@@ -100,8 +104,11 @@ def _check(shape: ModelShape, settings: Settings) -> None:
         raise validation.refuse("max_length", settings.max_length, allowed)
 
 
-def predict(shape: ModelShape, settings: Settings, gpu: str | GPU = "h200") -> Prediction:
+def predict(shape: ModelShape | AnyShape, settings: Settings, gpu: str | GPU = "h200") -> Prediction:
     """Predict the memory of a run.
+
+    The layers of a `ModelShape` are written out here, which takes milliseconds. For any other model, and for what they do
+    not know (`needs_libraries`), the libraries run a step without values: a second or two, once torch is imported.
 
     Args:
         shape: of the model.
@@ -111,13 +118,15 @@ def predict(shape: ModelShape, settings: Settings, gpu: str | GPU = "h200") -> P
     Raises:
         ValueError: a setting does not suit this model, or the GPU is not known.
     """
-    if not isinstance(shape, ModelShape):
-        raise validation.refuse("shape", shape, f"give a ModelShape, such as find_shape({str(shape)!r})")
+    if not isinstance(shape, ModelShape | AnyShape):
+        raise validation.refuse("shape", shape, f"give a shape, such as find_shape({str(shape)!r})")
     if not isinstance(settings, Settings):
         raise validation.refuse("settings", settings, "give a Settings(...)")
     gpu = find_gpu(gpu)
     settings = on_gpu(settings, gpu)
     _check(shape, settings)
+    if isinstance(shape, AnyShape) or needs_libraries(settings):
+        return _by_the_libraries(shape, settings, gpu)
     how = LayerSettings.of(shape, settings, gpu)
     weights, trained, masks = weights_by_part(shape, settings), what_is_trained(shape, settings), mask_bytes(shape, how)
     standing = sum(weights.values()) + trained.adapters + trained.states + gpu.workspace_bytes + masks
@@ -138,6 +147,37 @@ def predict(shape: ModelShape, settings: Settings, gpu: str | GPU = "h200") -> P
         peak_phase=peak,
         parts=weights | _other_parts(peak, moments[peak], trained, masks, gpu, settings.gradient_checkpointing),
         phases={name: standing + moment.total for name, moment in moments.items()},
+    )
+
+
+def needs_libraries(settings: Settings) -> bool:
+    """Whether a run has something that the layers written out here do not know."""
+    return (
+        settings.checkpointed_layers is not None or settings.logits != "tiled" or settings.eval_batch_size is not None
+    )
+
+
+def _by_the_libraries(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU) -> Prediction:
+    from qlora_helpers.memory.fake.prediction import run_on_fake_tensors  # only here: it takes seconds to import
+
+    of_any = shape if isinstance(shape, AnyShape) else AnyShape.from_config(shape.as_config(), shape.name)
+    run = run_on_fake_tensors(of_any, settings, gpu)
+    outside = {"workspace": gpu.workspace_bytes, "CUDA context": gpu.context_bytes}
+    return Prediction(
+        shape=shape,
+        settings=settings,
+        gpu=gpu,
+        loaded_bytes=run.loaded,
+        peak_allocated_bytes=run.moments[run.peak],
+        peak_reserved_bytes=run.reserved,
+        device_bytes=run.reserved + gpu.context_bytes + run.trained.resident_pages,
+        host_bytes_to_load=2 * shape.largest_tensor + HOST_PROCESS,
+        disk_bytes=2 * shape.parameters,
+        trainable_parameters=run.trained.parameters,
+        peak_phase=run.peak,
+        parts=run.weights | run.at_peak | outside,
+        phases=run.moments,
+        road="libraries",
     )
 
 

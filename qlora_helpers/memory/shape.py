@@ -74,6 +74,12 @@ _DEFAULTS = {
     },
 }  # fmt: skip
 FAMILIES = tuple(_DEFAULTS)
+_EAGER_ONLY = ("gemma2", "gptj")  # transformers offers no sdpa for these families
+# the fields that a config has under the same name
+_IN_CONFIGS = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "tie_word_embeddings", "attention_bias", "mlp_bias", "max_position_embeddings",
+)  # fmt: skip
 NULL_MEANS_SOMETHING = ("num_key_value_heads", "rotary_dim", "sliding_window")
 
 
@@ -142,6 +148,32 @@ class ModelShape:
             name=name or (stated if isinstance(stated, str) else ""),
             **sizes,
         )
+
+    def as_config(self) -> dict:
+        """The shape as a transformers config: the fields of a `config.json` that decide it."""
+        config = {key: getattr(self, key) for key in _IN_CONFIGS if getattr(self, key) is not None}
+        if self.model_type == "gpt_neox":
+            share = self.rotary_dim / self.head_dim
+            config |= {"rotary_pct": share, "use_parallel_residual": self.use_parallel_residual}
+        elif self.model_type == "gptj":
+            config = {_GPTJ_NAMES.get(key, key): value for key, value in config.items()}
+            config |= {"rotary_dim": self.rotary_dim or None, "attn_pdrop": 0, "resid_pdrop": 0, "embd_pdrop": 0}
+        else:
+            config |= {"head_dim": self.head_dim, "num_key_value_heads": self.num_key_value_heads}
+            if self.sliding_window is not None:
+                config |= {"sliding_window": self.sliding_window, "use_sliding_window": True}
+            elif self.model_type in ("mistral", "phi3"):
+                config |= {"sliding_window": None}
+        return config
+
+    @property
+    def eager_only(self) -> bool:
+        """Whether transformers has no `scaled_dot_product_attention` for it."""
+        return self.model_type in _EAGER_ONLY
+
+    def linear_names(self) -> tuple[str, ...]:
+        """The last part of the name of each linear layer of a decoder layer, in the order they run."""
+        return tuple(linear.name.rpartition(".")[2] for linear in self.linears)
 
     @property
     def query_width(self) -> int:

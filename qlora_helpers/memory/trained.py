@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from qlora_helpers.memory.shape import ModelShape
@@ -17,7 +18,10 @@ __all__ = [
     "Optimizer",
     "Trained",
     "TrainedTensor",
+    "state_sizes",
+    "trained_of",
     "trained_tensors",
+    "trained_width",
     "what_is_trained",
 ]
 
@@ -126,27 +130,39 @@ def trained_tensors(shape: ModelShape, settings: Settings) -> list[TrainedTensor
 
 def what_is_trained(shape: ModelShape, settings: Settings) -> Trained:
     """What is trained in a run, and what the optimizer keeps for it."""
-    full, kind = settings.method == "full", OPTIMIZERS[settings.optimizer]
-    width = DTYPES[settings.compute_dtype if full else settings.adapter_dtype]
-    tensors = trained_tensors(shape, settings)
-    parameters = sum(tensor.elements * tensor.count for tensor in tensors)
-    states = paged = temporaries = small = 0
+    return trained_of(trained_tensors(shape, settings), settings)
+
+
+def trained_of(tensors: Iterable[TrainedTensor], settings: Settings) -> Trained:
+    """What the optimizer keeps for these trained tensors.
+
+    Args:
+        settings: of the run, with its dtype and its optimizer.
+    """
+    full, kind, width = settings.method == "full", OPTIMIZERS[settings.optimizer], trained_width(settings)
+    parameters = states = paged = temporaries = small = 0
     for tensor in tensors:
-        on_gpu, in_pages = _state_bytes(tensor, kind, width)
-        states, paged = states + on_gpu, paged + in_pages
+        on_gpu, in_pages = state_sizes(tensor, kind, width)
+        parameters += tensor.elements * tensor.count
+        states, paged = states + tensor.count * sum(map(rounded, on_gpu)), paged + tensor.count * in_pages
         temporaries += kind.temporaries * tensor.count * rounded(tensor.elements * width)
         small += tensor.elements * tensor.count if tensor.elements * width < SMALL_REQUEST else 0
     adapters = 0 if full else parameters * width
     return Trained(parameters, width, adapters, states, paged, temporaries, small / parameters)
 
 
-def _state_bytes(tensor: TrainedTensor, kind: Optimizer, width: int) -> tuple[int, int]:
-    """Bytes of the two states of all tensors of one size: in torch's tensors, and in managed memory."""
+def trained_width(settings: Settings) -> int:
+    """Bytes of one trained parameter."""
+    return DTYPES[settings.compute_dtype if settings.method == "full" else settings.adapter_dtype]
+
+
+def state_sizes(tensor: TrainedTensor, kind: Optimizer, width: int) -> tuple[tuple[int, ...], int]:
+    """Bytes of each piece that an optimizer keeps for one trained tensor in torch's tensors; and in managed memory."""
     # transformers keeps the states of embeddings in 32 bits (Trainer.create_optimizer)
     if kind.bits == 8 and tensor.elements >= SMALLEST_8BIT and not tensor.is_embedding:
-        state, scales = tensor.elements, 2 * rounded(-(-tensor.elements // 256) * FLOAT32)  # two per block of 256
+        state, scales = tensor.elements, 2 * (-(-tensor.elements // 256) * FLOAT32,)  # two per block of 256
     else:
-        state, scales = tensor.elements * (FLOAT32 if kind.bits else width), 0
+        state, scales = tensor.elements * (FLOAT32 if kind.bits else width), ()
     if kind.paged and tensor.elements >= SMALLEST_PAGED:
-        return tensor.count * scales, tensor.count * 2 * state
-    return tensor.count * (2 * rounded(state) + scales), 0
+        return scales, 2 * state
+    return (state, state, *scales), 0

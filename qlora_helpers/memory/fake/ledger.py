@@ -37,9 +37,16 @@ class Ledger(TorchDispatchMode):
         self.clock = 0
         self._kind: str | None = None
         self._alive: dict[int, int] = {}  # the entry of each storage that is alive
+        self.in_backward = False
+        self._waiting: str | None = None
+        self._sum: tuple[int, tuple[int, ...]] | None = None
 
-    def mark(self, name: str) -> None:
-        """Note that a part of the run begins here."""
+    def mark(self, name: str, with_next: bool = False) -> None:
+        """Note that a part of the run begins here; or `with_next`, with the next piece of memory that is made."""
+        if with_next:
+            self._waiting = name
+            return
+        self._waiting = None
         self.clock += 1
         self.marks.append((self.clock, name))
 
@@ -62,6 +69,9 @@ class Ledger(TorchDispatchMode):
             self.deaths[entry] = self.clock
 
     def _note(self, size: int, kind: str | None) -> None:
+        if self._waiting:
+            self.mark(self._waiting)
+        self._sum = None
         self.clock += 1
         self.sizes.append(size)
         self.births.append(self.clock)
@@ -69,8 +79,23 @@ class Ledger(TorchDispatchMode):
         self.kinds.append(kind)
 
     def _free(self, key: int) -> None:
+        if self._sum and key in self._sum[1]:
+            self._keep_for_the_sum(key)
+            return
         self.clock += 1
         self.deaths[self._alive.pop(key)] = self.clock
+
+    def _keep_for_the_sum(self, key: int) -> None:
+        """The sum of two gradients takes the place of one of them.
+
+        autograd adds a second gradient of a tensor to the first in place if nothing else holds it; not so with tensors
+        without values (torch/csrc/autograd/input_buffer.cpp, can_accumulate_inplace). So if a part of a sum is gone right
+        after, the sum has its memory.
+        """
+        sum_key = self._sum[0]
+        self.sizes[self._alive[sum_key]] = 0
+        self._alive[sum_key] = self._alive.pop(key)
+        self._sum = None
 
     def _see(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -87,9 +112,23 @@ class Ledger(TorchDispatchMode):
             for part in result:
                 if isinstance(part, torch.Tensor):
                     self._see(part)
+        if self.in_backward and function is _ADD and not torch.is_grad_enabled():
+            self._note_sum(result, *args[:2])
         if taken := _INSIDE.get(function):
             self.brief(taken(*args))
         return result
+
+    def _note_sum(self, result: torch.Tensor, *parts: torch.Tensor) -> None:
+        if all(isinstance(part, torch.Tensor) and part.shape == result.shape for part in parts):
+            keys = tuple(
+                part.untyped_storage()._cdata
+                for part in parts
+                if part.untyped_storage().nbytes() == result.untyped_storage().nbytes()
+            )
+            self._sum = result.untyped_storage()._cdata, keys
+
+
+_ADD = torch.ops.aten.add.Tensor
 
 
 # ---- What CUDA kernels take internally

@@ -30,9 +30,9 @@ __all__ = ["Pass", "Standing", "trace_evaluation", "trace_step"]
 class Pass:
     """What one pass through a model takes and gives back.
 
-    The parts of a pass come in this order: what is before the decoder layers, each layer's forward part, what follows them
-    (the output head, forward and backward), each layer's backward part from the last to the first, and the rest. With m
-    layers there are 2 m + 3 parts.
+    The parts of a pass come in this order: what is before the decoder layers, each layer's forward part, the output head
+    and its loss, its backward part, each layer's backward part from the last to the first, and the rest. With m layers
+    there are 2 m + 4 parts.
 
     Attributes:
         layers: m.
@@ -131,8 +131,8 @@ def _watched(layers: list[torch.nn.Module], ledger: Ledger) -> Iterator[None]:
         def hook(module, args, output):
             if ledger.marks[-1][1] != f"F{place}":
                 return
-            if place == last:
-                ledger.mark("H")
+            if place == last:  # what the layer was given is dropped only when it has returned
+                ledger.mark("H", with_next=True)
             out = _first_tensor(output)
             if out is not None and out.requires_grad:
                 out.register_hook(lambda gradient: ledger.mark(f"B{place}"))
@@ -191,7 +191,10 @@ def trace_step(prepared: Prepared, settings: Settings, gpu: GPU) -> tuple[list[S
             with torch.autocast("cpu", dtype=getattr(torch, settings.compute_dtype), enabled=_autocast(settings)):
                 loss = model(**batch).loss
             del batch
+            ledger.mark("L")
+            ledger.in_backward = True
             loss.backward()
+            ledger.in_backward = False
             ledger.mark("E")
             del loss
         ledger.mark("end")
@@ -232,8 +235,8 @@ def _autocast(settings: Settings) -> bool:
 
 def _passes(ledger: Ledger, layers: int) -> list[Pass]:
     """The ledger's entries, sorted into passes and their parts."""
-    last = 2 * layers + 2
-    part_of = {"P": 0, "H": layers + 1, "E": last}
+    last = 2 * layers + 3
+    part_of = {"P": 0, "H": layers + 1, "L": layers + 2, "E": last}
     part_of |= {f"F{place}": 1 + place for place in range(layers)}
     part_of |= {f"B{place}": last - 1 - place for place in range(layers)}
     births, deaths = np.array(ledger.births), np.array(ledger.deaths)

@@ -72,7 +72,7 @@ class Timeline:
 
 def _parts(layers: int, place: int) -> tuple[int, int]:
     """The forward and the backward part of a layer."""
-    return 1 + place, 2 * layers + 1 - place
+    return 1 + place, 2 * layers + 2 - place
 
 
 def whole_pass(run: Pass, template: Sequence[int]) -> Timeline:
@@ -85,7 +85,8 @@ def whole_pass(run: Pass, template: Sequence[int]) -> Timeline:
     few, many = run.layers, len(template)
     if not many:  # the layers could not be told: all of them ran
         return _timeline(0, [(np.arange(len(run.sizes)), run.born_in, run.dies_in)], run, run.lengths)
-    middle_few, middle_many, last_few, last_many = few + 1, many + 1, 2 * few + 2, 2 * many + 2
+    last_few, last_many = 2 * few + 3, 2 * many + 3
+    shared = {0: 0, few + 1: many + 1, few + 2: many + 2, last_few: last_many}
     layer_of = np.full(last_few + 1, -1)  # the layer that a part of the run belongs to
     backward = np.zeros(last_few + 1, dtype=bool)
     for place in range(few):
@@ -94,11 +95,11 @@ def whole_pass(run: Pass, template: Sequence[int]) -> Timeline:
         backward[backward_part] = True
     standing_for = [[place for place, of in enumerate(template) if of == few_place] for few_place in range(few)]
     lengths = np.zeros(last_many + 1, dtype=np.int64)
-    lengths[0], lengths[middle_many], lengths[last_many] = run.lengths[[0, middle_few, last_few]]
+    lengths[list(shared.values())] = run.lengths[list(shared)]
     for place, of in enumerate(template):
         for part, of_part in zip(_parts(many, place), _parts(few, of), strict=True):
             lengths[part] = run.lengths[of_part]
-    shared = {0: 0, middle_few: middle_many, last_few: last_many, -1: -1}
+    shared[-1] = -1  # outlives the pass
 
     def target(part: int, owner: int, instance: int) -> int:
         """Where a part lies in the whole model, seen from one instance of the layer that owns a piece of memory."""
