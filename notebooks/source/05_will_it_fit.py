@@ -453,7 +453,7 @@ def verdict(p) -> str:
 # %% tags=["nbval-check-output"]
 names = ["Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-7B", "meta-llama/Llama-3.1-8B", "Qwen/Qwen2.5-14B",
          "EleutherAI/gpt-neox-20b", "Qwen/Qwen2.5-32B", "huggyllama/llama-65b", "meta-llama/Llama-3.1-70B"]
-gpus = ["3060", "t4", "4090", "a100-40", "l40s", "a100-80", "h200"]
+gpus = ["3060-12", "t4", "4090", "a100-40", "l40s", "a100-80", "h200"]
 least = replace(GPU_RUN, max_length=512)
 print(" " * 28 + "GiB" + "".join(f"{gpu:>9}" for gpu in gpus))
 print("usable" + " " * 25 + "".join(f"{find_gpu(gpu).usable_bytes / GIB:9.2f}" for gpu in gpus))
@@ -474,12 +474,12 @@ paper = replace(least, rank=64, optimizer="paged_adamw_32bit", adapter_dtype="bf
 claims = [
     ("1st: 8B on a free T4", "meta-llama/Llama-3.1-8B", "t4", half),
     ("     with its own settings", "meta-llama/Llama-3.1-8B", "t4", as_published),
-    ("1st: 7-8B on 12 GB", "meta-llama/Llama-3.1-8B", "3060", least),
+    ("1st: 7-8B on 12 GB", "meta-llama/Llama-3.1-8B", "3060-12", least),
     ("1st: 13B on 24 GB", "meta-llama/Llama-2-13b-hf", "4090", least),
     ("1st: up to 30B on an A100 40 GB", "huggyllama/llama-30b", "a100-40", least),
     ("1st: 70B on an A100 80 GB", "meta-llama/Llama-3.1-70B", "a100-80", least),
     ("2nd: 70B on one 24 GB card", "meta-llama/Llama-2-70b-hf", "4090", least),
-    ("3rd: GPT-J on 12 GB", "EleutherAI/gpt-j-6b", "3060", least),
+    ("3rd: GPT-J on 12 GB", "EleutherAI/gpt-j-6b", "3060-12", least),
     ("3rd: GPT-NeoX-20B on 24 GB", "EleutherAI/gpt-neox-20b", "4090", least),
     ("3rd: GPT-NeoX-20B on a free T4", "EleutherAI/gpt-neox-20b", "t4", half),
     ("paper: 33B on 24 GB", "huggyllama/llama-30b", "4090", paper),

@@ -26,7 +26,11 @@ WIDTH, BAR = 100, 60  # characters
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument("model", nargs="?", help="a Hub name, a model's folder or its config.json")
-    parser.add_argument("--gpu", default="t4", help="such as t4, l4, 4090, a100-80 (default: %(default)s)")
+    parser.add_argument(
+        "--gpu",
+        default="t4",
+        help="a card's name, such as t4, 'RTX 3060 12GB', colab, or its memory, such as 16GiB (default: %(default)s)",
+    )
     add_settings(parser, MEMORY_SETTINGS, GPU_RUN)
     parser.add_argument("--json", action="store_true", help="print one JSON object; sizes in bytes")
     parser.add_argument("--list", action="store_true", help="print the known models and GPUs")
@@ -63,6 +67,7 @@ def as_dict(prediction: Prediction) -> dict:
         "trainable_parameters": prediction.trainable_parameters,
         "gpu": gpu.name,
         "compute_capability": list(gpu.compute_capability),
+        "notes": _notes(shape, settings, gpu),
         "settings": _of_memory(settings),
         "parts": prediction.parts,
         "peak_phase": prediction.peak_phase,
@@ -71,6 +76,8 @@ def as_dict(prediction: Prediction) -> dict:
         "peak_reserved_bytes": prediction.peak_reserved_bytes,
         "device_bytes": prediction.device_bytes,
         "usable_bytes": gpu.usable_bytes,
+        "usable_is_estimated": gpu.nominal,
+        "context_was_measured": gpu.context_measured,
         "spare_bytes": prediction.spare_bytes,
         "fits": prediction.fits,
         "largest_batch": largest_batch(shape, settings, gpu),
@@ -133,7 +140,7 @@ def _described(settings: Settings) -> str:
 
 def _notes(shape: ModelShape, settings: Settings, gpu: GPU) -> list[str]:
     """What a reader should know before trusting the figures."""
-    notes = []
+    notes = list(gpu.notes)
     shared = shape.num_key_value_heads != shape.num_attention_heads and shape.model_type not in EAGER_ONLY
     if settings.attention == "sdpa" and shared and gpu.compute_capability < (8, 0):
         notes.append(
@@ -171,13 +178,15 @@ def as_text(prediction: Prediction, found: dict) -> str:
         bar = "#" * max(1, round(BAR * size / largest))
         lines.append(f"{name:26}{_gib(size)}  {bar}")
 
+    context = "CUDA context" if gpu.context_measured else "CUDA context (an H200's)"
+    estimated = ", estimated" if gpu.nominal else ""
     host, disk = prediction.host_bytes_to_load, prediction.disk_bytes
     lines += [
         "",
         f"{'peak allocated':26}{_gib(prediction.peak_allocated_bytes)}  by torch, at: {prediction.peak_phase}",
         f"{'peak reserved':26}{_gib(prediction.peak_reserved_bytes)}  by torch, gaps included",
-        f"{'on the card':26}{_gib(prediction.device_bytes)}  with CUDA context and paged optimizer",
-        f"{'usable':26}{_gib(gpu.usable_bytes)}  {gpu.name}",
+        f"{'on the card':26}{_gib(prediction.device_bytes)}  with {context} and paged optimizer",
+        f"{'usable':26}{_gib(gpu.usable_bytes)}  {gpu.name}{estimated}",
         "",
         f"fits with {_amount(prediction.spare_bytes)} to spare"
         if prediction.fits
@@ -239,7 +248,10 @@ def _print_known(as_json: bool) -> None:
             name: {"parameters": shape.parameters, "max_position_embeddings": shape.max_position_embeddings}
             for name, shape in models.items()
         }
-        of_gpus = {key: {"name": gpu.name, "usable_bytes": gpu.usable_bytes} for key, gpu in gpus.items()}
+        of_gpus = {
+            key: {"name": gpu.name, "usable_bytes": gpu.usable_bytes, "usable_is_estimated": gpu.nominal}
+            for key, gpu in gpus.items()
+        }
         print(json.dumps({"models": of_models, "gpus": of_gpus}, indent=1))
         return
     print(f"{'model':40}{'parameters':>18}{'longest sequence':>18}")
@@ -247,6 +259,12 @@ def _print_known(as_json: bool) -> None:
         longest = f"{shape.max_position_embeddings:,}" if shape.max_position_embeddings else "not stated"
         print(f"{name:40}{shape.parameters:18,}{longest:>18}")
     print("and any other model of these families, by its folder or config.json\n")
-    print(f"{'gpu':10}{'name':28}{'usable':>12}{'compute capability':>20}")
+    print(f"{'gpu':16}{'name':50}{'usable':>11}  {'compute capability'}")
     for key, gpu in gpus.items():
-        print(f"{key:10}{gpu.name:28}{_gib(gpu.usable_bytes):>12}{'{}.{}'.format(*gpu.compute_capability):>20}")
+        estimated = "*" if gpu.nominal else " "
+        capability = "{:3}.{}".format(*gpu.compute_capability)
+        print(f"{key:16}{gpu.name:50}{_gib(gpu.usable_bytes):>11}{estimated} {capability}")
+    print(
+        "* estimated from what the card is sold with\nand any other card by its memory and compute capability, such as "
+        "--gpu '16GiB sm_75'"
+    )

@@ -170,7 +170,7 @@ def test_memory_takes_a_folder_and_no_longer_a_sequence_than_its_model(capsys):
     [
         (("Qwen/Qwen2.5-8B",), ("Qwen/Qwen2.5-8B", "Qwen/Qwen2.5-7B", "config.json")),
         (("nowhere/config.json",), ("nowhere",)),
-        (("qwen2.5-7b", "--gpu", "t5"), ("t5", "known GPUs are", "t4")),
+        (("qwen2.5-7b", "--gpu", "t5"), ("t5", "no GPU is known by this name", "t4", "--list", "16GiB")),
         (("qwen2.5-7b", "--batch-size", 0), ("batch_size", "0")),
         (("qwen2.5-7b", "--method", "dora"), ("method", "dora", "qlora")),
         (("qwen2.5-7b", "--target-modules", "nothing"), ("nothing", "q_proj")),

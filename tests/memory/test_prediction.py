@@ -151,7 +151,7 @@ def test_what_does_not_go_with_the_model_is_refused():
     ):
         predict(LLAMA, replace(GPU_RUN, max_length=200_000))
     predict(replace(LLAMA, max_position_embeddings=None), replace(GPU_RUN, max_length=200_000))
-    with pytest.raises(ValueError, match="gpu='gtx': known GPUs are t4"):
+    with pytest.raises(ValueError, match="gpu='gtx': no GPU is known by this name"):
         predict(LLAMA, GPU_RUN, "gtx")
 
 

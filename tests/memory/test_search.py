@@ -29,7 +29,7 @@ CASES = [
     (QWEN_7B, replace(GPU_RUN, max_length=512), "h200"),
     (LLAMA_8B, replace(GPU_RUN, gradient_checkpointing=False, max_length=1_024), "l4"),
     (LLAMA_8B, replace(GPU_RUN, attention="math", batch_size=2), "t4"),
-    (GPT_J, replace(GPU_RUN, max_length=1_024), "3060"),
+    (GPT_J, replace(GPU_RUN, max_length=1_024), "3060-12"),
     (find_shape("HuggingFaceTB/SmolLM2-360M"), replace(GPU_RUN, method="full", optimizer="adamw_torch"), "t4"),
 ]
 

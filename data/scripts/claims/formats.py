@@ -217,14 +217,14 @@ def has_native_bfloat16(gpu: str) -> bool:
 
 @claim("B43.4")
 def bfloat16_is_native_from_ampere_on() -> Finding:
-    newer = [has_native_bfloat16(card) for card in ("a100-40", "3060", "3090", "4090", "h100")]
+    newer = [has_native_bfloat16(card) for card in ("a100-40", "3060-12", "3090", "4090", "h100")]
     older = [has_native_bfloat16(card) for card in ("t4", "v100", "p100")]
     return by_setting(all(newer) and not any(older))
 
 
 @claim("A146.1", "A199.1")
 def bfloat16_rather_than_float16() -> Finding:
-    return by_setting(*(has_native_bfloat16(card) for card in ("3060", "4090", "t4")))
+    return by_setting(*(has_native_bfloat16(card) for card in ("3060-12", "4090", "t4")))
 
 
 @claim("B290.1")

@@ -210,7 +210,7 @@ def unit_of_the_second_article_s_formula() -> Finding:
 
 @claim("B41.7")
 def double_quantisation_can_decide() -> Finding:
-    cards = [find_gpu(name) for name in ("3060", "t4", "4090", "a100-40", "a6000", "a100-80")]
+    cards = [find_gpu(name) for name in ("3060-12", "t4", "4090", "a100-40", "a6000", "a100-80")]
     single = replace(LEAST, double_quant=False)
     decided = any(
         predict(find_shape(name), LEAST, card).fits and not predict(find_shape(name), single, card).fits
@@ -365,12 +365,12 @@ def on_a_card(*predictions: Prediction) -> Finding:
 
 @claim("C13.1")
 def billions_on_consumer_hardware() -> Finding:
-    return on_a_card(fits(LLAMA_8B, "3060"))
+    return on_a_card(fits(LLAMA_8B, "3060-12"))
 
 
 @claim("A164.1")
 def eight_billion_on_12_gb() -> Finding:
-    return on_a_card(fits(LLAMA_8B, "3060"))
+    return on_a_card(fits(LLAMA_8B, "3060-12"))
 
 
 @claim("A165.1")
@@ -403,7 +403,7 @@ def memory_of_a_t4() -> Finding:
 
 @claim("A204.1")
 def large_models_on_a_regular_card() -> Finding:
-    return on_a_card(fits(LLAMA_8B, "3060"), fits(LLAMA_3_70B, "4090"))
+    return on_a_card(fits(LLAMA_8B, "3060-12"), fits(LLAMA_3_70B, "4090"))
 
 
 @claim("B1.1", "B313.1")
@@ -439,7 +439,7 @@ def neox_on_24_gb() -> Finding:
 
 @claim("C39.1")
 def neox_on_12_gb() -> Finding:
-    return on_a_card(fits(GPT_J, "3060"), fits(NEOX, "3060"))
+    return on_a_card(fits(GPT_J, "3060-12"), fits(NEOX, "3060-12"))
 
 
 @claim("C39.2", "C65.1", "C90.1")
@@ -450,13 +450,13 @@ def c_models_on_a_free_t4() -> Finding:
 
 @claim("C78.1")
 def gpt_j_on_12_gb() -> Finding:
-    return on_a_card(fits(GPT_J, "3060"))
+    return on_a_card(fits(GPT_J, "3060-12"))
 
 
 @claim("C78.2")
 def below_20_billion_on_12_gb() -> Finding:
     shapes = [find_shape("Qwen/Qwen2.5-14B"), NEOX]
-    return on_a_card(*(fits(shape, "3060") for shape in shapes))
+    return on_a_card(*(fits(shape, "3060-12") for shape in shapes))
 
 
 @claim("C82.1")
