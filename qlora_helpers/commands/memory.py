@@ -6,12 +6,14 @@ import argparse
 import json
 import textwrap
 from dataclasses import replace
+from itertools import groupby
 
 from qlora_helpers.commands.settings_options import add_settings, given
-from qlora_helpers.memory.catalogue import find_shape, known_models
+from qlora_helpers.memory.catalogue import find_shape, known_models, known_sizes, longest_stated
 from qlora_helpers.memory.gpus import GPU, find_gpu, known_gpus
 from qlora_helpers.memory.ladder import cures
 from qlora_helpers.memory.layers import EAGER_ONLY
+from qlora_helpers.memory.names import Name
 from qlora_helpers.memory.prediction import Prediction, predict
 from qlora_helpers.memory.search import largest_batch, longest_sequence
 from qlora_helpers.memory.shape import ModelShape
@@ -25,7 +27,7 @@ WIDTH, BAR = 100, 60  # characters
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.add_argument("model", nargs="?", help="a Hub name, a model's folder or its config.json")
+    parser.add_argument("model", nargs="?", help="a Hub name or address, a model's folder or its config.json")
     parser.add_argument(
         "--gpu",
         default="t4",
@@ -63,6 +65,7 @@ def as_dict(prediction: Prediction) -> dict:
     shape, settings, gpu = prediction.shape, prediction.settings, prediction.gpu
     return {
         "model": shape.name,
+        "assumed": list(shape.assumed),
         "parameters": shape.parameters,
         "trainable_parameters": prediction.trainable_parameters,
         "gpu": gpu.name,
@@ -169,7 +172,8 @@ def as_text(prediction: Prediction, found: dict) -> str:
     shape, settings, gpu = prediction.shape, prediction.settings, prediction.gpu
     of = f"{prediction.trainable_parameters:,} of {shape.parameters:,} parameters trained"
     lines = [_wrapped(f"{shape.name}: {of}"), _wrapped(_described(settings), rest="  ")]
-    lines += [_wrapped(note, "note: ", "  ") for note in _notes(shape, settings, gpu)] + [""]
+    notes = [*shape.assumed, *_notes(shape, settings, gpu)]
+    lines += [_wrapped(note, "note: ", "  ") for note in notes] + [""]
 
     parts = {name: size for name, size in prediction.parts.items() if size}
     largest = max(parts.values())
@@ -240,13 +244,16 @@ def _limit(found: dict) -> str:
     return ""
 
 
+def _family_and_size(name: str) -> tuple:
+    return Name.of(name).family, known_sizes()[name], name.lower()
+
+
 def _print_known(as_json: bool) -> None:
-    models = {name: find_shape(name) for name in known_models()}
-    gpus = known_gpus()
+    models, sizes, gpus = known_models(), known_sizes(), known_gpus()
     if as_json:
         of_models = {
-            name: {"parameters": shape.parameters, "max_position_embeddings": shape.max_position_embeddings}
-            for name, shape in models.items()
+            name: {"parameters": sizes[name], "max_position_embeddings": longest_stated(config)}
+            for name, config in models.items()
         }
         of_gpus = {
             key: {"name": gpu.name, "usable_bytes": gpu.usable_bytes, "usable_is_estimated": gpu.nominal}
@@ -254,11 +261,13 @@ def _print_known(as_json: bool) -> None:
         }
         print(json.dumps({"models": of_models, "gpus": of_gpus}, indent=1))
         return
-    print(f"{'model':40}{'parameters':>18}{'longest sequence':>18}")
-    for name, shape in models.items():
-        longest = f"{shape.max_position_embeddings:,}" if shape.max_position_embeddings else "not stated"
-        print(f"{name:40}{shape.parameters:18,}{longest:>18}")
-    print("and any other model of these families, by its folder or config.json\n")
+    print(f"{'model':50}{'parameters':>18}{'longest sequence':>18}")
+    for family, members in groupby(sorted(models, key=_family_and_size), key=lambda name: Name.of(name).family):
+        print(f"{family}:")
+        for name in members:
+            longest = longest_stated(models[name])
+            print(f"  {name:48}{sizes[name]:18,}{f'{longest:,}' if longest else 'not stated':>18}")
+    print("and any other model that transformers can build, by their folder or config.json\n")
     print(f"{'gpu':16}{'name':50}{'usable':>11}  {'compute capability'}")
     for key, gpu in gpus.items():
         estimated = "*" if gpu.nominal else " "

@@ -15,7 +15,8 @@ from peft import PeftModel
 from qlora_helpers.conversation import Conversation
 from qlora_helpers.course import plots
 from qlora_helpers.decoding import Decoding
-from qlora_helpers.memory import GPU_RUN, find_gpu, find_shape, known_gpus, known_models, predict
+from qlora_helpers.memory import GPU_RUN, find_gpu, find_shape, known_gpus, predict
+from qlora_helpers.memory.catalogue import predicted_models
 from qlora_helpers.memory.trained import OPTIMIZERS
 from qlora_helpers.quantize import INT4, NF4, dequantize, quantize
 from qlora_helpers.units import GIB
@@ -134,7 +135,7 @@ def fit_explorer() -> ipywidgets.Widget:
 
     return ipywidgets.interactive(
         draw,
-        model=ipywidgets.Dropdown(options=list(known_models()), value="meta-llama/Llama-3.1-8B", description="model"),
+        model=ipywidgets.Dropdown(options=list(predicted_models()), value="meta-llama/Llama-3.1-8B", description="model"),
         gpu=ipywidgets.Dropdown(options=list(known_gpus()), value="t4", description="GPU"),
         rank=choose([4, 8, 16, 32, 64, 128, 256], 16, "rank"),
         batch_size=choose([1, 2, 4, 8, 16, 32], 1, "batch"),

@@ -1,6 +1,6 @@
 """Will it fit? The memory of a fine-tuning run, predicted part by part."""
 
-from qlora_helpers.memory.catalogue import find_shape, known_config, known_models
+from qlora_helpers.memory.catalogue import find_shape, known_config, known_models, resolve
 from qlora_helpers.memory.gpus import GPU, find_gpu, known_gpus
 from qlora_helpers.memory.ladder import Change, cures
 from qlora_helpers.memory.merge_memory import MergeMemory, predict_merge
@@ -28,6 +28,7 @@ __all__ = [
     "longest_sequence",
     "predict",
     "predict_merge",
+    "resolve",
     "suggest",
     "what_fits",
 ]

@@ -2,49 +2,117 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_helpers.memory.shape import ModelShape
+from qlora_helpers.memory import names
+from qlora_helpers.memory.names import Found
+from qlora_helpers.memory.shape import FAMILIES, ModelShape
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["TABLE", "find_shape", "known_config", "known_models"]
+__all__ = [
+    "TABLE",
+    "find_shape",
+    "known_config",
+    "known_models",
+    "known_sizes",
+    "longest_stated",
+    "predicted_models",
+    "resolve",
+]
 
 TABLE = Path(__file__).with_name("models.json")
 
 
 @cache
+def _table() -> dict[str, dict]:
+    return json.loads(TABLE.read_text(encoding="utf-8"))
+
+
+@cache
+def _same() -> dict[str, str]:
+    """For each name that has no config of its own, the model whose config is taken."""
+    file = _table()
+    return file["aliases"] | _finetunes()
+
+
+@cache
+def _finetunes() -> dict[str, str]:
+    return {name: entry["of"] for name, entry in _table()["finetunes"].items()}
+
+
+@cache
 def known_models() -> dict[str, dict]:
     """The config of each model that is known by its Hub name, aliases included."""
-    file = json.loads(TABLE.read_text(encoding="utf-8"))
-    return file["models"] | {alias: file["models"][name] for alias, name in file["aliases"].items()}
+    models = _table()["models"]
+    return models | {name: models[of] for name, of in _same().items()}
+
+
+@cache
+def known_sizes() -> dict[str, int]:
+    """The number of parameters of each known model, as transformers' model of its config has them."""
+    evidence = _table()["evidence"]
+    return {name: evidence[_same().get(name, name)]["parameters"] for name in known_models()}
+
+
+def predicted_models() -> dict[str, dict]:
+    """Those of the known models whose family `ModelShape` knows."""
+    return {name: config for name, config in known_models().items() if config["model_type"] in FAMILIES}
+
+
+def longest_stated(config: dict) -> int | None:
+    """The longest sequence that a config states, of its text part if it has several; None if it states none."""
+    text = config.get("text_config", config)
+    return text.get("max_position_embeddings", text.get("n_positions"))
+
+
+@cache
+def resolve(model: str) -> Found:
+    """The known model that a name means, and what was assumed to find it.
+
+    Args:
+        model: a Hub name, with or without its owner, in any case, also with spaces; one of a quantised copy, such as
+            "unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit"; or an address such as "https://huggingface.co/Qwen/Qwen3-8B".
+
+    Returns:
+        the name as the Hub spells it, and one sentence for each assumption, such as that an instruction-tuned model has
+        the layers of its base.
+
+    Raises:
+        ValueError: no such model is known; the message names those of its family that are closest, and how to get the
+            config of any other.
+    """
+    asked = names.address(model)
+    found = names.look_up(asked, tuple(known_models()), _finetunes())
+    if found is None:
+        raise names.unknown(asked, tuple(known_models()))
+    return found
 
 
 def known_config(model: str) -> dict:
     """The config of a known model: those fields of its `config.json` that decide how many parameters it has.
 
     Args:
-        model: a Hub name such as "Qwen/Qwen2.5-7B", or the part after its slash, in any case.
+        model: a name as `resolve` takes it.
 
     Raises:
         ValueError: no such model is known.
     """
-    return dict(known_models()[_hub_name(model)])
+    return dict(known_models()[resolve(model).name])
 
 
 def find_shape(model: ModelShape | PretrainedConfig | dict | str | Path) -> ModelShape:
-    """The shape of a model, with its name set.
+    """The shape of a model, with its name set, and with what was assumed to find it.
 
     Args:
-        model: a Hub name such as "Qwen/Qwen2.5-7B" or the part after its slash, in any case; or what
-            `ModelShape.from_config` takes: a folder, a config.json, a dict or a transformers config. A folder that has
-            a config.json takes precedence over a Hub name, as in transformers. A ModelShape is returned unchanged.
+        model: a name such as "Qwen/Qwen2.5-7B", as `resolve` takes it; or what `ModelShape.from_config` takes: a folder,
+            a config.json, a dict or a transformers config. A folder that has a config.json takes precedence over a Hub
+            name, as in transformers. A ModelShape is returned unchanged.
 
     Raises:
         ValueError: the model or its family is not known.
@@ -53,8 +121,9 @@ def find_shape(model: ModelShape | PretrainedConfig | dict | str | Path) -> Mode
     if isinstance(model, ModelShape):
         return model
     if isinstance(model, str) and not _is_path(model):
-        name = _hub_name(model)
-        return replace(ModelShape.from_config(known_models()[name]), name=name)
+        found = resolve(model)
+        shape = ModelShape.from_config(known_models()[found.name])
+        return replace(shape, name=found.name, assumed=found.assumed)
     shape = ModelShape.from_config(model)
     if isinstance(model, str | Path):
         folder = Path(model) if Path(model).is_dir() else Path(model).parent
@@ -62,36 +131,16 @@ def find_shape(model: ModelShape | PretrainedConfig | dict | str | Path) -> Mode
     return replace(shape, name=shape.name or getattr(model, "name_or_path", "") or f"a {shape.model_type} model")
 
 
-@cache
-def _names() -> dict[str, str]:
-    """The name as the Hub spells it, for each name in lower case, with and without its owner."""
-    names = {}
-    for name in known_models():
-        names.setdefault(name.lower(), name)
-        names.setdefault(name.lower().rpartition("/")[2], name)
-    return names
-
-
 def _is_path(model: str) -> bool:
+    if names.is_address(model):
+        return False
     # A folder that merely has a model's name, such as one for its checkpoints, is not the path of a model.
     named = Path(model)
     try:
-        return (
-            model.endswith(".json")
-            or (named / "config.json").is_file()
-            or (named.is_dir() and model.lower() not in _names())
-        )
+        return model.endswith(".json") or (named / "config.json").is_file() or (named.is_dir() and not _is_known(model))
     except OSError:  # too long to be the name of a file
         return False
 
 
-def _hub_name(model: str) -> str:
-    if found := _names().get(model.lower()):
-        return found
-    # Compared without the owner, who says little about the shape of a model.
-    short = {name: full for name, full in _names().items() if "/" not in name}
-    close = difflib.get_close_matches(model.lower().rpartition("/")[2], short, n=3, cutoff=0.5)
-    hint = f"; the closest known names are {', '.join(short[name] for name in close)}" if close else ""
-    raise ValueError(
-        f"model is {model!r}, which is not known{hint}. For any other model give its folder or its config.json"
-    )
+def _is_known(model: str) -> bool:
+    return names.look_up(model, tuple(known_models()), _finetunes()) is not None

@@ -106,6 +106,7 @@ class ModelShape:
     use_parallel_residual: bool = False
     sliding_window: int | None = None  # how many tokens attention looks back; a sequence that long needs a mask
     name: str = field(default="", compare=False)
+    assumed: tuple[str, ...] = field(default=(), compare=False)  # what was assumed to find it by its name
 
     @classmethod
     def from_config(cls, config: dict | PretrainedConfig | str | Path) -> ModelShape:

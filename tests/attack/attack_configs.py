@@ -11,7 +11,7 @@ from qlora_helpers.memory.shape import FAMILIES
 from qlora_helpers.settings import ATTENTION, BLOCK_SIZES, DTYPES, GPU_RUN, METHODS, Settings
 from tests.memory.made_up import card
 
-KNOWN = list(json.loads(catalogue.TABLE.read_text())["models"].values())
+KNOWN = list(catalogue.predicted_models().values())
 KEYS = sorted({key for config in KNOWN for key in config} | {
     "attention_bias", "head_dim", "max_position_embeddings", "mlp_bias", "num_key_value_heads", "rope_parameters",
     "rope_scaling", "rotary_dim", "rotary_pct", "sliding_window", "tie_word_embeddings", "use_parallel_residual",

@@ -189,12 +189,33 @@ def test_memory_lists_what_it_knows(capsys, arguments):
     status, text, _ = report(capsys, *arguments)
     assert status == 0
     assert max(map(len, text.splitlines())) <= 100
-    models = json.loads(catalogue.TABLE.read_text())
-    for name in (*models["models"], *models["aliases"], *json.loads(gpus.TABLE.read_text())):
+    models = json.loads(catalogue.TABLE.read_text(encoding="utf-8"))
+    for name in (*models["models"], *models["aliases"], *models["finetunes"], *json.loads(gpus.TABLE.read_text())):
         assert name in text.split()
     _, text, _ = report(capsys, *arguments, "--list", "--json")
     assert json.loads(text)["models"]["Qwen/Qwen2.5-7B"]["parameters"] == find_shape("Qwen/Qwen2.5-7B").parameters
     assert json.loads(text)["gpus"]["t4"]["usable_bytes"] == find_gpu("t4").usable_bytes
+
+
+def test_memory_lists_its_models_by_family_the_smallest_first(capsys):
+    listed = report(capsys, "--list")[1].split("and other models of these kinds")[0].splitlines()[1:]
+    families = [line for line in listed if line.endswith(":")]
+    assert families == sorted(families) and {"gemma:", "llama:", "phi:", "qwen:"} <= {*families}
+    start = listed.index("phi:")
+    of_phi = listed[start + 1 : listed.index(families[families.index("phi:") + 1])]
+    assert all("phi" in line.lower() for line in of_phi)
+    sizes = [int(line.split()[1].replace(",", "")) for line in of_phi]
+    assert sizes == sorted(sizes) and len(sizes) > 5
+
+
+def test_memory_says_what_it_assumed_of_a_name(capsys):
+    asked = "unsloth/Qwen3-8B-bnb-4bit"
+    status, text, _ = report(capsys, asked)
+    (said,) = find_shape(asked).assumed
+    assert status in (0, 1)
+    assert text.startswith("Qwen/Qwen3-8B: ") and f"note: {said}" in text.replace("\n  ", " ")
+    assert json.loads(report(capsys, asked, "--json")[1])["assumed"] == [said]
+    assert json.loads(report(capsys, "Qwen/Qwen3-8B", "--json")[1])["assumed"] == []
 
 
 def test_memory_needs_no_torch(tmp_path):

@@ -1,9 +1,13 @@
 """Models by name, and their configs against published parameter counts."""
 
 import json
+import re
+import warnings
 from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from qlora_helpers.memory import (
     ModelShape,
@@ -34,7 +38,7 @@ def test_a_hub_name_is_found_in_any_case(asked_for, name):
 
 
 def test_an_alias_has_the_shape_of_what_it_stands_for():
-    file = json.loads(catalogue.TABLE.read_text())
+    file = json.loads(catalogue.TABLE.read_text(encoding="utf-8"))
     assert file["aliases"]
     for alias, name in file["aliases"].items():
         assert find_shape(alias) == find_shape(name) == ModelShape.from_config(file["models"][name])
@@ -42,9 +46,12 @@ def test_an_alias_has_the_shape_of_what_it_stands_for():
 
 
 def test_a_name_without_its_owner_means_one_shape():
-    known = json.loads(catalogue.TABLE.read_text())["models"]
+    known = json.loads(catalogue.TABLE.read_text(encoding="utf-8"))["models"]
     assert {*known} <= {*catalogue.known_models()}
     for name in catalogue.known_models():
+        assert catalogue.resolve(name.rpartition("/")[2]).name == catalogue.resolve(name).name
+        assert catalogue.resolve(name).name.lower() == name.lower()  # GPT-J's is written in two ways
+    for name in catalogue.predicted_models():
         assert find_shape(name.rpartition("/")[2]) == find_shape(name)
 
 
@@ -111,3 +118,114 @@ def test_parameter_counts(name):
     model = meta_model(known_config(name))
     linear = sum(layer.weight.numel() for _, layer in linear_layers(model))
     assert (model.num_parameters(), linear) == PUBLISHED[name]
+
+
+# ---- The table: each config is built, and its size compared with what was published
+
+TABLE = json.loads(catalogue.TABLE.read_text(encoding="utf-8"))
+# One of each kind: dense, mixture of experts, windows, convolutions, latent attention, several modalities.
+QUICK = [
+    "HuggingFaceTB/SmolLM3-3B", "LiquidAI/LFM2-1.2B", "Qwen/Qwen2.5-Coder-1.5B", "Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-VL-2B-Instruct",
+    "deepseek-ai/DeepSeek-V2-Lite", "google/gemma-3-1b-it", "google/gemma-3-4b-it", "microsoft/phi-4", "openai/gpt-oss-20b",
+]  # fmt: skip
+# Billions of parameters as published, for models whose names do not say it, or say something else.
+# source: the model cards on the Hugging Face Hub, and for Mixtral 8x7B the model's page of the Ollama library.
+STATED = {
+    "deepseek-ai/DeepSeek-V3": 671, "microsoft/Phi-3-medium-4k-instruct": 14, "microsoft/Phi-3-mini-128k-instruct": 3.8,
+    "microsoft/Phi-3-mini-4k-instruct": 3.8, "microsoft/phi-4": 14.7, "mistralai/Ministral-3-3B-Reasoning-2512": 3.4 + 0.4,
+    "mistralai/Mixtral-8x22B-v0.1": 141, "mistralai/Mixtral-8x7B-v0.1": 46.7, "meta-llama/Llama-3.2-1B": 1.2358144,
+}  # fmt: skip
+# No published figure was found where one could be looked up: their sizes rest on their configs alone.
+UNCONFIRMED = {
+    "BSC-LT/salamandra-2b", "CohereLabs/c4ai-command-r-v01", "Qwen/Qwen1.5-MoE-A2.7B-Chat", "Qwen/Qwen2.5-VL-7B-Instruct",
+    "ai21labs/AI21-Jamba-1.5-Mini", "ai21labs/Jamba-v0.1", "baidu/ERNIE-4.5-0.3B-PT", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+    "deepseek-ai/DeepSeek-V2-Lite", "google/gemma-2-2b", "google/gemma-2b", "google/gemma-4-E2B-it", "google/gemma-4-E4B-it",
+    "meta-llama/Llama-4-Scout-17B-16E-Instruct", "microsoft/Phi-3.5-mini-instruct", "microsoft/Phi-4-mini-instruct",
+    "microsoft/Phi-4-reasoning", "microsoft/Phi-4-reasoning-plus", "mistralai/Mistral-Large-Instruct-2407",
+    "mistralai/Mistral-Large-Instruct-2411", "mistralai/Mistral-Nemo-Base-2407", "mistralai/Mistral-Small-Instruct-2409",
+    "tiiuae/Falcon3-1B-Base",
+}  # fmt: skip
+
+
+def built(config: dict):
+    options = {key: value for key, value in config.items() if key != "model_type"}
+    auto = AutoModelForImageTextToText if "text_config" in config else AutoModelForCausalLM
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return auto.from_config(AutoConfig.for_model(config["model_type"], **options))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.everything) for name in TABLE["models"]]
+)
+def test_the_size_in_the_table_is_that_of_transformers_model(name):
+    assert built(TABLE["models"][name]).num_parameters() == TABLE["evidence"][name]["parameters"]
+
+
+# Taken by their classes, though their defaults do not show it: some go into rope_parameters or layer_types.
+TAKEN = {
+    "full_attention_interval",
+    "global_head_dim",
+    "head_dim",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+}
+
+
+def test_every_field_of_a_config_is_one_of_its_class():
+    """A misspelt field would be dropped, and the default taken in its place."""
+    for name, config in TABLE["models"].items():
+        made = AutoConfig.for_model(config["model_type"], **{k: v for k, v in config.items() if k != "model_type"})
+        parts = [(config, made), *((config[key], getattr(made, key)) for key in PARTS if config.get(key))]
+        for fields, part in parts:
+            defaults = type(part)()
+            assert {*fields} <= {*defaults.to_dict(), *defaults.attribute_map, *PARTS, *TAKEN}, name
+
+
+PARTS = ("text_config", "vision_config", "audio_config")
+
+
+def stated_size(name: str) -> float | None:
+    """Billions of parameters, as the name has it: the first of its sizes, which of a mixture of experts is the total."""
+    if name in STATED:
+        return STATED[name]
+    found = re.search(r"(?<![\w.])(\d+(?:\.\d+)?)([BM])\b", name.rpartition("/")[2], re.IGNORECASE)
+    return found and float(found[1]) * (1 if found[2].upper() == "B" else 1e-3)
+
+
+def test_the_sizes_are_those_that_were_published():
+    """A name rounds: 7B is 7.6 or 6.7. Tied or untied embeddings make a small model's size differ by 13 % and more."""
+    unconfirmed = set()
+    for name in TABLE["models"]:
+        size, stated = TABLE["evidence"][name]["parameters"] / 1e9, stated_size(name)
+        if name in UNCONFIRMED:
+            unconfirmed.add(name)
+            continue
+        assert stated is not None, name
+        assert abs(size / stated - 1) < (0.05 if name in STATED else 0.12), (name, size, stated)
+    assert unconfirmed == UNCONFIRMED
+
+
+def test_each_config_has_a_source_and_a_size():
+    assert list(TABLE["evidence"]) == list(TABLE["models"])
+    source = re.compile(r"[\w.-]+/[\w.-]+ [\w./-]+ @ [0-9a-f]{7,40}\b")
+    without = {name for name, entry in TABLE["evidence"].items() if not source.search(entry["source"] or "")}
+    assert without == {"huggyllama/llama-30b", "huggyllama/llama-65b", "EleutherAI/gpt-neox-20b"}
+    assert all(source.search(entry["source"]) for entry in TABLE["finetunes"].values())
+    assert {entry["of"] for entry in TABLE["finetunes"].values()} <= {*TABLE["models"]}
+
+
+OF_2023_AND_BEFORE = (
+    "Llama-2-", "llama-30b", "llama-65b", "Mistral-7B-v0.1", "Mixtral-8x7B", "gpt-neox", "pythia", "gpt-j", "TinyLlama",
+)  # fmt: skip
+
+
+def test_the_table_has_more_than_100_models_of_2024_to_2026():
+    recent = [name for name in TABLE["models"] if not name.rpartition("/")[2].startswith(OF_2023_AND_BEFORE)]
+    assert len(recent) >= 100
+
+
+def test_the_longest_sequence_is_that_of_the_text():
+    stated = {name: catalogue.longest_stated(config) for name, config in catalogue.known_models().items()}
+    assert stated["google/gemma-3-4b-it"] == 131_072 and stated["EleutherAI/gpt-j-6b"] == 2_048
+    assert [name for name, longest in stated.items() if longest is None] == ["LiquidAI/LFM2-1.2B"]

@@ -75,7 +75,7 @@ def test_paged_states_are_those_of_large_tensors_alone():
     assert found.parts["optimizer (paged)"] == large * 8
 
 
-@pytest.mark.parametrize("config", json.loads(catalogue.TABLE.read_text())["models"].values(), ids=str)
+@pytest.mark.parametrize("config", catalogue.predicted_models().values(), ids=list(catalogue.predicted_models()))
 def test_full_fine_tuning_trains_every_parameter(config):
     shape = ModelShape.from_config(config)
     assert predict(shape, replace(GPU_RUN, method="full", max_length=512)).trainable_parameters == shape.parameters

@@ -15,7 +15,12 @@ from qlora_helpers.models.meta import meta_model
 from qlora_helpers.models.weights import linear_layers
 from qlora_helpers.settings import Settings
 
-KNOWN = json.loads(catalogue.TABLE.read_text())["models"]
+# those of the table's models whose family is predicted
+KNOWN = {
+    name: config
+    for name, config in json.loads(catalogue.TABLE.read_text(encoding="utf-8"))["models"].items()
+    if config["model_type"] in FAMILIES
+}
 # one of each family, small enough to be wrapped in PEFT several times
 EXAMPLES = {
     "llama": "HuggingFaceTB/SmolLM2-135M", "mistral": "mistralai/Mistral-7B-v0.1", "qwen2": "Qwen/Qwen2.5-0.5B",

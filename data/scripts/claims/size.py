@@ -12,10 +12,10 @@ from qlora_helpers.memory import (
     find_gpu,
     find_shape,
     known_gpus,
-    known_models,
     predict,
     predict_merge,
 )
+from qlora_helpers.memory.catalogue import predicted_models
 from qlora_helpers.paths import data_path
 from qlora_helpers.settings import GPU_RUN, Settings
 from qlora_helpers.units import GB, GIB, MIB
@@ -214,7 +214,7 @@ def double_quantisation_can_decide() -> Finding:
     single = replace(LEAST, double_quant=False)
     decided = any(
         predict(find_shape(name), LEAST, card).fits and not predict(find_shape(name), single, card).fits
-        for name in known_models()
+        for name in predicted_models()
         for card in cards
     )
     return by_setting(decided)
