@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_helpers.json_files import read_json
+from qlora_helpers.memory.saved_format import quantization_entry, saved_format
 from qlora_helpers.validation import refuse
 
 __all__ = ["no_own_code", "read_config", "saved_in_4_bits"]
@@ -47,24 +48,16 @@ def saved_in_4_bits(config: dict[str, Any], name: str, argument: str = "name") -
     Raises:
         ValueError: the model is quantised in another way.
     """
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
-        if (saved := part.get("quantization_config")) is not None:
-            break
-    else:
+    found, saved = saved_format(config), quantization_entry(config)
+    if found is None:
         return None
-    is_ours = (
-        isinstance(saved, dict)
-        and saved.get("quant_method", "bitsandbytes") == "bitsandbytes"
-        and saved.get("load_in_4bit") is True
-    )
-    if not is_ours:
+    if not found.is_loaded_here:
         method = saved.get("quant_method") if isinstance(saved, dict) else saved
         raise refuse(
             argument,
             name,
-            f"its config.json says that it is quantised (quant_method={method!r}), and only bitsandbytes' 4 bits are "
-            "loaded here: pass the 16-bit model that it was made from",
+            f"its config.json says that it is quantised (quant_method={method!r}: {found}): pass the 16-bit model that it "
+            "was made from",
         )
     return saved.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' own default
 

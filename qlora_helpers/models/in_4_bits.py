@@ -24,6 +24,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_helpers import validation
 from qlora_helpers.memory.loaded import constant_sizes
+from qlora_helpers.memory.saved_format import quantization_entry, saved_format
 from qlora_helpers.models.four_bit_rule import replace_layers
 from qlora_helpers.models.meta import meta_model
 from qlora_helpers.models.weights import constant_bytes
@@ -388,27 +389,17 @@ def planned_4_bits(
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=dtype,
     )
-    saved = _saved_by_bitsandbytes(config)
-    if saved:
-        asked = BitsAndBytesConfig.from_dict(saved)
+    whole = config if isinstance(config, dict) else config.to_dict()
+    found = saved_format(whole)
+    if saved := found is not None and found.is_loaded_here:
+        asked = BitsAndBytesConfig.from_dict(quantization_entry(whole))
     model = meta_model(config, dtype)
-    replace_layers(model, asked, dtype, pre_quantized=bool(saved))
+    replace_layers(model, asked, dtype, pre_quantized=saved)
     stay = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]  # transformers' own list
     for path, parameter in model.named_parameters():
         if not isinstance(parameter, bnb.nn.Params4bit) and any(re.search(pattern, path) for pattern in stay):
             parameter.data = parameter.data.to(torch.float32)
     return in_4_bits(model, name)
-
-
-def _saved_by_bitsandbytes(config: dict[str, Any] | PretrainedConfig) -> dict[str, Any] | None:
-    """The 4-bit entry of bitsandbytes in a config, if it has one."""
-    whole = config if isinstance(config, dict) else config.to_dict()
-    text = whole.get("text_config")
-    for part in (whole, text if isinstance(text, dict) else {}):
-        saved = part.get("quantization_config")
-        if isinstance(saved, dict) and saved.get("load_in_4bit") is True:
-            return saved
-    return None
 
 
 # ---- Refused
