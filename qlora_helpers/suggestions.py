@@ -73,7 +73,7 @@ class SuggestedSettings:
         notes: what else to know.
     """
 
-    shape: ModelShape
+    shape: ModelShape | AnyShape
     rows: int
     gpu: GPU | None
     settings: Settings
@@ -131,7 +131,7 @@ class SuggestedSettings:
 
 
 def suggest_settings(
-    shape: ModelShape,
+    shape: ModelShape | AnyShape,
     rows: int,
     gpu: str | GPU | None = None,
     max_length: int | None = None,
@@ -153,8 +153,8 @@ def suggest_settings(
     Raises:
         ValueError: an argument has no sense; or nothing fits the GPU: the message says what would help.
     """
-    if not isinstance(shape, ModelShape):
-        raise validation.refuse("shape", shape, f"give a ModelShape, such as find_shape({str(shape)!r})")
+    if not isinstance(shape, ModelShape | AnyShape):
+        raise validation.refuse("shape", shape, f"give a shape, such as find_shape({str(shape)!r})")
     rows, gpu = validation.whole("rows", rows), gpu if gpu is None else find_gpu(gpu)
     chosen = _Chosen(read_table(), shape)
     if max_length is None:
@@ -224,7 +224,7 @@ def shown(value: Any) -> str:
 class _Chosen:
     """The values chosen so far, each with its reason."""
 
-    def __init__(self, table: dict, shape: ModelShape):
+    def __init__(self, table: dict, shape: ModelShape | AnyShape):
         self.table, self.shape, self.reasons = table, shape, {}
 
     def entry(self, name: str) -> dict:
@@ -382,7 +382,7 @@ def _fitted(chosen: _Chosen, effective: int, ranks: list[int], gpu: GPU) -> tupl
     return settings, predict(shape, settings, gpu), notes
 
 
-def _split(shape: ModelShape, settings: Settings, effective: int, gpu: GPU) -> Settings | None:
+def _split(shape: ModelShape | AnyShape, settings: Settings, effective: int, gpu: GPU) -> Settings | None:
     """The settings with a batch that fits and the accumulation for the rest; None if not even a batch of 1 fits."""
     found = {}
     for checkpointing in (False, True):
@@ -401,7 +401,7 @@ def _split(shape: ModelShape, settings: Settings, effective: int, gpu: GPU) -> S
     return found.get(True)
 
 
-def _nothing_fits(shape: ModelShape, settings: Settings, gpu: GPU) -> ValueError:
+def _nothing_fits(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU) -> ValueError:
     """The error that says what would help."""
     settings = replace(settings, batch_size=1, gradient_checkpointing=True)
     helps = "".join(f"\n- {change.what} (price: {change.price})" for change in cures(shape, settings, gpu))

@@ -12,7 +12,6 @@ from qlora_helpers.commands.settings_options import add_settings, given
 from qlora_helpers.memory.catalogue import find_shape, known_models, known_sizes, longest_stated
 from qlora_helpers.memory.gpus import GPU, find_gpu, known_gpus
 from qlora_helpers.memory.ladder import cures
-from qlora_helpers.memory.layers import EAGER_ONLY
 from qlora_helpers.memory.names import Name
 from qlora_helpers.memory.prediction import Prediction, predict
 from qlora_helpers.memory.search import largest_batch, longest_sequence
@@ -144,7 +143,7 @@ def _described(settings: Settings) -> str:
 def _notes(shape: ModelShape, settings: Settings, gpu: GPU) -> list[str]:
     """What a reader should know before trusting the figures."""
     notes = list(gpu.notes)
-    shared = shape.num_key_value_heads != shape.num_attention_heads and shape.model_type not in EAGER_ONLY
+    shared = shape.num_key_value_heads != shape.num_attention_heads and not shape.eager_only
     if settings.attention == "sdpa" and shared and gpu.compute_capability < (8, 0):
         notes.append(
             "this is with the course's attention (qlora_helpers.models.attention). transformers' own sdpa falls back to the math "

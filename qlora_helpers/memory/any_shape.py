@@ -28,20 +28,24 @@ class AnyShape:
 
     Attributes:
         text: its config as JSON, so that shapes can be compared.
+        skip: modules that are not in 4 bits although the others are, as the config of a quantised model lists them; None
+            for those that transformers leaves out by itself.
         name: of the model; does not count in comparisons.
         assumed: what the config left out and was completed, in sentences.
     """
 
     text: str
+    skip: tuple[str, ...] | None = None
     name: str = field(default="", compare=False)
     assumed: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
-    def from_config(cls, config: dict, name: str = "") -> AnyShape:
+    def from_config(cls, config: dict, name: str = "", skip: Collection[str] | None = None) -> AnyShape:
         """The shape of the model of a config.
 
         Args:
-            config: a dict as in a `config.json`.
+            config: a dict as in a `config.json`. A `quantization_config` in it is passed over.
+            name, skip: see the class.
 
         Raises:
             ValueError: the installed transformers does not know the family, or has no language model of it.
@@ -56,7 +60,7 @@ class AnyShape:
             text = json.dumps(kept, sort_keys=True)
         except (TypeError, ValueError) as error:
             raise ValueError(f"config holds something that JSON cannot: {error}") from error
-        return cls(text, name)
+        return cls(text, None if skip is None else tuple(skip), name)
 
     @cached_property
     def config(self) -> dict:

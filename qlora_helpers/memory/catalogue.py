@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_helpers.memory import names
+from qlora_helpers.memory.any_shape import AnyShape
+from qlora_helpers.memory.assumed import assumed_fields
 from qlora_helpers.memory.names import Found
-from qlora_helpers.memory.shape import FAMILIES, ModelShape
+from qlora_helpers.memory.saved_format import SavedFormat, saved_format
+from qlora_helpers.memory.shape import FAMILIES, ModelShape, config_and_name
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -27,6 +30,7 @@ __all__ = [
 ]
 
 TABLE = Path(__file__).with_name("models.json")
+_HEADS = {"lm_head", "embed_out"}  # never in 4 bits, whether a config lists them or not
 
 
 @cache
@@ -106,29 +110,50 @@ def known_config(model: str) -> dict:
     return dict(known_models()[resolve(model).name])
 
 
-def find_shape(model: ModelShape | PretrainedConfig | dict | str | Path) -> ModelShape:
+def find_shape(model: ModelShape | AnyShape | PretrainedConfig | dict | str | Path) -> ModelShape | AnyShape:
     """The shape of a model, with its name set, and with what was assumed to find it.
 
     Args:
         model: a name such as "Qwen/Qwen2.5-7B", as `resolve` takes it; or what `ModelShape.from_config` takes: a folder,
             a config.json, a dict or a transformers config. A folder that has a config.json takes precedence over a Hub
-            name, as in transformers. A ModelShape is returned unchanged.
+            name, as in transformers. A shape is returned unchanged.
+
+    Returns:
+        a `ModelShape` of a family whose layers are written out here; for any other that transformers can build, an
+        `AnyShape`.
 
     Raises:
-        ValueError: the model or its family is not known.
+        ValueError: the model is not known, or its family neither here nor in the installed transformers; or its config
+            makes no sense.
         FileNotFoundError: there is no such config.json.
     """
-    if isinstance(model, ModelShape):
+    if isinstance(model, ModelShape | AnyShape):
         return model
     if isinstance(model, str) and not _is_path(model):
         found = resolve(model)
-        shape = ModelShape.from_config(known_models()[found.name])
-        return replace(shape, name=found.name, assumed=found.assumed)
-    shape = ModelShape.from_config(model)
-    if isinstance(model, str | Path):
-        folder = Path(model) if Path(model).is_dir() else Path(model).parent
-        return replace(shape, name=folder.resolve().name)
-    return replace(shape, name=shape.name or getattr(model, "name_or_path", "") or f"a {shape.model_type} model")
+        return replace(_shape_of(known_models()[found.name]), name=found.name, assumed=found.assumed)
+    config, folder = config_and_name(model)
+    saved = saved_format(config)
+    skip = saved.stays if saved and saved.is_loaded_here else None
+    shape = _shape_of(config, skip)
+    stated = config.get("_name_or_path")
+    name = folder or getattr(model, "name_or_path", "") or (stated if isinstance(stated, str) else "")
+    return replace(shape, name=name or f"a {shape.model_type} model", assumed=_assumed(config, saved))
+
+
+def _shape_of(config: dict, skip: tuple[str, ...] | None = None) -> ModelShape | AnyShape:
+    family = config.get("model_type")
+    only_the_head = not skip or set(skip) <= _HEADS
+    if only_the_head and isinstance(family, str) and family in FAMILIES:
+        return ModelShape.from_config(config)
+    return AnyShape.from_config(config, skip=skip)
+
+
+def _assumed(config: dict, saved: SavedFormat | None) -> tuple[str, ...]:
+    """What a config leaves out, and what its weights are saved in, in sentences."""
+    fields = ", ".join(f"{name}={value}" for name, value in assumed_fields(config).items())
+    left_out = (f"the config does not state {fields}: these are transformers' defaults",) if fields else ()
+    return left_out if saved is None else (*left_out, str(saved))
 
 
 def _is_path(model: str) -> bool:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from qlora_helpers import validation
+from qlora_helpers.memory.any_shape import AnyShape
 from qlora_helpers.memory.gpus import GPU, find_gpu
-from qlora_helpers.memory.layers import EAGER_ONLY, LayerSettings
+from qlora_helpers.memory.layers import LayerSettings
 from qlora_helpers.memory.prediction import Prediction, on_gpu, predict
 from qlora_helpers.memory.search import MOST_DIVISORS, divisors, longest_sequence
 from qlora_helpers.memory.shape import ModelShape
@@ -49,34 +50,39 @@ Level = tuple[str, str, Settings]
 Rung = Sequence[Level]
 
 
-def _no_upcast(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
+def _no_upcast(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU) -> Rung:
     if not settings.upcast_fp32:
         return []
     return [("no prepare_model_for_kbit_training", "nothing", replace(settings, upcast_fp32=False))]
 
 
-def _fused_attention(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
-    if settings.attention == "sdpa" or shape.model_type in EAGER_ONLY:
+def _fused_attention(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU) -> Rung:
+    if settings.attention == "sdpa" or shape.eager_only:
         return []
     changed = replace(settings, attention="sdpa")
     if gpu.compute_capability < (8, 0):
         what = "this course's attention (qlora_helpers.models.attention), in the memory-efficient kernel"
         price = "a copy of keys and values: the same result, and faster"
-    elif LayerSettings.of(shape, on_gpu(changed, gpu), gpu).kernel == "flash":
+    elif _takes_flash(shape, on_gpu(changed, gpu), gpu):
         what, price = "attention by sdpa, in FlashAttention", "nothing: the same result, and faster"
     else:  # FlashAttention takes neither float32 nor a mask
         what, price = "attention by sdpa", "nothing: the same result"
     return [(what, price, changed)]
 
 
-def _fused_optimizer(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
+def _takes_flash(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU) -> bool:
+    """Whether a model's attention certainly runs in FlashAttention; of one that the libraries build that is not asked."""
+    return isinstance(shape, ModelShape) and LayerSettings.of(shape, settings, gpu).kernel == "flash"
+
+
+def _fused_optimizer(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU) -> Rung:
     if settings.optimizer != "adamw_torch":
         return []
     changed = replace(settings, optimizer="adamw_torch_fused")
     return [("optim adamw_torch_fused", "nothing: the same steps in one kernel", changed)]
 
 
-def _8bit_optimizer(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
+def _8bit_optimizer(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU) -> Rung:
     now = OPTIMIZERS[settings.optimizer or GPU_OPTIMIZER]
     if now.bits == 8:
         return []
@@ -85,7 +91,7 @@ def _8bit_optimizer(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
     return [(f"optim {name}", price, replace(settings, optimizer=name))]
 
 
-def _16bit_compute(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
+def _16bit_compute(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU) -> Rung:
     # not for "full": there the trained weights would lose bits
     if settings.compute_dtype != "float32" or settings.method == "full":
         return []
@@ -94,13 +100,13 @@ def _16bit_compute(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
     return [(f"compute_dtype {name}", price, replace(settings, compute_dtype=name))]
 
 
-def _double_quant(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
+def _double_quant(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU) -> Rung:
     if settings.method != "qlora" or settings.double_quant:
         return []
     return [("double quantisation", "almost no error, a little time", replace(settings, double_quant=True))]
 
 
-def _checkpointing(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
+def _checkpointing(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU) -> Rung:
     if settings.gradient_checkpointing:
         return []
     price = "about 1.4 times the time (8B on an H200): each layer's forward pass runs twice"
@@ -124,14 +130,14 @@ class _SmallerBatches(Sequence):
         return what, "the same result, slower on a large GPU", changed
 
 
-def _smaller_batch(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
+def _smaller_batch(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU) -> Rung:
     passes = settings.accumulation * settings.batch_size
     return _SmallerBatches(
         settings, tuple(size for size in divisors(settings.batch_size)[1:] if passes // size <= validation.LARGEST)
     )
 
 
-def _lower_rank(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
+def _lower_rank(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU) -> Rung:
     levels, rank = [], settings.rank // 2
     while settings.method != "full" and rank >= LOWEST_RANK:
         levels.append((f"rank {rank} instead of {settings.rank}", "may learn less", replace(settings, rank=rank)))
@@ -139,24 +145,25 @@ def _lower_rank(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
     return levels
 
 
-def _fewer_layers(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
+def _fewer_layers(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU) -> Rung:
     if settings.method == "full":
         return []
-    now = [linear.name.rpartition(".")[2] for linear in shape.targets(settings.target_modules)]
+    targets = settings.target_modules
+    now = [name for name in shape.linear_names() if targets == "all-linear" or name in targets]
     few = tuple(name for name in now if name in ("q_proj", "v_proj", "qkv_proj", "query_key_value"))
     if not 0 < len(few) < len(now):
         return []
     return [(f"adapters on {' and '.join(few)} only", "may learn less", replace(settings, target_modules=few))]
 
 
-def _lora(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
+def _lora(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU) -> Rung:
     if settings.method != "full":
         return []
     price = "adapters that learn less than all weights do"
     return [("LoRA on 16-bit weights instead of full fine-tuning", price, replace(settings, method="lora"))]
 
 
-def _qlora(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
+def _qlora(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU) -> Rung:
     if settings.method == "qlora":
         return []
     what, price = {
@@ -166,7 +173,7 @@ def _qlora(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
     return [(f"QLoRA instead of {what}", price, replace(settings, method="qlora"))]
 
 
-def _shorter(shape: ModelShape, settings: Settings, gpu: GPU) -> Rung:
+def _shorter(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU) -> Rung:
     if settings.max_length <= SHORTEST:
         return []
     enough = longest_sequence(shape, settings, gpu, at_most=settings.max_length - 1)
@@ -183,7 +190,7 @@ STRONGEST = 2 * MOST_DIVISORS  # no rung has more levels
 
 
 def _apply(
-    shape: ModelShape, settings: Settings, gpu: GPU, levels: dict
+    shape: ModelShape | AnyShape, settings: Settings, gpu: GPU, levels: dict
 ) -> tuple[tuple[tuple[str, str], ...], Settings, Prediction]:
     """The run with each rung at a level: 0 leaves it out, 1 is its mildest change, and a level that is too high is its strongest."""
     notes = {}
@@ -195,7 +202,7 @@ def _apply(
     return tuple(notes[rung][:2] for rung in LADDER if rung in notes), settings, predict(shape, settings, gpu)
 
 
-def _strongest(shape: ModelShape, settings: Settings, gpu: GPU, rungs: Sequence) -> tuple[dict, Prediction]:
+def _strongest(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU, rungs: Sequence) -> tuple[dict, Prediction]:
     """Rungs at their strongest: the first of them with which the run fits, else those with which it takes the least.
 
     A change can raise what the others leave, such as accumulation: it keeps the gradients, which can be larger than what a
@@ -215,7 +222,7 @@ def _strongest(shape: ModelShape, settings: Settings, gpu: GPU, rungs: Sequence)
     return levels, prediction
 
 
-def cures(shape: ModelShape, settings: Settings, gpu: str | GPU) -> list[Change]:
+def cures(shape: ModelShape | AnyShape, settings: Settings, gpu: str | GPU) -> list[Change]:
     """What makes a run fit, the cheapest first; an empty list if it fits already.
 
     The list has every single change that is enough, each as mild as possible. A combination comes first if all its changes

@@ -13,9 +13,8 @@ from qlora_helpers.memory.shape import Linear, ModelShape
 from qlora_helpers.memory.tape import FLOAT32, Tape, Tensor
 from qlora_helpers.settings import BLOCK_SIZES, DTYPES, Settings
 
-__all__ = ["DEQUANTISED", "EAGER_ONLY", "TILE", "DecoderLayer", "LayerSettings"]
+__all__ = ["DEQUANTISED", "TILE", "DecoderLayer", "LayerSettings"]
 
-EAGER_ONLY = ("gemma2", "gptj")  # transformers offers no sdpa for these families
 DEQUANTISED, TILE = "dequantised weight", "logits tile"  # kinds of memory that a tape counts separately
 
 
@@ -98,7 +97,7 @@ class LayerSettings:
 
 def _kernel(shape: ModelShape, settings: Settings, gpu: GPU, masked: bool) -> str:
     """The attention kernel that a run uses."""
-    if shape.model_type in EAGER_ONLY:
+    if shape.eager_only:
         return "eager"
     if settings.attention != "sdpa":
         return settings.attention

@@ -10,7 +10,6 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from qlora_helpers.memory import ModelShape
-from qlora_helpers.memory.layers import EAGER_ONLY
 from qlora_helpers.models.attention import REPEATED_KV
 from qlora_helpers.settings import Settings
 
@@ -163,7 +162,7 @@ def _attention_of(config, shape: ModelShape) -> str:
     used = config._attn_implementation
     if used == "eager":
         return "eager"
-    if "flash" in used and shape.model_type in EAGER_ONLY:
+    if "flash" in used and shape.eager_only:
         raise ValueError(f"attention is {used!r} in {shape.model_type}: this is not predicted; eager is")
     if used == REPEATED_KV or "flash" in used:
         return "sdpa"

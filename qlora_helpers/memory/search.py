@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_helpers import validation
+from qlora_helpers.memory.any_shape import AnyShape
 from qlora_helpers.memory.catalogue import find_shape
 from qlora_helpers.memory.gpus import GPU, find_gpu
 from qlora_helpers.memory.prediction import Prediction, predict
@@ -58,7 +59,7 @@ def divisors(number: int) -> tuple[int, ...]:
     return tuple(sorted({*small, *(number // size for size in small)}, reverse=True))
 
 
-def largest_batch(shape: ModelShape, settings: Settings, gpu: str | GPU) -> int:
+def largest_batch(shape: ModelShape | AnyShape, settings: Settings, gpu: str | GPU) -> int:
     """The largest `batch_size` with which the run fits, in sequences; 0 if not even 1 does.
 
     Raises:
@@ -74,7 +75,7 @@ def largest_batch(shape: ModelShape, settings: Settings, gpu: str | GPU) -> int:
     return _largest(fits, high // 2, high - 1)
 
 
-def longest_sequence(shape: ModelShape, settings: Settings, gpu: str | GPU, at_most: int | None = None) -> int:
+def longest_sequence(shape: ModelShape | AnyShape, settings: Settings, gpu: str | GPU, at_most: int | None = None) -> int:
     """The longest `max_length` with which the run fits at its batch size, in tokens: a multiple of 128; 0 if none fits.
 
     The search ends at the model's `max_position_embeddings`, or at 131,072 if the config does not state it. With a model
@@ -116,7 +117,7 @@ class Suggestion:
     prediction: Prediction
 
 
-def suggest(shape: ModelShape, gpu: str | GPU, settings: Settings = GPU_RUN, effective_batch: int = 16) -> Suggestion:
+def suggest(shape: ModelShape | AnyShape, gpu: str | GPU, settings: Settings = GPU_RUN, effective_batch: int = 16) -> Suggestion:
     """The largest batch that fits and divides the effective batch, and the accumulation that makes up for the rest.
 
     Args:
@@ -151,10 +152,10 @@ def suggest(shape: ModelShape, gpu: str | GPU, settings: Settings = GPU_RUN, eff
 
 
 def what_fits(
-    models: Iterable[ModelShape | PretrainedConfig | dict | str | Path],
+    models: Iterable[ModelShape | AnyShape | PretrainedConfig | dict | str | Path],
     gpus: Iterable[str | GPU],
     settings: Settings = GPU_RUN,
-) -> list[tuple[ModelShape, tuple[Prediction | None, ...]]]:
+) -> list[tuple[ModelShape | AnyShape, tuple[Prediction | None, ...]]]:
     """A table of models and GPUs: one row per model, with one prediction per GPU.
 
     Args:

@@ -19,7 +19,7 @@ from qlora_helpers import validation
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["FAMILIES", "Linear", "ModelShape"]
+__all__ = ["FAMILIES", "Linear", "ModelShape", "config_and_name"]
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class ModelShape:
             FileNotFoundError: there is no such file.
         """
         try:
-            return cls._of(*_as_dict(config))
+            return cls._of(*config_and_name(config))
         except RecursionError:  # while the file is read, or a value is shown
             what = f"config: {config}" if isinstance(config, str | Path) else "config"
             raise ValueError(f"{what} is nested too deeply: give the config.json of a model") from None
@@ -310,7 +310,7 @@ _SIZES = (
 )  # fmt: skip
 
 
-def _as_dict(config) -> tuple[dict, str]:
+def config_and_name(config) -> tuple[dict, str]:
     """A config in any form that `ModelShape.from_config` takes, as a dict; and the name of its folder if it has one."""
     name = ""
     if isinstance(config, str | Path):

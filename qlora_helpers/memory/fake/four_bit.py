@@ -16,7 +16,7 @@ class Fake4bit(bnb.nn.Linear4bit):
     """A linear layer in 4 bits whose packed weight has the right number of bytes.
 
     Args:
-        linear: the layer that it stands for.
+        layer: the layer that it stands for.
         dtype: that it computes in.
         double_quant: its scales are quantised, too: they are decoded first.
         block_size: weights that share a scale.
@@ -24,16 +24,14 @@ class Fake4bit(bnb.nn.Linear4bit):
 
     ledger: Ledger | None = None  # set while a step runs: it notes the decoded weights as a kind of their own
 
-    def __init__(self, linear: torch.nn.Module, dtype: torch.dtype, double_quant: bool, block_size: int) -> None:
+    def __init__(self, layer: bnb.nn.Linear4bit, dtype: torch.dtype, double_quant: bool, block_size: int) -> None:
         torch.nn.Module.__init__(self)
-        # transformers' Conv1D has its weight the other way round
-        transposed = not isinstance(linear, torch.nn.Linear)
-        self.in_features, self.out_features = linear.weight.shape if transposed else linear.weight.shape[::-1]
+        self.in_features, self.out_features = layer.in_features, layer.out_features
         self.compute_dtype, self.double_quant, self.block_size = dtype, double_quant, block_size
-        packed = torch.empty(-(-linear.weight.numel() // 2), 1, dtype=torch.uint8)
+        packed = torch.empty(-(-self.weights // 2), 1, dtype=torch.uint8, device="meta")
         self.weight = torch.nn.Parameter(packed, requires_grad=False)
         self.weight.compress_statistics, self.weight.quant_type = double_quant, "nf4"
-        self.bias = linear.bias
+        self.bias = layer.bias
 
     @property
     def weights(self) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-__all__ = ["Prepared", "attention_of", "prepare", "supports_sdpa"]
+__all__ = ["Prepared", "attention_of", "prepare"]
 
 
 @dataclass
@@ -45,29 +47,30 @@ class Prepared:
     routed: int
 
 
-def supports_sdpa(model: PreTrainedModel) -> bool:
-    """Whether transformers has `scaled_dot_product_attention` for a model."""
-    return bool(getattr(model, "_supports_sdpa", False))
-
-
-def attention_of(config: dict, settings: Settings, gpu: GPU) -> str:
+def attention_of(settings: Settings, gpu: GPU) -> str:
     """The name of a run's attention for transformers: the course's own on cards older than 8.0."""
     if settings.attention == "sdpa" and gpu.compute_capability < (8, 0):
         return REPEATED_KV
     return "eager" if settings.attention == "eager" else "sdpa"
 
 
-def prepare(config: dict, settings: Settings, gpu: GPU, whole: bool = False) -> Prepared:
+def prepare(
+    config: dict, settings: Settings, gpu: GPU, skip: Sequence[str] | None = None, whole: bool = False
+) -> Prepared:
     """A model of this config, ready for a run.
 
     Args:
         config: as in a `config.json`.
         settings: of the run, with a `compute_dtype`.
         gpu: that it runs on; decides the attention.
+        skip: modules that stay as they are when the others are quantised; None for transformers' own list.
         whole: keep all layers.
     """
     dtype = getattr(torch, settings.compute_dtype)
-    model = meta_model(config, dtype=dtype, attention=attention_of(config, settings, gpu))
+    model = meta_model(config, dtype=dtype, attention=attention_of(settings, gpu))
+    _keep_some_in_float32(model, dtype)
+    if settings.method == "qlora":
+        _quantise(model, dtype, settings, skip)
     found, places, template, routed = decoder_layers(model), [], [], 0
     if found:
         name, layers = found
@@ -76,9 +79,7 @@ def prepare(config: dict, settings: Settings, gpu: GPU, whole: bool = False) -> 
         template = [_stands_for(place, kinds, places) for place in range(len(layers))]
         routed = sum(any(p.dim() == 3 for p in layer.parameters()) for layer in layers)
         shorten(model, name, places)
-    _keep_some_in_float32(model, dtype)
-    if settings.method == "qlora":
-        _quantise(model, dtype, settings)
+    _make_fake(model, dtype, settings)
     for parameter in model.parameters():
         parameter.requires_grad = settings.method == "full"
     model.tie_weights()
@@ -121,16 +122,24 @@ def _keep_some_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.float()
 
 
-def _quantise(model: PreTrainedModel, dtype: torch.dtype, settings: Settings) -> None:
-    """Replace the layers that transformers has bitsandbytes quantise; it decides which by their class and name."""
-    before = dict(model.named_modules())
-    replace_layers(model, BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype), dtype)
+def _quantise(model: PreTrainedModel, dtype: torch.dtype, settings: Settings, skip: Sequence[str] | None) -> None:
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=settings.double_quant,
+        llm_int8_skip_modules=None if skip is None else list(skip),
+    )
+    replace_layers(model, config, dtype)
+    model.is_loaded_in_4bit = True  # for PEFT
+
+
+def _make_fake(model: PreTrainedModel, dtype: torch.dtype, settings: Settings) -> None:
+    """Put layers without values in the places of bitsandbytes' own."""
     for name, module in list(model.named_modules()):
-        if module is not before.get(name) and name in before:
+        if isinstance(module, bnb.nn.Linear4bit):
             parent, _, child = name.rpartition(".")
-            fake = Fake4bit(before[name], dtype, settings.double_quant, settings.block_size)
+            fake = Fake4bit(module, dtype, settings.double_quant, settings.block_size)
             setattr(model.get_submodule(parent), child, fake)
-    model.is_loaded_in_4bit = True  # for PEFT and the trainer
 
 
 def _upcast(model: PreTrainedModel) -> None:

@@ -131,7 +131,7 @@ def parameters_per_rank(shape: AnyShape, target_modules: str | tuple[str, ...]) 
 def _parameters_per_rank(shape: AnyShape, target_modules) -> int:
     settings = Settings(method="lora", rank=1, target_modules=target_modules, compute_dtype="bfloat16")
     with _reasons(shape):
-        prepared = prepare(shape.config, settings, find_gpu("h200"))
+        prepared = prepare(shape.config, settings, find_gpu("h200"), shape.skip)
     often = _how_often(prepared.template)
     owner = {id(module): place for place, layer in enumerate(prepared.layers) for module in layer.modules()}
     return sum(
@@ -171,7 +171,7 @@ def _reasons(shape: AnyShape) -> Iterator[None]:
 def _traced(shape: AnyShape, settings: Settings, capability: tuple[int, int]) -> _Traced:
     gpu = GPU("", 0, capability, 0)
     with _reasons(shape):
-        prepared = prepare(shape.config, settings, gpu)
+        prepared = prepare(shape.config, settings, gpu, shape.skip)
         standing, passes = trace_step(prepared, settings, gpu)
         evaluation = trace_evaluation(prepared, settings, gpu) if settings.eval_batch_size else None
     often = _how_often(prepared.template)
