@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from qlora_helpers import validation
 from qlora_helpers.json_files import read_json
-from qlora_helpers.memory import GPU, ModelShape, Prediction, cures, find_gpu, predict, suggest
+from qlora_helpers.memory import GPU, AnyShape, ModelShape, Prediction, cures, find_gpu, predict, suggest
 from qlora_helpers.settings import Settings
 from qlora_helpers.units import GIB, in_words
 

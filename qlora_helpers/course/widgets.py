@@ -135,7 +135,9 @@ def fit_explorer() -> ipywidgets.Widget:
 
     return ipywidgets.interactive(
         draw,
-        model=ipywidgets.Dropdown(options=list(predicted_models()), value="meta-llama/Llama-3.1-8B", description="model"),
+        model=ipywidgets.Dropdown(
+            options=list(predicted_models()), value="meta-llama/Llama-3.1-8B", description="model"
+        ),
         gpu=ipywidgets.Dropdown(options=list(known_gpus()), value="t4", description="GPU"),
         rank=choose([4, 8, 16, 32, 64, 128, 256], 16, "rank"),
         batch_size=choose([1, 2, 4, 8, 16, 32], 1, "batch"),

@@ -1,5 +1,6 @@
 """Will it fit? The memory of a fine-tuning run, predicted part by part."""
 
+from qlora_helpers.memory.any_shape import AnyShape
 from qlora_helpers.memory.catalogue import find_shape, known_config, known_models, resolve
 from qlora_helpers.memory.gpus import GPU, find_gpu, known_gpus
 from qlora_helpers.memory.ladder import Change, cures
@@ -12,6 +13,7 @@ from qlora_helpers.settings import GPU_RUN, Settings
 __all__ = [
     "GPU",
     "GPU_RUN",
+    "AnyShape",
     "Change",
     "MergeMemory",
     "ModelShape",

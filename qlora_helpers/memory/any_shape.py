@@ -121,6 +121,13 @@ class AnyShape:
         """Whether transformers has no `scaled_dot_product_attention` for it."""
         return not getattr(_model(self.text), "_supports_sdpa", False)
 
+    @cached_property
+    def four_bit_layers(self) -> int:
+        """How many layers are in 4 bits once the model is loaded so."""
+        from qlora_helpers.models.four_bit_rule import quantised_layers
+
+        return len(quantised_layers(_model(self.text), self.skip))
+
     def lora_parameters(self, rank: int, target_modules: str | Collection[str] = "all-linear") -> int:
         """Trainable parameters of LoRA, as PEFT makes it.
 

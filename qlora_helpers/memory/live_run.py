@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from qlora_helpers.memory import ModelShape
+from qlora_helpers.memory import AnyShape, ModelShape, find_shape
 from qlora_helpers.models.attention import REPEATED_KV
 from qlora_helpers.settings import Settings
 
@@ -27,14 +27,14 @@ def _model_of(trainer_or_model):
     return getattr(trainer_or_model, "model", None) if hasattr(trainer_or_model, "args") else trainer_or_model
 
 
-def shape_of(trainer_or_model: SFTTrainer | PreTrainedModel | PeftModel) -> ModelShape:
+def shape_of(trainer_or_model: SFTTrainer | PreTrainedModel | PeftModel) -> ModelShape | AnyShape:
     """The shape of a live model, with or without adapters, or of a trainer's.
 
     Raises:
-        ValueError: the predictor does not know its architecture.
+        ValueError: neither the predictor nor transformers' table of models knows its architecture.
     """
     model = _model_of(trainer_or_model)
-    return ModelShape.from_config((model.get_base_model() if isinstance(model, PeftModel) else model).config)
+    return find_shape((model.get_base_model() if isinstance(model, PeftModel) else model).config)
 
 
 def settings_of(
@@ -111,14 +111,14 @@ def _the_only(values, what: str):
     return values.pop()
 
 
-def _four_bit_of(base, shape: ModelShape) -> dict:
+def _four_bit_of(base, shape: ModelShape | AnyShape) -> dict:
     """`double_quant`, `block_size` and `compute_dtype` of the 4-bit layers; empty where there are none."""
     if any(isinstance(module, bnb.nn.Linear8bitLt) for module in base.modules()):
         raise ValueError("model has 8-bit layers: this is not predicted; 4 or 16 bits are")
     layers = [module for module in base.modules() if isinstance(module, bnb.nn.Linear4bit)]
     if not layers:
         return {}
-    expected = shape.num_hidden_layers * len(shape.linears)
+    expected = shape.four_bit_layers
     if len(layers) != expected:
         raise ValueError(
             f"model has {len(layers)} layers in 4 bits, not the {expected} of its decoder: this is not predicted"
@@ -130,7 +130,7 @@ def _four_bit_of(base, shape: ModelShape) -> dict:
     }
 
 
-def _lora_of(model, shape: ModelShape) -> dict:
+def _lora_of(model, shape: ModelShape | AnyShape) -> dict:
     """`rank`, `dropout`, `target_modules` and `adapter_dtype` of the adapters."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     others = [
@@ -142,22 +142,23 @@ def _lora_of(model, shape: ModelShape) -> dict:
         found = others[0] if others else type(model).__name__
         raise ValueError(f"model trains something other than plain LoRA: {found}. This is not predicted")
     adapter = _the_only((name for _, layer in layers for name in layer.r), "the adapter's name")
-    targets = [linear for linear in shape.linears if any(name.endswith(f".{linear.name}") for name, _ in layers)]
-    if len(layers) != shape.num_hidden_layers * len(targets):
+    known, adapted = shape.linear_names(), {name.rpartition(".")[2] for name, _ in layers}
+    targets = "all-linear" if adapted >= set(known) else tuple(name for name in known if name in adapted)
+    rank = _the_only((layer.r[adapter] for _, layer in layers), "rank")
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if not targets or trained != shape.lora_parameters(rank, targets):
         raise ValueError(
             "model has adapters in some decoder layers only, or outside the decoder: this is not predicted"
         )
     return {
-        "rank": _the_only((layer.r[adapter] for _, layer in layers), "rank"),
+        "rank": rank,
         "dropout": _the_only((getattr(layer.lora_dropout[adapter], "p", 0.0) for _, layer in layers), "dropout"),
-        "target_modules": "all-linear"
-        if len(targets) == len(shape.linears)
-        else tuple(linear.name.rpartition(".")[2] for linear in targets),
+        "target_modules": targets,
         "adapter_dtype": _the_only((_name(layer.lora_A[adapter].weight.dtype) for _, layer in layers), "adapter_dtype"),
     }
 
 
-def _attention_of(config, shape: ModelShape) -> str:
+def _attention_of(config, shape: ModelShape | AnyShape) -> str:
     """The predictor's name for the attention that a model uses on this machine."""
     used = config._attn_implementation
     if used == "eager":

@@ -44,12 +44,31 @@ LONGEST = 131_072  # tokens: where the search ends for a model whose config stat
 MOST_DIVISORS = 2**20  # of a number are looked for: without a bound a large prime would take for ever
 
 
-def _largest(fits: Callable[[int], bool], above: int, up_to: int) -> int:
-    """The largest number above `above`, and up to `up_to`, that fits; `above` if none does. All below it must fit, too."""
-    while above < up_to:
-        middle = (above + up_to + 1) // 2
-        above, up_to = (middle, up_to) if fits(middle) else (above, middle - 1)
-    return above
+def _largest(spare: Callable[[int], int], above: int, up_to: int) -> int:
+    """The largest number above `above`, and up to `up_to`, that fits; `above` if none does. All below it must fit, too.
+
+    Args:
+        spare: bytes that a number leaves over; negative if it does not fit.
+
+    A step takes a straight line through the two numbers that enclose the limit, since memory grows nearly so; where that
+    does not halve what is left, the next step does.
+    """
+    if above >= up_to:
+        return above
+    if (left := spare(up_to)) >= 0:
+        return up_to
+    fits, too_much = (above, None), (up_to, left)
+    halve = True  # nothing is known yet about the lower end
+    while too_much[0] - fits[0] > 1:
+        between = too_much[0] - fits[0]
+        guess = fits[0] + between // 2
+        if not halve:
+            guess = fits[0] + between * fits[1] // (fits[1] - too_much[1])
+            guess = min(max(guess, fits[0] + 1), too_much[0] - 1)
+        left = spare(guess)
+        fits, too_much = ((guess, left), too_much) if left >= 0 else (fits, (guess, left))
+        halve = fits[1] is None or (not halve and 2 * (too_much[0] - fits[0]) > between)
+    return fits[0]
 
 
 @lru_cache(maxsize=64)
@@ -66,13 +85,19 @@ def largest_batch(shape: ModelShape | AnyShape, settings: Settings, gpu: str | G
         ValueError: as `predict` does.
     """
 
-    def fits(batch: int) -> bool:
-        return predict(shape, replace(settings, batch_size=batch), gpu).fits
+    def spare(batch: int) -> int:
+        return predict(shape, replace(settings, batch_size=batch), gpu).spare_bytes
 
-    high = 1
-    while high <= validation.LARGEST and fits(high):
-        high *= 2
-    return _largest(fits, high // 2, high - 1)
+    if (one := spare(1)) < 0:
+        return 0
+    # what a batch adds is nearly the same for each, so this is about the limit
+    each = max(one - spare(2), 1)
+    low, high = 1, min(2 + max(one, 0) // each, validation.LARGEST)
+    while spare(high) >= 0:
+        if high == validation.LARGEST:
+            return high
+        low, high = high, min(2 * high, validation.LARGEST)
+    return _largest(spare, low, high)
 
 
 def longest_sequence(shape: ModelShape | AnyShape, settings: Settings, gpu: str | GPU, at_most: int | None = None) -> int:
@@ -88,16 +113,16 @@ def longest_sequence(shape: ModelShape | AnyShape, settings: Settings, gpu: str 
         ValueError: as `predict` does, or `at_most` is not a positive whole number.
     """
 
-    def fits(steps: int) -> bool:
-        return predict(shape, replace(settings, max_length=steps * STEP), gpu).fits
+    def spare(steps: int) -> int:
+        return predict(shape, replace(settings, max_length=steps * STEP), gpu).spare_bytes
 
     most = shape.max_position_embeddings or LONGEST
     if at_most is not None:
         most = min(most, validation.whole("at_most", at_most))
-    unmasked = min((shape.sliding_window or most + 1) - 1, most)
+    unmasked = min((getattr(shape, "sliding_window", None) or most + 1) - 1, most)
     # a sequence that fills the window has a mask, and may run in a kernel that takes less memory
     for above, up_to in ((unmasked // STEP, most // STEP), (0, unmasked // STEP)):
-        if (found := _largest(fits, above, up_to)) > above:
+        if (found := _largest(spare, above, up_to)) > above:
             return found * STEP
     return 0
 

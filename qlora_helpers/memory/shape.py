@@ -172,6 +172,11 @@ class ModelShape:
         """Whether transformers has no `scaled_dot_product_attention` for it."""
         return self.model_type in _EAGER_ONLY
 
+    @property
+    def four_bit_layers(self) -> int:
+        """How many layers are in 4 bits once the model is loaded so."""
+        return self.num_hidden_layers * len(self.linears)
+
     def linear_names(self) -> tuple[str, ...]:
         """The last part of the name of each linear layer of a decoder layer, in the order they run."""
         return tuple(linear.name.rpartition(".")[2] for linear in self.linears)

@@ -166,6 +166,7 @@ def test_the_size_in_the_table_is_that_of_transformers_model(name):
 TAKEN = {
     "full_attention_interval",
     "global_head_dim",
+    "num_global_key_value_heads",
     "head_dim",
     "original_max_position_embeddings",
     "partial_rotary_factor",
