@@ -45,8 +45,8 @@ class Fake4bit(bnb.nn.Linear4bit):
     def decoded(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight in 16 or 32 bits; with double quantisation the scales are decoded first."""
         with self.ledger.kind(DEQUANTISED):
-            scales = torch.empty(-(-self.weights // self.block_size)) if self.double_quant else None
-            weight = torch.empty(self.out_features, self.in_features, dtype=dtype)
+            scales = torch.empty(-(-self.weights // self.block_size), device="meta") if self.double_quant else None
+            weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
             del scales
         return weight
 

@@ -18,6 +18,7 @@ from transformers.models.mixtral import modeling_mixtral
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
+from qlora_helpers.memory.fake.autocast import Autocast, autocast_is_on
 from qlora_helpers.memory.fake.ledger import Ledger
 from qlora_helpers.memory.layers import TILE
 
@@ -25,22 +26,11 @@ __all__ = ["LARGEST_FLASH_HEAD", "fused_head", "on_a_gpu"]
 
 LARGEST_FLASH_HEAD = 256  # elements (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, check_head_dim_size_flash)
 
-# Run in float32 by CUDA's autocast and not by the CPU's (aten/src/ATen/autocast_mode.h, AT_FORALL_FP32), where layers use
-# them; those of the second row give float32 without a copy of their input (AT_FORALL_FP32_SET_OPT_DTYPE).
-_IN_FLOAT32 = ("pow", "rsqrt", "exp", "log", "log1p", "reciprocal", "logsumexp")
-_INTO_FLOAT32 = ("cumsum", "prod", "sum")
-
-
 # torch's names for it; transformers takes the first that there is
 _GROUPED = ((F, "grouped_mm"), (torch, "_grouped_mm"))
 
 
-def _autocast_is_on() -> bool:
-    return _is_on("cpu")
-
-
-_is_on = torch.is_autocast_enabled
-_narrow = (torch.float16, torch.bfloat16)
+_NARROW = (torch.float16, torch.bfloat16)
 
 
 # ---- Attention
@@ -64,16 +54,16 @@ def _attention(kernel: str, capability: tuple[int, int]) -> Callable:
         if kernel == "math":
             return "math"
         heads_suit = q.shape[-1] == k.shape[-1] == v.shape[-1] <= LARGEST_FLASH_HEAD
-        if mask is None and capability >= (8, 0) and q.dtype in _narrow and heads_suit:
+        if mask is None and capability >= (8, 0) and q.dtype in _NARROW and heads_suit:
             return "flash"
         return "math" if shared else "efficient"  # the memory-efficient kernel takes no shared key heads
 
     def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        if _autocast_is_on():
+        if autocast_is_on():
             q, k, v = (t.to(torch.get_autocast_dtype("cpu")) for t in (q, k, v))
         picked = pick(q, k, v, attn_mask, enable_gqa and k.shape[1] != q.shape[1])
         if attn_mask is not None and attn_mask.dtype == torch.bool:  # made a bias of the queries' dtype
-            attn_mask = torch.empty(attn_mask.shape, dtype=q.dtype)
+            attn_mask = torch.empty(attn_mask.shape, dtype=q.dtype, device="meta")
         if picked == "flash":
             return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
         if picked == "efficient":
@@ -91,44 +81,6 @@ def _attention(kernel: str, capability: tuple[int, int]) -> Callable:
     return attention
 
 
-# ---- Autocast
-
-
-def _in_float32(function: Callable) -> Callable:
-    def run(x, *args, **kwargs):
-        return function(x.float() if _autocast_is_on() and x.dtype in _narrow else x, *args, **kwargs)
-
-    return run
-
-
-def _into_float32(function: Callable) -> Callable:
-    def run(x, *args, **kwargs):
-        if _autocast_is_on() and x.dtype in _narrow and kwargs.get("dtype") is None:
-            kwargs["dtype"] = torch.float32
-        return function(x, *args, **kwargs)
-
-    return run
-
-
-def _softmax(function: Callable) -> Callable:
-    # CUDA's softmax reads float16 and gives float32 in one kernel; from bfloat16 it casts first
-    def run(x, dim=None, _stacklevel=3, dtype=None):
-        return function(x.float() if dtype or _autocast_is_on() else x, dim)
-
-    return run
-
-
-def _layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
-    if not _autocast_is_on():
-        return _plain_layer_norm(x, shape, weight, bias, eps)
-    with torch.autocast("cpu", enabled=False):
-        weight, bias = (None if p is None else p.float() for p in (weight, bias))
-        return _plain_layer_norm(x.float(), shape, weight, bias, eps)
-
-
-_plain_layer_norm = F.layer_norm
-
-
 def _dropout(x, p=0.5, training=True, inplace=False):
     return torch.native_dropout(x, p, training)[0] if training and p else x  # masks of one byte
 
@@ -142,12 +94,12 @@ class _GroupedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tokens, weights):
         ctx.save_for_backward(tokens if ctx.needs_input_grad[1] else None, weights)
-        return torch.empty(tokens.shape[0], weights.shape[2], dtype=tokens.dtype)
+        return torch.empty(tokens.shape[0], weights.shape[2], dtype=tokens.dtype, device="meta")
 
     @staticmethod
     def backward(ctx, gradient):
         tokens, weights = ctx.saved_tensors
-        of_tokens = torch.empty(gradient.shape[0], weights.shape[1], dtype=gradient.dtype)
+        of_tokens = torch.empty(gradient.shape[0], weights.shape[1], dtype=gradient.dtype, device="meta")
         return of_tokens if ctx.needs_input_grad[0] else None, None if tokens is None else torch.empty_like(weights)
 
 
@@ -164,11 +116,11 @@ class _Pick(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden):
         ctx.shape = hidden.shape
-        return torch.empty(hidden.shape[0] * hidden.shape[1], hidden.shape[2], dtype=hidden.dtype)
+        return torch.empty(hidden.shape[0] * hidden.shape[1], hidden.shape[2], dtype=hidden.dtype, device="meta")
 
     @staticmethod
     def backward(ctx, gradient):
-        return torch.zeros(ctx.shape, dtype=gradient.dtype)
+        return torch.zeros(ctx.shape, dtype=gradient.dtype, device="meta")
 
 
 def fused_head() -> Callable:
@@ -234,23 +186,14 @@ def on_a_gpu(ledger: Ledger, kernel: str, capability: tuple[int, int], routed_la
     changes: list[tuple[object, str, object]] = [
         (F, "scaled_dot_product_attention", _attention(kernel, capability)),
         (F, "dropout", _dropout),
-        (F, "softmax", _softmax(F.softmax)),
-        (torch, "softmax", _softmax(F.softmax)),
-        (F, "layer_norm", _layer_norm),
-        (F, "softplus", _in_float32(F.softplus)),
         *((place, name, _grouped_product) for place, name in _GROUPED if hasattr(place, name)),
-        # PEFT asks whether CUDA's autocast is on
-        (torch, "is_autocast_enabled", lambda device="cpu": _is_on("cpu")),
         (chunked_logprob, "_forward_tile", lambda *args, **kwargs: None),
         (chunked_logprob, "_backward_tile", lambda *args, **kwargs: None),
         (chunked_logprob, "_addmm_fp32", lambda *args: None),
         (chunked_logprob, "torch", _Torch(_empty(ledger))),
         (modeling_mixtral, "load_balancing_loss_func", _aux_loss_of_all(routed_layers)),
     ]
-    for name in _IN_FLOAT32:
-        changes += [(place, name, _in_float32(getattr(place, name))) for place in (torch, torch.Tensor)]
-    for name in _INTO_FLOAT32:
-        changes += [(place, name, _into_float32(getattr(place, name))) for place in (torch, torch.Tensor)]
+    changes += Autocast().changes()
     # every token of a full batch counts; transformers cannot see that in a mask without values
     plain = masking_utils._ignore_causal_mask_sdpa
     changes.append((masking_utils, "_ignore_causal_mask_sdpa", lambda mask, *args, **kw: plain(None, *args, **kw)))

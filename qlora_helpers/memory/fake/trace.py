@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_helpers.memory.fake.four_bit import Fake4bit
 from qlora_helpers.memory.fake.ledger import ALIVE, Ledger
@@ -164,7 +163,7 @@ def _run(prepared: Prepared, settings: Settings, gpu: GPU, body: Callable) -> tu
     Fake4bit.ledger = ledger
     with (
         on_a_gpu(ledger, settings.attention, gpu.compute_capability, prepared.routed),
-        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.device("meta"),
         ledger,
         _watched(prepared.layers, ledger),
     ):
