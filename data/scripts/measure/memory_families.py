@@ -16,7 +16,9 @@ Beside the settings of `memory_plan.py`, a row has
     accumulation            batches per step
 
 Names such as "mixtral-8x7b-4-layers" are models cut to their first layers; "gemma-3-4b-text" is the language model of
-a model that also has a vision tower, "gemma-3-4b" is the whole of it, trained on text alone.
+a model that also has a vision tower, "gemma-3-4b" is the whole of it, trained on text alone. In a model of experts,
+PEFT's "all-linear" means the experts too, each with an adapter of its own, and takes no dropout there (only
+GPT-OSS's and Granite's experts have no adapters).
 """
 
 import dataclasses
@@ -151,11 +153,11 @@ MIXTRAL_8X7B = {
     "router_aux_loss_coef": 0.02, "sliding_window": None, "tie_word_embeddings": False,
 }  # fmt: skip
 GRANITE_MOE_3B = {
-    "model_type": "granitemoe", "vocab_size": 49152, "hidden_size": 1536, "intermediate_size": 512,
+    "model_type": "granitemoe", "vocab_size": 49155, "hidden_size": 1536, "intermediate_size": 512,
     "num_local_experts": 40, "num_experts_per_tok": 8, "num_hidden_layers": 32, "num_attention_heads": 24,
-    "num_key_value_heads": 8, "max_position_embeddings": 4096, "attention_multiplier": 0.015625,
-    "embedding_multiplier": 12.0, "logits_scaling": 6.0, "residual_multiplier": 0.22, "rope_theta": 10000,
-    "router_aux_loss_coef": 0.001, "tie_word_embeddings": True,
+    "num_key_value_heads": 8, "max_position_embeddings": 131072, "attention_multiplier": 0.015625,
+    "embedding_multiplier": 12.0, "logits_scaling": 6.0, "residual_multiplier": 0.22, "rope_theta": 10000000.0,
+    "router_aux_loss_coef": 0.0, "tie_word_embeddings": True,
 }  # fmt: skip
 EXAONE_4_1B = {
     "model_type": "exaone4", "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 4096,
@@ -271,8 +273,8 @@ MODELS: dict[str, tuple[dict, str]] = {
     "gpt-oss-20b": (GPT_OSS_20B, GPT_OSS_SOURCE),
     "gpt-oss-20b-6-layers": (layers(GPT_OSS_20B, 6), GPT_OSS_SOURCE),
     "mixtral-8x7b-4-layers": (layers(MIXTRAL_8X7B, 4), MIXTRAL_SOURCE),
-    "granite-3.0-3b-a800m": (
-        GRANITE_MOE_3B, "ibm-granite/granite-3.0-3b-a800m-base, config.json, 89317d0610ca9facc219b9df95c8f77a7bee6b25",
+    "granite-3.1-3b-a800m": (
+        GRANITE_MOE_3B, "ibm-granite/granite-3.1-3b-a800m-instruct, config.json, f00c449",
     ),
     "exaone-4.0-1.2b": (
         EXAONE_4_1B, "BuAs/mm3, config.json, main (as LGAI-EXAONE/EXAONE-4.0-1.2B), and vocab_size, sliding_window and "
@@ -303,6 +305,8 @@ MODELS: dict[str, tuple[dict, str]] = {
 }  # fmt: skip
 
 WHOLE = {"logits": "whole"}
+ATTENTION = targets("q_proj", "k_proj", "v_proj", "o_proj")
+LATENT = targets("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")  # multi-head latent attention's
 
 
 def first(count: int) -> dict:
@@ -322,9 +326,9 @@ NEW_FAMILIES = [
     ("gemma-3-4b-text", "qlora", 2, 2_048, 16, ALONE),
     ("granite-3.2-8b", "qlora", 1, 2_048, 20, ALONE, rank(128), PAGED_32, accumulate(4)),
     ("command-r7b", "qlora", 1, 4_096, 28, ALONE),
-    ("qwen3-30b-a3b", "qlora", 1, 1_024, 80, ALONE),
-    ("granite-3.0-3b-a800m", "full", 1, 512, 44, ALONE),
-    ("olmoe-1b-7b", "qlora", 2, 1_024, 30, ALONE, rank(32)),
+    ("qwen3-30b-a3b", "qlora", 1, 1_024, 80, ALONE, ATTENTION),
+    ("granite-3.1-3b-a800m", "full", 1, 512, 44, ALONE),
+    ("olmoe-1b-7b", "qlora", 2, 1_024, 44, ALONE, rank(32), dropout(0)),
     ("gemma-3-270m", "full", 4, 2_048, 12, FUSED),
     ("gemma-3-270m", "full", 2, 768, 20, KEEP, TORCH, WHOLE),
     ("gemma-3-4b-text", "lora", 1, 1_536, 34, KEEP, QV, dropout(0), TORCH),
@@ -343,14 +347,14 @@ NEW_FAMILIES = [
     ("starcoder2-3b", "lora", 2, 1_024, 18, FUSED),
     ("starcoder2-7b", "qlora", 1, 1_024, 40, KEEP, F32, EIGHT),
     ("command-r7b", "qlora", 2, 1_024, 40, WHOLE, EIGHT),
-    ("qwen3-30b-a3b-8-layers", "lora", 2, 1_024, 50, KEEP, FUSED),
-    ("qwen3-30b-a3b-8-layers", "qlora", 4, 512, 30, accumulate(2), EIGHT, dropout(0)),
+    ("qwen3-30b-a3b-8-layers", "lora", 2, 1_024, 50, KEEP, ATTENTION, FUSED),
+    ("qwen3-30b-a3b-8-layers", "qlora", 4, 512, 50, accumulate(2), EIGHT, dropout(0)),
     ("olmoe-1b-7b", "qlora", 1, 1_024, 44, KEEP, QV, dropout(0), FUSED),
     ("gpt-oss-20b", "qlora", 1, 768, 56, EAGER, FUSED),
     ("gpt-oss-20b-6-layers", "lora", 1, 1_024, 44, EAGER, KEEP, TORCH, dropout(0)),
-    ("mixtral-8x7b-4-layers", "qlora", 1, 2_048, 34, F32, FUSED),
-    ("mixtral-8x7b-4-layers", "lora", 2, 512, 34, KEEP, rank(64), EIGHT),
-    ("granite-3.0-3b-a800m", "qlora", 4, 512, 50, KEEP, rank(8), EIGHT),
+    ("mixtral-8x7b-4-layers", "qlora", 1, 2_048, 34, ATTENTION, F32, FUSED),
+    ("mixtral-8x7b-4-layers", "lora", 2, 512, 70, KEEP, rank(8), dropout(0), EIGHT),
+    ("granite-3.1-3b-a800m", "qlora", 4, 512, 50, KEEP, rank(8), EIGHT),
     ("exaone-4.0-1.2b", "qlora", 3, 768, 30, KEEP, evaluate(6), TORCH),
     ("exaone-4.0-1.2b", "full", 1, 2_048, 24, FUSED),
     ("ernie-4.5-0.3b", "full", 4, 512, 20, KEEP, EIGHT),
@@ -358,8 +362,8 @@ NEW_FAMILIES = [
     ("lfm2-1.2b", "qlora", 2, 2_048, 14, rank(64), FUSED),
     ("lfm2-1.2b", "full", 2, 512, 30, KEEP, TORCH),
     ("bamba-9b", "qlora", 1, 512, 80, FUSED),
-    ("deepseek-v2-lite", "qlora", 1, 1_024, 52, FUSED),
-    ("deepseek-v2-lite-6-layers", "lora", 2, 768, 44, KEEP, rank(32), EIGHT),
+    ("deepseek-v2-lite", "qlora", 1, 1_024, 52, LATENT, FUSED),
+    ("deepseek-v2-lite-6-layers", "lora", 2, 768, 70, KEEP, rank(32), dropout(0), EIGHT),
     ("stablelm-2-1.6b", "qlora", 2, 1_024, 16, UPCAST, dropout(0.1), FUSED),
     ("stablelm-2-12b", "qlora", 1, 1_024, 22, rank(8), FUSED),
     ("falcon-7b", "qlora", 2, 1_024, 22, targets("query_key_value"), FUSED),
