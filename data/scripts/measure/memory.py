@@ -591,6 +591,8 @@ def show(row: dict) -> str:
     name = f"{row['label']:92}"
     if row["outcome"] != "ran":
         return name + row["outcome"]
+    if row["held_out"] and "logits" in row:
+        return f"{name} ran; its figures are held out; {row['seconds']:.0f} s"
     names = ("peak_allocated_bytes", "peak_reserved_bytes", "device_used_bytes")
     peak, reserved, used = (f"{row[name] / GIB:6.2f}" if row.get(name) else "     ?" for name in names)
     return (
