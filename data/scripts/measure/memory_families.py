@@ -375,6 +375,10 @@ NEW_FAMILIES = [
     ("opt-1.3b", "qlora", 4, 1_024, 34, KEEP, FUSED),
     ("opt-1.3b", "full", 2, 512, 20, EIGHT),
     ("bloom-560m", "qlora", 3, 768, 16, EAGER, dropout(0.1), FUSED),
+    ("granite-3.2-2b", "qlora", 2, 1_024, 24, first(10), FUSED),
+    ("olmo-2-7b", "lora", 1, 1_536, 50, first(12), QV, EIGHT),
+    ("gpt-oss-20b-6-layers", "qlora", 2, 768, 34, EAGER, dropout(0), EIGHT),
+    ("lfm2-1.2b", "lora", 3, 768, 24, KEEP, rank(8), FUSED),
 ]  # fmt: skip
 
 EXTRA = {"checkpointed_layers": None, "logits": "tiled", "eval_batch_size": None}  # with what the others have
