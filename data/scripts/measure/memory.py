@@ -43,6 +43,7 @@ Paged optimizers keep their state in managed memory, which torch's figures do no
 """
 
 import argparse
+import copy
 import faulthandler
 import gc
 import importlib.metadata
@@ -93,15 +94,14 @@ def tiny(config: dict) -> dict:
     of_heads = config.get("num_attention_heads") or config.get("n_head") or 8
     shared_by = of_heads // config.get("num_key_value_heads", of_heads)
     heads = shared_by if shared_by > 1 else 4
-    kinds = config.get("layer_types") or config.get("no_rope_layers") or [0, 0]
+    by_layer = [name for name in ("layer_types", "no_rope_layers") if name in config]
+    kinds = [*zip(*(config[name] for name in by_layer), strict=True)]
     kept = sorted({kind: place for place, kind in reversed([*enumerate(kinds)])}.values())  # the first of each kind
     kept = kept if len(kept) > 1 else [0, 1]
     width = 64 * shared_by
     small = {name: width for name in ("hidden_size", "n_embd", "word_embed_proj_dim")}
     small |= {name: len(kept) for name in ("num_hidden_layers", "n_layer")}
-    small |= {
-        name: [config[name][place] for place in kept] for name in ("layer_types", "no_rope_layers") if name in config
-    }
+    small |= {name: [config[name][place] for place in kept] for name in by_layer}
     small |= {name: 128 for name in ("intermediate_size", "n_inner", "ffn_dim", "n_positions")}
     small |= {name: 4 for name in ("num_experts", "num_local_experts", "n_routed_experts")}
     small |= {"num_attention_heads": heads, "n_head": heads, "num_key_value_heads": heads // shared_by}
@@ -152,7 +152,8 @@ def build_model(row: dict, dry: bool):
 
     from qlora_helpers.models.cpu_faults import make_safe_on_cpu
 
-    options = tiny(row["config"]) if dry else dict(row["config"])
+    # a copy: transformers writes into nested dictionaries
+    options = copy.deepcopy(tiny(row["config"]) if dry else row["config"])
     config = AutoConfig.for_model(options.pop("model_type"), **options)
     for part in (config, config.get_text_config()) if dry else ():
         part.pad_token_id = part.bos_token_id = part.eos_token_id = None  # they may be outside the vocabulary
