@@ -2,6 +2,8 @@
 
     python -m data.scripts.measure.memory --workers 8          # needs a GPU; writes data/measured/memory.json
     python -m data.scripts.measure.memory --fresh              # the rows of FRESH; writes data/measured/memory_fresh.json
+    python -m data.scripts.measure.memory --families --workers 8    # NEW_FAMILIES; writes memory_families.json there, and
+                                                               # the rows that are held out to memory_families_held_out.json
     python -m data.scripts.measure.memory --row "llama-3.2-1b qlora" --table FILE   # only the rows with these words
     python -m data.scripts.measure.memory --dry                # the same code with tiny models on a CPU, writes nothing
 
@@ -26,12 +28,22 @@ A row describes itself by `model`, `config` (as `AutoConfig.for_model` takes it)
     requires_grad_parameters    the number of trainable parameters
     skipped_steps               float16: steps whose gradients overflowed; they change no weight and do not count
     losses, seconds, train_seconds      of every step; of the whole row without imports; of training
+Rows of NEW_FAMILIES also have
+    allocated_at_start_bytes, reserved_at_start_bytes   when the first step begins, before its batch is on the GPU
+    allocator                   torch's allocator in steps 1 and 2 ("first_steps"), and in steps 3 and 4 ("last_steps"):
+                                the peaks of `torch.cuda.memory_stats`, each of them taken by itself; "all" is not
+                                always the sum of its pools, whose peaks may be at other times
+    segments_at_start, segments_at_end      how many segments the allocator holds when the first step begins and when the
+                                last has ended: {pool: {bytes: how many}}
+    evaluation_peak_bytes       peak allocated in `trainer.evaluate()` after training, with `eval_batch_size` sequences
+                                at once; null without
 Paged optimizers keep their state in managed memory, which torch's figures do not include.
 
-`memory_plan.py` lists these runs, and says which are `held_out`.
+`memory_plan.py` and `memory_families.py` list these runs, and say which are `held_out`.
 """
 
 import argparse
+import copy
 import faulthandler
 import gc
 import importlib.metadata
@@ -43,6 +55,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -55,9 +68,12 @@ if __name__ == "__main__":  # before torch is imported: rows share the cores, an
 import torch  # the other libraries touch CUDA at import: see load_libraries
 
 from data.scripts import ROOT
+from data.scripts.measure.memory_families import family_rows
 from data.scripts.measure.memory_plan import all_rows
 
-TABLE, FRESH_TABLE = (ROOT / "data" / "measured" / name for name in ("memory.json", "memory_fresh.json"))
+TABLE, FRESH_TABLE, FAMILIES_TABLE, HELD_OUT_TABLE = (
+    ROOT / "data" / "measured" / f"memory{name}.json" for name in ("", "_fresh", "_families", "_families_held_out")
+)
 ROOM = 120  # GiB for all rows that run at the same time
 TIMEOUT = 200  # seconds for one row
 STEPS = 4  # steps that change the weights
@@ -71,15 +87,33 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate"
 
 
 def tiny(config: dict) -> dict:
-    """A tiny model of the same architecture: the same number of query heads per key head, the same flags."""
-    if config["model_type"] == "gptj":
-        small = {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 16, "n_positions": 128}
-        return config | small | {"vocab_size": 512}
-    shared_by = config["num_attention_heads"] // config.get("num_key_value_heads", config["num_attention_heads"])
+    """A tiny model of the same architecture: the same number of query heads per key head, a layer of each kind.
+
+    Every input of a linear layer has a multiple of 64 features, which bitsandbytes needs on a CPU.
+    """
+    of_heads = config.get("num_attention_heads") or config.get("n_head") or 8
+    shared_by = of_heads // config.get("num_key_value_heads", of_heads)
     heads = shared_by if shared_by > 1 else 4
-    small = {"vocab_size": 512, "hidden_size": 64 * shared_by, "intermediate_size": 128, "num_hidden_layers": 2}
-    small |= {"num_attention_heads": heads, "num_key_value_heads": heads // shared_by, "head_dim": 64}
-    return config | {key: size for key, size in small.items() if key in config}
+    by_layer = [name for name in ("layer_types", "no_rope_layers") if name in config]
+    kinds = [*zip(*(config[name] for name in by_layer), strict=True)]
+    kept = sorted({kind: place for place, kind in reversed([*enumerate(kinds)])}.values())  # the first of each kind
+    kept = kept if len(kept) > 1 else [0, 1]
+    width = 64 * shared_by
+    small = {name: width for name in ("hidden_size", "n_embd", "word_embed_proj_dim")}
+    small |= {name: len(kept) for name in ("num_hidden_layers", "n_layer")}
+    small |= {name: [config[name][place] for place in kept] for name in by_layer}
+    small |= {name: 128 for name in ("intermediate_size", "n_inner", "ffn_dim", "n_positions")}
+    small |= {name: 4 for name in ("num_experts", "num_local_experts", "n_routed_experts")}
+    small |= {"num_attention_heads": heads, "n_head": heads, "num_key_value_heads": heads // shared_by}
+    small |= {"head_dim": 64, "rotary_dim": 16, "moe_intermediate_size": 64, "num_experts_per_tok": 2}
+    small |= {"kv_lora_rank": 64, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64}
+    small |= {"attn_layer_indices": [1], "mamba_d_state": 16, "mamba_chunk_size": 32, "mamba_n_heads": width // 32}
+    small |= {"block_multiple_of": 64, "image_size": 56, "mm_tokens_per_image": 4}
+    if config.get("sliding_window"):
+        small["sliding_window"] = 32  # half of the tokens
+    parts = {name: tiny(part) for name, part in config.items() if name.endswith("_config")}
+    words = {} if parts else {"vocab_size": 512}  # also where the class's default would be many
+    return config | {name: size for name, size in small.items() if name in config} | words | parts
 
 
 class RandomWeight:
@@ -118,10 +152,11 @@ def build_model(row: dict, dry: bool):
 
     from qlora_helpers.models.cpu_faults import make_safe_on_cpu
 
-    options = tiny(row["config"]) if dry else dict(row["config"])
+    # a copy: transformers writes into nested dictionaries
+    options = copy.deepcopy(tiny(row["config"]) if dry else row["config"])
     config = AutoConfig.for_model(options.pop("model_type"), **options)
-    if dry:
-        config.pad_token_id = config.bos_token_id = config.eos_token_id = None  # they may be outside the vocabulary
+    for part in (config, config.get_text_config()) if dry else ():
+        part.pad_token_id = part.bos_token_id = part.eos_token_id = None  # they may be outside the vocabulary
     dtype, device = (torch.float32, "cpu") if dry else (getattr(torch, row["compute_dtype"]), "cuda")
     with torch.device("meta"):
         meta = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -152,16 +187,23 @@ def build_model(row: dict, dry: bool):
     return model
 
 
+def random_sequences(model, count: int, tokens: int):
+    """A dataset of full sequences of random words, none of them a special one."""
+    import datasets
+
+    words = min(model.config.get_text_config().vocab_size, getattr(model.config, "image_token_index", 2**31))
+    return datasets.Dataset.from_dict({"input_ids": torch.randint(3, words, (count, tokens)).tolist()})
+
+
 def build_trainer(model, row: dict, dry: bool, output: str, config_options: dict | None = None, **trainer_options):
-    """TRL's trainer on full random sequences, the adapters in the row's dtype.
+    """TRL's trainer, or transformers', on full random sequences, the adapters in the row's dtype.
 
     Args:
-        config_options, trainer_options: further options of SFTConfig and SFTTrainer.
+        config_options, trainer_options: further options of SFTConfig and SFTTrainer; a row with whole logits has none.
     """
-    import datasets
-    from peft import LoraConfig, prepare_model_for_kbit_training
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
+    from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast, Trainer, TrainingArguments
     from trl import SFTConfig, SFTTrainer
 
     words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
@@ -169,26 +211,28 @@ def build_trainer(model, row: dict, dry: bool, output: str, config_options: dict
     float16, tokens = row["compute_dtype"] == "float16", 64 if dry else row["max_length"]
     if row["upcast_fp32"]:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=row["gradient_checkpointing"])
-    config = SFTConfig(
-        output_dir=output,
-        max_steps=FLOAT16_STEPS if float16 else STEPS,
-        per_device_train_batch_size=row["batch_size"],
-        gradient_accumulation_steps=row.get("accumulation", 1),
-        max_length=tokens,
-        gradient_checkpointing=row["gradient_checkpointing"],
-        optim="adamw_torch" if dry else row["optimizer"],
-        learning_rate=1e-4,
-        bf16=not dry and not float16,
-        fp16=not dry and float16,
-        use_cpu=dry,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # it would show the mean of the earlier losses instead of a NaN
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=0,
-        **config_options or {},
-    )
+    # the model's own loss, with the logits of all tokens, or TRL's
+    whole = row.get("logits") == "whole"
+    common = {
+        "output_dir": output,
+        "max_steps": FLOAT16_STEPS if float16 else STEPS,
+        "per_device_train_batch_size": row["batch_size"],
+        "gradient_accumulation_steps": row.get("accumulation", 1),
+        "gradient_checkpointing": row["gradient_checkpointing"],
+        "optim": "adamw_torch" if dry else row["optimizer"],
+        "learning_rate": 1e-4,
+        "bf16": not dry and not float16,
+        "fp16": not dry and float16,
+        "use_cpu": dry,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # it would show the mean of the earlier losses instead of a NaN
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+    config = TrainingArguments(**common) if whole else SFTConfig(**common, max_length=tokens, **config_options or {})
+    config.per_device_eval_batch_size = row.get("eval_batch_size") or config.per_device_eval_batch_size
     config._n_gpu = min(config.n_gpu, 1)  # TRL refuses to split a batch over several GPUs
     lora = LoraConfig(
         r=row["rank"],
@@ -197,16 +241,28 @@ def build_trainer(model, row: dict, dry: bool, output: str, config_options: dict
         target_modules=row["target_modules"],
         task_type="CAUSAL_LM",
     )
-    sequences = row["batch_size"] * row.get("accumulation", 1) * STEPS
-    ids = torch.randint(3, model.config.vocab_size, (sequences, tokens))
-    trainer = SFTTrainer(
-        model=model,
-        args=config,
-        train_dataset=datasets.Dataset.from_dict({"input_ids": ids.tolist()}),
-        processing_class=tokenizer,
-        peft_config=None if row["method"] == "full" else lora,
-        **trainer_options,
-    )
+    train_dataset = random_sequences(model, row["batch_size"] * row.get("accumulation", 1) * STEPS, tokens)
+    if whole:
+        if row["method"] != "full":
+            model = get_peft_model(model, lora)
+            if row["gradient_checkpointing"]:
+                model.enable_input_require_grads()  # as TRL does
+        trainer = Trainer(
+            model=model,
+            args=config,
+            train_dataset=train_dataset,
+            processing_class=tokenizer,
+            data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),  # labels are the tokens
+        )
+    else:
+        trainer = SFTTrainer(
+            model=model,
+            args=config,
+            train_dataset=train_dataset,
+            processing_class=tokenizer,
+            peft_config=None if row["method"] == "full" else lora,
+            **trainer_options,
+        )
     # TRL makes a 4-bit base's adapters bfloat16, PEFT makes a 16-bit base's float32
     for parameter in trainer.model.parameters() if row["method"] != "full" else ():
         if parameter.requires_grad:
@@ -214,13 +270,60 @@ def build_trainer(model, row: dict, dry: bool, output: str, config_options: dict
     return trainer
 
 
-def watch(trainer, on_gpu: bool):
-    """A callback that records the peaks and stops after four steps that changed the weights."""
+def decoder_layers(model) -> list[torch.nn.Module]:
+    """The layers of the language model that can be checkpointed, in their order: its longest list of such layers."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    lists = [
+        [layer for layer in part if isinstance(layer, GradientCheckpointingLayer)]
+        for name, part in model.named_modules()
+        if isinstance(part, torch.nn.ModuleList) and "vision" not in name
+    ]
+    return max(lists, key=len)
+
+
+def allocator_peaks() -> dict:
+    """{"reserved_bytes": {"small_pool": ...}, ...} since the last reset, and how often the allocator was out of memory."""
+    stats = torch.cuda.memory_stats()
+    peaks = {
+        name: {pool: stats[f"{name}.{pool}.peak"] for pool in ("all", "small_pool", "large_pool")}
+        for name in ("allocated_bytes", "reserved_bytes", "active_bytes", "inactive_split_bytes", "segment")
+    }
+    return peaks | {name: stats[name] for name in ("num_alloc_retries", "num_ooms")}
+
+
+def segments() -> dict:
+    """{pool: {bytes: how many segments}}, the largest first."""
+    found: dict = {"large": Counter(), "small": Counter()}
+    for segment in torch.cuda.memory_snapshot():
+        found[segment["segment_type"]][segment["total_size"]] += 1
+    return {pool: {str(size): sizes[size] for size in sorted(sizes, reverse=True)} for pool, sizes in found.items()}
+
+
+def watch(trainer, on_gpu: bool, checkpointed_layers: int | None = None):
+    """A callback that records the peaks and stops after four steps that changed the weights.
+
+    Args:
+        checkpointed_layers: checkpoint only so many layers, the first ones. The trainer switches all on.
+    """
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
         def __init__(self):
-            self.peaks, self.skipped, self.done = [], [], 0
+            self.peaks, self.skipped, self.done, self.at_start, self.allocator = [], [], 0, {}, []
+            self.checkpointed = 0
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            layers = decoder_layers(trainer.model)
+            for place, layer in enumerate(layers if checkpointed_layers is not None else ()):
+                layer.gradient_checkpointing = place < checkpointed_layers
+            self.checkpointed = sum(layer.gradient_checkpointing for layer in layers)
+            if on_gpu and not self.at_start:
+                self.at_start = {
+                    "allocated_at_start_bytes": torch.cuda.memory_allocated(),
+                    "reserved_at_start_bytes": torch.cuda.memory_reserved(),
+                    "segments_at_start": segments(),
+                }
 
         def on_step_end(self, args, state, control, **kwargs):
             if trainer.accelerator.optimizer_step_was_skipped:
@@ -230,6 +333,7 @@ def watch(trainer, on_gpu: bool):
             control.should_training_stop |= self.done == STEPS
             if on_gpu and self.done in (2, STEPS):
                 self.peaks.append((torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()))
+                self.allocator.append(allocator_peaks())
                 torch.cuda.reset_peak_memory_stats()
 
     return Watch()
@@ -306,23 +410,54 @@ def measure(row: dict, dry: bool) -> dict:
         trained = [(p.numel(), str(p.dtype)) for p in trainer.model.parameters() if p.requires_grad]
         measured["requires_grad_parameters"] = sum(count for count, _ in trained)
         measured["trained_dtypes"] = sorted({dtype.removeprefix("torch.") for _, dtype in trained})
-        watcher = watch(trainer, not dry)
+        checkpointed_layers = row.get("checkpointed_layers")
+        if dry and checkpointed_layers is not None:
+            checkpointed_layers = 1  # of two
+        watcher = watch(trainer, not dry, checkpointed_layers)
         trainer.add_callback(watcher)
         measured["trainer_bytes"] = allocated(not dry)
         train_started = time.perf_counter()
         trainer.train()
         measured["train_seconds"] = round(time.perf_counter() - train_started, 1)
+        on_card = {} if dry else on_the_card(alone, before)
+        if "logits" in row:  # a row of NEW_FAMILIES
+            measured |= family_figures(trainer, row, watcher, checkpointed_layers, not dry)
     if watcher.done < STEPS:
         raise RuntimeError(f"only {watcher.done} steps changed the weights; these overflowed: {watcher.skipped}")
     if not dry:
         (first, held_at_first), (peak, held) = watcher.peaks
         measured |= {"first_steps_peak_bytes": first, "peak_allocated_bytes": peak}
-        measured |= {"peak_reserved_bytes": max(held_at_first, held)} | on_the_card(alone, before)
+        measured |= {"peak_reserved_bytes": max(held_at_first, held)} | on_card
         if not alone and row["optimizer"].startswith("paged"):
             measured["device_used_bytes"] = None  # the driver's figure for a process does not include managed memory
     measured["skipped_steps"] = watcher.skipped
     measured["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return measured | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def family_figures(trainer, row: dict, watcher, checkpointed_layers: int | None, on_gpu: bool) -> dict:
+    """What is only measured in rows of NEW_FAMILIES: the allocator's state, and evaluation.
+
+    Raises:
+        RuntimeError: not as many layers were checkpointed as the row says.
+    """
+    total = len(decoder_layers(trainer.model)) if row["gradient_checkpointing"] else 0
+    expected = total if checkpointed_layers is None else checkpointed_layers
+    if watcher.checkpointed != expected:
+        raise RuntimeError(f"{watcher.checkpointed} layers were checkpointed, not {expected}")
+    figures: dict = {"evaluation_peak_bytes": None}
+    if on_gpu:
+        first_steps, last_steps = watcher.allocator
+        figures |= watcher.at_start | {"segments_at_end": segments()}
+        figures["allocator"] = {"first_steps": first_steps, "last_steps": last_steps}
+    if row["eval_batch_size"] is not None:
+        allocated(on_gpu)
+        tokens = row["max_length"] if on_gpu else 64
+        sequences = random_sequences(trainer.model, 2 * row["eval_batch_size"], tokens)
+        figures["evaluation_loss"] = trainer.evaluate(sequences)["eval_loss"]
+        figures["evaluation_peak_bytes"] = torch.cuda.max_memory_allocated() if on_gpu else None
+        figures["evaluation_reserved_bytes"] = torch.cuda.max_memory_reserved() if on_gpu else None
+    return figures
 
 
 def child(row: dict, dry: bool, log: Path, sender, measure=measure) -> None:
@@ -457,6 +592,8 @@ def show(row: dict) -> str:
     name = f"{row['label']:92}"
     if row["outcome"] != "ran":
         return name + row["outcome"]
+    if row["held_out"] and "logits" in row:
+        return f"{name} ran; its figures are held out; {row['seconds']:.0f} s"
     names = ("peak_allocated_bytes", "peak_reserved_bytes", "device_used_bytes")
     peak, reserved, used = (f"{row[name] / GIB:6.2f}" if row.get(name) else "     ?" for name in names)
     return (
@@ -468,6 +605,7 @@ def show(row: dict) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fresh", action="store_true", help="the rows of FRESH, one at a time, and their table")
+    parser.add_argument("--families", action="store_true", help="the rows of NEW_FAMILIES, and their two tables")
     parser.add_argument(
         "--row", metavar="LABEL", nargs="+", default=[""], help="only rows whose label contains one of these"
     )
@@ -477,7 +615,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1, help="rows at the same time")
     parser.add_argument("--dry", action="store_true", help="tiny models on a CPU, to test this script")
     args = parser.parse_args()
-    planned = all_rows(args.fresh)
+    planned = family_rows() if args.families else all_rows(args.fresh)
     rows = [
         row | {"alone": row["alone"] or args.workers == 1}
         for row in planned
@@ -492,11 +630,19 @@ def main() -> int:
         return 0
     about: dict = {} if args.dry else gpu_about()
     about["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
-    about["command"] = "python -m data.scripts.measure.memory" + (" --fresh" if args.fresh else "")
-    path = args.table or (None if args.dry else FRESH_TABLE if args.fresh else TABLE)
-    table = Table(path, about, planned)
+    about["command"] = "python -m data.scripts.measure.memory" + (
+        " --families" if args.families else " --fresh" if args.fresh else ""
+    )
+    usual = FAMILIES_TABLE if args.families else FRESH_TABLE if args.fresh else TABLE
+    path = args.table or (None if args.dry else usual)
+    tables = {False: Table(path, about, planned)}
+    tables[True] = tables[False]
+    if args.families:
+        tables[True] = Table(
+            path and path.with_name(path.name.replace(FAMILIES_TABLE.stem, HELD_OUT_TABLE.stem)), about, planned
+        )
     if args.missing:
-        there = {row["label"] for row in table.content["rows"] if row["outcome"] == "ran"}
+        there = {row["label"] for table in tables.values() for row in table.content["rows"] if row["outcome"] == "ran"}
         rows = [row for row in rows if row["label"] not in there]
     load_libraries(about.get("compute_capability"))
     started, failed = time.monotonic(), 0
@@ -505,7 +651,7 @@ def main() -> int:
         if row["outcome"] != "ran":
             failed += 1
             print(*(f"    {line}" for line in tail), sep="\n", flush=True)
-        table.put(row)
+        tables[row["held_out"]].put(row)
     print(f"{len(rows) - failed} of {len(rows)} rows ran, in {time.monotonic() - started:.0f} s")
     return 1 if failed else 0
 
