@@ -125,12 +125,18 @@ def test_a_run_is_continued_by_its_folder_alone(few, tmp_path, capsys, monkeypat
         (["--data", "none.csv"], "--data='none.csv' is not there: name a file of chats"),
         (["--data", "{few}", "--validation", "none.csv"], "--validation='none.csv' is not there"),
         (["--data", "one.csv"], "--data has one chat that can be used, so none can be held out for validation"),
-        (["--data", "{few}", "--validation", "1.5"], "validation=1.5: must be a share of the chats"),
-        (["--data", "{few}", "--epochs", "0"], "epochs=0: must be"),
-        (["--data", "{few}", "--epochs", "1", "--steps", "2"], "steps=2 and epochs=1: a run has one length"),
-        (["--data", "{few}", "--max-length", "8"], "over max_length=8"),
+        (["--data", "{few}", "--validation", "1.5"], "error: --validation=1.5: must be a share of the chats"),
+        (["--data", "{few}", "--epochs", "0"], "error: --epochs=0: must be"),
+        (["--data", "{few}", "--epochs", "1", "--steps", "2"], "error: --steps=2 and --epochs=1: a run has one length"),
+        (
+            ["--data", "{few}", "--max-length", "8"],
+            "over --max-length=8: the answer would be cut. Raise --max-length or shorten",
+        ),
         (["--data", "{few}", "--format", "alpaca"], "alpaca"),
-        (["--data", "{few}", "--validation", "none", "--patience", "2"], "patience=2: there is nothing to validate on"),
+        (
+            ["--data", "{few}", "--validation", "none", "--patience", "2"],
+            "error: --patience=2: there is nothing to validate on",
+        ),
         (["--data", "{few}", "--model", "no_such_folder"], "no_such_folder"),
         (["--data", "{few}", "--model", ""], "--model='': name a model, or leave it out for the shipped one"),
         (["--data", ""], "--data='' is not there: name a file of chats"),
@@ -197,7 +203,7 @@ def test_chats_that_are_too_long_are_named_by_their_rows(few, tmp_path, capsys, 
     assert "1 left out (the first is row 5: " in up_to_loading(*options, "--too-long", "drop")
     few.write_text(f"{lines[0]}{'Who? ' * 600},Carmen Kirkford.\n", encoding="utf-8")
     assert main(["run", "--output", "out", "--data", str(few), "--validation", "none"]) == 2
-    assert "max_length is that of --max-length, else what the model takes" in capsys.readouterr().err
+    assert "Without --max-length, max_length is what the model takes. To leave" in capsys.readouterr().err
 
 
 def test_a_chat_whose_answers_cannot_be_marked_is_a_bad_row(few, tmp_path, capsys, up_to_loading):
