@@ -81,7 +81,7 @@ def command(args: argparse.Namespace) -> int:
     on_bad, with_tokens = args.on_bad or "stop", args.model.lower() != "none"
     files = []
     for path in filter(None, (args.file, args.validation)):
-        files.append(read_and_say(path, args.format, on_bad, second=bool(files)))
+        files.append(read_and_say(path, args.form, on_bad, second=bool(files)))
         if not with_tokens:  # else the report says it
             print(_contents(files[-1]))
     if len(files) > 1 and not with_tokens:

@@ -22,7 +22,7 @@ def typed_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     found = vars(args)
     return {
         action.dest: (action.option_strings[0], found[action.dest])
-        for action in parser._actions  # argparse has no other list of them
+        for action in reversed(parser._actions)  # argparse has no other list of them; a name's first option counts
         if action.option_strings and action.dest in found and found[action.dest] != action.default
     }
 

@@ -74,7 +74,7 @@ def test_the_report_numbers_rows_as_the_file_does(call):
 def test_a_second_file_may_be_of_another_form(call, tmp_path):
     other = tmp_path / "held.csv"
     other.write_text("instruction,input,output\nWhere?,,Here.\nWhat is it?,It.,That.\n", encoding="utf-8")
-    options = ("--model", "none", "--format", "question-answer", "--validation")
+    options = ("--model", "none", "--form", "question-answer", "--validation")
     status, said, errors = call("question,answer\nWhere?,Here.\n", *options, other)
     assert (status, errors) == (0, "") and "held.csv: 2 rows of alpaca" in said
     assert said.endswith("  1 chat of 2 with a question that is in faq.csv, too.\n")
@@ -125,9 +125,16 @@ def test_what_the_tokenizer_refuses_names_the_model(call, reports):
 def test_the_form_can_be_chosen(call):
     both = "question,answer,prompt,completion\na,b,c,d\n"
     status, _, errors = call(both, "--model", "none")
-    assert status == 2 and "(--format on the command line)" in errors
-    status, said, _ = call(both, "--model", "none", "--format", "question-answer")
+    assert status == 2 and "(--form on the command line)" in errors
+    status, said, _ = call(both, "--model", "none", "--form", "question-answer")
     assert status == 0 and 'not used: "prompt" (1 row), "completion" (1 row)' in said
+    assert call(both, "--model", "none", "--format", "question-answer")[1] == said  # its earlier name
+
+
+def test_a_form_that_does_not_fit_is_called_by_its_option(call):
+    for option in ("--form", "--format"):
+        status, _, errors = call(CSV, "--model", "none", option, "alpaca")
+        assert status == 2 and "faq.csv': --form='alpaca' does not fit: its columns are" in errors
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_a_run_is_continued_by_its_folder_alone(few, tmp_path, capsys, monkeypat
             ["--data", "{few}", "--max-length", "8"],
             "over --max-length=8: the answer would be cut. Raise --max-length or shorten",
         ),
-        (["--data", "{few}", "--format", "alpaca"], "alpaca"),
+        (["--data", "{few}", "--form", "alpaca"], "alpaca"),
         (
             ["--data", "{few}", "--validation", "none", "--patience", "2"],
             "error: --patience=2: there is nothing to validate on",
@@ -174,7 +174,7 @@ def test_the_validation_file_may_be_of_another_form(few, tmp_path, up_to_loading
     other = tmp_path / "held.jsonl"
     row = {"instruction": "Which pet?", "input": "Carmen Kirkford", "output": "turtle."}
     other.write_text(json.dumps(row), encoding="utf-8")
-    said = up_to_loading("--data", few, "--format", "question-answer", "--validation", other)
+    said = up_to_loading("--data", few, "--form", "question-answer", "--validation", other)
     assert "held.jsonl: 1 row of alpaca (JSONL)" in said
 
 
@@ -234,7 +234,7 @@ def test_a_model_without_a_chat_template_is_refused_by_name(few, tmp_path, capsy
 
 
 def test_rules_for_reading_need_a_file(tmp_path, capsys):
-    for option, value in (("--on-bad", "drop"), ("--too-long", "drop"), ("--format", "alpaca")):
+    for option, value in (("--on-bad", "drop"), ("--too-long", "drop"), ("--form", "alpaca")):
         assert main(["run", "--output", str(tmp_path / "out"), option, value]) == 2
         assert f"error: {option}={value}: there is no file to read" in capsys.readouterr().err
 
@@ -317,7 +317,7 @@ def test_a_model_s_folder_may_lie_elsewhere_now(few, tmp_path, resumed, capsys):
     assert resumed("--model", "model").model == str(tmp_path / "model")
     for options, said in (
         (["--model", "other/model"], "--model=other/model: the run in"),
-        (["--format", "alpaca"], "--format=alpaca: the run in --output='out' was begun without it. Leave out --format"),
+        (["--form", "alpaca"], "--form=alpaca: the run in --output='out' was begun without it. Leave out --form"),
     ):
         assert main(["run", "--resume", "--output", "out", *options]) == 2
         assert said in capsys.readouterr().err

@@ -10,7 +10,7 @@ from qlora_helpers.commands.typed_options import as_typed, typed_options
 from qlora_helpers.settings import Settings
 from qlora_helpers.validation import refuse
 
-TYPED = {"max_length": ("--max-length", 8), "rank": ("--rank", 4), "format": ("--format", "x")}
+TYPED = {"max_length": ("--max-length", 8), "rank": ("--rank", 4), "form": ("--form", "x")}
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ TYPED = {"max_length": ("--max-length", 8), "rank": ("--rank", 4), "format": ("-
         ("steps=2 and rank=4: give one", "steps=2 and --rank=4: give one"),  # steps was not typed
         ("(rank=4) raise max_length", "(--rank=4) raise --max-length"),
         ("Raise max_length.\nmax_length is", "Raise --max-length.\n--max-length is"),
-        ("the rank of a matrix has a format", "the rank of a matrix has a format"),
+        ("the rank of a matrix has a form", "the rank of a matrix has a form"),
         ("--rank=4, lora_rank=4, rank_pattern=4", "--rank=4, lora_rank=4, rank_pattern=4"),
         ("'rank=4' and runs/rank=4", "'rank=4' and runs/rank=4"),
         ("max_length.csv, max_length/x, max_lengths", "max_length.csv, max_length/x, max_lengths"),
