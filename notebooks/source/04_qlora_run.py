@@ -458,9 +458,9 @@ check("adapter tensors that differ", sum(not torch.equal(a, b) for a, b in pairs
 # %% [markdown]
 # It holds because the adapters are float32, and because the state of the optimizer, the schedule and the random numbers is
 # saved with them. A checkpoint that lacks one of these is refused, too, since the trainer would go on silently with what is
-# left. So are other settings (but for when to save), other chats, another base model and a
-# finished run. On another device, with another number of threads or other versions of the libraries, sums round differently;
-# then the run goes on, and says that its last bits may differ.
+# left. So are other settings (but for when to save), other chats, another base model and a finished run. On another device,
+# with another number of threads or other versions of the libraries, sums round differently; then the run goes on, and says
+# that its last bits may differ.
 #
 # ## What a T4 has and lacks
 #
