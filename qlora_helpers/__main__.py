@@ -8,6 +8,7 @@ import signal
 import sys
 
 from qlora_helpers.commands import ask, chat, data, doctor, memory, preflight, run
+from qlora_helpers.commands.typed_options import as_typed, typed_options
 from qlora_helpers.streams import take_any_character
 
 __all__ = ["COMMANDS", "main"]
@@ -62,7 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        options = typed_options(commands.choices[args.command], args)
+        print(f"error: {as_typed(str(error), options)}", file=sys.stderr)
         return 2
 
 

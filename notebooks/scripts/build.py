@@ -23,6 +23,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -330,15 +331,22 @@ COMMANDS = {
 
 
 def commands_table() -> str:
-    """What each make command covers, and how long it took when `data/scripts/measure/commands.py` ran it."""
+    """What each make command covers, and how long it took when `data/scripts/measure/commands.py` ran it.
+
+    A time of fewer or more lessons than there are now says so.
+    """
     measured = json.loads((ROOT / "data" / "measured" / "commands.json").read_text(encoding="utf-8"))
     table = ["| command | what it covers | time |", "|---|---|---|"]
     for command, covers in COMMANDS.items():
-        seconds = sorted(row["seconds"] for row in measured["rows"] if row["command"] == command)
+        rows = [row for row in measured["rows"] if row["command"] == command]
+        seconds = sorted(row["seconds"] for row in rows)
         if not seconds:
             raise ValueError(f"not measured: run  python -m data.scripts.measure.commands '{command}'")
         ends = [f"{s // 60} min {s % 60:02} s" if s >= 60 else f"{s} s" for s in (seconds[0], seconds[-1])]
-        table.append(f"| `make {command}` | {covers} | {' to '.join(dict.fromkeys(ends))} |")
+        said = " ".join(text for row in rows for text in row["said"])
+        other = sorted({int(number) for number in re.findall(r"(\d+) lessons", said)} - {len(lessons())})
+        of = f" for {' or '.join(map(str, other))} lessons" if other else ""
+        table.append(f"| `make {command}` | {covers} | {' to '.join(dict.fromkeys(ends))}{of} |")
     where = f"{measured['cores']} cores of an {measured['processor']}"
     return "\n".join([*table, "", f"Times are of {where} with nothing else to do, once the packages are installed."])
 

@@ -423,8 +423,22 @@ except KeyboardInterrupt:
     print("left behind:", [path.name for path in folder.glob("checkpoint-*")])
 
 # %% [markdown]
+# Each checkpoint ends with the checksums of its files. So a file that changes later, as in a copy that goes wrong, is
+# noticed. Let us flip a single bit of a weight, and put it back afterwards:
+
+# %% tags=["nbval-check-output"]
+file = folder / "checkpoint-8" / "adapter_model.safetensors"
+content = file.read_bytes()
+_ = file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+try:
+    train(load_model(), tokenizer, training_chats, folder, short, resume=True)
+except ValueError as error:
+    print(str(error).replace(str(folder), "…"))
+_ = file.write_bytes(content)
+
+# %% [markdown]
 # A kill can also come while a checkpoint is written. Then the newest folder is half full, and the trainer alone would stop
-# at it with an error. Here each checkpoint ends with the checksums of its files, so one without them is known as cut off:
+# at it with an error. Without its checksums, it is known here as cut off:
 
 # %% tags=["nbval-check-output"]
 half_written = folder / "checkpoint-16"
@@ -443,10 +457,10 @@ check("adapter tensors that differ", sum(not torch.equal(a, b) for a, b in pairs
 
 # %% [markdown]
 # It holds because the adapters are float32, and because the state of the optimizer, the schedule and the random numbers is
-# saved with them. A checkpoint that lacks one of these, or in which a single byte has changed, is refused, since the trainer
-# would go on silently with what is left. So are other settings (but for when to save), other chats, another base model and a
-# finished run. On another device, with another number of threads or other versions of the libraries, sums round differently;
-# then the run goes on, and says that its last bits may differ.
+# saved with them. A checkpoint that lacks one of these is refused, too, since the trainer would go on silently with what is
+# left. So are other settings (but for when to save), other chats, another base model and a finished run. On another device,
+# with another number of threads or other versions of the libraries, sums round differently; then the run goes on, and says
+# that its last bits may differ.
 #
 # ## What a T4 has and lacks
 #

@@ -403,14 +403,20 @@ chat_widget(run.model, tokenizer)
 # Give `data` and `run` a `--model`, such as `Qwen/Qwen2.5-1.5B-Instruct`; without it they take the shipped one. `run` chooses the
 # settings as above where you name none. It writes `report.json`, and beside the adapter a model card, `README.md`. The card has
 # the data and what was left out of it, the settings, both loss curves, the scores before and after with sample answers, what was
-# forgotten, how to load the adapter, and its limits. Here is the first command, on the third file:
+# forgotten, how to load the adapter, and its limits. Here is the first command, on the third file. It ends with the command
+# that trains on that file, which is left out here, since it has the paths of the machine:
 
 # %% tags=["nbval-check-output"]
+import contextlib
+import io
+
 from qlora_helpers.__main__ import main
 
 # in a terminal: python -m qlora_helpers data people_sharegpt.jsonl --on-bad drop --max-length 64
 file = str(examples / "people_sharegpt.jsonl")
-code = main(["data", file, "--on-bad", "drop", "--max-length", "64"])
+with contextlib.redirect_stdout(io.StringIO()) as said:
+    main(["data", file, "--on-bad", "drop", "--max-length", "64"])
+print(said.getvalue().partition("\nnext: ")[0])
 
 # %% [markdown]
 # ## Exercise 1

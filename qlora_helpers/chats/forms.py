@@ -187,7 +187,7 @@ def detect(columns: Columns, form: str | None = None, unread: Iterable[str] = ()
         )
         choice = " or ".join(f"form={name!r}" for name in chosen)
         raise FormLeftOpen(
-            f"it can be read as {' or as '.join(readings)}: choose {choice} (--format on the command line)"
+            f"it can be read as {' or as '.join(readings)}: choose {choice} (--form on the command line)"
         )
     ((name, parts),) = chosen.items()
     parts = _usual(parts) if form else parts
@@ -214,7 +214,7 @@ def _choice(form: str, parts: dict[str, list[str]]) -> str:
     if any(len(names) > 1 for names in usual.values()):
         return ""
     taken = ", ".join(quoted(names[0]) for names in usual.values())
-    return f", or choose form={form!r} (--format on the command line) to take {taken}"
+    return f", or choose form={form!r} (--form on the command line) to take {taken}"
 
 
 def _possible(columns: Columns) -> dict[str, dict[str, list[str]]]:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from qlora_helpers.adapters.tuned import LATEST, is_adapter, locate
-from qlora_helpers.commands.settings_options import number_or_text, option_of
+from qlora_helpers.commands.settings_options import number_or_text
 from qlora_helpers.decoding import Decoding
 
 __all__ = ["add_answer_options", "checked_decoding"]
@@ -48,14 +48,10 @@ def checked_decoding(args: argparse.Namespace, base: bool) -> Decoding:
         base: whether the base is to answer, which a whole model does not have.
 
     Raises:
-        ValueError, OSError: an option, named as on the command line, has a bad value; or there is nothing in the folder.
+        ValueError, OSError: an option has a bad value; or there is nothing in the folder.
     """
     given = {name: vars(args)[name] for name in ("max_new_tokens", "temperature", "seed")}
-    try:
-        decoding = Decoding(**{name: number_or_text(text) for name, text in given.items() if text is not None})
-    except ValueError as error:
-        name = str(error).partition("=")[0]
-        raise ValueError(f"{option_of(name)}{str(error).removeprefix(name)}") from error
+    decoding = Decoding(**{name: number_or_text(text) for name, text in given.items() if text is not None})
     for name in ("system", "model"):
         if (value := vars(args)[name]) is not None and not value.strip():
             raise ValueError(f"--{name}={value!r}: must not be empty; leave it out for none")

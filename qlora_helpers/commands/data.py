@@ -11,18 +11,23 @@ from typing import TYPE_CHECKING
 from qlora_helpers.chats.files import ChatFile, said_of_the_dropped, write_chats
 from qlora_helpers.chats.messages import ROLES, ChatError
 from qlora_helpers.chats.split import shared_questions
+from qlora_helpers.commands.command_line import command_line
 from qlora_helpers.commands.reading_options import add_reading, read_and_say, settled
+from qlora_helpers.commands.run_request import SHIPPED
 from qlora_helpers.commands.settings_options import number_or_text
 from qlora_helpers.validation import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from qlora_helpers.chats.report import DataReport
+
 __all__ = ["add_arguments", "command"]
 
 _DESCRIPTION = """\
-Reads a file of chats, says what is in it, and changes nothing. It takes JSONL, JSON, CSV, TSV or parquet, gzipped or not,
-or a folder that datasets' save_to_disk wrote. The names of the columns tell the form of the rows:
+Reads a file of chats, says what is in it, and ends with the command that trains on it. It changes nothing. It takes JSONL,
+JSON, CSV, TSV or parquet, gzipped or not, or a folder that datasets' save_to_disk wrote. The names of the columns tell the
+form of the rows:
 
   messages            a list of {"role": "user", "content": "…"}
   sharegpt            conversations: a list of {"from": "human", "value": "…"}
@@ -45,11 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", type=Path, help="the file, or a dataset's folder")
     add_reading(parser)
     parser.add_argument(
-        "--to", metavar="OUT", type=Path, help="write the chats to this new file, as JSONL in the messages format"
+        "--to", metavar="OUT", type=Path, help="write the chats to this new file, as JSONL in the form messages"
     )
     parser.add_argument(
         "--model",
-        default="tiny-llama",
+        default=SHIPPED,
         help="count in the tokens of this model, a folder or a name on the Hub; none to count no tokens (default: %(default)s)",
     )
     parser.add_argument(
@@ -81,7 +86,7 @@ def command(args: argparse.Namespace) -> int:
     on_bad, with_tokens = args.on_bad or "stop", args.model.lower() != "none"
     files = []
     for path in filter(None, (args.file, args.validation)):
-        files.append(read_and_say(path, args.format, on_bad, second=bool(files)))
+        files.append(read_and_say(path, args.form, on_bad, second=bool(files)))
         if not with_tokens:  # else the report says it
             print(_contents(files[-1]))
     if len(files) > 1 and not with_tokens:
@@ -95,8 +100,10 @@ def command(args: argparse.Namespace) -> int:
     if args.to:
         write_chats(args.to, files[0].chats)
         print(f"\nWritten as messages to {args.to}: {_count(len(files[0].chats), 'chat')}.")
-    if tokenizer is not None:
-        print(f"\n{_report(files, tokenizer, max_length)}")
+    report = None if tokenizer is None else _report(files, tokenizer, max_length)
+    if report is not None:
+        print(f"\n{report.in_colour()}")
+    print(f"\nnext: {_next(args, report)}")
     return 0
 
 
@@ -119,13 +126,33 @@ def _without_refused(file: ChatFile, tokenizer: PreTrainedTokenizerBase, model: 
         raise ChatError(f"{error}\n{cure}") from error
 
 
-def _report(files: list[ChatFile], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> str:
+def _report(files: list[ChatFile], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> DataReport:
     """What the chats are in tokens, as `qlora_helpers.chats.report` finds it."""
     from qlora_helpers.chats.report import report_on
 
     file, *second = files
     validation = second[0].chats if second else ()
-    return report_on(file.chats, tokenizer, max_length, validation=validation, numbers=file.rows).in_colour()
+    return report_on(file.chats, tokenizer, max_length, validation=validation, numbers=file.rows)
+
+
+def _next(args: argparse.Namespace, report: DataReport | None) -> str:
+    """The command line that trains on the file, with the rules by which it was read here."""
+    from qlora_helpers.models.hub import DEFAULT_MODEL
+
+    model = args.model
+    if report is None or (model == SHIPPED and report.warning):  # the shipped model cannot learn from these words
+        model = DEFAULT_MODEL
+    too_long = report is not None and (report.too_long or report.validation_too_long)
+    options = {
+        "--model": None if model == SHIPPED else model,
+        "--data": args.to or args.file,
+        "--validation": args.validation,
+        "--form": None if args.to else args.form,  # what was written is of the form messages
+        "--on-bad": args.on_bad,
+        "--max-length": args.max_length,
+        "--too-long": "drop" if too_long else None,
+    }
+    return command_line("run", *(word for name, value in options.items() if value for word in (name, value)))
 
 
 def _shared(file: ChatFile, second: ChatFile) -> str:

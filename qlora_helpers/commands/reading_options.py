@@ -13,8 +13,10 @@ __all__ = ["add_reading", "read_and_say", "settled"]
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
-    """Add --format and --on-bad. What is not given is None; for --on-bad this means "stop"."""
-    parser.add_argument("--format", choices=FORMS, help="the form of the rows, where the columns leave it open")
+    """Add --form and --on-bad. What is not given is None; for --on-bad this means "stop"."""
+    parser.add_argument("--form", choices=FORMS, help="the form of the rows, where the columns leave it open")
+    # its name in earlier versions, which scripts may have
+    parser.add_argument("--format", choices=FORMS, dest="form", help=argparse.SUPPRESS)
     parser.add_argument(
         "--on-bad",
         choices=ON_BAD,

@@ -132,7 +132,7 @@ def _read(
     if max_length is None:
         return file.chats, described
     if request.too_long == "stop":
-        _refuse_too_long(file, lengths, max_length)
+        _refuse_too_long(file, lengths, max_length, named="max_length" in request.settings)
         return file.chats, described | {"data_cut": 0, "data_too_long": 0}
     chats, fitted = fit_to_length(file.chats, tokenizer, max_length, request.too_long)
     if fitted.cut or fitted.dropped:
@@ -152,15 +152,19 @@ def _parts(chats: dict[int, Chat]) -> Iterator[dict[int, Chat]]:
         yield {number: chats[number] for number in numbers[start : start + CHUNK]}
 
 
-def _refuse_too_long(file: ChatFile, lengths: dict[int, int], max_length: int) -> None:
-    """Stop at chats that are too long, with the rows of their file."""
+def _refuse_too_long(file: ChatFile, lengths: dict[int, int], max_length: int, named: bool) -> None:
+    """Stop at chats that are too long, with the rows of their file.
+
+    Args:
+        named: whether the command line says how long they may be.
+    """
     faults = {row: too_long_fault(length, max_length) for row, length in lengths.items() if length > max_length}
     try:
         without(replace(file, dropped={}), faults)
     except ChatError as error:
+        why = "" if named else "Without --max-length, max_length is what the model takes. "
         raise ChatError(
-            f"{error}\nmax_length is that of --max-length, else what the model takes. To leave such chats out, or to shorten "
-            "their questions: --too-long drop, --too-long cut-question"
+            f"{error}\n{why}To leave such chats out, or to shorten their questions: --too-long drop, --too-long cut-question"
         ) from error
 
 

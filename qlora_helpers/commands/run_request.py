@@ -57,7 +57,7 @@ def asked_for(args: argparse.Namespace) -> Request:
         model=_path_or_name(SHIPPED if args.model is None else args.model),
         data=None if args.data is None else _file("--data", args.data),
         validation=_held_out(settings.pop("validation", default)),
-        form=args.format,
+        form=args.form,
         on_bad=args.on_bad or "stop",
         too_long=args.too_long or "stop",
         settings=settings,
@@ -68,7 +68,7 @@ def asked_for(args: argparse.Namespace) -> Request:
             "data/chats/qlora/train.jsonl. The chats that are used without it are about the shipped model's world"
         )
     if request.data is None and not isinstance(request.validation, str):
-        for option in ("format", "on_bad", "too_long"):
+        for option in ("form", "on_bad", "too_long"):
             if (value := getattr(args, option)) is not None:
                 raise ValueError(f"{option_of(option)}={value}: there is no file to read: name yours with --data")
     return request
@@ -147,7 +147,7 @@ def _refuse_another_reading(args: argparse.Namespace, before: Request, folder: P
     moved = os.path.isabs(before.model) and not os.path.exists(before.model)
     if args.model and _path_or_name(args.model) != before.model and not (moved and os.path.isdir(args.model)):
         _refuse("model", args.model, before.model, folder)
-    for option, begun in (("format", before.form), ("on_bad", before.on_bad), ("too_long", before.too_long)):
+    for option, begun in (("form", before.form), ("on_bad", before.on_bad), ("too_long", before.too_long)):
         if getattr(args, option) not in (None, begun):
             _refuse(option, getattr(args, option), begun, folder)
 

@@ -106,7 +106,7 @@ def test_between_two_readings_the_user_chooses(rows, forms):
     with pytest.raises(ChatError, match=r"^it can be read as ") as caught:
         reading(*rows)
     for form in forms:
-        assert f"form='{form}'" in str(caught.value) and "--format" in str(caught.value)
+        assert f"form='{form}'" in str(caught.value) and "--form" in str(caught.value)
         assert reading(*rows, form=form).form == form
         assert convert(rows[0] if form != "sharegpt" and form != "alpaca" else rows[1], reading(*rows, form=form), [])
 
@@ -123,7 +123,7 @@ def test_the_chosen_form_takes_the_columns_of_its_own_names():
         (
             {"question": "a", "query": "b", "answer": "c"},
             'the columns "question" and "query" can each be the question of the form question-answer: rename or remove all but '
-            'one, or choose form=\'question-answer\' (--format on the command line) to take "question", "answer"',
+            'one, or choose form=\'question-answer\' (--form on the command line) to take "question", "answer"',
         ),
         (
             {"q": "a", "query": "b", "answer": "c"},

@@ -194,7 +194,7 @@ def test_a_question_that_the_model_cannot_take_is_named_by_its_line(call, tmp_pa
     code, _, err = call("What<|end|>")
     assert code == 2 and "error: the question: message 1 (user) has '<|end|>' in its text" in err
     code, _, err = call("Who?", "--system", "Be brief.")
-    assert code == 2 and "error: system='Be brief.': this model's chat template takes no system message" in err
+    assert code == 2 and "error: --system='Be brief.': this model's chat template takes no system message" in err
 
 
 def test_without_a_folder_the_latest_run_is_asked(call, loaded, monkeypatch, capsys, tmp_path):

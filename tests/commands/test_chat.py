@@ -233,12 +233,12 @@ def test_a_bad_argument_is_refused_before_anything_is_loaded(arguments, said, na
 
 def test_a_system_message_that_the_model_would_not_see_is_refused(capsys):
     assert main(["chat", str(ADAPTER), "--system", "Be brief."]) == 2
-    assert "error: system='Be brief.': this model's chat template takes no system message" in capsys.readouterr().err
+    assert "error: --system='Be brief.': this model's chat template takes no system message" in capsys.readouterr().err
 
 
 def test_a_limit_without_room_for_a_question_is_refused(capsys):
     assert main(["chat", str(ADAPTER), "--max-new-tokens", "256"]) == 2
-    assert "error: max_new_tokens=256: must be less than the model's context of 256 tokens" in capsys.readouterr().err
+    assert "error: --max-new-tokens=256: must be less than the model's context of 256 tokens" in capsys.readouterr().err
 
 
 def test_no_library_is_loaded_for_the_help():

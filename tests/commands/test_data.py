@@ -1,6 +1,7 @@
 """The command that looks into a file of chats."""
 
 import json
+import shlex
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,6 +10,9 @@ import pytest
 
 from qlora_helpers.__main__ import main
 from qlora_helpers.chats import read_chats, read_file
+from qlora_helpers.commands.command_line import command_line
+from qlora_helpers.models.hub import DEFAULT_MODEL
+from qlora_helpers.paths import data_path
 from tests.support.chats import GOOD, chat
 
 CSV = "Frage;Antwort;Quelle\nWo?;Hier.;1\nWann?;Jetzt.;2\nWo?;Hier.;3\nWo?;Dort.;4\n"
@@ -34,6 +38,11 @@ def call(tmp_path, capsys):
     return run
 
 
+def next_is(*words):
+    """The last lines of the command: what trains on the file."""
+    return f"\nnext: {command_line('run', *words)}\n"
+
+
 @pytest.fixture
 def reports(monkeypatch):
     """What the report in tokens is asked for; it answers with one line."""
@@ -42,21 +51,23 @@ def reports(monkeypatch):
     def report_on(chats, tokenizer, max_length, validation=(), numbers=None):
         assert len(numbers) == len(chats)
         asked.append((chats, tokenizer.name_or_path, max_length, validation))
-        return SimpleNamespace(in_colour=lambda: "the report")
+        return SimpleNamespace(in_colour=lambda: "the report", warning="", too_long={}, validation_too_long=0)
 
     monkeypatch.setitem(sys.modules, "qlora_helpers.chats.report", SimpleNamespace(report_on=report_on))
     return asked
 
 
-def test_it_says_what_is_in_a_file_without_a_tokenizer(call):
-    assert call(CSV, "--model", "none") == (0, FOUND, "")
+def test_it_says_what_is_in_a_file_without_a_tokenizer(call, tmp_path):
+    end = next_is("--model", DEFAULT_MODEL, "--data", tmp_path / "faq.csv")
+    assert call(CSV, "--model", "none") == (0, FOUND + end, "")
 
 
 def test_with_a_tokenizer_there_is_a_report(call, reports, tmp_path):
     lines = "\n".join(json.dumps({"messages": GOOD}) for _ in range(2))
     (tmp_path / "held.jsonl").write_text(lines)
     status, said, errors = call(CSV, "--max-length", 99, "--validation", tmp_path / "held.jsonl")
-    assert (status, errors) == (0, "") and said.endswith("\n\nthe report\n")
+    rest = ["--data", tmp_path / "faq.csv", "--validation", tmp_path / "held.jsonl", "--max-length", 99]
+    assert (status, errors) == (0, "") and said.endswith("\n\nthe report\n" + next_is(*rest))
     assert said.startswith(FOUND.splitlines()[0]) and "held.jsonl: 2 rows of messages (JSONL)\n" in said
     ((chats, model, max_length, validation),) = reports
     assert (len(chats), max_length, validation) == (4, 99, [GOOD, GOOD]) and "tiny-llama" in model
@@ -74,10 +85,10 @@ def test_the_report_numbers_rows_as_the_file_does(call):
 def test_a_second_file_may_be_of_another_form(call, tmp_path):
     other = tmp_path / "held.csv"
     other.write_text("instruction,input,output\nWhere?,,Here.\nWhat is it?,It.,That.\n", encoding="utf-8")
-    options = ("--model", "none", "--format", "question-answer", "--validation")
+    options = ("--model", "none", "--form", "question-answer", "--validation")
     status, said, errors = call("question,answer\nWhere?,Here.\n", *options, other)
     assert (status, errors) == (0, "") and "held.csv: 2 rows of alpaca" in said
-    assert said.endswith("  1 chat of 2 with a question that is in faq.csv, too.\n")
+    assert "  1 chat of 2 with a question that is in faq.csv, too.\n" in said
     other.write_text("question,answer,prompt,completion\na,b,c,d\n", encoding="utf-8")
     status, said, _ = call("question,answer\nWhere?,Here.\n", *options, other)
     assert status == 0 and 'not used: "prompt"' in said
@@ -86,12 +97,65 @@ def test_a_second_file_may_be_of_another_form(call, tmp_path):
 def test_it_writes_messages_that_are_read_again(call, tmp_path):
     out = tmp_path / "out.jsonl"
     status, said, _ = call(CSV, "--model", "none", "--to", out)
-    assert status == 0 and said.endswith(f"\nWritten as messages to {out}: 4 chats.\n")
+    end = next_is("--model", DEFAULT_MODEL, "--data", out)
+    assert status == 0 and said.endswith(f"\nWritten as messages to {out}: 4 chats.\n{end}")
     assert read_chats(out) == read_file(tmp_path / "faq.csv").chats
     status, said, errors = call(CSV, "--model", "none", "--to", out)
     assert (status, said, errors) == (2, "", f"error: --to={str(out)!r} is there already: name a new file\n")
 
 
+# ---- The command that comes next
+
+
+def next_words(said):
+    """The words of the command that comes next, from `run` on."""
+    before, _, after = said.rpartition("\nnext: ")
+    assert before and after.count("\n") == 1
+    return shlex.split(after)[3:]
+
+
+def test_the_next_command_trains_on_the_file_as_it_was_read_here(tmp_path, capsys, monkeypatch):
+    rows = data_path("examples", "people.csv").read_text(encoding="utf-8").splitlines()
+    path = tmp_path / "my people.csv"
+    path.write_text(
+        "\n".join([f"{rows[0]},completion", *(f"{row},x" for row in rows[1:9]), "Who?,,x"]), encoding="utf-8"
+    )
+    options = ["--on-bad", "drop", "--form", "question-answer", "--max-length", "24"]
+    assert main(["data", str(path), *options]) == 0
+    words = next_words(capsys.readouterr().out)
+    assert words == ["run", "--data", str(path), "--form", "question-answer", "--on-bad", "drop", "--max-length", "24"]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qlora_helpers.models.loading.load_model", None)  # it ends where the model would be loaded
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        main(words)
+    assert "1 row of my people.csv cannot be used" in capsys.readouterr().out
+
+
+def test_the_next_command_names_a_model_that_knows_the_words(call, tmp_path):
+    rows = "\n".join(f"Could you explain topic number {n}?,Certainly; it concerns quarterly budgets." for n in range(9))
+    status, said, _ = call(f"question,answer\n{rows}")
+    assert status == 0 and next_words(said) == ["run", "--model", DEFAULT_MODEL, "--data", str(tmp_path / "faq.csv")]
+    folder = str(data_path("tiny-llama"))  # named, so it is meant
+    assert next_words(call(f"question,answer\n{rows}", "--model", folder)[1])[1:3] == ["--model", folder]
+
+
+def test_the_next_command_leaves_out_what_is_too_long(call, tmp_path):
+    both = f"{FEW}{'Who is it? ' * 20},Carl.\n"
+    assert next_words(call(FEW, "--max-length", 40)[1])[-2:] == ["--max-length", "40"]
+    assert next_words(call(both, "--max-length", 40)[1])[-2:] == ["--too-long", "drop"]
+    (tmp_path / "held.csv").write_text(both, encoding="utf-8")
+    held = next_words(call(FEW, "--max-length", 40, "--validation", tmp_path / "held.csv")[1])
+    assert held[-2:] == ["--too-long", "drop"]
+
+
+def test_the_next_command_reads_what_was_written(call, tmp_path):
+    both = "question,answer,prompt,completion\na,b,c,d\n"
+    _, said, _ = call(both, "--model", "none", "--form", "question-answer", "--to", tmp_path / "out.jsonl")
+    assert next_words(said)[-2:] == ["--data", str(tmp_path / "out.jsonl")]
+
+
+FEW = "question,answer\nWho is it?,Carl.\n"
 BAD = "question,answer\nWhere?,Here.\nWhen?,\nWho?,\n"
 
 
@@ -125,9 +189,16 @@ def test_what_the_tokenizer_refuses_names_the_model(call, reports):
 def test_the_form_can_be_chosen(call):
     both = "question,answer,prompt,completion\na,b,c,d\n"
     status, _, errors = call(both, "--model", "none")
-    assert status == 2 and "(--format on the command line)" in errors
-    status, said, _ = call(both, "--model", "none", "--format", "question-answer")
+    assert status == 2 and "(--form on the command line)" in errors
+    status, said, _ = call(both, "--model", "none", "--form", "question-answer")
     assert status == 0 and 'not used: "prompt" (1 row), "completion" (1 row)' in said
+    assert call(both, "--model", "none", "--format", "question-answer")[1] == said  # its earlier name
+
+
+def test_a_form_that_does_not_fit_is_called_by_its_option(call):
+    for option in ("--form", "--format"):
+        status, _, errors = call(CSV, "--model", "none", option, "alpaca")
+        assert status == 2 and "faq.csv': --form='alpaca' does not fit: its columns are" in errors
 
 
 @pytest.mark.parametrize(

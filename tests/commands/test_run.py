@@ -70,13 +70,13 @@ def test_run_reports_its_figures_and_overwrites_nothing(tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
-        ("--steps", "0", "error: steps=0: must be a whole number, 1 or more"),
-        ("--steps", "abc", "error: steps='abc': must be a whole number, 1 or more"),
-        ("--steps", "1.5", "error: steps=1.5: must be a whole number, 1 or more"),
-        ("--warmup-steps", "0.5", "error: warmup_steps=0.5: must be a whole number, 0 to 300, or None for 15"),
-        ("--warmup-steps", "301", "error: warmup_steps=301: must be a whole number, 0 to 300, or None for 15"),
-        ("--rank", "-1", "error: rank=-1: must be a whole number, 1 or more"),
-        ("--schedule", "steep", "error: schedule='steep': choose one of linear, cosine, constant"),
+        ("--steps", "0", "error: --steps=0: must be a whole number, 1 or more"),
+        ("--steps", "abc", "error: --steps='abc': must be a whole number, 1 or more"),
+        ("--steps", "1.5", "error: --steps=1.5: must be a whole number, 1 or more"),
+        ("--warmup-steps", "0.5", "error: --warmup-steps=0.5: must be a whole number, 0 to 300, or None for 15"),
+        ("--warmup-steps", "301", "error: --warmup-steps=301: must be a whole number, 0 to 300, or None for 15"),
+        ("--rank", "-1", "error: --rank=-1: must be a whole number, 1 or more"),
+        ("--schedule", "steep", "error: --schedule='steep': choose one of linear, cosine, constant"),
     ],
 )
 def test_a_bad_setting_is_refused_before_anything_is_loaded(option, value, said, tmp_path, capsys, monkeypatch):
@@ -98,13 +98,13 @@ def report(capsys, *arguments):
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
-        ("--optimizer", "adam_of_mine", "error: optimizer='adam_of_mine': choose one of adamw_torch, "),
+        ("--optimizer", "adam_of_mine", "error: --optimizer='adam_of_mine': choose one of adamw_torch, "),
         (
             "--target-modules",
             "q_proj,foo",
-            "error: target_modules=['q_proj', 'foo']: 'foo' is no linear layer. There are q_proj, ",
+            "error: --target-modules=q_proj,foo: 'foo' is no linear layer. There are q_proj, ",
         ),
-        ("--max-length", "8", "error: max_length=8: the longest training chat has "),
+        ("--max-length", "8", "error: --max-length=8: the longest training chat has "),
     ],
 )
 def test_what_training_would_refuse_is_refused_before_anything_is_asked_or_moved(

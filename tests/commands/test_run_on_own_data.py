@@ -1,10 +1,8 @@
 """`run` on any model and any file of chats: what it reads, suggests, refuses, keeps and reports."""
 
 import json
-import math
-import re
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +11,7 @@ import torch
 from qlora_helpers import evaluation
 from qlora_helpers.__main__ import main
 from qlora_helpers.commands import run as run_command
-from qlora_helpers.commands import run_data
+from qlora_helpers.commands import run_data, run_settings
 from qlora_helpers.commands.run_report import reset_peak_memory, what_to_change
 from qlora_helpers.commands.run_request import Request
 from qlora_helpers.models.loading import load_model
@@ -23,20 +21,6 @@ from qlora_helpers.statistics import Interval
 from qlora_helpers.suggestions import warmup_steps
 from qlora_helpers.training.interrupts import Interrupted
 from tests.support.short_runs import CPU
-
-PEOPLE = data_path("examples", "people.csv")
-
-
-def rows_of(text: str) -> list[str]:
-    return text.splitlines(keepends=True)
-
-
-@pytest.fixture
-def few(tmp_path):
-    """A table of 12 rows."""
-    path = tmp_path / "few.csv"
-    path.write_text("".join(rows_of(PEOPLE.read_text(encoding="utf-8"))[:13]), encoding="utf-8")
-    return path
 
 
 def report_of(folder):
@@ -95,7 +79,7 @@ def test_a_table_becomes_a_tuned_model_with_a_report_and_a_card(few, tmp_path, c
 
 def test_a_run_is_continued_by_its_folder_alone(few, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_command, "SAVE_STEPS", 1)
+    monkeypatch.setattr(run_settings, "SAVE_STEPS", 1)
     from qlora_helpers.training import run as training
 
     real = training._train_to_the_end
@@ -141,12 +125,18 @@ def test_a_run_is_continued_by_its_folder_alone(few, tmp_path, capsys, monkeypat
         (["--data", "none.csv"], "--data='none.csv' is not there: name a file of chats"),
         (["--data", "{few}", "--validation", "none.csv"], "--validation='none.csv' is not there"),
         (["--data", "one.csv"], "--data has one chat that can be used, so none can be held out for validation"),
-        (["--data", "{few}", "--validation", "1.5"], "validation=1.5: must be a share of the chats"),
-        (["--data", "{few}", "--epochs", "0"], "epochs=0: must be"),
-        (["--data", "{few}", "--epochs", "1", "--steps", "2"], "steps=2 and epochs=1: a run has one length"),
-        (["--data", "{few}", "--max-length", "8"], "over max_length=8"),
-        (["--data", "{few}", "--format", "alpaca"], "alpaca"),
-        (["--data", "{few}", "--validation", "none", "--patience", "2"], "patience=2: there is nothing to validate on"),
+        (["--data", "{few}", "--validation", "1.5"], "error: --validation=1.5: must be a share of the chats"),
+        (["--data", "{few}", "--epochs", "0"], "error: --epochs=0: must be"),
+        (["--data", "{few}", "--epochs", "1", "--steps", "2"], "error: --steps=2 and --epochs=1: a run has one length"),
+        (
+            ["--data", "{few}", "--max-length", "8"],
+            "over --max-length=8: the answer would be cut. Raise --max-length or shorten",
+        ),
+        (["--data", "{few}", "--form", "alpaca"], "alpaca"),
+        (
+            ["--data", "{few}", "--validation", "none", "--patience", "2"],
+            "error: --patience=2: there is nothing to validate on",
+        ),
         (["--data", "{few}", "--model", "no_such_folder"], "no_such_folder"),
         (["--data", "{few}", "--model", ""], "--model='': name a model, or leave it out for the shipped one"),
         (["--data", ""], "--data='' is not there: name a file of chats"),
@@ -177,99 +167,14 @@ def test_words_that_the_tokenizer_spells_out_are_said_before_training(tmp_path, 
     assert "Warning: " in said and "the shipped model knows only the words of its" in said and "(--model)" in said
 
 
-def test_a_run_that_will_not_fit_is_refused_with_what_helps(few, tmp_path, capsys, monkeypatch):
-    from qlora_helpers.memory import find_gpu
-
-    small = find_gpu("t4")
-    monkeypatch.setattr(run_command, "_gpu", lambda hardware: small)
-    model = tmp_path / "model"
-    shutil.copytree(data_path("tiny-llama"), model)
-    monkeypatch.setattr("qlora_helpers.models.loading.load_model", None)
-    shape = {"batch_size": "100000", "rank": "16"}
-    options = [word for name, value in shape.items() for word in ("--" + name.replace("_", "-"), value)]
-    arguments = ["run", "--data", str(few), "--model", str(model), "--output", str(tmp_path / "out"), *options]
-    assert main(arguments) == 2
-    err = capsys.readouterr().err
-    assert (
-        "so it will not fit. To train all the same: --ignore-memory" in err and "What helps, the cheapest first:" in err
-    )
-    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
-        main([*arguments, "--ignore-memory"])
-    assert "It is tried all the same." in capsys.readouterr().out
-
-
 # ---- Up to where the model would be loaded
-
-
-@pytest.fixture
-def up_to_loading(tmp_path, capsys, monkeypatch):
-    """Standard output of a run that is ended where it would load the model."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("qlora_helpers.models.loading.load_model", None)
-
-    def run(*options):
-        with pytest.raises(TypeError, match="'NoneType' object is not callable"):
-            main(["run", "--output", "out", *map(str, options)])
-        return capsys.readouterr().out
-
-    return run
-
-
-def test_what_is_named_takes_the_place_of_what_is_suggested(few, up_to_loading):
-    usual = up_to_loading("--data", few)
-    assert "1 of the 12 chats is held out for validation; 11 are trained on." in usual
-    assert re.search(r"max_length +24  the longest chat has \d+ tokens; rounded up to a multiple of 8\n", usual)
-    assert "this course, this course" not in usual and "As you named them" not in usual
-    assert usual.endswith("To change a setting, name it, as in --seed 1.\n")
-    said = up_to_loading("--data", few, "--epochs", 2, "--rank", 4, "--validation", "none")
-    assert "As you named them: epochs=2, rank=4\nWhat goes with them: steps=6, warmup_steps=1\n" in said
-    lines = [line.split()[0] for line in said.splitlines() if line and not line.startswith(" ")]
-    assert "learning_rate" in lines and not {"epochs", "steps", "rank"} & set(lines)
-
-
-def test_another_batch_is_trained_for_as_many_epochs(few, up_to_loading):
-    usual = up_to_loading("--data", few, "--validation", "none")
-    epochs, batch = (
-        next(float(line.split()[1]) for line in usual.splitlines() if line.startswith(name))
-        for name in ("epochs", "batch_size")
-    )
-    assert batch == 4
-    said = up_to_loading("--data", few, "--batch-size", 2, "--validation", "none")
-    steps = math.ceil(epochs * 12 / 4)
-    assert f"What goes with them: accumulation=2, steps={steps}, warmup_steps=3\n" in said and "\nepochs " in said
-
-
-def test_all_weights_are_trained_at_a_tenth_of_the_rate(few, up_to_loading):
-    said = up_to_loading("--data", few, "--method", "full", "--validation", "none")
-    assert "What goes with them: learning_rate=0.00015\n" in said and "rank" not in said.replace("ranking", "")
-    said = up_to_loading("--data", few, "--method", "full", "--validation", "none", "--learning-rate", "3e-5")
-    assert "As you named them: method=full, learning_rate=3e-05\n" in said
-
-
-def test_a_long_warm_up_is_measured_by_the_steps_of_this_run(few, up_to_loading):
-    assert "warmup_steps=400" in up_to_loading(
-        "--data", few, "--warmup-steps", 400, "--epochs", 150, "--validation", "none"
-    )
-    assert main(["run", "--data", str(few), "--warmup-steps", "400", "--epochs", "1", "--output", "out"]) == 2
-
-
-def test_what_no_gpu_is_predicted_to_hold_can_be_tried_all_the_same(few, up_to_loading, capsys, monkeypatch):
-    from qlora_helpers.memory import find_gpu
-
-    tiny = replace(find_gpu("t4"), usable_bytes=2**20)
-    monkeypatch.setattr(run_command, "_gpu", lambda hardware: tiny)
-    assert main(["run", "--data", str(few), "--output", "out"]) == 2
-    assert capsys.readouterr().err.endswith("To train all the same: --ignore-memory\n")
-    said = up_to_loading("--data", few, "--ignore-memory")
-    assert "11 rows, on a Tesla T4\n" in said and "Not even one row at a time is predicted to fit." in said
-    assert "It is tried all the same." in said
 
 
 def test_the_validation_file_may_be_of_another_form(few, tmp_path, up_to_loading):
     other = tmp_path / "held.jsonl"
     row = {"instruction": "Which pet?", "input": "Carmen Kirkford", "output": "turtle."}
     other.write_text(json.dumps(row), encoding="utf-8")
-    said = up_to_loading("--data", few, "--format", "question-answer", "--validation", other)
+    said = up_to_loading("--data", few, "--form", "question-answer", "--validation", other)
     assert "held.jsonl: 1 row of alpaca (JSONL)" in said
 
 
@@ -282,14 +187,14 @@ def test_the_validation_file_may_be_of_another_form(few, tmp_path, up_to_loading
     ],
 )
 def test_what_is_wrong_with_the_rows_is_said_with_the_option_that_helps(rows, options, said, few, tmp_path, capsys):
-    lines = rows_of(few.read_text(encoding="utf-8"))[: rows + 1] + ["Why?,\n"] * (rows > 1)
+    lines = few.read_text(encoding="utf-8").splitlines(keepends=True)[: rows + 1] + ["Why?,\n"] * (rows > 1)
     few.write_text("".join(lines), encoding="utf-8")
     assert main(["run", "--data", str(few), "--output", str(tmp_path / "out"), *options]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_chats_that_are_too_long_are_named_by_their_rows(few, tmp_path, capsys, up_to_loading):
-    lines = rows_of(few.read_text(encoding="utf-8"))
+    lines = few.read_text(encoding="utf-8").splitlines(keepends=True)
     long = f'"{"Who? " * 30}",Carmen Kirkford.\n'
     few.write_text("".join([lines[0], "Why?,\n", *lines[1:4], long]), encoding="utf-8")
     options = ["--data", str(few), "--on-bad", "drop", "--max-length", "64", "--validation", "none"]
@@ -298,7 +203,7 @@ def test_chats_that_are_too_long_are_named_by_their_rows(few, tmp_path, capsys, 
     assert "1 left out (the first is row 5: " in up_to_loading(*options, "--too-long", "drop")
     few.write_text(f"{lines[0]}{'Who? ' * 600},Carmen Kirkford.\n", encoding="utf-8")
     assert main(["run", "--output", "out", "--data", str(few), "--validation", "none"]) == 2
-    assert "max_length is that of --max-length, else what the model takes" in capsys.readouterr().err
+    assert "Without --max-length, max_length is what the model takes. To leave" in capsys.readouterr().err
 
 
 def test_a_chat_whose_answers_cannot_be_marked_is_a_bad_row(few, tmp_path, capsys, up_to_loading):
@@ -329,7 +234,7 @@ def test_a_model_without_a_chat_template_is_refused_by_name(few, tmp_path, capsy
 
 
 def test_rules_for_reading_need_a_file(tmp_path, capsys):
-    for option, value in (("--on-bad", "drop"), ("--too-long", "drop"), ("--format", "alpaca")):
+    for option, value in (("--on-bad", "drop"), ("--too-long", "drop"), ("--form", "alpaca")):
         assert main(["run", "--output", str(tmp_path / "out"), option, value]) == 2
         assert f"error: {option}={value}: there is no file to read" in capsys.readouterr().err
 
@@ -412,7 +317,7 @@ def test_a_model_s_folder_may_lie_elsewhere_now(few, tmp_path, resumed, capsys):
     assert resumed("--model", "model").model == str(tmp_path / "model")
     for options, said in (
         (["--model", "other/model"], "--model=other/model: the run in"),
-        (["--format", "alpaca"], "--format=alpaca: the run in --output='out' was begun without it. Leave out --format"),
+        (["--form", "alpaca"], "--form=alpaca: the run in --output='out' was begun without it. Leave out --form"),
     ):
         assert main(["run", "--resume", "--output", "out", *options]) == 2
         assert said in capsys.readouterr().err
@@ -420,26 +325,6 @@ def test_a_model_s_folder_may_lie_elsewhere_now(few, tmp_path, resumed, capsys):
     assert main(["run", "--resume", "--output", "out"]) == 2
     assert f"--data={str(few)!r} is not there: name a file of chats" in capsys.readouterr().err
     assert resumed("--data", "moved.csv").data == str(tmp_path / "moved.csv")
-
-
-@pytest.mark.parametrize(
-    ("named", "said"),
-    [
-        ({}, (54 * 10 / 4 + 5, 4, 1)),
-        ({"batch_size": 2}, (140, 2, 2)),  # the effective batch stays, and so does what a run sees
-        ({"accumulation": 4}, (140, 1, 4)),
-        ({"batch_size": 54}, (10, 54, 1)),  # ten epochs are ten steps
-        ({"batch_size": 2, "accumulation": 3, "epochs": 2}, (18, 2, 3)),
-        ({"steps": 40}, (40, 4, 1)),
-    ],
-)
-def test_what_is_named_changes_what_goes_with_it(named, said):
-    request = run_command.Request(data="people.csv", settings=named)
-    data = SimpleNamespace(training=[None] * 54, longest=23, answer_tokens=397)
-    plan = run_command._Plan(request, PEOPLE.parent, run_command._Begin.NEW)
-    found = run_command._settings(plan, data, run_command._shape_of("tiny-llama"), CPU)
-    assert (found.steps, found.batch_size, found.accumulation) == said
-    assert found.warmup_steps == warmup_steps(found.steps) == max(1, round(found.steps / 10))
 
 
 def report_and_scores(validation, training, cut_off=0, change=(-1.0, 0.1)):
@@ -476,7 +361,7 @@ def test_the_peak_of_the_training_is_not_that_of_the_questions_before(monkeypatc
 def test_a_run_of_which_later_checkpoints_are_gone_was_not_stopped_early(few, tmp_path, monkeypatch):
     """Its report is made anew from what is there."""
     folder = tmp_path / "out"
-    monkeypatch.setattr(run_command, "SAVE_STEPS", 1)
+    monkeypatch.setattr(run_settings, "SAVE_STEPS", 1)
     assert main(["run", "--data", str(few), "--output", str(folder), "--steps", "2", "--validation", "0.25"]) == 0
     shutil.rmtree(folder / "checkpoint-2")
     facts = run_command._trained_before(

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from qlora_helpers.__main__ import main
-from qlora_helpers.commands.run import VARIED
+from qlora_helpers.commands.run_settings import VARIED
 from qlora_helpers.commands.settings_options import add_settings, given, option_of
 from qlora_helpers.settings import MEMORY_SETTINGS, Settings
 

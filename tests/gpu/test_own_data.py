@@ -9,7 +9,7 @@ import torch
 
 from qlora_helpers.__main__ import main
 from qlora_helpers.chats import read_chats
-from qlora_helpers.commands import run as run_command
+from qlora_helpers.commands import run_settings
 from qlora_helpers.memory import find_gpu
 from qlora_helpers.paths import data_path
 from qlora_helpers.units import GIB
@@ -68,7 +68,7 @@ def check(report, answer, folder, model):
 
 @pytest.mark.parametrize("shape", ["Qwen2.5-1.5B", "Qwen2.5-7B"])
 def test_a_table_becomes_a_tuned_model_in_a_t4_s_memory(shape, table, stand_ins, t4, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(run_command, "_gpu", lambda hardware: find_gpu("t4"))
+    monkeypatch.setattr(run_settings, "gpu_of", lambda hardware: find_gpu("t4"))
     model = stand_ins(shape)
     report, answer = tuned(model, table, tmp_path / "run", capsys, "--epochs", "2")
     check(report, answer, tmp_path / "run", model)

@@ -75,3 +75,20 @@ def test_tests_run_in_a_fork_with_the_copy_s_own_package(body, outcome, tmp_path
     ran = mutants.run_tests(copy, ["tests/test_one.py"], 30 if outcome else 1)
     assert {key: ran.get(key) for key in outcome or ("code",)} == (outcome or {"code": None})
     assert "qlora_helpers.one" in ran.get("imported", []) or body.startswith("import time")
+
+
+def test_which_tests_are_quick_does_not_depend_on_other_work(tmp_path):
+    (tmp_path / "tests").mkdir()
+    usual = {}
+    for name, seconds, processor in (("one", 1, 1), ("waits", 60, 2), ("works", 60, 60)):
+        (tmp_path / "tests" / f"test_{name}.py").write_text("def test_it(): pass\n")
+        row = {"imported": ["qlora_helpers.one"], "seconds": seconds, "processor": processor}
+        usual[f"tests/test_{name}.py"] = row
+    assert mutants.others("qlora_helpers/one.py", tmp_path, usual) == ["tests/test_waits.py"]
+
+
+def test_the_processor_time_of_tests_is_theirs(tmp_path):
+    (tmp_path / "conftest.py").write_text("")
+    (tmp_path / "test_it.py").write_text("import time\ndef test_it(): time.sleep(3)\n")
+    ran = mutants.run_tests(tmp_path, ["test_it.py"], 60)
+    assert ran["code"] == 0 and 0 < ran["processor"] < ran["seconds"] - 2

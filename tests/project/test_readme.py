@@ -53,6 +53,19 @@ def test_the_times_of_the_commands_were_measured_three_times_where_an_instructor
     assert runs["test"] >= 3 and runs["preflight"] >= 3
 
 
+def test_a_time_of_another_number_of_lessons_says_so(tmp_path, monkeypatch):
+    measured = json.loads((ROOT / "data" / "measured" / "commands.json").read_text(encoding="utf-8"))
+    (tmp_path / "data" / "measured").mkdir(parents=True)
+    monkeypatch.setattr(build, "lessons", lambda: ["one"] * 12)
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    for count, said in ((12, "| 1 min 10 s |"), (11, "| 1 min 10 s for 11 lessons |")):
+        others = [row for row in measured["rows"] if row["command"] != "preflight"]
+        row = {"command": "preflight", "seconds": 70, "said": [f"✓ ready: {count} lessons in 1 min 10 s."]}
+        table = json.dumps(measured | {"rows": [*others, row]})
+        (tmp_path / "data" / "measured" / "commands.json").write_text(table, encoding="utf-8")
+        assert any(line.endswith(said) for line in build.commands_table().splitlines() if "`make preflight`" in line)
+
+
 def test_links_to_files_resolve():
     pages = [*ROOT.glob("*.md"), *ROOT.glob("data/**/*.md")]
     links = [
@@ -90,7 +103,10 @@ def test_the_numbers_about_the_t4_gear_are_the_measured_ones():
     )
     assert said.format(max(fits["recipe"]), max(fits["ours"])) in text
     killed = (ROOT / "data" / "measured" / "kills.txt").read_text()
-    assert "20 of 20 runs ended bit-identical to the uninterrupted one" in killed and "20 runs killed for real" in text
+    assert "20 of 20 runs ended bit-identical to the uninterrupted one" in killed
+    for where in ("between steps", "inside a save", "inside an evaluation"):
+        assert where in killed
+    assert "20 runs killed for real, between steps, inside saves and inside evaluations" in text
 
 
 def test_the_readme_counts_the_models_and_gpus_that_the_memory_command_knows():

@@ -46,7 +46,8 @@ SEED = 0
 COUNT = 200
 LIST = ROOT / "data" / "measured" / "mutants.csv"
 STATE = ROOT / ".mutants"  # what a stopped run has done so far
-# By the time that tests take without a mutant: which files are quick, and how long the others of one mutant may take.
+# By the processor time of tests without a mutant, which does not depend on other work: which files are quick, and how long
+# the others of one mutant may take.
 QUICK, SECONDS_OF_OTHER_TESTS = 12, 90
 WITHOUT = ("gpu", "notebooks", "colab")  # rooms whose tests need a GPU, or start kernels
 LIBRARIES = (
@@ -194,10 +195,10 @@ def run_tests(copy: Path, files: list[str], limit: float) -> dict:
         finally:
             os._exit(1)
     try:
-        ended = 0
+        ended, used = 0, None
         while not ended and time.monotonic() < begun + limit:
             time.sleep(0.02)
-            ended, _ = os.waitpid(child, os.WNOHANG)
+            ended, _, used = os.wait4(child, os.WNOHANG)
         hung = not ended
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -205,7 +206,7 @@ def run_tests(copy: Path, files: list[str], limit: float) -> dict:
     if hung:
         os.waitpid(child, 0)
     shutil.rmtree(result.with_suffix(".tmp"), ignore_errors=True)
-    seconds = {"seconds": round(time.monotonic() - begun, 1)}
+    seconds = {"seconds": round(time.monotonic() - begun, 1), "processor": round(used.ru_utime + used.ru_stime, 1)}
     if result.exists():
         return json.loads(result.read_text()) | seconds
     return seconds if hung else {"code": -1, "failed": "the process died", "imported": []} | seconds
@@ -288,13 +289,13 @@ def others(module: str, copy: Path, usual: dict[str, dict]) -> list[str]:
 
     def order(file: str) -> tuple:
         in_its_room = Path(file).parent == Path(own).parent
-        return not named.search((copy / file).read_text(encoding="utf-8")), not in_its_room, usual[file]["seconds"]
+        return not named.search((copy / file).read_text(encoding="utf-8")), not in_its_room, usual[file]["processor"]
 
     found, left = [], SECONDS_OF_OTHER_TESTS
     for file in sorted((file for file, row in usual.items() if dotted in row["imported"] and file != own), key=order):
-        if usual[file]["seconds"] <= min(QUICK, left):
+        if usual[file]["processor"] <= min(QUICK, left):
             found.append(file)
-            left -= usual[file]["seconds"]
+            left -= usual[file]["processor"]
     return found
 
 

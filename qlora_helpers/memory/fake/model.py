@@ -146,6 +146,7 @@ def _upcast(model: PreTrainedModel) -> None:
     """As PEFT's `prepare_model_for_kbit_training` does."""
     for parameter in model.parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.loaded_width = parameter.element_size()
             parameter.data = parameter.data.float()
 
 

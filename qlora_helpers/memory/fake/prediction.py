@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from qlora_helpers import validation
 from qlora_helpers.library_messages import silenced
-from qlora_helpers.memory.allocator import CachingAllocator
 from qlora_helpers.memory.any_shape import AnyShape
 from qlora_helpers.memory.fake.ledger import ALIVE
 from qlora_helpers.memory.fake.model import prepare
-from qlora_helpers.memory.fake.trace import Standing, trace_evaluation, trace_step
+from qlora_helpers.memory.fake.served import Traced, moments_of, serve
+from qlora_helpers.memory.fake.trace import trace_evaluation, trace_step
 from qlora_helpers.memory.fake.whole import Timeline, whole_pass
 from qlora_helpers.memory.gpus import GPU, find_gpu
 from qlora_helpers.memory.layers import DEQUANTISED, TILE
-from qlora_helpers.memory.tape import rounded
-from qlora_helpers.memory.trained import OPTIMIZERS, Trained, TrainedTensor, state_sizes, trained_of
+from qlora_helpers.memory.trained import Trained, TrainedTensor, trained_of
 from qlora_helpers.settings import MEMORY_SETTINGS, Settings
 
 __all__ = ["Run", "parameters_per_rank", "run_on_fake_tensors"]
@@ -54,15 +53,6 @@ class Run:
     layers: int
 
 
-@dataclass(frozen=True)
-class _Traced:
-    standing: tuple[tuple[Standing, int], ...]  # each with how often the whole model has it, in the order of its modules
-    passes: tuple[Timeline, ...]
-    evaluation: Timeline | None
-    ran: int
-    layers: int
-
-
 def run_on_fake_tensors(shape: AnyShape, settings: Settings, gpu: GPU) -> Run:
     """What a run takes.
 
@@ -83,15 +73,11 @@ def run_on_fake_tensors(shape: AnyShape, settings: Settings, gpu: GPU) -> Run:
     for entry, count in traced.standing:
         if entry.kind in weights:
             weights[entry.kind] += count * entry.elements * entry.width
-    throughout = sum(weights.values()) + trained.adapters + trained.states + gpu.workspace_bytes
-    steady = traced.passes[-1]
+    served = serve(traced, settings, gpu.workspace_bytes)
+    steady, moments = traced.passes[-1], served.moments
     # with accumulation the gradients of the first pass are there while the second runs
     gradients = trained.gradients if len(traced.passes) > 1 else 0
-    found = _moments(steady)
-    moments = {name: throughout + gradients + most for name, (most, _) in found.items()}
-    moments["optimizer step"] = throughout + trained.gradients + trained.temporaries
-    if traced.evaluation is not None:
-        moments["evaluation"] = throughout + max(most for most, _ in traced.evaluation.peaks().values())
+    found = {name: when for name, (_, when) in moments_of(steady).items()}
     peak = max(moments, key=moments.__getitem__)
     parts = {
         "adapters": trained.adapters,
@@ -100,19 +86,21 @@ def run_on_fake_tensors(shape: AnyShape, settings: Settings, gpu: GPU) -> Run:
         "optimizer (paged)": trained.paged,
     }
     if peak in found:
-        parts |= _alive(steady, found[peak][1], settings)
+        parts |= _alive(steady, found[peak], settings)
         parts["gradients"] += gradients
     elif peak == "evaluation":
         most, when = max(traced.evaluation.peaks().values())
         parts |= _alive(traced.evaluation, when, settings)
+    in_tensors = sum(weights.values()) + sum(parts.values()) - trained.paged + gpu.workspace_bytes
+    parts["ends of blocks"] = moments[peak] - in_tensors
     return Run(
         weights=weights,
-        loaded=_loaded(shape, settings, gpu, weights),
+        loaded=served.loaded,
         trained=trained,
         moments=moments,
         peak=peak,
         at_peak=parts,
-        reserved=_reserved(traced, settings, gpu),
+        reserved=served.reserved,
         ran=traced.ran,
         layers=traced.layers,
     )
@@ -168,14 +156,14 @@ def _reasons(shape: AnyShape) -> Iterator[None]:
 
 
 @lru_cache(maxsize=256)
-def _traced(shape: AnyShape, settings: Settings, capability: tuple[int, int]) -> _Traced:
+def _traced(shape: AnyShape, settings: Settings, capability: tuple[int, int]) -> Traced:
     gpu = GPU("", 0, capability, 0)
     with _reasons(shape):
         prepared = prepare(shape.config, settings, gpu, shape.skip)
         standing, passes = trace_step(prepared, settings, gpu)
         evaluation = trace_evaluation(prepared, settings, gpu) if settings.eval_batch_size else None
     often = _how_often(prepared.template)
-    return _Traced(
+    return Traced(
         tuple((entry, often.get(entry.layer, 1)) for entry in standing),
         tuple(whole_pass(run, prepared.template) for run in passes),
         None if evaluation is None else whole_pass(evaluation, prepared.template),
@@ -184,28 +172,7 @@ def _traced(shape: AnyShape, settings: Settings, capability: tuple[int, int]) ->
     )
 
 
-def _loaded(shape: AnyShape, settings: Settings, gpu: GPU, weights: dict[str, int]) -> int:
-    if not settings.upcast_fp32:
-        return sum(weights.values())
-    plain = _traced(shape, replace(_of_memory(settings), upcast_fp32=False, max_length=8), gpu.compute_capability)
-    return sum(entry.elements * entry.width * count for entry, count in plain.standing if entry.kind in WEIGHTS)
-
-
-# ---- The moments of a step
-
-
-def _moments(run: Timeline) -> dict[str, tuple[int, int]]:
-    """The most within each moment of a pass, and when, under the names of `phases.MOMENTS`."""
-    layers, found = run.layers, {}
-    names = {0: "forward", layers + 1: "loss", layers + 2: "loss backward", 2 * layers + 3: "embeddings backward"}
-    names |= {layers + 3: "last layer backward"} if layers else {}
-    names |= {2 * layers + 2: "first layer backward"} if layers > 1 else {}
-    for part, (most, when) in run.peaks().items():
-        name = names.get(part, "forward" if part <= layers else "middle layer backward")
-        if most > found.get(name, (-1, 0))[0]:
-            found[name] = most, when
-    order = ("forward", "loss", "loss backward", "last layer backward", "middle layer backward", "first layer backward")
-    return {name: found[name] for name in (*order, "embeddings backward") if name in found}
+# ---- What is alive at a moment
 
 
 def _alive(run: Timeline, when: int, settings: Settings) -> dict[str, int]:
@@ -227,66 +194,3 @@ def _alive(run: Timeline, when: int, settings: Settings) -> dict[str, int]:
         "logits tile": int(sizes[tile].sum()),
         "dequantised weight": int(sizes[decoded].sum()),
     }
-
-
-# ---- What torch reserves
-
-
-def _reserved(traced: _Traced, settings: Settings, gpu: GPU) -> int:
-    """The most that torch's allocator holds, from the order of all requests of a run: the model, two steps, an evaluation."""
-    allocator = CachingAllocator()
-    for entry, count in _in_order(traced):
-        size = rounded(entry.elements * entry.width)
-        for _ in range(count):
-            allocator.allocate(size)
-    for step in range(2):
-        held = [_serve(allocator, run, gpu.workspace_bytes // 2 if step == 0 and not place else 0)
-                for place, run in enumerate(traced.passes)]
-        if step == 0:
-            for size in _states(traced, settings):
-                allocator.allocate(size)
-        if OPTIMIZERS[settings.optimizer].temporaries:
-            copies = [
-                allocator.allocate(rounded(entry.elements * entry.width))
-                for entry, count in traced.standing
-                if entry.trained
-                for _ in range(count)
-            ]
-            for handle in copies:
-                allocator.free(handle)
-        for handle in (handle for handles in held for handle in handles):
-            allocator.free(handle)  # the gradients
-    if traced.evaluation is not None:
-        _serve(allocator, traced.evaluation, 0)
-    return allocator.peak_reserved
-
-
-def _in_order(traced: _Traced) -> Iterator[tuple[Standing, int]]:
-    """The model first, then its adapters."""
-    yield from (pair for pair in traced.standing if pair[0].kind != "adapters")
-    yield from (pair for pair in traced.standing if pair[0].kind == "adapters")
-
-
-def _states(traced: _Traced, settings: Settings) -> Iterator[int]:
-    kind = OPTIMIZERS[settings.optimizer]
-    for entry, count in traced.standing:
-        if entry.trained:
-            sizes, _ = state_sizes(TrainedTensor(entry.elements, 1, entry.embedding), kind, entry.width)
-            for _ in range(count):
-                yield from map(rounded, sizes)
-
-
-def _serve(allocator: CachingAllocator, run: Timeline, workspace: int) -> list[int]:
-    """Let the allocator serve a pass; returns the handles of what outlives it."""
-    which, change = run.events()
-    handles: dict[int, int] = {}
-    allocate, free = allocator.allocate, allocator.free
-    if workspace:  # of cuBLAS: for the thread of the forward pass, and for that of the backward pass
-        allocate(workspace)
-        allocate(workspace)
-    for entry, size in zip(which.tolist(), change.tolist(), strict=True):
-        if size > 0:
-            handles[entry] = allocate(size)
-        elif size < 0:
-            free(handles.pop(entry))
-    return list(handles.values())

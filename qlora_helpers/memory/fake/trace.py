@@ -60,6 +60,8 @@ class Standing:
         layer: which of the prepared layers it belongs to; None for those outside the decoder.
         elements, width: of it; 4-bit weights count as they are packed.
         kind: "4-bit weights", "quantisation constants", "16-bit weights" or "adapters".
+        loaded_width: that it was loaded in, if the run has made it wider.
+        decoded: how many weights a 4-bit tensor stands for; they are loaded in 16 bits, and quantised one by one.
         trained: it has a gradient.
         embedding: it is that of the tokens.
     """
@@ -68,6 +70,8 @@ class Standing:
     elements: int
     width: int
     kind: str
+    loaded_width: int
+    decoded: int = 0
     trained: bool = False
     embedding: bool = False
 
@@ -91,17 +95,22 @@ def _made_real(prepared: Prepared, adapter_dtype: torch.dtype | None) -> list[St
                 made[id(parameter)] = new, parameter  # the old one, too, so that its id is not used again
                 four_bit = isinstance(module, Fake4bit) and name == "weight"
                 kind = "adapters" if of_adapter else "4-bit weights" if four_bit else "16-bit weights"
-                size = parameter.numel(), values.element_size()
+                width = values.element_size()
+                decoded = module.weights if four_bit else 0
                 is_table = module is embeddings and name == "weight"
-                standing.append(Standing(layer, *size, kind, parameter.requires_grad, is_table))
+                loaded = getattr(parameter, "loaded_width", width)
+                standing.append(
+                    Standing(layer, parameter.numel(), width, kind, loaded, decoded, parameter.requires_grad, is_table)
+                )
             module._parameters[name] = made[id(parameter)][0]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-                standing.append(Standing(layer, buffer.numel(), buffer.element_size(), "16-bit weights"))
+                width = buffer.element_size()
+                standing.append(Standing(layer, buffer.numel(), width, "16-bit weights", width))
         if isinstance(module, Fake4bit):
             sizes = constant_sizes(module.weights, module.double_quant, module.block_size)
-            standing += [Standing(layer, size, 1, "quantisation constants") for size in sizes]
+            standing += [Standing(layer, size, 1, "quantisation constants", 1) for size in sizes]
     return standing
 
 

@@ -36,15 +36,15 @@ class Timeline:
     births: np.ndarray
     deaths: np.ndarray
 
-    def events(self) -> tuple[np.ndarray, np.ndarray]:
-        """What happens in order: the entry of each event, and its bytes, negative where it is given back."""
+    def events(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What happens in order: the entry of each event, its bytes, negative where it is given back, and its part."""
         entries = np.arange(len(self.sizes))
         ends = self.deaths < ALIVE
         times = np.concatenate([self.births, self.deaths[ends]])
         order = np.argsort(times, kind="stable")
         which = np.concatenate([entries, entries[ends]])[order]
         change = np.concatenate([self.sizes, -self.sizes[ends]])[order]
-        return which, change
+        return which, change, times[order] // _PART
 
     def part_of(self, times: np.ndarray) -> np.ndarray:
         """The number of the part in which something happens, in the order that `Pass` describes."""
