@@ -113,16 +113,19 @@ def _into_float32(function: Callable) -> Callable:
     return run
 
 
-_plain_softmax, _plain_layer_norm = F.softmax, F.layer_norm
+# These two go straight to torch's operations: the functions in torch.nn.functional look themselves up again by name.
 
 
 def _softmax(x, dim=None, _stacklevel=3, dtype=None):
-    # CUDA's reads float16 and gives float32 in one kernel; from bfloat16 it casts first
-    return _plain_softmax(x.float() if dtype or _is_on("cpu") else x, dim)
+    if dtype is None and _is_on("cpu"):
+        dtype = torch.float32
+    if x.dtype == torch.float16 and dtype == torch.float32:  # CUDA does both in one kernel (SoftMax.cpp)
+        return torch._softmax(x, dim, True)
+    return (x if dtype is None else x.to(dtype)).softmax(dim)
 
 
 def _layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
     if not _is_on("cpu"):
-        return _plain_layer_norm(x, shape, weight, bias, eps)
+        return torch.layer_norm(x, shape, weight, bias, eps)
     weight, bias = (None if p is None else p.float() for p in (weight, bias))
-    return _plain_layer_norm(x.float(), shape, weight, bias, eps)
+    return torch.layer_norm(x.float(), shape, weight, bias, eps)

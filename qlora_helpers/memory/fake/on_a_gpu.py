@@ -50,10 +50,11 @@ def _attention(kernel: str, capability: tuple[int, int]) -> Callable:
         capability: the GPU's compute capability.
     """
 
-    def pick(q, k, v, mask, shared: bool) -> str:
+    def pick(q, k, v, mask, may_share: bool) -> str:
+        shared = k.shape[1] != q.shape[1]
         if kernel == "math":
             return "math"
-        heads_suit = q.shape[-1] == k.shape[-1] == v.shape[-1] <= LARGEST_FLASH_HEAD
+        heads_suit = q.shape[-1] == k.shape[-1] == v.shape[-1] <= LARGEST_FLASH_HEAD and (may_share or not shared)
         if mask is None and capability >= (8, 0) and q.dtype in _NARROW and heads_suit:
             return "flash"
         return "math" if shared else "efficient"  # the memory-efficient kernel takes no shared key heads
@@ -61,7 +62,7 @@ def _attention(kernel: str, capability: tuple[int, int]) -> Callable:
     def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         if autocast_is_on():
             q, k, v = (t.to(torch.get_autocast_dtype("cpu")) for t in (q, k, v))
-        picked = pick(q, k, v, attn_mask, enable_gqa and k.shape[1] != q.shape[1])
+        picked = pick(q, k, v, attn_mask, enable_gqa)
         if attn_mask is not None and attn_mask.dtype == torch.bool:  # made a bias of the queries' dtype
             attn_mask = torch.empty(attn_mask.shape, dtype=q.dtype, device="meta")
         if picked == "flash":
@@ -73,7 +74,8 @@ def _attention(kernel: str, capability: tuple[int, int]) -> Callable:
                 q, k, v, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
             )[0]
         with torch.autocast("cpu", enabled=False):
-            k, v = _with_as_many_heads(q, k, v)
+            if enable_gqa:
+                k, v = _with_as_many_heads(q, k, v)
             return torch.ops.aten._scaled_dot_product_attention_math(
                 q, k, v, attn_mask, dropout_p, is_causal, scale=scale
             )[0]
@@ -170,6 +172,15 @@ def _aux_loss_of_all(layers: int) -> Callable:
     return loss
 
 
+def _of_a_full_mask(function: Callable, answer: bool) -> Callable:
+    """Whether all of a mask is 1, or any of it 0: the questions that models ask before they make a mask of their own."""
+
+    def run(x, *args, **kwargs):
+        return function(x, *args, **kwargs) if args or kwargs else answer
+
+    return run
+
+
 # ---- All of it
 
 
@@ -194,7 +205,8 @@ def on_a_gpu(ledger: Ledger, kernel: str, capability: tuple[int, int], routed_la
         (modeling_mixtral, "load_balancing_loss_func", _aux_loss_of_all(routed_layers)),
     ]
     changes += Autocast().changes()
-    # every token of a full batch counts; transformers cannot see that in a mask without values
+    # every token of a full batch counts; the libraries cannot see that in a mask without values
+    changes += [(torch, name, _of_a_full_mask(getattr(torch, name), name == "all")) for name in ("all", "any")]
     plain = masking_utils._ignore_causal_mask_sdpa
     changes.append((masking_utils, "_ignore_causal_mask_sdpa", lambda mask, *args, **kw: plain(None, *args, **kw)))
     with ExitStack() as stack:
