@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
@@ -233,7 +234,9 @@ class _Tally:
 
 def _without_adapters(model: torch.nn.Module) -> tuple[PreTrainedModel, set[int]]:
     """The model inside a PEFT model, and the ids of the parameters that PEFT added to it."""
-    from peft import PeftModel  # only here: it takes a second to import
+    if "peft" not in sys.modules:  # then it can have added nothing, and need not be imported, which takes a second
+        return model, set()
+    from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
