@@ -594,7 +594,7 @@ from qlora_helpers.models.in_4_bits import in_4_bits, planned_4_bits
 
 logging.disable_progress_bar()
 config = Qwen3MoeConfig(vocab_size=1000, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                        head_dim=32, num_experts=16, moe_intermediate_size=128, bos_token_id=0, eos_token_id=1)
+                        num_experts=16, moe_intermediate_size=128, bos_token_id=0, eos_token_id=1)
 folder = new_run_folder("lesson-05-mixture")
 AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 mixture = AutoModelForCausalLM.from_pretrained(

@@ -14,7 +14,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import bitsandbytes as bnb
@@ -220,13 +220,12 @@ def in_4_bits(model: PreTrainedModel | PeftModel, name: str = "") -> FourBits:
     return FourBits(name or getattr(base.config, "name_or_path", "") or "", parts)
 
 
-@dataclass
 class _Tally:
-    parameters: int = 0
-    in_4_bits: int = 0
-    other: Counter = field(default_factory=Counter)
-    if_in_4_bits: int = 0
-    reasons: Counter = field(default_factory=Counter)
+    """A part while it is counted."""
+
+    def __init__(self) -> None:
+        self.parameters = self.in_4_bits = self.if_in_4_bits = 0
+        self.other, self.reasons = Counter(), Counter()
 
     def part(self, kind: str) -> Part:
         return Part(kind, self.parameters, self.in_4_bits, dict(self.other), self.if_in_4_bits, dict(self.reasons))

@@ -37,8 +37,8 @@ def meta_model(config: dict[str, Any] | PretrainedConfig, dtype: torch.dtype | N
         options = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
         config = AutoConfig.for_model(config["model_type"], **options)
     is_of_text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    options = {} if dtype is None else {"dtype": dtype}
+    dtype = config.dtype if dtype is None else dtype
     with torch.device("meta"):
         if is_of_text:
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
-        return AutoModelForImageTextToText.from_config(config, trust_remote_code=False, **options)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=False, dtype=dtype)
