@@ -7,6 +7,7 @@
 # - see what each knob costs: rank, batch, sequence, checkpointing, optimizer, double quantisation, float32 copies,
 #   attention;
 # - choose batch size and accumulation for a card;
+# - meet a model that is called 4-bit and is not;
 # - judge what popular articles say about which model fits where.
 #
 # Takes about {{seconds}} seconds and {{gigabytes}} GB of memory on two processor cores. No GPU is needed: what only a
@@ -578,6 +579,55 @@ _ = trainer.train()
 print(compare(predict(shape_of(trainer), settings_of(trainer), "t4"), measurement))
 
 # %% [markdown]
+# ## "4-bit" that is not
+#
+# All of this takes for granted that the weights are in 4 bits. But `load_in_4bit=True` is a request: each layer that is
+# an `nn.Linear` is replaced, and not a word is said about the rest. In a mixture of experts nearly all weights are those
+# of the experts, and transformers keeps them as one parameter with a dimension for the expert, which is no `nn.Linear`.
+# Here is a tiny mixture, built on the spot and loaded as tutorials do it:
+
+# %% tags=["nbval-check-output"]
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3MoeConfig
+from transformers.utils import logging
+
+from qlora_helpers.models.in_4_bits import in_4_bits, planned_4_bits
+
+logging.disable_progress_bar()
+config = Qwen3MoeConfig(vocab_size=1000, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                        num_experts=16, moe_intermediate_size=128, bos_token_id=0, eos_token_id=1)
+folder = new_run_folder("lesson-05-mixture")
+AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+mixture = AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.bfloat16, device_map="cpu", quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+print(in_4_bits(mixture, "the tiny mixture"))
+
+# %% [markdown]
+# Which layers come in 4 bits follows from the config, so it can be known before anything is downloaded. transformers' own
+# rule, applied to a model without values, gives the same bytes; and for a large mixture, what a GPU measured after loading.
+
+# %% tags=["nbval-check-output"]
+plan = planned_4_bits(config, double_quant=False)
+check("bytes of the tiny mixture, planned and loaded", plan.total_bytes, in_4_bits(mixture).total_bytes, exact=True)
+
+qwen3_30b_a3b = dict(model_type="qwen3_moe", vocab_size=151_936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32,
+                     num_key_value_heads=4, head_dim=128, num_experts=128, moe_intermediate_size=768)
+plan = planned_4_bits(qwen3_30b_a3b)
+check("Qwen3-30B-A3B \"in 4 bits\", in GiB, against the measured size", plan.total_bytes / GIB, 55.6, rel=0.005)
+print(f"in 4 bits {plan.bytes_in_4_bits / GIB:.2f} GiB; with all its matrices in 4 bits {plan.bytes_if_in_4_bits / GIB:.1f} in all")
+
+# %% [markdown]
+# So a long download would end in a model of several times the size that its name promises. `load_model` asks the config
+# first, and refuses. On a CPU, where what is not in 4 bits is float32, it would be larger still:
+
+# %% tags=["nbval-check-output"]
+try:
+    load_model(str(folder), hardware=detect("cpu"))
+except ValueError as error:
+    print(str(error).replace(str(folder), "the tiny mixture").replace(". ", ".\n"))
+
+# %% [markdown]
+# In a terminal, `python -m qlora_helpers doctor --model` prints this table for a folder, a `config.json` or a known name.
+#
 # ## What the predictor does not know
 #
 # - Its few constants were measured on one H200 with one version of each library. The CUDA context of other cards was
@@ -661,4 +711,5 @@ exercise("longest sequence on a T4", longest(fits_a_t4), right, hint="keep one n
 # - seen that tokens, checkpointing, float32 copies and the attention kernel decide, and rank and optimizer hardly
 #   matter;
 # - chosen batch size and accumulation by sequence length and card, and found the slip in a published function;
+# - met a model that is called 4-bit and is not, and seen why;
 # - judged the articles: 8B on a T4 and 20B on 24 GB are true, 70B on one consumer GPU is not.

@@ -22,6 +22,7 @@ import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qlora_helpers.commands.doctor_model import examine_model
 from qlora_helpers.course import troubleshooting
 from qlora_helpers.paths import COURSE, data_path
 from qlora_helpers.safe_folders import probe_writing
@@ -420,7 +421,14 @@ def _hub(report: Report) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.add_argument(
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument(
+        "--model",
+        metavar="FOLDER_OR_NAME",
+        help="say what of a model would really be in 4 bits, from its config alone: tiny-llama, a folder, a config.json or a "
+        "name of `memory --list`",
+    )
+    one.add_argument(
         "--error",
         metavar="TEXT",
         help=f"look up an error in {troubleshooting.PAGE}: its message or a whole traceback; - reads it from standard input",
@@ -428,10 +436,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(args: argparse.Namespace) -> int:
-    """Print what this machine has, or the entry for a pasted error.
+    """Print what this machine has, or what of a model would be in 4 bits, or the entry for a pasted error.
 
-    Returns 1 if something stands in the way of the lessons, or if there is no entry.
+    Returns 1 if something stands in the way of the lessons, most of the model would not be in 4 bits, or there is no entry.
     """
+    if args.model is not None:
+        return examine_model(args.model)
     if args.error is not None:
         answer = troubleshooting.search(sys.stdin.read() if args.error == "-" else args.error)
         print(troubleshooting.report(answer))

@@ -48,7 +48,7 @@ def shape_of(model: str) -> ModelShape | None:
     from qlora_helpers.models.loading import folder_of
 
     try:
-        return replace(find_shape(folder_of(model)), name=model if model == SHIPPED else Path(model).name)
+        return replace(find_shape(folder_of(model, weights=False)), name=model if model == SHIPPED else Path(model).name)
     except ValueError as error:
         print(f"note: the memory of the run is not predicted: {error}")
         return None

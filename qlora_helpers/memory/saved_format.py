@@ -71,7 +71,7 @@ _METHODS = {
     "higgs": _Method("HIGGS", False),
     "quark": _Method("Quark", False),
     "spqr": _Method("SpQR", False),
-    "metal": _Method("Metal", False),
+    "metal": _Method("Metal", False, dequantise="MetalConfig(dequantize=True)"),
     "gemma": _Method("Gemma's own", False),
 }  # fmt: skip
 

@@ -1,8 +1,8 @@
 """From "does it fit?" to "what fits?": the largest batch, the longest sequence, and a table of models and GPUs.
 
 Memory grows with the batch size, and with the sequence length on either side of a model's attention window; where the
-window begins it can fall, because the mask for it needs another kernel. So bisection finds each limit, on each side of the
-window for itself. A search calls `predict` tens of times, whatever the numbers are.
+window begins it can fall, because the mask for it needs another kernel. So each limit is enclosed from both sides, on each
+side of the window for itself. A search calls `predict` five to twenty times, whatever the numbers are.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import bitsandbytes as bnb
 import torch
 from transformers import BitsAndBytesConfig
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,14 +64,12 @@ def replace_layers(
         dtype: of the biases of the new layers; by default the model's.
         pre_quantized: whether the weights were saved in 4 bits.
     """
-    quantizer = AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"](quantization_config, pre_quantized=pre_quantized)
+    quantizer = Bnb4BitHfQuantizer(quantization_config, pre_quantized=pre_quantized)
     kept = torch.get_default_dtype()
     torch.set_default_dtype(dtype or model.dtype)  # as transformers does around it, so that biases have it
     try:
         with _no_word_of_eetq():
-            quantizer.preprocess_model(
-                model=model, dtype=dtype or model.dtype, device_map=None, checkpoint_files=None, use_kernels=False
-            )
+            quantizer.preprocess_model(model=model, dtype=dtype or model.dtype, device_map=None)
     finally:
         torch.set_default_dtype(kept)
     model.hf_quantizer = quantizer

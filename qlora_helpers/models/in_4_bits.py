@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import bitsandbytes as bnb
@@ -219,13 +220,12 @@ def in_4_bits(model: PreTrainedModel | PeftModel, name: str = "") -> FourBits:
     return FourBits(name or getattr(base.config, "name_or_path", "") or "", parts)
 
 
-@dataclass
 class _Tally:
-    parameters: int = 0
-    in_4_bits: int = 0
-    other: Counter = field(default_factory=Counter)
-    if_in_4_bits: int = 0
-    reasons: Counter = field(default_factory=Counter)
+    """A part while it is counted."""
+
+    def __init__(self) -> None:
+        self.parameters = self.in_4_bits = self.if_in_4_bits = 0
+        self.other, self.reasons = Counter(), Counter()
 
     def part(self, kind: str) -> Part:
         return Part(kind, self.parameters, self.in_4_bits, dict(self.other), self.if_in_4_bits, dict(self.reasons))
@@ -233,7 +233,9 @@ class _Tally:
 
 def _without_adapters(model: torch.nn.Module) -> tuple[PreTrainedModel, set[int]]:
     """The model inside a PEFT model, and the ids of the parameters that PEFT added to it."""
-    from peft import PeftModel  # only here: it takes a second to import
+    if "peft" not in sys.modules:  # then it can have added nothing, and need not be imported, which takes a second
+        return model, set()
+    from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 

@@ -40,7 +40,7 @@ def meta_model(
         options = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
         config = AutoConfig.for_model(config["model_type"], **options)
     is_of_text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    options = {} if dtype is None else {"dtype": dtype}
+    options = {"dtype": config.dtype if dtype is None else dtype}
     if attention is not None:
         mapping = MODEL_FOR_CAUSAL_LM_MAPPING if is_of_text else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         has_sdpa = getattr(mapping.get(type(config), None), "_supports_sdpa", False)

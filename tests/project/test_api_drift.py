@@ -55,6 +55,8 @@ METHODS = {
     "load_adapter": "peft.PeftModel.load_adapter",
     "_save_checkpoint": "trl.SFTTrainer._save_checkpoint",
     "prediction_step": "trl.SFTTrainer.prediction_step",
+    "preprocess_model": "transformers.quantizers.quantizer_bnb_4bit.Bnb4BitHfQuantizer.preprocess_model",
+    "named_parameters": "torch.nn.Module.named_parameters",
 }
 
 # Calls on variables that do not belong to the libraries: not checked.
@@ -80,6 +82,10 @@ OTHERS = {
 PASSED_ON = {
     "transformers.AutoModelForCausalLM.from_pretrained": ["transformers.PreTrainedModel.from_pretrained"],
     "transformers.AutoModelForCausalLM.from_config": ["transformers.PreTrainedModel._from_config"],
+    "transformers.AutoModelForImageTextToText.from_config": ["transformers.PreTrainedModel._from_config"],
+    "transformers.quantizers.quantizer_bnb_4bit.Bnb4BitHfQuantizer.preprocess_model": [
+        "transformers.quantizers.quantizer_bnb_4bit.Bnb4BitHfQuantizer._process_model_before_weight_loading",
+    ],
     "transformers.AutoTokenizer.from_pretrained": [
         "transformers.PreTrainedTokenizerBase.from_pretrained",
         "transformers.PreTrainedTokenizerFast",
