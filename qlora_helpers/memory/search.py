@@ -100,7 +100,9 @@ def largest_batch(shape: ModelShape | AnyShape, settings: Settings, gpu: str | G
     return _largest(spare, low, high)
 
 
-def longest_sequence(shape: ModelShape | AnyShape, settings: Settings, gpu: str | GPU, at_most: int | None = None) -> int:
+def longest_sequence(
+    shape: ModelShape | AnyShape, settings: Settings, gpu: str | GPU, at_most: int | None = None
+) -> int:
     """The longest `max_length` with which the run fits at its batch size, in tokens: a multiple of 128; 0 if none fits.
 
     The search ends at the model's `max_position_embeddings`, or at 131,072 if the config does not state it. With a model
@@ -142,7 +144,9 @@ class Suggestion:
     prediction: Prediction
 
 
-def suggest(shape: ModelShape | AnyShape, gpu: str | GPU, settings: Settings = GPU_RUN, effective_batch: int = 16) -> Suggestion:
+def suggest(
+    shape: ModelShape | AnyShape, gpu: str | GPU, settings: Settings = GPU_RUN, effective_batch: int = 16
+) -> Suggestion:
     """The largest batch that fits and divides the effective batch, and the accumulation that makes up for the rest.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +39,7 @@ def meta_model(
 
     if isinstance(config, dict):
         options = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
-        config = AutoConfig.for_model(config["model_type"], **options)
+        config = AutoConfig.for_model(config["model_type"], **deepcopy(options))  # it writes into nested ones
     is_of_text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     options = {"dtype": config.dtype if dtype is None else dtype}
     if attention is not None:

@@ -134,7 +134,9 @@ def fused_head() -> Callable:
     source = inspect.getsource(trl_utils.add_fused_lm_head)
     picks = "hidden_states[mask] if compact else hidden_states.reshape(-1, hidden_states.size(-1))"
     if picks not in source:
-        raise RuntimeError("the installed TRL has another fused output head: how much memory it takes is not known here")
+        raise RuntimeError(
+            "the installed TRL has another fused output head: how much memory it takes is not known here"
+        )
     space = dict(vars(trl_utils), _pick=_Pick.apply)
     exec(source.replace(picks, "_pick(hidden_states)"), space)
     return space["add_fused_lm_head"]

@@ -89,7 +89,7 @@ def run_on_fake_tensors(shape: AnyShape, settings: Settings, gpu: GPU) -> Run:
         parts |= _alive(steady, found[peak], settings)
         parts["gradients"] += gradients
     elif peak == "evaluation":
-        most, when = max(traced.evaluation.peaks().values())
+        _, when = max(traced.evaluation.peaks().values())
         parts |= _alive(traced.evaluation, when, settings)
     in_tensors = sum(weights.values()) + sum(parts.values()) - trained.paged + gpu.workspace_bytes
     parts["ends of blocks"] = moments[peak] - in_tensors

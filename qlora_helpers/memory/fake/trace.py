@@ -159,7 +159,9 @@ def _watched(layers: list[torch.nn.Module], ledger: Ledger) -> Iterator[None]:
 def _batch(model, batch_size: int, tokens: int) -> dict[str, torch.Tensor]:
     """A full batch as TRL's collator makes it; a model with images wants to know that none of the tokens is one."""
     names = inspect.signature(model.forward).parameters
-    batch = {name: torch.ones(batch_size, tokens, dtype=torch.long) for name in ("input_ids", "labels", "attention_mask")}
+    batch = {
+        name: torch.ones(batch_size, tokens, dtype=torch.long) for name in ("input_ids", "labels", "attention_mask")
+    }
     for name in ("token_type_ids", "mm_token_type_ids"):
         if name in names and hasattr(model.config, "vision_config"):
             batch[name] = torch.zeros(batch_size, tokens, dtype=torch.long)
@@ -221,8 +223,9 @@ def trace_evaluation(prepared: Prepared, settings: Settings, gpu: GPU) -> Pass:
         batch = _batch(of_base, settings.eval_batch_size, settings.max_length)
         if settings.logits == "tiled":
             batch["fused_lm_head"] = True
-        with torch.no_grad(), torch.autocast(
-            "cpu", dtype=getattr(torch, settings.compute_dtype), enabled=_autocast(settings)
+        with (
+            torch.no_grad(),
+            torch.autocast("cpu", dtype=getattr(torch, settings.compute_dtype), enabled=_autocast(settings)),
         ):
             output = model(**batch)
         del batch
