@@ -72,6 +72,8 @@ def test_95_percent_of_the_rows_have_at_most_so_many_tokens():
 def test_rows_that_are_too_long_are_named_with_the_message_in_which_they_would_be_cut(report):
     (length,) = lengths_of([LONG], TOKENIZER)
     assert report.too_long == {5: length} and report.cut_in == {"what comes before answer 1": 1}
+    said = f"1 row with more tokens than max_length=60 (row 5 with {length}); they would be cut in: what comes before answer 1 (1)"
+    assert said in " ".join(str(report).split())
     assert f"1 row with more tokens than max_length=60 (row 5 with {length:,})" in " ".join(str(report).split())
     assert report.validation_too_long == 0
     assert report_on(CHATS, TOKENIZER, 60, [LONG]).validation_too_long == 1
