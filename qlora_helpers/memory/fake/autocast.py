@@ -22,9 +22,9 @@ _PRODUCTS = (
     (torch.Tensor, ("matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "mv", "baddbmm", "addmm", "addbmm")),
 )
 # Functions that layers use and that run in float32 (AT_FORALL_FP32) ...
-_IN_FLOAT32 = ("pow", "rsqrt", "exp", "log", "log1p", "reciprocal", "logsumexp")
+_IN_FLOAT32 = ("pow", "__pow__", "rsqrt", "exp", "expm1", "log", "log2", "log10", "log1p", "reciprocal", "logsumexp")
 # ... and those that give float32 without a copy of their input (AT_FORALL_FP32_SET_OPT_DTYPE).
-_INTO_FLOAT32 = ("cumsum", "prod", "sum")
+_INTO_FLOAT32 = ("cumsum", "cumprod", "prod", "sum", "log_softmax")
 
 
 def autocast_is_on() -> bool:
@@ -53,7 +53,8 @@ class Autocast:
                 yield place, name, self._narrow(getattr(place, name))
         for place in (torch, torch.Tensor):
             for name in _IN_FLOAT32:
-                yield place, name, _in_float32(getattr(place, name))
+                if hasattr(place, name):
+                    yield place, name, _in_float32(getattr(place, name))
             for name in _INTO_FLOAT32:
                 yield place, name, _into_float32(getattr(place, name))
         yield F, "softplus", _in_float32(F.softplus)
@@ -74,12 +75,12 @@ class Autocast:
         """A tensor in the narrow dtype; the copy of a trained weight is kept (cached_cast in autocast_mode.cpp)."""
         if isinstance(value, list | tuple):
             return type(value)(map(self.cast, value))
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype == torch.float64:
             return value
         dtype = _dtype("cpu")
         if value.dtype == dtype:
             return value
-        keep = value.is_leaf and value.requires_grad and value.dtype == torch.float32
+        keep = value.is_leaf and value.requires_grad and not value._is_view() and value.dtype == torch.float32
         if keep and (found := self._copies.get(id(value))):
             return found[1]
         narrow = value.to(dtype)
