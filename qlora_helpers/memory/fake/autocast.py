@@ -58,9 +58,12 @@ class Autocast:
             for name in _INTO_FLOAT32:
                 yield place, name, _into_float32(getattr(place, name))
         yield F, "softplus", _in_float32(F.softplus)
+        yield F, "log_softmax", _into_float32(F.log_softmax)
         yield F, "softmax", _softmax
-        yield torch, "softmax", _softmax
+        for place in (torch, torch.Tensor):
+            yield place, "softmax", _softmax_at
         yield F, "layer_norm", _layer_norm
+        yield F, "rms_norm", _rms_norm
         yield torch, "clear_autocast_cache", self._clear
         # the libraries ask about the device of their tensors, and PEFT about CUDA
         yield torch, "is_autocast_enabled", lambda device="cpu": _is_on("cpu")
@@ -114,15 +117,19 @@ def _into_float32(function: Callable) -> Callable:
     return run
 
 
-# These two go straight to torch's operations: the functions in torch.nn.functional look themselves up again by name.
+# These go straight to torch's operations: the functions in torch.nn.functional look themselves up again by name.
 
 
-def _softmax(x, dim=None, _stacklevel=3, dtype=None):
+def _softmax_at(x, dim, dtype=None):
     if dtype is None and _is_on("cpu"):
         dtype = torch.float32
     if x.dtype == torch.float16 and dtype == torch.float32:  # CUDA does both in one kernel (SoftMax.cpp)
         return torch._softmax(x, dim, True)
-    return (x if dtype is None else x.to(dtype)).softmax(dim)
+    return torch._softmax(x if dtype is None else x.to(dtype), dim, False)
+
+
+def _softmax(x, dim=None, _stacklevel=3, dtype=None):
+    return _softmax_at(x, dim, dtype)
 
 
 def _layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
@@ -130,3 +137,9 @@ def _layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
         return torch.layer_norm(x, shape, weight, bias, eps)
     weight, bias = (None if p is None else p.float() for p in (weight, bias))
     return torch.layer_norm(x.float(), shape, weight, bias, eps)
+
+
+def _rms_norm(x, shape, weight=None, eps=None):
+    if _is_on("cpu"):
+        x, weight = x.float(), None if weight is None else weight.float()
+    return torch.rms_norm(x, shape, weight, eps)

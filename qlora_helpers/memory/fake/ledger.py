@@ -92,8 +92,9 @@ class Ledger(TorchDispatchMode):
         mode such as this one is on (torch/csrc/autograd/input_buffer.cpp, can_accumulate_inplace). So if the first is gone
         right after its sum was made, the sum has its memory.
         """
-        sum_key = self._sum[0]
-        self.sizes[self._alive[sum_key]] = 0
+        sum_key, entry = self._sum[0], self._alive[self._sum[0]]
+        self.clock += 1
+        self.sizes[entry], self.deaths[entry] = 0, self.clock  # it took nothing
         self._alive[sum_key] = self._alive.pop(key)
         self._sum = None
 
