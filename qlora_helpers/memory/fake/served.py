@@ -18,8 +18,6 @@ from qlora_helpers.settings import Settings
 
 __all__ = ["Served", "Traced", "moments_of", "serve"]
 
-_NESTED = 256  # quantised scales that share a scale
-
 
 @dataclass(frozen=True)
 class Traced:
@@ -83,9 +81,8 @@ def serve(traced: Traced, settings: Settings, workspace_bytes: int) -> Served:
     moments: dict[str, int] = {}
     for step in range(2):
         held: list[int] = []
-        moments = {}
         for place, run in enumerate(traced.passes):
-            moments = {}  # those of the last pass, which has the gradients of the others beside it
+            moments = {}  # in the end those of the last pass, which has the gradients of the others beside it
             held += _serve(allocator, run, moments, workspace_bytes // 2 if step == place == 0 else 0)
         _optimizer_step(allocator, traced, settings, moments, first=step == 0)
         for handle in held:
@@ -118,10 +115,7 @@ def _load(allocator: CachingAllocator, traced: Traced, settings: Settings) -> in
             original = allocator.allocate(entry.decoded * 2)
             scales = allocator.allocate(-(-entry.decoded // settings.block_size) * FLOAT32)
             allocator.allocate(entry.elements * entry.width)
-            if settings.double_quant:
-                allocator.free(scales)
-            else:
-                allocator.free(scales)
+            allocator.free(scales)
             allocator.free(original)
         else:
             handle = allocator.allocate(entry.elements * entry.loaded_width)
