@@ -30,6 +30,7 @@ class Traced:
         passes: of a step: one, or with accumulation the first and a later one.
         evaluation: a batch of it; None without.
         ran, layers: how many decoder layers were run, and how many there are.
+        why_all: why no fewer of them ran, if the model cannot.
     """
 
     standing: tuple[tuple[Standing, int], ...]
@@ -37,6 +38,7 @@ class Traced:
     evaluation: Timeline | None
     ran: int
     layers: int
+    why_all: str = ""
 
 
 @dataclass(frozen=True)
