@@ -83,17 +83,15 @@ def shorten(model: PreTrainedModel, name: str, places: Sequence[int]) -> None:
     layers = model.get_submodule(name)
     before = len(layers)
     setattr(model.get_submodule(parent), child, nn.ModuleList(layers[place] for place in places))
-    seen: set[int] = set()
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None and id(config) not in seen and hasattr(config, "num_hidden_layers"):
-            seen.add(id(config))
+    # of the decoder and what it is made of, not of other parts such as a vision tower
+    configs = [model.config.get_text_config(decoder=True), model.config]
+    configs += [module.config for module in model.get_submodule(parent).modules() if hasattr(module, "config")]
+    for config in {id(config): config for config in configs}.values():
+        if getattr(config, "num_hidden_layers", None) == before:
             _shorten_config(config, before, places)
 
 
 def _shorten_config(config: PretrainedConfig, before: int, places: Sequence[int]) -> None:
-    if config.num_hidden_layers != before:
-        return  # of another part, such as a vision tower
     for key, value in list(vars(config).items()):
         if isinstance(value, list | tuple) and len(value) == before:
             setattr(config, key, type(value)(value[place] for place in places))

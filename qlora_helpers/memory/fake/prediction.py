@@ -54,6 +54,7 @@ class Run:
     layers: int
 
 
+@lru_cache(maxsize=256)
 def run_on_fake_tensors(shape: AnyShape, settings: Settings, gpu: GPU) -> Run:
     """What a run takes.
 

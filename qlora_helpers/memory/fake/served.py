@@ -99,9 +99,8 @@ def serve(traced: Traced, settings: Settings, workspace_bytes: int) -> Served:
     moments: dict[str, int] = {}
     for step in range(2):
         held: list[int] = []
-        moments = {}
         for place, run in enumerate(traced.passes):
-            moments = {}  # those of the last pass, which has the gradients of the others beside it
+            moments = {}  # in the end those of the last pass, which has the gradients of the others beside it
             held += _serve(allocator, run, moments, workspace_bytes // 2 if step == place == 0 else 0)
         _optimizer_step(allocator, traced, settings, moments, first=step == 0)
         for handle in held:

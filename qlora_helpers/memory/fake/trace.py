@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import numpy as np
 import torch
@@ -181,10 +183,10 @@ def _batch(model, batch_size: int, tokens: int) -> dict[str, torch.Tensor]:
 
 def _run(prepared: Prepared, settings: Settings, gpu: GPU, body: Callable) -> tuple[list[Standing], Ledger]:
     ledger, model = Ledger(), prepared.model
-    full = settings.method == "full"
-    Fake4bit.ledger = ledger
+    full, family = settings.method == "full", sys.modules[type(_base(model)).__module__]
     with (
-        on_a_gpu(ledger, settings.attention, gpu.compute_capability, prepared.routed),
+        on_a_gpu(ledger, settings.attention, gpu.compute_capability, family, prepared.routed),
+        mock.patch.object(Fake4bit, "ledger", ledger),
         torch.device("meta"),
         ledger,
         _watched(prepared.layers, ledger),
