@@ -203,17 +203,21 @@ def _serve(allocator: CachingAllocator, run: Timeline, moments: dict[str, int], 
     which, change, parts = run.events()
     names, handles = _names(run.layers), {}
     allocate, free = allocator.allocate, allocator.free
-    most = [0] * len(names)
+    most, at = [0] * len(names), 0
     if workspace:  # of cuBLAS: for the thread of the forward pass, and for that of the backward pass
         allocate(workspace)
         allocate(workspace)
     for entry, size, part in zip(which.tolist(), change.tolist(), parts.tolist(), strict=True):
+        while at <= part:  # what is there when a part begins
+            most[at] = allocator.allocated
+            at += 1
         if size > 0:
             handles[entry] = allocate(size)
             if allocator.allocated > most[part]:
                 most[part] = allocator.allocated
         elif size < 0:
             free(handles.pop(entry))
+    most[at:] = [allocator.allocated] * len(most[at:])
     for part, size in enumerate(most):
         moments[names[part]] = max(moments.get(names[part], 0), size)
     return handles.values()
