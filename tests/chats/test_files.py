@@ -231,6 +231,8 @@ def test_bad_rows_can_be_dropped_and_are_counted(save, capsys):
         '  2 rows, such as row 2: "answer" is empty',
         '  1 row: row 5: "question" is empty',
     ]
+    one = read_file(save("question,answer\nWhere?,Here.\nWhen?,\n"), on_bad="drop")
+    assert said_of_the_dropped(one).startswith("1 row of faq.csv cannot be used, and is left out:\n")
 
 
 @pytest.mark.parametrize(

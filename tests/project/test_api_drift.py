@@ -81,6 +81,7 @@ OTHERS = {
     r"fused_head\(\)": "trl.trainer.utils.add_fused_lm_head, changed (qlora_helpers.memory.fake.on_a_gpu)",
     r"self\.torch\.empty": "torch, or the stand-in of a test (data.scripts.measure.allocator)",
     r"(SEVERAL|_SITE)\.sub": "re",
+    r"plain|ignores": "the function that is replaced (qlora_helpers.memory.fake.on_a_gpu)",
     r"ledger\.mark": "qlora_helpers.memory.fake.ledger",
     r"pick": "min or max (qlora_helpers.memory.timeline)",
 }
@@ -140,6 +141,7 @@ EXPANDED = {
     # a batch as TRL's collator makes it, and what TRL's output head adds
     ("trace.py", "batch"): lambda: ("input_ids", "attention_mask", "labels"),
     ("autocast.py", "kwargs"): lambda: ("dtype", "enabled"),
+    ("on_a_gpu.py", "kwargs"): lambda: ("device", "dtype"),  # of the tile
 }
 
 
