@@ -67,6 +67,14 @@ class AnyShape:
         """As in a `config.json`."""
         return json.loads(self.text)
 
+    @property
+    def config_of_a_load(self) -> dict:
+        """The config with what it says about modules that stay as they are when the others are in 4 bits."""
+        if self.skip is None:
+            return self.config
+        entry = {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": list(self.skip)}
+        return self.config | {"quantization_config": entry}
+
     @cached_property
     def _text_config(self) -> PretrainedConfig:
         return _model(self.text).config.get_text_config(decoder=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ class Run:
     layers: int
 
 
+@lru_cache(maxsize=256)
 def run_on_fake_tensors(shape: AnyShape, settings: Settings, gpu: GPU) -> Run:
     """What a run takes.
 
@@ -63,14 +65,15 @@ def run_on_fake_tensors(shape: AnyShape, settings: Settings, gpu: GPU) -> Run:
         ValueError: the libraries refuse such a run, or their code cannot run without values; the message has their reason.
     """
     traced = _traced(shape, _of_memory(settings), gpu.compute_capability)
+    standing = Counter(entry for _, entry in traced.in_order())
     tensors = [
-        TrainedTensor(entry.elements, count, entry.embedding) for entry, count in traced.standing if entry.trained
+        TrainedTensor(entry.elements, count, entry.embedding) for entry, count in standing.items() if entry.trained
     ]
     if not tensors:
         raise validation.refuse("target_modules", settings.target_modules, "no layer of this model has such a name")
     trained = trained_of(tensors, settings)
     weights = dict.fromkeys(WEIGHTS, 0)
-    for entry, count in traced.standing:
+    for entry, count in standing.items():
         if entry.kind in weights:
             weights[entry.kind] += count * entry.elements * entry.width
     served = serve(traced, settings, gpu.workspace_bytes)
@@ -102,7 +105,7 @@ def run_on_fake_tensors(shape: AnyShape, settings: Settings, gpu: GPU) -> Run:
         at_peak=parts,
         reserved=served.reserved,
         ran=traced.ran,
-        layers=traced.layers,
+        layers=len(traced.template),
     )
 
 
@@ -162,13 +165,12 @@ def _traced(shape: AnyShape, settings: Settings, capability: tuple[int, int]) ->
         prepared = prepare(shape.config, settings, gpu, shape.skip)
         standing, passes = trace_step(prepared, settings, gpu)
         evaluation = trace_evaluation(prepared, settings, gpu) if settings.eval_batch_size else None
-    often = _how_often(prepared.template)
     return Traced(
-        tuple((entry, often.get(entry.layer, 1)) for entry in standing),
+        tuple(standing),
+        tuple(prepared.template),
         tuple(whole_pass(run, prepared.template) for run in passes),
         None if evaluation is None else whole_pass(evaluation, prepared.template),
         len(prepared.layers),
-        len(prepared.template),
     )
 
 
