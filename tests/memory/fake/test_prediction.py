@@ -1,6 +1,7 @@
 """Predictions of runs that the libraries themselves ran without values."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -72,9 +73,11 @@ def test_each_layer_that_is_checkpointed_saves_some_memory():
     found = [predict(SHAPE, replace(RUN, checkpointed_layers=layers)).phases for layers in range(10)]
     first = [phases["last layer backward"] for phases in found]
     peaks = [max(phases.values()) for phases in found]
-    assert all(before > after for before, after in zip(first[:-1], first[1:], strict=True)), first
-    assert all(before >= after for before, after in zip(peaks[:-1], peaks[1:], strict=True)), peaks
-    assert found[0] == pytest.approx(predict(SHAPE, PLAIN).phases, rel=0.001)
+    # the last layer's activations are there in its backward pass anyway, recomputed or kept
+    assert all(before > after for before, after in pairwise(first[:-1])), first
+    assert all(before >= after for before, after in pairwise(peaks)), peaks
+    assert peaks[0] > 1.02 * peaks[-1]
+    assert found[0] == pytest.approx(predict(SHAPE, PLAIN).phases, rel=0.002)
     assert found[9] == predict(SHAPE, RUN).phases == predict(SHAPE, replace(RUN, checkpointed_layers=99)).phases
 
 
@@ -85,7 +88,7 @@ def test_adapters_on_fewer_layers_are_fewer_and_lighter():
     )
     assert some.parts["adapters"] == 4 * some.trainable_parameters
     assert some.peak_allocated_bytes < every.peak_allocated_bytes
-    with pytest.raises(ValueError, match="Target modules .*nothing.* not found"):
+    with pytest.raises(ValueError, match=r"Target modules .*nothing.* not found"):
         predict(SHAPE, replace(RUN, target_modules=("nothing",)))
 
 
@@ -125,7 +128,8 @@ def test_the_written_out_layers_and_the_libraries_agree():
             predict(ModelShape.from_config(config), settings),
             predict(AnyShape.from_config(config), settings),
         )
-        assert by_run.peak_allocated_bytes == pytest.approx(by_hand.peak_allocated_bytes, rel=0.01)
+        in_tensors = by_run.peak_allocated_bytes - by_run.parts["ends of blocks"]  # not known by hand
+        assert in_tensors == pytest.approx(by_hand.peak_allocated_bytes, rel=0.005)
         assert by_run.trainable_parameters == by_hand.trainable_parameters
 
 
@@ -141,7 +145,9 @@ def test_older_cards_run_other_kernels():
     """A T4 has no FlashAttention: keys and values are repeated for its memory-efficient kernel."""
     half = replace(PLAIN, compute_dtype="float16", max_length=1_024)
     shape = AnyShape.from_config(LLAMA)
-    assert predict(shape, half, "t4").phases["forward"] > predict(shape, half, "h200").phases["forward"]
+    old, new = (predict(shape, half, card) for card in ("t4", "h200"))
+    repeated = 2 * 1_024 * 2 * (64 - 32) * 2  # of one layer: keys and values of two more heads, tokens, bytes
+    assert old.parts["activations"] - new.parts["activations"] == pytest.approx(6 * repeated, rel=0.1)
 
 
 def test_parameters_of_a_rank():
@@ -159,13 +165,14 @@ def test_a_run_that_the_libraries_refuse_is_refused_with_their_reason():
 
 
 def test_a_search_asks_for_few_predictions(asked):
-    limit = predict(SHAPE, replace(RUN, batch_size=5)).device_bytes + 1
-    assert largest_batch(SHAPE, RUN, card(limit, "h200")) == 5
+    shape = AnyShape.from_config(LLAMA)
+    limit = predict(shape, replace(PLAIN, batch_size=5)).device_bytes + 1
+    assert largest_batch(shape, PLAIN, card(limit, "h200")) == 5
     assert 2 < len(asked) < 12
     asked.clear()
-    limit = predict(SHAPE, replace(RUN, max_length=640)).device_bytes + 1
-    assert longest_sequence(SHAPE, RUN, card(limit, "h200"), at_most=2_048) == 640
-    assert 2 < len(asked) < 12
+    limit = predict(shape, replace(PLAIN, max_length=256)).device_bytes + 1
+    assert longest_sequence(shape, PLAIN, card(limit, "h200"), at_most=512) == 256
+    assert 1 < len(asked) < 8
 
 
 def test_cures_of_a_run_that_does_not_fit(asked):

@@ -9,11 +9,14 @@ from qlora_helpers.memory.fake.ledger import ALIVE
 from qlora_helpers.memory.fake.served import Traced, moments_of, serve
 from qlora_helpers.memory.fake.trace import Standing
 from qlora_helpers.memory.fake.whole import _PART, Timeline
+from qlora_helpers.memory.loaded import constant_sizes
+from qlora_helpers.memory.tape import rounded
 from qlora_helpers.units import MIB
 from tests.memory.fake.models import RUN
 
 TABLE = Standing(None, 32 * MIB, 2, "16-bit weights", 2, embedding=True)
 PACKED = Standing(0, 16 * MIB, 1, "4-bit weights", 1, decoded=32 * MIB)
+CONSTANTS = sum(map(rounded, constant_sizes(32 * MIB, double_quant=True)))
 ADAPTER = Standing(0, 4 * MIB, 4, "adapters", 4, trained=True)
 
 
@@ -31,12 +34,12 @@ STEP = of_one_layer((64 * MIB, 1, 4), (32 * MIB, 2, 3), (16 * MIB, 4, None))  # 
 
 
 def run(*standing, passes=(STEP,), evaluation=None, workspace=0, **settings):
-    traced = Traced(tuple((entry, 1) for entry in standing), passes, evaluation, 1, 1)
+    traced = Traced(standing, (0,), passes, evaluation, 1)
     return serve(traced, replace(RUN, **settings), workspace)
 
 
 def test_the_model_is_what_is_handed_out_after_loading():
-    assert run(TABLE, PACKED, ADAPTER).loaded == 64 * MIB + 16 * MIB
+    assert run(TABLE, PACKED, ADAPTER).loaded == 64 * MIB + 16 * MIB + CONSTANTS
     assert run(TABLE, TABLE).loaded == 128 * MIB
 
 
@@ -49,8 +52,8 @@ def test_the_copy_that_is_quantised_shows_in_what_the_allocator_holds():
 
 
 def test_each_weight_counts_as_often_as_the_model_has_it():
-    traced = Traced(((TABLE, 1), (PACKED, 5)), (STEP,), None, 1, 5)
-    assert serve(traced, RUN, 0).loaded == 64 * MIB + 5 * 16 * MIB
+    traced = Traced((TABLE, PACKED), (0, 0, 0, 0, 0), (STEP,), None, 1)
+    assert serve(traced, RUN, 0).loaded == 64 * MIB + 5 * (16 * MIB + CONSTANTS)
 
 
 def test_weights_made_float32_are_loaded_narrow():
