@@ -77,7 +77,7 @@ def assert_few_layers_ran(name, run):
 def standing(shape, each):
     """Each tensor that is there throughout, as often as the whole model has it."""
     traced = prediction._traced(shape, prediction._of_memory(each), GPU.compute_capability, False)
-    return [entry for entry, count in traced.standing for _ in range(count)]
+    return [entry for _, entry in traced.in_order()]
 
 
 def four_bit_layers(shape):
