@@ -54,8 +54,8 @@ def to_utf8(content: bytes) -> Text:
         if content.startswith(mark):
             try:
                 return Text(content.removeprefix(mark).decode(codec).encode("utf-8"), name)
-            except UnicodeError as error:
-                place = getattr(error, "start", 0) + len(mark) + 1
+            except (UnicodeDecodeError, UnicodeEncodeError) as error:
+                place = error.start + len(mark) + 1
                 return Text(content, name, fault=f"its mark says {name}, but byte {place} is not {name}")
     if content.count(b"\0") > len(content) / 5:
         return Text(

@@ -228,12 +228,14 @@ def _kind(fault: str) -> str:
 
 def said_of_the_dropped(file: ChatFile) -> str:
     """Which rows were left out of a file: a line for all, and one for each kind of fault."""
-    lines = [f"{_rows(len(file.dropped))} of {file.path.name} cannot be used, and are left out:"]
+    are = "is" if len(file.dropped) == 1 else "are"
+    lines = [f"{_rows(len(file.dropped))} of {file.path.name} cannot be used, and {are} left out:"]
     kinds = file.kinds_of_faults()
     for count, first, fault in kinds[:NAMED]:
         lines.append(f"  {_rows(count)}{', such as' if count > 1 else ':'} {file.row_name} {first}: {fault}")
     if len(kinds) > NAMED:
-        lines.append(f"  … and {len(kinds) - NAMED} more kinds")
+        more = len(kinds) - NAMED
+        lines.append(f"  … and {more} more kind{'s' * (more > 1)} of fault")
     return "\n".join(lines)
 
 

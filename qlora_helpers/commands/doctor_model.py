@@ -36,11 +36,11 @@ def examine_model(model: str) -> int:
         print("✗ doctor --model needs torch, which is not installed: run doctor without --model for the cure")
         return 1
     folder, config = _found(model)
-    from qlora_helpers.memory.assumed import assumed_fields
+    from qlora_helpers.memory.assumed import assumed_in_words
     from qlora_helpers.memory.saved_format import saved_format
     from qlora_helpers.models.in_4_bits import planned_4_bits, refuse_unless_mostly
 
-    assumed, saved = assumed_fields(config), saved_format(config)
+    assumed, saved = assumed_in_words(config), saved_format(config)
     plan = planned_4_bits(config, name=model)
     print(plan)
     for line in _notes(folder, assumed, saved):
@@ -61,7 +61,7 @@ def examine_model(model: str) -> int:
     return 1 if reasons else 0
 
 
-def _notes(folder: Path | None, assumed: dict[str, Any], saved: SavedFormat | None) -> Iterator[str]:
+def _notes(folder: Path | None, assumed: str, saved: SavedFormat | None) -> Iterator[str]:
     if saved and saved.is_loaded_here:
         yield f"· {saved}"
     if saved and folder and (sizes := _bytes_in_files(folder)):
@@ -71,8 +71,7 @@ def _notes(folder: Path | None, assumed: dict[str, Any], saved: SavedFormat | No
     if saved and not saved.is_loaded_here:
         yield "· the table is that of the 16-bit model that it was made from"
     if assumed:
-        fields = ", ".join(f"{name}={value}" for name, value in assumed.items())
-        yield f"· assumed, since its config leaves them out: {fields}. Sizes are right only if these are"
+        yield f"· {assumed}"
 
 
 def _found(model: str) -> tuple[Path | None, dict[str, Any]]:

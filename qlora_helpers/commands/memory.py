@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import textwrap
 from dataclasses import replace
 from itertools import groupby
 
 from qlora_helpers.commands.settings_options import add_settings, given
+from qlora_helpers.memory.any_shape import AnyShape
 from qlora_helpers.memory.catalogue import find_shape, known_models, known_sizes, longest_stated
 from qlora_helpers.memory.gpus import GPU, find_gpu, known_gpus
 from qlora_helpers.memory.ladder import cures
@@ -48,11 +50,61 @@ def command(args: argparse.Namespace) -> int:
         _print_known(args.json)
         return 0
     gpu, shape = find_gpu(args.gpu), find_shape(args.model)
+    if isinstance(shape, AnyShape):
+        _say(
+            f"{shape.model_type} is not written out here: the libraries run a step of it on tensors without values ..."
+        )
     longest = min(GPU_RUN.max_length, shape.max_position_embeddings or GPU_RUN.max_length)
-    prediction = predict(shape, replace(GPU_RUN, **{"max_length": longest} | given(args)), gpu)
+    prediction = _predicted(shape, {"max_length": longest} | given(args), gpu)
+    if prediction.road == "libraries":
+        helps = "" if prediction.fits else ", and what helps"
+        _say(f"and again and again for the largest batch, the longest sequence{helps} ...")
     found = as_dict(prediction)
     print(json.dumps(found, indent=1) if args.json else as_text(prediction, found))
     return 0 if prediction.fits else 1
+
+
+def _say(what: str) -> None:
+    """Say what takes a while, beside the report."""
+    print(what, file=sys.stderr, flush=True)
+
+
+def _predicted(shape: ModelShape | AnyShape, named: dict, gpu: GPU) -> Prediction:
+    """The prediction of the run that is asked for; without dropout where PEFT has none and none was asked for."""
+    settings = replace(GPU_RUN, **named)
+    try:
+        return predict(shape, settings, gpu)
+    except ValueError as error:
+        if "dropout" in named or "lora_dropout" not in str(error):
+            raise
+    prediction = predict(shape, replace(settings, dropout=0.0), gpu)
+    note = "PEFT adapts its experts, too, and those only without dropout: dropout 0 is assumed"
+    return replace(prediction, shape=replace(shape, assumed=(*shape.assumed, note)))
+
+
+def _four_bits(prediction: Prediction) -> dict | None:
+    """What of a QLoRA run's weights is really in 4 bits, and why the rest is not; None for other methods."""
+    if prediction.settings.method != "qlora":
+        return None
+    parts, shape = prediction.parts, prediction.shape
+    inside = parts["4-bit weights"] + parts["quantisation constants"]
+    found = {"in_4_bits": inside, "in_16_bits": parts["16-bit weights"], "if_all_were": None, "mostly": True, "why": ""}
+    if isinstance(shape, ModelShape):
+        return found | {"why": "embeddings, output head and norms stay as they are"}
+    from qlora_helpers.models.in_4_bits import planned_4_bits  # only here: it takes seconds to import
+
+    plan = planned_4_bits(
+        shape.config_of_a_load, double_quant=prediction.settings.double_quant,
+        compute_dtype=prediction.settings.compute_dtype, name=shape.name,
+    )  # fmt: skip
+    kind, why, size = plan.largest_in_full
+    if not size:
+        return found | {
+            "if_all_were": plan.bytes_if_in_4_bits,
+            "why": "embeddings, output head and norms stay as they are",
+        }
+    why = f"{kind}, {_amount(size)}: {why}"
+    return found | {"if_all_were": plan.bytes_if_in_4_bits, "mostly": plan.is_mostly_4_bit, "why": why}
 
 
 def _of_memory(settings: Settings) -> dict:
@@ -71,7 +123,10 @@ def as_dict(prediction: Prediction) -> dict:
         "compute_capability": list(gpu.compute_capability),
         "notes": _notes(shape, settings, gpu),
         "settings": _of_memory(settings),
+        "road": prediction.road,
+        "weights": _four_bits(prediction),
         "parts": prediction.parts,
+        "phases": prediction.phases,
         "peak_phase": prediction.peak_phase,
         "loaded_bytes": prediction.loaded_bytes,
         "peak_allocated_bytes": prediction.peak_allocated_bytes,
@@ -91,7 +146,7 @@ def as_dict(prediction: Prediction) -> dict:
     }
 
 
-def cures_as_dicts(shape: ModelShape, settings: Settings, gpu: GPU) -> list[dict]:
+def cures_as_dicts(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU) -> list[dict]:
     """The cheapest changes that make a run fit, in a form that JSON can hold."""
     return [
         {
@@ -135,12 +190,18 @@ def _described(settings: Settings) -> str:
         words.append("no double quantisation")
     if settings.accumulation > 1:
         words.append(f"{settings.accumulation:,} steps of accumulation")
+    if settings.checkpointed_layers is not None:
+        words.append(f"the first {settings.checkpointed_layers:,} layers checkpointed")
+    if settings.logits != "tiled":
+        words.append("whole logits")
+    if settings.eval_batch_size is not None:
+        words.append(f"evaluations at batch {settings.eval_batch_size:,}")
     if settings.attention != "sdpa":
         words.append(f"{settings.attention} attention")
     return f"{settings.method}: {', '.join(words)}"
 
 
-def _notes(shape: ModelShape, settings: Settings, gpu: GPU) -> list[str]:
+def _notes(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU) -> list[str]:
     """What a reader should know before trusting the figures."""
     notes = list(gpu.notes)
     shared = shape.num_key_value_heads != shape.num_attention_heads and not shape.eager_only
@@ -186,6 +247,7 @@ def as_text(prediction: Prediction, found: dict) -> str:
     host, disk = prediction.host_bytes_to_load, prediction.disk_bytes
     lines += [
         "",
+        *_in_4_bits(found["weights"]),
         f"{'peak allocated':26}{_gib(prediction.peak_allocated_bytes)}  by torch, at: {prediction.peak_phase}",
         f"{'peak reserved':26}{_gib(prediction.peak_reserved_bytes)}  by torch, gaps included",
         f"{'on the card':26}{_gib(prediction.device_bytes)}  with {context} and paged optimizer",
@@ -204,6 +266,23 @@ def as_text(prediction: Prediction, found: dict) -> str:
     if found["cures"]:
         lines += ["", *what_helps(found["cures"])]
     return "\n".join(lines)
+
+
+def _in_4_bits(weights: dict | None) -> list[str]:
+    """What of the weights is really in 4 bits, as lines of the report."""
+    if weights is None:
+        return []
+    total = weights["in_4_bits"] + weights["in_16_bits"]
+    line = f"{'really in 4 bits':26}{_gib(weights['in_4_bits'])}  of {_gib(total).strip()} of weights; not: {weights['why']}"
+    lines = [_wrapped(line, "", " " * 38)]
+    if not weights["mostly"]:
+        smaller = _gib(weights["if_all_were"]).strip()
+        warning = (
+            f"This is no 4-bit model, whatever its name: with every matrix in 4 bits it would be {smaller}. load_model "
+            "refuses it; see python -m qlora_helpers doctor --model"
+        )
+        lines.append(_wrapped(warning, " " * 38, " " * 38))
+    return [*lines, ""]
 
 
 def what_helps(changes: list[dict]) -> list[str]:

@@ -15,7 +15,7 @@ from qlora_helpers.units import in_words
 if TYPE_CHECKING:
     from qlora_helpers.commands.run_data import RunData
     from qlora_helpers.hardware import Hardware
-    from qlora_helpers.memory import GPU, ModelShape, Prediction
+    from qlora_helpers.memory import GPU, AnyShape, ModelShape, Prediction
     from qlora_helpers.suggestions import SuggestedSettings
 
 __all__ = ["SAVE_STEPS", "VARIED", "gpu_of", "length_and_seed", "predicted_memory", "settings_of", "shape_of"]
@@ -30,7 +30,7 @@ VARIED = (
 ONLY_ADAPTERS = ("rank", "alpha", "dropout", "target_modules")
 
 
-def length_and_seed(request: Request, record: dict[str, Any], shape: ModelShape | None) -> tuple[int | None, int]:
+def length_and_seed(request: Request, record: dict[str, Any], shape: ModelShape | AnyShape | None) -> tuple[int | None, int]:
     """The longest chat that is allowed, in tokens, or None for any; and the seed.
 
     Args:
@@ -42,13 +42,14 @@ def length_and_seed(request: Request, record: dict[str, Any], shape: ModelShape 
     return asked.get("max_length", usual), asked.get("seed", Settings.seed)
 
 
-def shape_of(model: str) -> ModelShape | None:
-    """The shape of a model; None, with a word, for one of a family that the predictor does not know."""
+def shape_of(model: str) -> ModelShape | AnyShape | None:
+    """The shape of a model; None, with a word, for one that neither the predictor nor transformers knows."""
     from qlora_helpers.memory import find_shape
     from qlora_helpers.models.loading import folder_of
 
     try:
-        return replace(find_shape(folder_of(model, weights=False)), name=model if model == SHIPPED else Path(model).name)
+        shape = find_shape(folder_of(model, weights=False))
+        return replace(shape, name=model if model == SHIPPED else Path(model).name)
     except ValueError as error:
         print(f"note: the memory of the run is not predicted: {error}")
         return None
@@ -58,7 +59,7 @@ def settings_of(
     request: Request,
     record: dict[str, Any],
     data: RunData,
-    shape: ModelShape | None,
+    shape: ModelShape | AnyShape | None,
     hardware: Hardware,
     ignore_memory: bool = False,
 ) -> Settings:
@@ -123,14 +124,14 @@ def _batch(base: Settings, named: dict[str, Any]) -> dict[str, int]:
     return {"batch_size": size, "accumulation": named.get("accumulation", max(1, effective // size))}
 
 
-def _rounded_up(tokens: int, shape: ModelShape | None) -> int:
+def _rounded_up(tokens: int, shape: ModelShape | AnyShape | None) -> int:
     """To a multiple of 8, which the GPU's kernels like, but not over what the model takes."""
     most = shape and shape.max_position_embeddings
     return min(-(-tokens // 8) * 8, most or math.inf)
 
 
 def _suggested(
-    shape: ModelShape, rows: int, hardware: Hardware, length: int, tokens: int, ignore_memory: bool
+    shape: ModelShape | AnyShape, rows: int, hardware: Hardware, length: int, tokens: int, ignore_memory: bool
 ) -> SuggestedSettings:
     """The settings to start from.
 
@@ -188,7 +189,7 @@ def gpu_of(hardware: Hardware) -> GPU | None:
 
 
 def predicted_memory(
-    shape: ModelShape | None, settings: Settings, hardware: Hardware, ignore: bool = False
+    shape: ModelShape | AnyShape | None, settings: Settings, hardware: Hardware, ignore: bool = False
 ) -> Prediction | None:
     """The memory of the run on this machine's GPU; None without a GPU, or for a model that the predictor does not know.
 

@@ -24,7 +24,12 @@ What is left out: several streams, garbage collection (`garbage_collection_thres
 powers of two (`roundup_power2_divisions`, off by default), the memory pools of CUDA graphs.
 
 **Addresses.** Only the choice between free blocks of the same size depends on where a segment lies, and only the driver
-knows that. By default every new segment lies above the last one.
+knows that. On an H200 nearly every new segment lay below the last one, and so it is here by default.
+
+**Measured** on an H200 with torch 2.11 (data/measured/allocator.json, by `data/scripts/measure/allocator.py`): in 39 traces
+with 161,271 events, under three settings, reserved and allocated memory agree after every event where the simulator is told
+the addresses of the real segments. Without them, each below the last, reserved memory agrees after 97 % of the events,
+and the peak is 4 MiB off at most, or 0.07 %. With each above the last it would agree after 84 %.
 """
 
 from __future__ import annotations
@@ -45,9 +50,9 @@ OWN_SEGMENT = 10 * MIB  # from this size on, a request gets a segment of its own
 ROUND_LARGE = 2 * MIB  # and the segment is rounded up to it
 # A free block's key orders blocks by size, then by address, which has 48 bits as on the card.
 ADDRESS_BITS = 48
-# The address space of an expandable segment, and where other segments begin. torch's has 1.125 times the card's memory;
-# neither is ever used up.
-ADDRESS_SPACE = 2**44
+# The address space of an expandable segment; torch's has 1.125 times the card's memory. Other segments begin at the top, and
+# go down. Neither is ever used up.
+ADDRESS_SPACE, TOP = 2**44, 2**47
 
 USED, FREE, UNMAPPED = 0, 1, 2
 
@@ -126,7 +131,7 @@ class CachingAllocator:
             limit: what the card has for torch, in bytes; None for as much as is asked for.
             expandable_segments: torch's option of the same name: one segment for each pool, which grows by pages.
             large_segment_size: bytes: torch's option `large_segment_size_mb`.
-            addresses: where the new segments lie, one after the other; by default each lies above the last one. Not for
+            addresses: where the new segments lie, one after the other; by default each lies below the last one. Not for
                 expandable segments, of which each pool has one.
 
         Raises:
@@ -143,7 +148,7 @@ class CachingAllocator:
         self._limit = maxsize if limit is None else limit
         self._large_segment_size = large_segment_size
         self._addresses = addresses
-        self._next_address = ADDRESS_SPACE
+        self._lowest_address = TOP
         self._small = _Pool(SMALL_SEGMENT, ROUND, maxsize)
         self._large = _Pool(
             large_segment_size,
@@ -295,9 +300,8 @@ class CachingAllocator:
     def _new_address(self, size: int) -> int:
         if self._addresses is not None:
             return next(self._addresses)
-        address = self._next_address
-        self._next_address += size
-        return address
+        self._lowest_address -= size
+        return self._lowest_address
 
     def _release(self, block: _Block) -> None:
         block.pool.take(block)

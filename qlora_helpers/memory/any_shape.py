@@ -68,6 +68,14 @@ class AnyShape:
         return json.loads(self.text)
 
     @property
+    def config_of_a_load(self) -> dict:
+        """The config with what it says about modules that stay as they are when the others are in 4 bits."""
+        if self.skip is None:
+            return self.config
+        entry = {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": list(self.skip)}
+        return self.config | {"quantization_config": entry}
+
+    @property
     def _model(self) -> PreTrainedModel:
         """The model without values: to count, and to look into."""
         try:

@@ -11,7 +11,7 @@ from qlora_helpers import validation
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["assumed_fields", "decides_size"]
+__all__ = ["assumed_fields", "assumed_in_words", "decides_size"]
 
 # Names of the fields of transformers' configuration classes on which the number of parameters depends. Not those that only
 # decide what is computed with them, such as num_experts_per_tok, and not switches of biases, which weigh next to nothing.
@@ -88,6 +88,12 @@ def assumed_fields(config: dict[str, Any]) -> dict[str, Any]:
             own = _class_of(part.get("model_type")) or part_class
             found |= {f"{name}.{field}": value for field, value in _assumed(part, own).items()}
     return found
+
+
+def assumed_in_words(config: dict[str, Any]) -> str:
+    """The same as a sentence; "" if nothing is assumed."""
+    fields = ", ".join(f"{name}={value}" for name, value in assumed_fields(config).items())
+    return f"assumed, since its config leaves them out: {fields}. Sizes are right only if these are" if fields else ""
 
 
 def _class_of(model_type: Any) -> type[PretrainedConfig] | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from qlora_helpers.memory import names
 from qlora_helpers.memory.any_shape import AnyShape
-from qlora_helpers.memory.assumed import assumed_fields
+from qlora_helpers.memory.assumed import assumed_in_words
 from qlora_helpers.memory.names import Found
 from qlora_helpers.memory.saved_format import SavedFormat, saved_format
 from qlora_helpers.memory.shape import FAMILIES, ModelShape, config_and_name
@@ -151,9 +151,8 @@ def _shape_of(config: dict, skip: tuple[str, ...] | None = None) -> ModelShape |
 
 def _assumed(config: dict, saved: SavedFormat | None) -> tuple[str, ...]:
     """What a config leaves out, and what its weights are saved in, in sentences."""
-    fields = ", ".join(f"{name}={value}" for name, value in assumed_fields(config).items())
-    left_out = (f"the config does not state {fields}: these are transformers' defaults",) if fields else ()
-    return left_out if saved is None else (*left_out, str(saved))
+    said = (assumed_in_words(config), "" if saved is None else str(saved))
+    return tuple(sentence for sentence in said if sentence)
 
 
 def _is_path(model: str) -> bool:

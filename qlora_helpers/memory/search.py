@@ -44,31 +44,33 @@ LONGEST = 131_072  # tokens: where the search ends for a model whose config stat
 MOST_DIVISORS = 2**20  # of a number are looked for: without a bound a large prime would take for ever
 
 
-def _largest(spare: Callable[[int], int], above: int, up_to: int) -> int:
+def _largest(spare: Callable[[int], int], above: int, up_to: int, known: int | None = None) -> int:
     """The largest number above `above`, and up to `up_to`, that fits; `above` if none does. All below it must fit, too.
 
     Args:
         spare: bytes that a number leaves over; negative if it does not fit.
+        known: a number between the two to begin with.
 
-    A step takes a straight line through the two numbers that enclose the limit, since memory grows nearly so; where that
-    does not halve what is left, the next step does.
+    Each guess is where the straight line through the last two numbers leaves nothing over, since memory grows nearly so. If
+    three guesses do not halve what is left, the next one does.
     """
     if above >= up_to:
         return above
     if (left := spare(up_to)) >= 0:
         return up_to
-    fits, too_much = (above, None), (up_to, left)
-    halve = True  # nothing is known yet about the lower end
-    while too_much[0] - fits[0] > 1:
-        between = too_much[0] - fits[0]
-        guess = fits[0] + between // 2
-        if not halve:
-            guess = fits[0] + between * fits[1] // (fits[1] - too_much[1])
-            guess = min(max(guess, fits[0] + 1), too_much[0] - 1)
+    low, high = above, up_to
+    tried, marks = [(up_to, left)], [high - low]
+    guess = known if known is not None and low < known < high else (low + high) // 2
+    while high - low > 1:
         left = spare(guess)
-        fits, too_much = ((guess, left), too_much) if left >= 0 else (fits, (guess, left))
-        halve = fits[1] is None or (not halve and 2 * (too_much[0] - fits[0]) > between)
-    return fits[0]
+        low, high = (guess, high) if left >= 0 else (low, guess)
+        tried.append((guess, left))
+        marks.append(high - low)
+        (x, y), (z, w) = tried[-2:]
+        slow = len(marks) > 3 and 2 * marks[-1] > marks[-4]
+        guess = (low + high) // 2 if slow or y == w else z - w * (z - x) // (w - y)
+        guess = min(max(guess, low + 1), high - 1)
+    return low
 
 
 @lru_cache(maxsize=64)
@@ -97,7 +99,7 @@ def largest_batch(shape: ModelShape | AnyShape, settings: Settings, gpu: str | G
         if high == validation.LARGEST:
             return high
         low, high = high, min(2 * high, validation.LARGEST)
-    return _largest(spare, low, high)
+    return _largest(spare, low, high, known=low + 1 if low == 1 else None)
 
 
 def longest_sequence(
@@ -124,7 +126,7 @@ def longest_sequence(
     unmasked = min((getattr(shape, "sliding_window", None) or most + 1) - 1, most)
     # a sequence that fills the window has a mask, and may run in a kernel that takes less memory
     for above, up_to in ((unmasked // STEP, most // STEP), (0, unmasked // STEP)):
-        if (found := _largest(spare, above, up_to)) > above:
+        if (found := _largest(spare, above, up_to, settings.max_length // STEP)) > above:
             return found * STEP
     return 0
 

@@ -4,12 +4,14 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from qlora_helpers.chats import ChatError, read_chats, read_file, write_chats
+from qlora_helpers.chats.files import said_of_the_dropped
 from qlora_helpers.paths import data_path
 from qlora_helpers.settings import Settings
 from tests.support.chats import GOOD, chat
@@ -229,6 +231,18 @@ def test_bad_rows_can_be_dropped_and_are_counted(save, capsys):
         '  2 rows, such as row 2: "answer" is empty',
         '  1 row: row 5: "question" is empty',
     ]
+    one = read_file(save("question,answer\nWhere?,Here.\nWhen?,\n"), on_bad="drop")
+    assert said_of_the_dropped(one).startswith("1 row of faq.csv cannot be used, and is left out:\n")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "last"),
+    [(20, "  1 row: row 19: t"), (21, "  … and 1 more kind of fault"), (43, "  … and 23 more kinds of fault")],
+)
+def test_of_many_kinds_of_faults_the_first_are_named(kinds, last, save):
+    file = replace(read_file(save("question,answer\nWhere?,Here.\n")), dropped={n: chr(97 + n) for n in range(kinds)})
+    lines = said_of_the_dropped(file).splitlines()
+    assert len(lines) == 1 + min(kinds, 21) and lines[-1] == last
 
 
 def test_what_a_tokenizer_refuses_can_be_dropped_too(write, tokenizer):

@@ -53,6 +53,7 @@ def test_a_csv_file_has_a_column_of_questions_or_one_alone(read):
     assert asked(read("q.csv", text)) == [(2, "Who, then?"), (5, "Where\nis he?")]
     assert asked(read("q.csv", 'Who?\n"Where, then?"\n')) == [(1, "Who?"), (2, "Where, then?")]
     assert asked(read("q.csv", "prompt\nWho?\n")) == [(2, "Who?")]
+    assert asked(read("q.csv", "id,question\n1,Who?\n,\n2,Why?\n")) == [(2, "Who?"), (4, "Why?")]  # an empty row
 
 
 def test_a_table_is_read_with_its_delimiter_and_in_its_encoding(read):

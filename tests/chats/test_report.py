@@ -72,6 +72,8 @@ def test_95_percent_of_the_rows_have_at_most_so_many_tokens():
 def test_rows_that_are_too_long_are_named_with_the_message_in_which_they_would_be_cut(report):
     (length,) = lengths_of([LONG], TOKENIZER)
     assert report.too_long == {5: length} and report.cut_in == {"what comes before answer 1": 1}
+    said = f"1 row with more tokens than max_length=60 (row 5 with {length}); they would be cut in: what comes before answer 1 (1)"
+    assert said in " ".join(str(report).split())
     assert f"1 row with more tokens than max_length=60 (row 5 with {length:,})" in " ".join(str(report).split())
     assert report.validation_too_long == 0
     assert report_on(CHATS, TOKENIZER, 60, [LONG]).validation_too_long == 1
@@ -111,8 +113,8 @@ def test_another_system_message_makes_another_question():
 
 
 def test_empty_and_one_word_answers_are_counted():
-    made = report_on([*CHATS, chat("Why?", " ")], TOKENIZER)
-    assert (made.empty_answers, made.one_word_answers) == (1, 1)
+    made = report_on([*CHATS, chat("Why?", " "), chat("Where?", "Here.")], TOKENIZER)
+    assert (made.empty_answers, made.one_word_answers) == (1, 2)
 
 
 def test_the_share_that_counts_is_that_of_the_marks(report):
@@ -273,6 +275,7 @@ def test_the_page_sets_no_colour_of_text_or_ground_that_hides_the_other(report):
 
 def test_as_a_dictionary_it_is_json(report):
     made = json.loads(json.dumps(report.as_dict()))
+    assert made == report.as_dict() | {"examples": made["examples"]} | {"tokens": made["tokens"]}  # with texts as keys
     assert made["rows"] == 6 and made["answers"] == {"1": 5, "2": 1} and made["overlap"] == {"rows": 1, "questions": 2}
     assert made["tokens"]["bars"][0]["low"] == report.tokens.bars[0].low and list(made["too_long"]) == ["5"]
 

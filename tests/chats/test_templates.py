@@ -199,6 +199,8 @@ def test_a_prompt_that_the_tokenizer_joins_with_the_answer_is_refused():
     joined = made_up.VICUNA.replace("'ASSISTANT:'", "'ASSISTANT: '")
     said = fault(ONE, tokenizer_with(joined))
     assert said.startswith("the tokenizer joins the end of the prompt of message 2 with the beginning of the answer")
+    shown = re.search(r"asked with '(.*?)', the model", said)[1]  # the end of the prompt
+    assert len(shown) == 20 and shown.endswith(" ASSISTANT: ")
 
 
 def test_a_pad_token_that_is_also_the_end_is_marked_all_the_same():

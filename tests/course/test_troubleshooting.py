@@ -150,6 +150,28 @@ def test_modules_lie_on_the_cpu_or_the_disk(elsewhere):
     is_entry("Some modules are dispatched on the CPU or the disk", seen(lambda: four_bit(device_map=split)))
 
 
+MIXTURE = {
+    "model_type": "qwen3_moe", "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 256,
+}  # fmt: skip
+
+
+def test_a_mixture_is_not_in_4_bits():
+    from qlora_helpers.models.in_4_bits import planned_4_bits, refuse_unless_mostly
+
+    shown = seen(lambda: refuse_unless_mostly(planned_4_bits(MIXTURE, name="a mixture"), "nf4"))
+    is_entry('A "4-bit" model comes mostly in 16 bits', shown)
+
+
+def test_experts_take_no_dropout():
+    from qlora_helpers.models.meta import meta_model
+
+    lora = LoraConfig(r=2, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM")
+    mixed = MIXTURE | {"decoder_sparse_step": 2}  # with a dense layer, whose names the experts once had
+    is_entry("LoRA on experts does not work with dropout", seen(lambda: get_peft_model(meta_model(mixed), lora)))
+
+
 @pytest.mark.parametrize("status", [401, 403])
 def test_the_hub_refuses_a_gated_model(status, monkeypatch):
     """The Hub's answer is made up; what the libraries say about it is real."""

@@ -24,7 +24,7 @@ from tests.support.main_functions import call
 
 PLAN, FRESH = memory_plan.all_rows(), memory_plan.all_rows(fresh=True)
 TABLES = {"memory.json": PLAN, "memory_fresh.json": FRESH}
-SETTINGS = [name for name in MEMORY_SETTINGS if name != "accumulation"]  # always 1
+SETTINGS = [name for name in MEMORY_SETTINGS if name not in memory_plan.OF_FAMILIES]
 
 
 def measured(name):

@@ -13,13 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from data.scripts.measure import memory as measure_memory
 from data.scripts.measure import memory_families, memory_plan
 from qlora_helpers.paths import data_path
-from qlora_helpers.settings import METHODS
+from qlora_helpers.settings import MEMORY_SETTINGS, METHODS
 from tests.support.main_functions import call
 
 PLAN = memory_families.family_rows()
 BY_LABEL = {row["label"]: row for row in PLAN}
 TABLES = {"memory_families.json": False, "memory_families_held_out.json": True}  # whether its rows are held out
-DESCRIBED = sorted({*memory_plan.memory_settings(memory_plan.USUAL), *memory_families.EXTRA, "held_out", "source"})
+DESCRIBED = sorted({*MEMORY_SETTINGS, "held_out", "source"})
 
 
 def measured(name):
@@ -60,7 +60,7 @@ def test_every_row_has_a_label_of_its_own():
 def test_a_label_tells_rows_apart_by_every_setting_that_the_other_plans_lack():
     base = memory_families.family_label(PLAN[0])
     others = {"accumulation": 7, "checkpointed_layers": 3, "logits": "whole", "eval_batch_size": 5, "rank": 3}
-    assert {*memory_families.EXTRA, "accumulation"} <= others.keys()
+    assert set(memory_plan.OF_FAMILIES) <= others.keys()
     for name, value in others.items():
         assert memory_families.family_label(PLAN[0] | {name: value}) != base, name
 

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 
-from data.scripts.measure import memory_plan
 from data.scripts.measure import out_of_memory as measure_oom
 from qlora_helpers.evaluation.batches import padded
 from qlora_helpers.memory import known_config
@@ -48,7 +47,11 @@ METHODS = {
     "encode": "transformers.PreTrainedTokenizerFast.encode",
     "model": "transformers.LlamaForCausalLM.forward",
     "layer": "transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward",
+    "from_config": "transformers.AutoModelForCausalLM.from_config",
     "from_pretrained": "transformers.PreTrainedModel.from_pretrained",
+    "get_text_config": "transformers.PretrainedConfig.get_text_config",
+    "gradient_checkpointing_enable": "transformers.PreTrainedModel.gradient_checkpointing_enable",
+    "parameters": "torch.nn.Module.parameters",
     "save_pretrained": "transformers.PreTrainedModel.save_pretrained",
     "generate": "transformers.LlamaForCausalLM.generate",
     "train": "trl.SFTTrainer.train",
@@ -75,6 +78,11 @@ OTHERS = {
     r"function": "the operation that torch dispatches",
     r"cls": "a class of the course",
     r"backward|method": "what is wrapped (qlora_helpers.memory.timeline)",
+    r"fused_head\(\)": "trl.trainer.utils.add_fused_lm_head, changed (qlora_helpers.memory.fake.on_a_gpu)",
+    r"self\.torch\.empty": "torch, or the stand-in of a test (data.scripts.measure.allocator)",
+    r"(SEVERAL|_SITE)\.sub": "re",
+    r"plain|ignores": "the function that is replaced (qlora_helpers.memory.fake.on_a_gpu)",
+    r"ledger\.mark": "qlora_helpers.memory.fake.ledger",
     r"pick": "min or max (qlora_helpers.memory.timeline)",
 }
 
@@ -125,10 +133,15 @@ EXPANDED = {
     ("test_t4_gear.py", "batch"): lambda: load_tokenizer()("a"),
     ("test_t4_gear.py", "alone"): lambda: load_tokenizer()("a"),
     ("stand_in_models.py", "options"): lambda: known_config("Llama-3.1-8B").keys() - {"model_type"},
-    ("memory.py", "options"): lambda: set().union(*memory_plan.CONFIGS.values()) - {"model_type"},
+    ("memory.py", "options"): lambda: known_config("Llama-3.1-8B").keys() - {"model_type"},
     ("memory.py", "config_options or {}"): lambda: oom_options(0),
     ("memory.py", "trainer_options"): lambda: oom_options(1),
-    ("meta.py", "options"): lambda: known_config("Llama-3.1-8B").keys() - {"model_type"},
+    ("meta.py", "options"): lambda: ("dtype", "attn_implementation"),
+    ("meta.py", "deepcopy(options)"): lambda: known_config("Llama-3.1-8B").keys() - {"model_type"},
+    # a batch as TRL's collator makes it, and what TRL's output head adds
+    ("trace.py", "batch"): lambda: ("input_ids", "attention_mask", "labels"),
+    ("autocast.py", "kwargs"): lambda: ("dtype", "enabled"),
+    ("on_a_gpu.py", "kwargs"): lambda: ("device", "dtype"),  # of the tile
 }
 
 
@@ -151,6 +164,8 @@ def accepted(name: str) -> frozenset[str]:
     callee = pkgutil.resolve_name(name)
     if isinstance(callee, list):
         return frozenset(callee)
+    if hasattr(callee, "overloads"):  # one of torch.ops
+        return frozenset(argument.name for argument in callee.default._schema.arguments)
     try:
         parameters = inspect.signature(callee).parameters.values()
     except ValueError:

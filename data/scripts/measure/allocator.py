@@ -11,7 +11,7 @@ A row of the table is one trace:
     segments, ascending                  segments taken from the card, and how many of them lie above all earlier ones
     peak_reserved_bytes                  torch's
     agreement                            by where the simulator takes new segments to lie: each above the last
-                                         ("ascending", what it does by default), each below ("descending"), or where
+                                         ("ascending"), each below ("descending", what it does by default), or where
                                          the driver really put them ("real": whatever differs then is a wrong rule)
         reserved, allocated, failed      share of events after which the simulator says what torch says
         largest_difference_bytes         of the reserved bytes, after any event
@@ -199,7 +199,7 @@ def perform(trace: Trace, card: Gpu | Simulated) -> list[Held]:
 
 
 def addresses(real: Sequence[int]) -> dict[str, Iterator[int] | None]:
-    return {"ascending": None, "descending": count(2**46, -(2**38)), "real": iter(real)}
+    return {"ascending": count(0, 2**33), "descending": None, "real": iter(real)}
 
 
 def compared(real: Sequence[Held], simulated: Sequence[Held]) -> dict:

@@ -381,8 +381,6 @@ NEW_FAMILIES = [
     ("lfm2-1.2b", "lora", 3, 768, 24, KEEP, rank(8), FUSED),
 ]  # fmt: skip
 
-EXTRA = {"checkpointed_layers": None, "logits": "tiled", "eval_batch_size": None}  # with what the others have
-
 
 def held_out(label: str) -> bool:
     """Whether a row is kept for testing the predictor; only its label decides."""
@@ -407,10 +405,9 @@ def family_rows() -> list[dict]:
         for change in changes:
             settings |= change
         alone, t4_kernels = settings.pop("alone", False), settings.pop("t4_kernels", False)
-        extra = {name: settings.pop(name, usual) for name, usual in EXTRA.items()}
         config, source = MODELS[model]
         row = {"model": model, "source": source, "config": config}
-        row |= memory_settings(dataclasses.replace(USUAL, **settings)) | extra
+        row |= memory_settings(dataclasses.replace(USUAL, **settings))
         row |= {"t4_kernels": True} if t4_kernels else {}
         label = family_label(row)
         rows.append({"label": label, "held_out": held_out(label), "gib": gib, "alone": alone} | row)

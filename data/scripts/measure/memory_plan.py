@@ -34,6 +34,8 @@ TORCH, FUSED, EIGHT = {"optimizer": "adamw_torch"}, {"optimizer": "adamw_torch_f
 BNB_8, PAGED_32 = {"optimizer": "adamw_bnb_8bit"}, {"optimizer": "paged_adamw_32bit"}
 MATH, EAGER, T4 = {"attention": "math"}, {"attention": "eager"}, HALF | {"t4_kernels": True}
 ALONE = {"alone": True}  # measured while nothing else runs
+# Settings that only the rows of the third plan have (memory_families.py); in all others they are the default.
+OF_FAMILIES = ("accumulation", "checkpointed_layers", "logits", "eval_batch_size")
 
 
 def rank(number: int) -> dict:
@@ -184,7 +186,7 @@ def memory_settings(settings: Settings) -> dict:
 
 
 def settings_of(row: dict) -> Settings:
-    """The settings of a measured row."""
+    """The settings of a measured row; what it lacks is the default."""
     return Settings(**{name: row[name] for name in MEMORY_SETTINGS if name in row})
 
 
@@ -201,8 +203,9 @@ def all_rows(fresh: bool = False) -> list[dict]:
         for change in changes:
             settings |= change
         alone, t4_kernels = fresh or settings.pop("alone", False), settings.pop("t4_kernels", False)
-        row = {"model": model, "config": CONFIGS[model]} | memory_settings(dataclasses.replace(USUAL, **settings))
-        del row["accumulation"]  # every step is one pass
+        found = memory_settings(dataclasses.replace(USUAL, **settings))
+        row = {"model": model, "config": CONFIGS[model]}
+        row |= {name: value for name, value in found.items() if name not in OF_FAMILIES}
         row |= {"t4_kernels": True} if t4_kernels else {}
         label = label_of(row)
         rows.append({"label": label, "held_out": fresh or held_out(label), "gib": gib, "alone": alone} | row)

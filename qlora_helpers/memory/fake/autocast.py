@@ -22,9 +22,9 @@ _PRODUCTS = (
     (torch.Tensor, ("matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "mv", "baddbmm", "addmm", "addbmm")),
 )
 # Functions that layers use and that run in float32 (AT_FORALL_FP32) ...
-_IN_FLOAT32 = ("pow", "rsqrt", "exp", "log", "log1p", "reciprocal", "logsumexp")
+_IN_FLOAT32 = ("pow", "__pow__", "rsqrt", "exp", "expm1", "log", "log2", "log10", "log1p", "reciprocal", "logsumexp")
 # ... and those that give float32 without a copy of their input (AT_FORALL_FP32_SET_OPT_DTYPE).
-_INTO_FLOAT32 = ("cumsum", "prod", "sum")
+_INTO_FLOAT32 = ("cumsum", "cumprod", "prod", "sum", "log_softmax")
 
 
 def autocast_is_on() -> bool:
@@ -53,13 +53,17 @@ class Autocast:
                 yield place, name, self._narrow(getattr(place, name))
         for place in (torch, torch.Tensor):
             for name in _IN_FLOAT32:
-                yield place, name, _in_float32(getattr(place, name))
+                if hasattr(place, name):
+                    yield place, name, _in_float32(getattr(place, name))
             for name in _INTO_FLOAT32:
                 yield place, name, _into_float32(getattr(place, name))
         yield F, "softplus", _in_float32(F.softplus)
+        yield F, "log_softmax", _into_float32(F.log_softmax)
         yield F, "softmax", _softmax
-        yield torch, "softmax", _softmax
+        for place in (torch, torch.Tensor):
+            yield place, "softmax", _softmax_at
         yield F, "layer_norm", _layer_norm
+        yield F, "rms_norm", _rms_norm
         yield torch, "clear_autocast_cache", self._clear
         # the libraries ask about the device of their tensors, and PEFT about CUDA
         yield torch, "is_autocast_enabled", lambda device="cpu": _is_on("cpu")
@@ -74,12 +78,12 @@ class Autocast:
         """A tensor in the narrow dtype; the copy of a trained weight is kept (cached_cast in autocast_mode.cpp)."""
         if isinstance(value, list | tuple):
             return type(value)(map(self.cast, value))
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype == torch.float64:
             return value
         dtype = _dtype("cpu")
         if value.dtype == dtype:
             return value
-        keep = value.is_leaf and value.requires_grad and value.dtype == torch.float32
+        keep = value.is_leaf and value.requires_grad and not value._is_view() and value.dtype == torch.float32
         if keep and (found := self._copies.get(id(value))):
             return found[1]
         narrow = value.to(dtype)
@@ -114,15 +118,19 @@ def _into_float32(function: Callable) -> Callable:
     return run
 
 
-# These two go straight to torch's operations: the functions in torch.nn.functional look themselves up again by name.
+# These go straight to torch's operations: the functions in torch.nn.functional look themselves up again by name.
 
 
-def _softmax(x, dim=None, _stacklevel=3, dtype=None):
+def _softmax_at(x, dim, dtype=None):
     if dtype is None and _is_on("cpu"):
         dtype = torch.float32
     if x.dtype == torch.float16 and dtype == torch.float32:  # CUDA does both in one kernel (SoftMax.cpp)
         return torch._softmax(x, dim, True)
-    return (x if dtype is None else x.to(dtype)).softmax(dim)
+    return torch._softmax(x if dtype is None else x.to(dtype), dim, False)
+
+
+def _softmax(x, dim=None, _stacklevel=3, dtype=None):
+    return _softmax_at(x, dim, dtype)
 
 
 def _layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
@@ -130,3 +138,9 @@ def _layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
         return torch.layer_norm(x, shape, weight, bias, eps)
     weight, bias = (None if p is None else p.float() for p in (weight, bias))
     return torch.layer_norm(x.float(), shape, weight, bias, eps)
+
+
+def _rms_norm(x, shape, weight=None, eps=None):
+    if _is_on("cpu"):
+        x, weight = x.float(), None if weight is None else weight.float()
+    return torch.rms_norm(x, shape, weight, eps)

@@ -96,12 +96,11 @@ def shorten(model: PreTrainedModel, name: str, places: Sequence[int], long_confi
     layers = model.get_submodule(name)
     before = len(layers)
     setattr(model.get_submodule(parent), child, nn.ModuleList(layers[place] for place in places))
-    seen: set[int] = set()
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None and id(config) not in seen:
-            seen.add(id(config))
-            _shorten_config(config, before, places, long_config)
+    # of the decoder and what it is made of, not of other parts such as a vision tower
+    configs = [model.config.get_text_config(decoder=True), model.config]
+    configs += [module.config for module in model.get_submodule(parent).modules() if hasattr(module, "config")]
+    for config in {id(config): config for config in configs}.values():
+        _shorten_config(config, before, places, long_config)
 
 
 def _shorten_config(config: PretrainedConfig, before: int, places: Sequence[int], long_config: bool) -> None:

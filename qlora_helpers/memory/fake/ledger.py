@@ -40,7 +40,7 @@ class Ledger(TorchDispatchMode):
         self._alive: dict[int, int] = {}  # the entry of each storage that is alive
         self.in_backward = False
         self._waiting: str | None = None
-        self._sum: tuple[int, tuple[int, ...]] | None = None
+        self._sum: tuple[int, int] | None = None  # the storages of a sum that was just made, and of its first part
         self.values = Values()
 
     def mark(self, name: str, with_next: bool = False) -> None:
@@ -81,21 +81,22 @@ class Ledger(TorchDispatchMode):
         self.kinds.append(kind)
 
     def _free(self, key: int) -> None:
-        if self._sum and key in self._sum[1]:
+        if self._sum and key == self._sum[1]:
             self._keep_for_the_sum(key)
             return
         self.clock += 1
         self.deaths[self._alive.pop(key)] = self.clock
 
     def _keep_for_the_sum(self, key: int) -> None:
-        """The sum of two gradients takes the place of one of them.
+        """The sum of two gradients takes the place of the first.
 
-        autograd adds a second gradient of a tensor to the first in place if nothing else holds it; not so with tensors
-        without values (torch/csrc/autograd/input_buffer.cpp, can_accumulate_inplace). So if a part of a sum is gone right
-        after, the sum has its memory.
+        autograd adds a second gradient of a tensor to the first in place if nothing else holds it; not so while a dispatch
+        mode such as this one is on (torch/csrc/autograd/input_buffer.cpp, can_accumulate_inplace). So if the first is gone
+        right after its sum was made, the sum has its memory.
         """
-        sum_key = self._sum[0]
-        self.sizes[self._alive[sum_key]] = 0
+        sum_key, entry = self._sum[0], self._alive[self._sum[0]]
+        self.clock += 1
+        self.sizes[entry], self.deaths[entry] = 0, self.clock  # it took nothing
         self._alive[sum_key] = self._alive.pop(key)
         self._sum = None
 
@@ -136,14 +137,12 @@ class Ledger(TorchDispatchMode):
             found += self.values.places_in(index).unbind(1) if masks else [index]
         return found
 
-    def _note_sum(self, result: torch.Tensor, *parts: torch.Tensor) -> None:
-        if all(isinstance(part, torch.Tensor) and part.shape == result.shape for part in parts):
-            keys = tuple(
-                part.untyped_storage()._cdata
-                for part in parts
-                if part.untyped_storage().nbytes() == result.untyped_storage().nbytes()
-            )
-            self._sum = result.untyped_storage()._cdata, keys
+    def _note_sum(self, result: torch.Tensor, first: torch.Tensor, second: object) -> None:
+        if not isinstance(second, torch.Tensor) or not first.shape == second.shape == result.shape:
+            return
+        of_result, of_first = result.untyped_storage(), first.untyped_storage()
+        if of_first.nbytes() == of_result.nbytes():
+            self._sum = of_result._cdata, of_first._cdata
 
 
 _ADD = torch.ops.aten.add.Tensor

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Prepared", "attention_of", "prepare"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Prepared:
     """A model that is ready to train, on the meta device, with only some of its decoder layers.
 

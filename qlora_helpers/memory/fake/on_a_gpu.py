@@ -9,12 +9,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from threading import RLock
+from types import ModuleType
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from transformers import masking_utils
-from transformers.models.mixtral import modeling_mixtral
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
@@ -28,9 +29,9 @@ LARGEST_FLASH_HEAD = 256  # elements (aten/src/ATen/native/transformers/cuda/sdp
 
 # torch's names for it; transformers takes the first that there is
 _GROUPED = ((F, "grouped_mm"), (torch, "_grouped_mm"))
-
-
+_AUX_LOSS = "load_balancing_loss_func"  # its name in each family of transformers that has one
 _NARROW = (torch.float16, torch.bfloat16)
+_ONE_AT_A_TIME = RLock()  # what is replaced is torch's for all threads
 
 
 # ---- Attention
@@ -172,9 +173,8 @@ class _Torch:
         return getattr(torch, name)
 
 
-def _aux_loss_of_all(layers: int) -> Callable:
+def _aux_loss_of_all(plain: Callable, layers: int) -> Callable:
     """The load-balancing loss, given the routers of all layers although only some of them run."""
-    plain = modeling_mixtral.load_balancing_loss_func
 
     def loss(gate_logits, *args, **kwargs):
         if layers and isinstance(gate_logits, tuple) and gate_logits:
@@ -188,13 +188,16 @@ def _aux_loss_of_all(layers: int) -> Callable:
 
 
 @contextmanager
-def on_a_gpu(ledger: Ledger, kernel: str, capability: tuple[int, int], routed_layers: int) -> Iterator[None]:
+def on_a_gpu(
+    ledger: Ledger, kernel: str, capability: tuple[int, int], family: ModuleType, routed_layers: int
+) -> Iterator[None]:
     """What runs within takes the memory that it would on a GPU.
 
     Args:
         ledger: of the run.
         kernel: of attention: "sdpa", "math" or "eager" (which is Python and needs no replacement).
         capability: the GPU's compute capability.
+        family: the module of transformers that the model is from.
         routed_layers: how many layers with a router the whole model has, for the load-balancing loss.
     """
     changes: list[tuple[object, str, object]] = [
@@ -206,13 +209,14 @@ def on_a_gpu(ledger: Ledger, kernel: str, capability: tuple[int, int], routed_la
         (chunked_logprob, "_backward_tile", lambda *args, **kwargs: None),
         (chunked_logprob, "_addmm_fp32", lambda *args: None),
         (chunked_logprob, "torch", _Torch(_empty(ledger))),
-        (modeling_mixtral, "load_balancing_loss_func", _aux_loss_of_all(routed_layers)),
     ]
+    if plain := getattr(family, _AUX_LOSS, None):
+        changes.append((family, _AUX_LOSS, _aux_loss_of_all(plain, routed_layers)))
     changes += Autocast().changes()
     # every token of a full batch counts
-    plain = masking_utils._ignore_causal_mask_sdpa
-    changes.append((masking_utils, "_ignore_causal_mask_sdpa", lambda mask, *args, **kw: plain(None, *args, **kw)))
-    with ExitStack() as stack:
+    ignores = masking_utils._ignore_causal_mask_sdpa
+    changes.append((masking_utils, "_ignore_causal_mask_sdpa", lambda mask, *args, **kw: ignores(None, *args, **kw)))
+    with _ONE_AT_A_TIME, ExitStack() as stack:
         for place, name, new in changes:
             stack.enter_context(mock.patch.object(place, name, new))
         yield

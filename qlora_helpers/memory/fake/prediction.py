@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class Run:
     why_all: str = ""
 
 
+@lru_cache(maxsize=256)
 def run_on_fake_tensors(shape: AnyShape, settings: Settings, gpu: GPU, whole: bool = False) -> Run:
     """What a run takes.
 
@@ -67,14 +69,15 @@ def run_on_fake_tensors(shape: AnyShape, settings: Settings, gpu: GPU, whole: bo
         ValueError: the libraries refuse such a run, or their code cannot run without values; the message has their reason.
     """
     traced = _traced(shape, _of_memory(settings), gpu.compute_capability, whole)
+    standing = Counter(entry for _, entry in traced.in_order())
     tensors = [
-        TrainedTensor(entry.elements, count, entry.embedding) for entry, count in traced.standing if entry.trained
+        TrainedTensor(entry.elements, count, entry.embedding) for entry, count in standing.items() if entry.trained
     ]
     if not tensors:
         raise validation.refuse("target_modules", settings.target_modules, "no layer of this model has such a name")
     trained = trained_of(tensors, settings)
     weights = dict.fromkeys(WEIGHTS, 0)
-    for entry, count in traced.standing:
+    for entry, count in standing.items():
         if entry.kind in weights:
             weights[entry.kind] += count * entry.elements * entry.width
     served = serve(traced, settings, gpu.workspace_bytes)
@@ -106,7 +109,7 @@ def run_on_fake_tensors(shape: AnyShape, settings: Settings, gpu: GPU, whole: bo
         at_peak=parts,
         reserved=served.reserved,
         ran=traced.ran,
-        layers=traced.layers,
+        layers=len(traced.template),
         why_all=traced.why_all,
     )
 
@@ -189,15 +192,14 @@ def _trace(prepared: Prepared, settings: Settings, capability: tuple[int, int], 
     gpu = GPU("", 0, capability, 0)
     standing, passes = trace_step(prepared, settings, gpu)
     evaluation = trace_evaluation(prepared, settings, gpu) if settings.eval_batch_size else None
-    often = _how_often(prepared.template)
-    ran, layers = len(prepared.layers), len(prepared.template)
+    ran = len(prepared.layers)
     return Traced(
-        tuple((entry, often.get(entry.layer, 1)) for entry in standing),
+        tuple(standing),
+        tuple(prepared.template),
         tuple(whole_pass(run, prepared.template) for run in passes),
         None if evaluation is None else whole_pass(evaluation, prepared.template),
         ran,
-        layers,
-        refused if ran == layers else "",
+        refused if ran == len(prepared.template) else "",
     )
 
 

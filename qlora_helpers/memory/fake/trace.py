@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import numpy as np
 import torch
@@ -64,6 +66,8 @@ class Standing:
         decoded: how many weights a 4-bit tensor stands for; they are loaded in 16 bits, and quantised one by one.
         trained: it has a gradient.
         embedding: it is that of the tokens.
+        name: in the model as it is loaded; in a decoder layer with the number that the layer has there among the prepared
+            ones. A buffer has none: it is made when the weights are there.
     """
 
     layer: int | None
@@ -74,6 +78,7 @@ class Standing:
     decoded: int = 0
     trained: bool = False
     embedding: bool = False
+    name: str = ""
 
 
 def _made_real(prepared: Prepared, adapter_dtype: torch.dtype | None) -> list[Standing]:
@@ -82,8 +87,8 @@ def _made_real(prepared: Prepared, adapter_dtype: torch.dtype | None) -> list[St
     standing: list[Standing] = []
     owner = {id(module): place for place, layer in enumerate(prepared.layers) for module in layer.modules()}
     embeddings = prepared.model.get_input_embeddings()
-    for module in prepared.model.modules():
-        layer = owner.get(id(module))
+    for path, module in prepared.model.named_modules():
+        layer, path = owner.get(id(module)), _as_loaded(path)
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
@@ -99,8 +104,11 @@ def _made_real(prepared: Prepared, adapter_dtype: torch.dtype | None) -> list[St
                 decoded = module.weights if four_bit else 0
                 is_table = module is embeddings and name == "weight"
                 loaded = getattr(parameter, "loaded_width", width)
+                trained = parameter.requires_grad
                 standing.append(
-                    Standing(layer, parameter.numel(), width, kind, loaded, decoded, parameter.requires_grad, is_table)
+                    Standing(
+                        layer, parameter.numel(), width, kind, loaded, decoded, trained, is_table, f"{path}.{name}"
+                    )
                 )
             module._parameters[name] = made[id(parameter)][0]
         for name, buffer in module._buffers.items():
@@ -112,6 +120,11 @@ def _made_real(prepared: Prepared, adapter_dtype: torch.dtype | None) -> list[St
             sizes = constant_sizes(module.weights, module.double_quant, module.block_size)
             standing += [Standing(layer, size, 1, "quantisation constants", 1) for size in sizes]
     return standing
+
+
+def _as_loaded(path: str) -> str:
+    """A module's name without what PEFT puts around it."""
+    return path.removeprefix("base_model.model.").removesuffix(".base_layer")
 
 
 def _first_tensor(output) -> torch.Tensor | None:
@@ -170,10 +183,10 @@ def _batch(model, batch_size: int, tokens: int) -> dict[str, torch.Tensor]:
 
 def _run(prepared: Prepared, settings: Settings, gpu: GPU, body: Callable) -> tuple[list[Standing], Ledger]:
     ledger, model = Ledger(), prepared.model
-    full = settings.method == "full"
-    Fake4bit.ledger = ledger
+    full, family = settings.method == "full", sys.modules[type(_base(model)).__module__]
     with (
-        on_a_gpu(ledger, settings.attention, gpu.compute_capability, prepared.routed),
+        on_a_gpu(ledger, settings.attention, gpu.compute_capability, family, prepared.routed),
+        mock.patch.object(Fake4bit, "ledger", ledger),
         torch.device("meta"),
         ledger,
         _watched(prepared.layers, ledger),
