@@ -63,12 +63,12 @@ def test_the_installed_libraries_say_what_was_recorded():
         assert now == pytest.approx(said, rel=1e-6), label
 
 
-# What has changed in transformers since the measurement, so that its newest recorded version says something else
+# Where transformers has changed since the measurement, so that its newest recorded version says something else: what differs
 CHANGED = {
     "bamba": "Mamba2's scan multiplies and sums by einsum, where it made the products of all pairs of positions first",
-    "granitemoe": "the router's logits are kept in another order, and the experts' mask is one wider",
-    "qwen2": "rotary positions take other steps: the same allocated memory, another order of requests",
-    "qwen3": "rotary positions take other steps: the same allocated memory, another order of requests",
+    "granitemoe": "its router hands on its logits in another way, and the mask of the experts is one wider",
+    "qwen2": "rotary positions take other steps: hardly any other allocated memory, but another order of requests",
+    "qwen3": "rotary positions take other steps: hardly any other allocated memory, but another order of requests",
 }
 
 
