@@ -79,6 +79,11 @@ REFUSED = [
     ("block_size", 100, "must be one of 32, 64, 128"),
     ("attention", "flash", "choose one of sdpa, math, eager"),
     ("upcast_fp32", 1, SWITCH),
+    ("checkpointed_layers", -1, "must be a whole number, 0 or more, or None for all"),
+    ("checkpointed_layers", 1.5, "must be a whole number, 0 or more, or None for all"),
+    ("checkpointed_layers", 4, "needs gradient_checkpointing=True; None leaves it open"),
+    ("logits", "half", "choose one of tiled, whole"),
+    ("eval_batch_size", 0, f"{WHOLE}, or None for no evaluation"),
 ]
 
 
