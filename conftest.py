@@ -249,6 +249,17 @@ def pytest_terminal_summary(terminalreporter, config):
         for name, duration in sorted(seconds.items(), key=lambda row: -row[1]):
             terminalreporter.write_line(f"{duration:7.1f}{peak[name] / 1e9:6.2f}  {name}")
         terminalreporter.write_line(f"{sum(seconds.values()):7.1f}        all, summed over the workers")
+    cannot = sorted(
+        text
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for name, text in getattr(report, "user_properties", ())
+        if name == "cannot" and report.when == "call"
+    )
+    if cannot:
+        terminalreporter.section("architectures of transformers whose memory cannot be predicted, and why")
+        for text in cannot:
+            terminalreporter.write_line(text)
     if not _everything(config):
         terminalreporter.write_line(
             "Each lesson ran once. --everything also runs all its editions as they are, and the tests marked `everything`."

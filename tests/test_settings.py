@@ -80,9 +80,8 @@ REFUSED = [
     ("attention", "flash", "choose one of sdpa, math, eager"),
     ("upcast_fp32", 1, SWITCH),
     ("checkpointed_layers", -1, "must be a whole number, 0 or more, or None for all"),
-    ("checkpointed_layers", 1.5, "must be a whole number, 0 or more, or None for all"),
-    ("checkpointed_layers", 4, "needs gradient_checkpointing=True; None leaves it open"),
-    ("logits", "half", "choose one of tiled, whole"),
+    ("checkpointed_layers", 2, "needs gradient_checkpointing=True; None leaves it open"),
+    ("logits", "fused", "choose one of tiled, whole"),
     ("eval_batch_size", 0, f"{WHOLE}, or None for no evaluation"),
 ]
 

@@ -264,7 +264,7 @@ def test_rows_are_a_positive_whole_number(rows):
 def test_other_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"gpu='t44': no GPU is known by this name .*t4"):
         suggest_settings(QWEN_7B, 500, "t44")
-    with pytest.raises(ValueError, match=r"shape='Qwen/Qwen2.5-7B': give a shape, such as find_shape"):
+    with pytest.raises(ValueError, match=r"shape='Qwen/Qwen2.5-7B': give a shape"):
         suggest_settings("Qwen/Qwen2.5-7B", 500, "t4")
     with pytest.raises(ValueError, match="tokens=0"):
         suggest_settings(QWEN_7B, 500, "t4", tokens=0)

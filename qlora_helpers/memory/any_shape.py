@@ -77,9 +77,27 @@ class AnyShape:
         entry = {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": list(self.skip)}
         return self.config | {"quantization_config": entry}
 
+    @property
+    def _model(self) -> PreTrainedModel:
+        """The model without values: to count, and to look into."""
+        try:
+            return _model(self.text)
+        except Exception as error:
+            whose = f"{self.name or 'the model'} ({self.model_type})"
+            what = " ".join(str(error).split())
+            raise ValueError(
+                f"{whose}: transformers {_version()} cannot build it: {type(error).__name__}: {what}. Compare its config "
+                "with the config.json of a model of this family, and give what is missing or wrong"
+            ) from error
+
     @cached_property
     def _text_config(self) -> PretrainedConfig:
-        return _model(self.text).config.get_text_config(decoder=True)
+        config = self._model.config.get_text_config(decoder=True)
+        heads, key_heads = (getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+        of_sizes = all(isinstance(count, int) and count > 0 for count in (heads, key_heads))
+        if of_sizes and heads % key_heads:  # tensors without values are not asked
+            raise validation.refuse("num_key_value_heads", key_heads, f"must divide num_attention_heads={heads}")
+        return config
 
     def _of_text(self, *names: str) -> int | None:
         for name in names:
@@ -119,24 +137,24 @@ class AnyShape:
     @cached_property
     def parameters(self) -> int:
         """All parameters; one that two layers share counts once."""
-        return sum(parameter.numel() for parameter in _model(self.text).parameters())
+        return sum(parameter.numel() for parameter in self._model.parameters())
 
     @cached_property
     def largest_tensor(self) -> int:
         """Elements of the largest parameter."""
-        return max(parameter.numel() for parameter in _model(self.text).parameters())
+        return max(parameter.numel() for parameter in self._model.parameters())
 
     @cached_property
     def eager_only(self) -> bool:
         """Whether transformers has no `scaled_dot_product_attention` for it."""
-        return not getattr(_model(self.text), "_supports_sdpa", False)
+        return not getattr(self._model, "_supports_sdpa", False)
 
     @cached_property
     def four_bit_layers(self) -> int:
         """How many layers are in 4 bits once the model is loaded so."""
         from qlora_helpers.models.four_bit_rule import quantised_layers
 
-        return len(quantised_layers(_model(self.text), self.skip))
+        return len(quantised_layers(self._model, self.skip))
 
     def lora_parameters(self, rank: int, target_modules: str | Collection[str] = "all-linear") -> int:
         """Trainable parameters of LoRA, as PEFT makes it.
@@ -155,8 +173,8 @@ class AnyShape:
 
         from qlora_helpers.memory.fake.layers_alike import decoder_layers
 
-        found = decoder_layers(_model(self.text))
-        layers = found[1] if found else [_model(self.text)]
+        found = decoder_layers(self._model)
+        layers = found[1] if found else [self._model]
         names = (
             name.rpartition(".")[2]
             for layer in layers

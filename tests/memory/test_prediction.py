@@ -138,7 +138,7 @@ def test_loading_needs_the_largest_tensor_in_main_memory_twice_over_in_16_bits()
 
 
 def test_a_name_in_place_of_a_shape_is_refused_with_the_cure():
-    with pytest.raises(ValueError, match=r"shape='Qwen/Qwen2.5-7B': give a ModelShape, such as find_shape"):
+    with pytest.raises(ValueError, match=r"shape='Qwen/Qwen2.5-7B': give a shape, such as find_shape"):
         predict("Qwen/Qwen2.5-7B", GPU_RUN)
     with pytest.raises(ValueError, match=r"settings=\{\}: give a Settings"):
         predict(LLAMA, {})

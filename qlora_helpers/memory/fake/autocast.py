@@ -103,7 +103,8 @@ class Autocast:
 
 def _in_float32(function: Callable) -> Callable:
     def run(x, *args, **kwargs):
-        return function(x.float() if _is_on("cpu") and x.dtype in _NARROW else x, *args, **kwargs)
+        narrow = isinstance(x, torch.Tensor) and x.dtype in _NARROW  # pow takes a number, too
+        return function(x.float() if _is_on("cpu") and narrow else x, *args, **kwargs)
 
     return run
 

@@ -7,6 +7,7 @@ space. What one of a kind takes, the others take, too; so a step needs to run on
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -22,18 +23,25 @@ _PLACES = ("layer_idx", "layer_id", "layer_index", "layer_number", "idx", "block
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
     """The name and the list of a model's decoder layers; None if they cannot be told.
 
-    It is the list with the most parameters among those that are as long as the text part's config says.
+    It is the list with the most parameters among those that are as long as the text part's config says; where none is, as
+    in a decoder whose config counts the encoder's layers too, among those as long as any other count of layers in it.
     """
-    wanted = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    found = [
-        (sum(parameter.numel() for parameter in module.parameters()), name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == wanted
-    ]
-    if not found:
-        return None
-    _, name, layers = max(found, key=lambda entry: entry[0])
-    return name, layers
+    config = model.config.get_text_config(decoder=True)
+    counts = {value for name, value in vars(config).items() if _counts_layers(name, value)}
+    for wanted in ({getattr(config, "num_hidden_layers", None)}, counts):
+        found = [
+            (sum(parameter.numel() for parameter in module.parameters()), name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) in wanted
+        ]
+        if found:
+            _, name, layers = max(found, key=lambda entry: entry[0])
+            return name, layers
+    return None
+
+
+def _counts_layers(name: str, value: object) -> bool:
+    return "layers" in name and isinstance(value, int) and not isinstance(value, bool) and value > 1
 
 
 def _signature(layer: nn.Module) -> tuple:
@@ -77,8 +85,13 @@ def representatives(kinds: Sequence[int]) -> list[int]:
     return sorted(chosen)
 
 
-def shorten(model: PreTrainedModel, name: str, places: Sequence[int]) -> None:
-    """Leave only these of a model's decoder layers, and as much in each list of its config that has an entry per layer."""
+def shorten(model: PreTrainedModel, name: str, places: Sequence[int], long_config: bool = False) -> None:
+    """Leave only these of a model's decoder layers, and as much in each list of its config that has an entry per layer.
+
+    Args:
+        long_config: the config counts as many layers as before, which a model needs that has something for each of them
+            outside of them; the entries of the layers that are left come first.
+    """
     parent, _, child = name.rpartition(".")
     layers = model.get_submodule(name)
     before = len(layers)
@@ -87,12 +100,23 @@ def shorten(model: PreTrainedModel, name: str, places: Sequence[int]) -> None:
     configs = [model.config.get_text_config(decoder=True), model.config]
     configs += [module.config for module in model.get_submodule(parent).modules() if hasattr(module, "config")]
     for config in {id(config): config for config in configs}.values():
-        if getattr(config, "num_hidden_layers", None) == before:
-            _shorten_config(config, before, places)
+        _shorten_config(config, before, places, long_config)
 
 
-def _shorten_config(config: PretrainedConfig, before: int, places: Sequence[int]) -> None:
-    for key, value in list(vars(config).items()):
+def _shorten_config(config: PretrainedConfig, before: int, places: Sequence[int], long_config: bool) -> None:
+    values = vars(config)
+    counts = [key for key, value in values.items() if _counts_layers(key, value) and value == before]
+    if getattr(config, "num_hidden_layers", None) == before:
+        counts = ["num_hidden_layers"]
+    if not counts:
+        return  # of another part, such as a vision tower
+    for key, value in list(values.items()):
         if isinstance(value, list | tuple) and len(value) == before:
-            setattr(config, key, type(value)(value[place] for place in places))
-    config.num_hidden_layers = len(places)
+            entries = [value[place] for place in places]
+            setattr(config, key, type(value)([*entries, *value[len(entries) :]] if long_config else entries))
+    if spec := values.get("_heterogeneity_spec"):  # what some layers have of their own
+        own = {new: spec.per_layer_overrides[old] for new, old in enumerate(places) if old in spec.per_layer_overrides}
+        values["_heterogeneity_spec"] = replace(spec, per_layer_overrides=own)
+    if not long_config:
+        for key in counts:
+            setattr(config, key, len(places))

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora_helpers.memory.fake.values import Values
 from qlora_helpers.memory.tape import rounded
 
 __all__ = ["ALIVE", "Ledger"]
@@ -40,6 +41,7 @@ class Ledger(TorchDispatchMode):
         self.in_backward = False
         self._waiting: str | None = None
         self._sum: tuple[int, int] | None = None  # the storages of a sum that was just made, and of its first part
+        self.values = Values()
 
     def mark(self, name: str, with_next: bool = False) -> None:
         """Note that a part of the run begins here; or `with_next`, with the next piece of memory that is made."""
@@ -106,7 +108,13 @@ class Ledger(TorchDispatchMode):
             weakref.finalize(storage, self._free, storage._cdata)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
+        if function is _VALUE_OF and args[0].is_meta:
+            return self.values.value_of(args[0])
+        if function is _NONZERO and args[0].is_meta:
+            result = self.values.places_in(args[0])
+        else:
+            result = function(*args, **(kwargs or {}))
+        self.values.note(function, args, kwargs or {}, result)
         if isinstance(result, torch.Tensor):
             self._see(result)
         elif isinstance(result, tuple | list):
@@ -128,6 +136,8 @@ class Ledger(TorchDispatchMode):
 
 
 _ADD = torch.ops.aten.add.Tensor
+_NONZERO = torch.ops.aten.nonzero.default
+_VALUE_OF = torch.ops.aten._local_scalar_dense.default
 
 
 # ---- What CUDA kernels take internally

@@ -55,7 +55,13 @@ def attention_of(settings: Settings, gpu: GPU) -> str:
 
 
 def prepare(
-    config: dict, settings: Settings, gpu: GPU, skip: Sequence[str] | None = None, whole: bool = False
+    config: dict,
+    settings: Settings,
+    gpu: GPU,
+    skip: Sequence[str] | None = None,
+    whole: bool = False,
+    long_config: bool = False,
+    as_one: bool = False,
 ) -> Prepared:
     """A model of this config, ready for a run.
 
@@ -65,20 +71,24 @@ def prepare(
         gpu: that it runs on; decides the attention.
         skip: modules that stay as they are when the others are quantised; None for transformers' own list.
         whole: keep all layers.
+        long_config: keep few layers, in a config that counts all of them (see `layers_alike.shorten`).
+        as_one: keep all layers, and do not tell them apart from the rest of the model.
     """
     dtype = getattr(torch, settings.compute_dtype)
     model = meta_model(config, dtype=dtype, attention=attention_of(settings, gpu))
     _keep_some_in_float32(model, dtype)
     if settings.method == "qlora":
         _quantise(model, dtype, settings, skip)
-    found, places, template, routed = decoder_layers(model), [], [], 0
+    found = None if as_one else decoder_layers(model)
+    places, template, routed = [], [], 0
     if found:
         name, layers = found
         kinds = kinds_of(layers, _checkpointed(settings, len(layers)))
         places = list(range(len(layers))) if whole else representatives(kinds)
         template = [_stands_for(place, kinds, places) for place in range(len(layers))]
         routed = sum(any(p.dim() == 3 for p in layer.parameters()) for layer in layers)
-        shorten(model, name, places)
+        if len(places) < len(layers):
+            shorten(model, name, places, long_config)
     _make_fake(model, dtype, settings)
     for parameter in model.parameters():
         parameter.requires_grad = settings.method == "full"

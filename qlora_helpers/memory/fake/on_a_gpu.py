@@ -106,6 +106,16 @@ class _GroupedProduct(torch.autograd.Function):
         return of_tokens if ctx.needs_input_grad[0] else None, None if tokens is None else torch.empty_like(weights)
 
 
+def _one_hot(ledger: Ledger) -> Callable:
+    """Which expert each token was sent to; the ledger learns among how many."""
+    plain = F.one_hot
+
+    def one_hot(*args, **kwargs):
+        return ledger.values.choices(plain(*args, **kwargs))
+
+    return one_hot
+
+
 def _grouped_product(tokens, weights, *, offs=None, bias=None, out_dtype=None):
     return _GroupedProduct.apply(tokens, weights)
 
@@ -167,20 +177,11 @@ def _aux_loss_of_all(plain: Callable, layers: int) -> Callable:
     """The load-balancing loss, given the routers of all layers although only some of them run."""
 
     def loss(gate_logits, *args, **kwargs):
-        if isinstance(gate_logits, tuple) and gate_logits:
+        if layers and isinstance(gate_logits, tuple) and gate_logits:
             gate_logits = tuple(gate_logits[i * len(gate_logits) // layers] for i in range(layers))
         return plain(gate_logits, *args, **kwargs)
 
     return loss
-
-
-def _of_a_full_mask(function: Callable, answer: bool) -> Callable:
-    """Whether all of a mask is 1, or any of it 0: the questions that models ask before they make a mask of their own."""
-
-    def run(x, *args, **kwargs):
-        return function(x, *args, **kwargs) if args or kwargs else answer
-
-    return run
 
 
 # ---- All of it
@@ -202,6 +203,7 @@ def on_a_gpu(
     changes: list[tuple[object, str, object]] = [
         (F, "scaled_dot_product_attention", _attention(kernel, capability)),
         (F, "dropout", _dropout),
+        (F, "one_hot", _one_hot(ledger)),
         *((place, name, _grouped_product) for place, name in _GROUPED if hasattr(place, name)),
         (chunked_logprob, "_forward_tile", lambda *args, **kwargs: None),
         (chunked_logprob, "_backward_tile", lambda *args, **kwargs: None),
@@ -211,8 +213,7 @@ def on_a_gpu(
     if plain := getattr(family, _AUX_LOSS, None):
         changes.append((family, _AUX_LOSS, _aux_loss_of_all(plain, routed_layers)))
     changes += Autocast().changes()
-    # every token of a full batch counts; the libraries cannot see that in a mask without values
-    changes += [(torch, name, _of_a_full_mask(getattr(torch, name), name == "all")) for name in ("all", "any")]
+    # every token of a full batch counts
     ignores = masking_utils._ignore_causal_mask_sdpa
     changes.append((masking_utils, "_ignore_causal_mask_sdpa", lambda mask, *args, **kw: ignores(None, *args, **kw)))
     with _ONE_AT_A_TIME, ExitStack() as stack:

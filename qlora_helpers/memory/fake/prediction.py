@@ -14,7 +14,7 @@ from qlora_helpers import validation
 from qlora_helpers.library_messages import silenced
 from qlora_helpers.memory.any_shape import AnyShape
 from qlora_helpers.memory.fake.ledger import ALIVE
-from qlora_helpers.memory.fake.model import prepare
+from qlora_helpers.memory.fake.model import Prepared, prepare
 from qlora_helpers.memory.fake.served import Traced, moments_of, serve
 from qlora_helpers.memory.fake.trace import trace_evaluation, trace_step
 from qlora_helpers.memory.fake.whole import Timeline, whole_pass
@@ -40,7 +40,9 @@ class Run:
         peak: the moment with the most.
         at_peak: what is alive then besides the weights, by part.
         reserved: the most that torch's allocator holds.
-        ran, layers: how many decoder layers were run, and how many there are.
+        ran, layers: how many decoder layers were run, and how many there are; 0 if they could not be told from the rest of
+            the model, which then ran as one.
+        why_all: why all layers were run, in the libraries' words, if the model cannot do with few of them; "" otherwise.
     """
 
     weights: dict[str, int]
@@ -52,19 +54,21 @@ class Run:
     reserved: int
     ran: int
     layers: int
+    why_all: str = ""
 
 
 @lru_cache(maxsize=256)
-def run_on_fake_tensors(shape: AnyShape, settings: Settings, gpu: GPU) -> Run:
+def run_on_fake_tensors(shape: AnyShape, settings: Settings, gpu: GPU, whole: bool = False) -> Run:
     """What a run takes.
 
     Args:
         settings: with a `compute_dtype` and an `optimizer`.
+        whole: run all decoder layers, rather than some of each kind.
 
     Raises:
         ValueError: the libraries refuse such a run, or their code cannot run without values; the message has their reason.
     """
-    traced = _traced(shape, _of_memory(settings), gpu.compute_capability)
+    traced = _traced(shape, _of_memory(settings), gpu.compute_capability, whole)
     standing = Counter(entry for _, entry in traced.in_order())
     tensors = [
         TrainedTensor(entry.elements, count, entry.embedding) for entry, count in standing.items() if entry.trained
@@ -106,6 +110,7 @@ def run_on_fake_tensors(shape: AnyShape, settings: Settings, gpu: GPU) -> Run:
         reserved=served.reserved,
         ran=traced.ran,
         layers=len(traced.template),
+        why_all=traced.why_all,
     )
 
 
@@ -153,24 +158,48 @@ def _reasons(shape: AnyShape) -> Iterator[None]:
         with silenced():
             yield
     except Exception as error:
-        what = " ".join(str(error).split()) or type(error).__name__
         whose = f"{shape.name or 'the model'} ({shape.model_type})"
-        raise ValueError(f"{whose}: the libraries cannot make such a run: {what}") from error
+        raise ValueError(f"{whose}: the libraries cannot make such a run: {_what(error)}") from error
+
+
+def _what(error: Exception) -> str:
+    """An error's message in one line; one that is no sentence, such as a lone key, has its kind before it."""
+    text = " ".join(str(error).split())
+    return text if " " in text else f"{type(error).__name__} {text}".rstrip()
+
+
+# A model that has something for each layer outside of them, or hands what one computes to a later one, needs more than few.
+_WAYS = ({}, {"long_config": True}, {"whole": True}, {"as_one": True})
 
 
 @lru_cache(maxsize=256)
-def _traced(shape: AnyShape, settings: Settings, capability: tuple[int, int]) -> Traced:
+def _traced(shape: AnyShape, settings: Settings, capability: tuple[int, int], whole: bool) -> Traced:
+    """A run's requests, from as few layers as the model can run with."""
+    refused = ""
+    for ways in _WAYS[2:] if whole else _WAYS:
+        with _reasons(shape):
+            try:
+                prepared = prepare(shape.config, settings, GPU("", 0, capability, 0), shape.skip, **ways)
+                return _trace(prepared, settings, capability, refused)
+            except Exception as error:
+                if ways is _WAYS[-1]:
+                    raise
+                refused = refused or _what(error)
+    raise AssertionError("the last way either answers or raises")
+
+
+def _trace(prepared: Prepared, settings: Settings, capability: tuple[int, int], refused: str) -> Traced:
     gpu = GPU("", 0, capability, 0)
-    with _reasons(shape):
-        prepared = prepare(shape.config, settings, gpu, shape.skip)
-        standing, passes = trace_step(prepared, settings, gpu)
-        evaluation = trace_evaluation(prepared, settings, gpu) if settings.eval_batch_size else None
+    standing, passes = trace_step(prepared, settings, gpu)
+    evaluation = trace_evaluation(prepared, settings, gpu) if settings.eval_batch_size else None
+    ran = len(prepared.layers)
     return Traced(
         tuple(standing),
         tuple(prepared.template),
         tuple(whole_pass(run, prepared.template) for run in passes),
         None if evaluation is None else whole_pass(evaluation, prepared.template),
-        len(prepared.layers),
+        ran,
+        refused if ran == len(prepared.template) else "",
     )
 
 

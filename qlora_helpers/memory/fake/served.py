@@ -30,6 +30,7 @@ class Traced:
         passes: of a step: one, or with accumulation the first and a later one.
         evaluation: a batch of it; None without.
         ran: how many decoder layers were run.
+        why_all: why no fewer of them ran, if the model cannot.
     """
 
     standing: tuple[Standing, ...]
@@ -37,6 +38,7 @@ class Traced:
     passes: tuple[Timeline, ...]
     evaluation: Timeline | None
     ran: int
+    why_all: str = ""
 
     def in_order(self) -> Iterator[tuple[int | None, Standing]]:
         """What is there throughout in the whole model, in the order of its modules, with the number of its decoder layer."""

@@ -269,6 +269,9 @@ def _passes(ledger: Ledger, layers: int) -> list[Pass]:
     passes = []
     for first, after in zip(starts, [*starts[1:], len(ledger.marks) - 1], strict=True):
         marks = ledger.marks[first:after]
+        forward = [name for _, name in marks if name[0] == "F"]
+        if forward != [f"F{place}" for place in range(layers)]:
+            raise RuntimeError("its decoder layers do not run once each, one after another")
         begin, end = marks[0][0], ledger.marks[after][0]
         times = np.array([time for time, _ in marks])
         parts = np.array([part_of[name] for _, name in marks])

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from transformers.core_model_loading import dot_natural_key
 
 from qlora_helpers.memory.fake.ledger import ALIVE
-from qlora_helpers.memory.fake.served import Traced, moments_of, serve
+from qlora_helpers.memory.fake.served import Traced, _order_of_loading, moments_of, serve
 from qlora_helpers.memory.fake.trace import Standing
 from qlora_helpers.memory.fake.whole import _PART, Timeline
 from qlora_helpers.memory.loaded import constant_sizes
@@ -14,9 +15,9 @@ from qlora_helpers.memory.tape import rounded
 from qlora_helpers.units import MIB
 from tests.memory.fake.models import RUN
 
-TABLE = Standing(None, 32 * MIB, 2, "16-bit weights", 2, embedding=True)
-PACKED = Standing(0, 16 * MIB, 1, "4-bit weights", 1, decoded=32 * MIB)
-CONSTANTS = sum(map(rounded, constant_sizes(32 * MIB, double_quant=True)))
+TABLE = Standing(None, 32 * MIB, 2, "16-bit weights", 2, embedding=True, name="model.embed_tokens.weight")
+PACKED = Standing(0, 16 * MIB, 1, "4-bit weights", 1, decoded=32 * MIB, name="model.layers.0.mlp.up_proj.weight")
+CONSTANTS = sum(rounded(size) for size in constant_sizes(32 * MIB, RUN.double_quant))  # of the packed weight
 ADAPTER = Standing(0, 4 * MIB, 4, "adapters", 4, trained=True)
 
 
@@ -52,8 +53,52 @@ def test_the_copy_that_is_quantised_shows_in_what_the_allocator_holds():
 
 
 def test_each_weight_counts_as_often_as_the_model_has_it():
-    traced = Traced((TABLE, PACKED), (0, 0, 0, 0, 0), (STEP,), None, 1)
+    traced = Traced((TABLE, PACKED), (0,) * 5, (STEP,), None, 1)
     assert serve(traced, RUN, 0).loaded == 64 * MIB + 5 * (16 * MIB + CONSTANTS)
+
+
+def test_without_double_quantisation_the_scales_stay_in_float32():
+    single = sum(rounded(size) for size in constant_sizes(32 * MIB, False))
+    assert run(TABLE, PACKED, double_quant=False).loaded == 64 * MIB + 16 * MIB + single > run(TABLE, PACKED).loaded
+
+
+def test_the_whole_model_is_in_the_order_of_its_modules():
+    head, other = replace(TABLE, name="lm_head.weight"), replace(PACKED, layer=1)
+    traced = Traced((TABLE, PACKED, ADAPTER, other, head), (0, 1, 0), (STEP,), None, 2)
+    assert list(traced.in_order()) == [
+        (None, TABLE), (0, PACKED), (0, ADAPTER), (1, other), (2, PACKED), (2, ADAPTER), (None, head),
+    ]  # fmt: skip
+    undecided = Traced((TABLE, head), (), (STEP,), None, 0)
+    assert list(undecided.in_order()) == [(None, TABLE), (None, head)]
+
+
+def test_weights_are_loaded_in_the_order_in_which_transformers_takes_them():
+    names = ["lm_head.weight", "model.norm.weight", "model.embed_tokens.weight", "model.layers.{}.mlp.w2.weight"]
+    names += ["model.layers.{}.mlp.w10.weight", "model.layers.{}.input_layernorm.weight"]
+    weights = [
+        (place if "{}" in name else None, replace(TABLE, name=name.format(3)))  # 3 stands for all layers
+        for name in names
+        for place in (range(12) if "{}" in name else [None])
+    ]
+    ours = [
+        entry.name.replace("layers.3.", f"layers.{place}.")
+        for place, entry in sorted(weights, key=lambda weight: _order_of_loading(*weight))
+    ]
+    assert ours == sorted(ours, key=dot_natural_key)
+    assert ours[:2] == ["lm_head.weight", "model.embed_tokens.weight"] and ours[-1] == "model.norm.weight"
+    buffer = None, replace(TABLE, name="")
+    assert max([*weights, buffer], key=lambda weight: _order_of_loading(*weight)) == buffer
+
+
+def test_a_head_that_comes_first_leaves_no_segment_of_its_own():
+    """Weights that come later need 16 bits for a while, so the last of them need segments beside the one for all."""
+    tiny = of_one_layer((512, 1, 4))
+
+    def held(head):
+        big = Standing(None, 300 * MIB, 2, "16-bit weights", 2, name=head)
+        return serve(Traced((PACKED, big), (0,) * 20, (tiny,), None, 1), RUN, 0).reserved
+
+    assert held("lm_head.weight") < held("z_head.weight") - 400 * MIB
 
 
 def test_weights_made_float32_are_loaded_narrow():
