@@ -60,6 +60,8 @@ class AnyShape:
             text = json.dumps(kept, sort_keys=True)
         except (TypeError, ValueError) as error:
             raise ValueError(f"config holds something that JSON cannot: {error}") from error
+        except RecursionError:
+            raise ValueError("config is nested too deeply: give the config.json of a model") from None
         return cls(text, None if skip is None else tuple(skip), name)
 
     @cached_property

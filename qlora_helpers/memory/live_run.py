@@ -8,6 +8,7 @@ import bitsandbytes as bnb
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 
 from qlora_helpers.memory import AnyShape, ModelShape, find_shape
 from qlora_helpers.models.attention import REPEATED_KV
@@ -143,10 +144,15 @@ def _lora_of(model, shape: ModelShape | AnyShape) -> dict:
         raise ValueError(f"model trains something other than plain LoRA: {found}. This is not predicted")
     adapter = _the_only((name for _, layer in layers for name in layer.r), "the adapter's name")
     known, adapted = shape.linear_names(), {name.rpartition(".")[2] for name, _ in layers}
-    targets = "all-linear" if adapted >= set(known) else tuple(name for name in known if name in adapted)
-    rank = _the_only((layer.r[adapter] for _, layer in layers), "rank")
+    # PEFT gives the fused matrices of experts a higher rank by itself
+    ranks = [layer.r[adapter] for _, layer in layers if not isinstance(layer, ParamWrapper)]
+    rank = _the_only(ranks, "rank")
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    if not targets or trained != shape.lora_parameters(rank, targets):
+    # adapters of experts have no names of linear layers: their number tells
+    possible = ["all-linear"] if adapted >= set(known) else []
+    possible += [names] if (names := tuple(name for name in known if name in adapted)) else []
+    targets = next((names for names in possible if shape.lora_parameters(rank, names) == trained), None)
+    if targets is None:
         raise ValueError(
             "model has adapters in some decoder layers only, or outside the decoder: this is not predicted"
         )

@@ -327,6 +327,8 @@ def config_and_name(config) -> tuple[dict, str]:
             name, config = path.resolve().parent.name, json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:  # not UTF-8, or not JSON
             raise ValueError(f"config: {path} is not JSON ({error}): give the config.json of a model") from error
+        except RecursionError:
+            raise ValueError(f"config: {path} is nested too deeply: give the config.json of a model") from None
     elif hasattr(config, "to_dict"):
         config = config.to_dict()
     if not isinstance(config, dict):

@@ -1,5 +1,9 @@
 """The memory of a real training step, counted on fake tensors: the libraries' own code, no GPU, no values.
 
+It does on purpose by other means what `qlora_helpers.memory.fake` does: torch's `FakeTensorMode`, which checks devices and
+dtypes as real kernels do, torch's own autocast for the CPU, all layers, and a plain count of bytes. So each can be held
+against the other, and the layers that are written out against both.
+
 transformers, PEFT, a stand-in for bitsandbytes' layer, autograd, checkpointing and TRL's fused output head run as they do
 on a GPU, on tensors that have a shape and a dtype and no memory. Every storage that is made is counted, rounded up to 512
 bytes, until it is freed. Where a CUDA build differs from this machine's, it is imitated, with the reason given below.
@@ -22,11 +26,7 @@ from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
 import qlora_helpers  # noqa: F401  before bitsandbytes: it quietens the libraries
-from qlora_helpers.memory.tape import BLOCK
-
-
-def _rounded(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
+from qlora_helpers.memory.tape import rounded
 
 
 class Ledger(TorchDispatchMode):
@@ -46,7 +46,7 @@ class Ledger(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self.sizes:
-                    self.sizes[storage._cdata] = size = _rounded(storage.nbytes())
+                    self.sizes[storage._cdata] = size = rounded(storage.nbytes())
                     self.live += size
                     weakref.finalize(storage, self._free, storage._cdata)
         self.peak = max(self.peak, self.live + self._inside(str(function), args))
@@ -61,10 +61,10 @@ class Ledger(TorchDispatchMode):
             query, key = args[1], args[2]
             batch, heads, tokens, head = query.shape
             rows = batch * heads * (-(-tokens // 128) * 128)
-            taken = _rounded(rows * 4) + _rounded(rows * (-(-head // 32) * 32) * 4)
-            return taken + (2 * _rounded(query.numel() * query.element_size()) if key.shape[1] != heads else 0)
+            taken = rounded(rows * 4) + rounded(rows * (-(-head // 32) * 32) * 4)
+            return taken + (2 * rounded(query.numel() * query.element_size()) if key.shape[1] != heads else 0)
         if "_softmax_backward_data" in name:  # softmax_backward_cuda_out: grad * output
-            return _rounded(args[1].numel() * args[1].element_size())
+            return rounded(args[1].numel() * args[1].element_size())
         return 0
 
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from functools import reduce
 
 import pytest
 from transformers import AutoConfig
@@ -87,6 +88,10 @@ def test_find_shape_answers_any_family_and_writes_out_the_known_ones():
         ({}, "model_type=None: the installed transformers"),
         ({"model_type": ["llama"]}, r"model_type=\['llama'\]: the installed"),
         ({"model_type": "gemma3_text", "size": {1, 2}}, "config holds something that JSON cannot"),
+        (
+            {"model_type": "gemma3_text", "size": reduce(lambda inner, _: [inner], range(100_000), 1)},
+            "nested too deeply",
+        ),
     ],
 )
 def test_what_cannot_be_a_model_is_refused(config, message):

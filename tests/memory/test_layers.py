@@ -8,6 +8,9 @@ from transformers import AutoConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from qlora_helpers.memory import ModelShape, find_gpu, predict
+from qlora_helpers.memory.fake.model import prepare
+from qlora_helpers.memory.fake.trace import trace_step
+from qlora_helpers.memory.fake.whole import whole_pass
 from qlora_helpers.memory.layers import DecoderLayer, LayerSettings
 from qlora_helpers.memory.step import mask_bytes
 from qlora_helpers.memory.tape import Tape
@@ -69,6 +72,17 @@ def test_the_tape_agrees_with_the_libraries_own_step(family, how):
         run = replace(run, target_modules=("q_proj", "v_proj"))
     counted = transient_peak(config, run)
     assert predicted(config, run) == pytest.approx(counted, rel=0.05 if family == "gptj" else 0.008), counted
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", RUNS)
+def test_the_engine_for_any_model_agrees_with_torchs_own_autocast_and_fake_tensors(how):
+    """Two counts of the libraries' own step: tensors on "meta" under autocast rules of our own, and torch's fakes of them."""
+    run = replace(RUNS[how], logits="tiled")
+    prepared = prepare(LLAMA, run, find_gpu("h200"))
+    (step,) = trace_step(prepared, run, find_gpu("h200"))[1]
+    most = max(size for size, _ in whole_pass(step, prepared.template).peaks().values())
+    assert most == pytest.approx(transient_peak(LLAMA, run), rel=0.001)
 
 
 def test_the_count_of_fake_tensors_can_disagree():

@@ -6,14 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
-from qlora_helpers.memory import predict
+from qlora_helpers.memory import AnyShape, predict
 from qlora_helpers.memory.live_run import settings_of, shape_of
 from qlora_helpers.models.loading import load_model
 from qlora_helpers.paths import data_path
 from qlora_helpers.settings import GPU_RUN, Settings
 from qlora_helpers.training.trainer import build_trainer
+from tests.memory.fake.models import GEMMA3, QWEN3_MOE
 from tests.support.short_runs import CHATS, CPU, TOKENIZER, trainer_of
 
 
@@ -81,6 +82,25 @@ def test_16_bits_and_what_was_made_float32(tmp_path):
     assert run.adapter_dtype == "float32"  # as PEFT makes them
     run = settings_of(get_peft_model(plain(torch.float32), lora), arguments(tmp_path, fp16=True))
     assert (run.compute_dtype, run.upcast_fp32) == ("float16", True)
+
+
+@pytest.mark.parametrize(
+    "config", [GEMMA3, QWEN3_MOE, QWEN3_MOE | {"mlp_only_layers": []}], ids=["gemma3_text", "qwen3_moe", "experts only"]
+)
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"]])
+def test_a_run_of_a_family_that_the_libraries_are_asked_about(config, targets, tmp_path):
+    options = {key: value for key, value in config.items() if key != "model_type"}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **options), dtype=torch.bfloat16)
+    model = get_peft_model(base, LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=targets))
+    shape, run = shape_of(model), settings_of(model, arguments(tmp_path, bf16=True))
+    assert isinstance(shape, AnyShape) and shape.model_type == config["model_type"]
+    assert shape.parameters == base.num_parameters() - sum(p.numel() for p in base.parameters() if p.requires_grad)
+    assert (run.method, run.rank) == ("lora", 4)
+    assert run.target_modules == (targets if isinstance(targets, str) else tuple(targets))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert shape.lora_parameters(4, run.target_modules) == trained
+    found = predict(shape, run)
+    assert found.trainable_parameters == trained and found.road == "libraries"
 
 
 def test_full_fine_tuning(tmp_path):

@@ -53,8 +53,10 @@ def test_a_mask_has_an_element_for_each_pair_of_tokens(config, length, bytes_of_
 
 
 def test_the_moments_come_in_the_order_of_the_phases():
-    assert list(moments()) == [name for name in phases.MOMENTS if name != "embeddings backward"]
-    assert list(moments(replace(RUN, method="full"))) == list(phases.MOMENTS)
+    """Those of the written-out layers: the peak is in the forward pass or in a layer between only if layers differ."""
+    known = [name for name in phases.MOMENTS if name not in ("forward", "middle layer backward", "evaluation")]
+    assert list(moments()) == [name for name in known if name != "embeddings backward"]
+    assert list(moments(replace(RUN, method="full"))) == known
 
 
 def test_checkpoints_are_what_one_layer_hands_to_the_next():
