@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Pass", "Standing", "trace_evaluation", "trace_step"]
 
+_NOT_IN_ORDER = "its decoder layers do not run once each, one after another"
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -145,6 +147,8 @@ def _watched(layers: list[torch.nn.Module], ledger: Ledger) -> Iterator[None]:
         def hook(module, args):
             if ledger.marks and ledger.marks[-1][1] == (f"F{place - 1}" if place else "P"):
                 ledger.mark(f"F{place}")
+            elif not ledger.in_backward:
+                raise RuntimeError(_NOT_IN_ORDER)
 
         return hook
 
@@ -271,7 +275,7 @@ def _passes(ledger: Ledger, layers: int) -> list[Pass]:
         marks = ledger.marks[first:after]
         forward = [name for _, name in marks if name[0] == "F"]
         if forward != [f"F{place}" for place in range(layers)]:
-            raise RuntimeError("its decoder layers do not run once each, one after another")
+            raise RuntimeError(_NOT_IN_ORDER)
         begin, end = marks[0][0], ledger.marks[after][0]
         times = np.array([time for time, _ in marks])
         parts = np.array([part_of[name] for _, name in marks])
