@@ -166,12 +166,12 @@ def test_a_run_that_the_libraries_refuse_is_refused_with_their_reason():
 
 def test_a_search_asks_for_few_predictions(asked):
     shape = AnyShape.from_config(LLAMA)
-    limit = predict(shape, replace(PLAIN, batch_size=5)).device_bytes + 1
-    assert largest_batch(shape, PLAIN, card(limit, "h200")) == 5
+    limit = predict(shape, replace(PLAIN, batch_size=3)).device_bytes + 1
+    assert largest_batch(shape, PLAIN, card(limit, "h200")) == 3
     assert 2 < len(asked) < 12
     asked.clear()
-    limit = predict(shape, replace(PLAIN, max_length=256)).device_bytes + 1
-    assert longest_sequence(shape, PLAIN, card(limit, "h200"), at_most=512) == 256
+    limit = predict(shape, replace(PLAIN, max_length=128)).device_bytes + 1
+    assert longest_sequence(shape, PLAIN, card(limit, "h200"), at_most=256) == 128
     assert 1 < len(asked) < 8
 
 
