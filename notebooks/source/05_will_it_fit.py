@@ -327,7 +327,7 @@ for name, group in pairs.items():
 # no torch. For any other `config.json` that the installed transformers can build, the predictor asks the libraries
 # themselves. It builds the model on torch's "meta" device, where a tensor has a shape and no values, runs a training step of
 # transformers, PEFT and TRL on it, and writes down each tensor that comes and goes. A simulation of torch's allocator then
-# serves them in that order. Two runs were measured of models that are not written out:
+# serves them in that order. Here are measured runs of two models that are not written out:
 
 # %% tags=["nbval-check-output"]
 others = json.loads(data_path("measured", "memory_families.json").read_text())["rows"]
@@ -347,7 +347,7 @@ said = recorded["5.17.0"]["rows"]  # the transformers with which the runs were m
 aside = json.loads(data_path("measured", "memory_families_held_out.json").read_text())["rows"]
 for name, group in {"looked at while it was made": others, "set aside": aside}.items():
     off = [abs(said[r["label"]]["peak_allocated_bytes"] / r["peak_allocated_bytes"] - 1) for r in group if "error" not in said[r["label"]]]
-    print(f"{len(off)} runs {name:28} peak off by {sum(off) / len(off):.1%} on average, {max(off):.1%} at worst")
+    print(f"{name:27}{len(off)} peaks, off by {sum(off) / len(off):.1%} on average, {max(off):.1%} at worst")
     check("mean error", sum(off) / len(off), at_most=0.01)
 
 # %% [markdown]
@@ -358,7 +358,7 @@ for name, group in {"looked at while it was made": others, "set aside": aside}.i
 for label, old in said.items():
     new = recorded["5.23.0"]["rows"][label]
     if "error" not in old and abs(ratio := new["peak_allocated_bytes"] / old["peak_allocated_bytes"] - 1) > 0.002:
-        print(f"{label.split()[0]:16} {old['peak_allocated_bytes'] / GB:5.1f} GB with 5.17.0, {ratio:+.1%} with 5.23.0")
+        print(f"{label.split()[0]:22}{old['peak_allocated_bytes'] / GB:5.1f} GB with 5.17.0, {ratio:+.1%} with 5.23.0")
 
 # %% [markdown]
 # ## What each knob costs

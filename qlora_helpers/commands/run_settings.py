@@ -30,7 +30,9 @@ VARIED = (
 ONLY_ADAPTERS = ("rank", "alpha", "dropout", "target_modules")
 
 
-def length_and_seed(request: Request, record: dict[str, Any], shape: ModelShape | AnyShape | None) -> tuple[int | None, int]:
+def length_and_seed(
+    request: Request, record: dict[str, Any], shape: ModelShape | AnyShape | None
+) -> tuple[int | None, int]:
     """The longest chat that is allowed, in tokens, or None for any; and the seed.
 
     Args:

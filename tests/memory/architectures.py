@@ -34,22 +34,27 @@ _VOCABULARIES = ("vocab_size", "vocab_size_per_layer_input")
 # What the rules above leave without sense: a field that counts layers in another way, a pattern longer than six layers.
 # Or what the library's defaults leave out that its model needs.
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
+_INDEXER = {
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 256,
+}
 _CHANGED: dict[str, dict] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 8, "clip_qkv": 8}},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 8},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gemma3n_text": {"layers": 10, "num_kv_shared_layers": 5},
-    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
-    "gemma4_unified_assistant": {"hidden_size_per_layer_input": 0},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "jamba": {"layers": 16},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
-    "qwen4_exp": {"indexer_budget": 64, "indexer_compress_ratio": 4},
-    "qwen4_exp_text": {"indexer_budget": 64, "indexer_compress_ratio": 4},
+    "qwen4_exp": _INDEXER,
+    "qwen4_exp_text": _INDEXER,
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 8]},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers": 24},
@@ -57,11 +62,21 @@ _CHANGED: dict[str, dict] = {
 # PEFT refuses the state space's own projections, which its kernels read; and it cannot adapt layers that return two tensors,
 # or that are many small ones in one.
 _NOT_ADAPTED = ("conv1d", "o_a_proj", "out_proj", "router")
-_NOT_ALL_LINEAR = ("deepseek_v4", "falcon_h1", "falcon_mamba", "llama4", "llama4_text", "mamba", "mamba2", "nemotron_h")
+_NOT_ALL_LINEAR = (
+    "deepseek_v4",
+    "falcon_h1",
+    "falcon_mamba",
+    "llama4",
+    "llama4_text",
+    "mamba",
+    "mamba2",
+    "nemotron_h",
+    "phimoe",
+)
 # TRL's tiled head looks for the number of experts, for their choices, or for the decoder's output, where these models have others.
 _NO_TILED_HEAD = (
     "deepseek_v4", "doge", "electra", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "llama4",
-    "llama4_text", "mllama",
+    "llama4_text", "mllama", "phimoe", "rembert",
 )  # fmt: skip
 # Those whose code reads a weight by itself, or changes it, which in 4 bits is packed; with a part of the libraries' reason.
 CANNOT_IN_4_BITS: dict[str, str] = {
@@ -70,12 +85,14 @@ CANNOT_IN_4_BITS: dict[str, str] = {
 }
 # Those that cannot run at all, with a part of the libraries' reason.
 CANNOT: dict[str, str] = {
-    "blt": "torch.nonzero()",
+    "blt": "is invalid for input of size",
     "gemma3n": "requires the timm library",
+    "gemma4_assistant": "set of layer types producing a cache",
     "gemma4_unified_assistant": "set of layer types producing a cache",
     "jetmoe": "Cannot copy out of meta tensor",
     "musicgen": "no attribute 'dropout'",
     "musicgen_melody": "no attribute 'dropout'",
+    "reformer": "does not require grad",
 }
 
 
@@ -89,6 +106,17 @@ def settings_of(shape: AnyShape) -> dict:
     return settings
 
 
+# What a configuration class does not take its own default of.
+_NEEDED = {
+    "gemma4_assistant": {
+        "text_config": {
+            "model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0,
+            "num_hidden_layers": 6, "num_kv_shared_layers": 6,
+        }
+    }
+}  # fmt: skip
+
+
 def model_types() -> list[str]:
     """Every family that the installed transformers has a causal language model of."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -96,7 +124,7 @@ def model_types() -> list[str]:
 
 def small_config(model_type: str) -> dict:
     """A small config of a family, as in a `config.json`."""
-    config = CONFIG_MAPPING[model_type]().to_dict()
+    config = CONFIG_MAPPING[model_type](**_NEEDED.get(model_type, {})).to_dict()
     config = {
         key: value for key, value in config.items() if key not in ("transformers_version", "id2label", "label2id")
     }

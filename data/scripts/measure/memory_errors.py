@@ -17,7 +17,7 @@ of which the newest recorded one says something else. To record with another ver
 import argparse
 import importlib.metadata
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from data.scripts import ROOT
@@ -61,7 +61,7 @@ def groups() -> dict[str, list[dict]]:
 def groups_of_other_families() -> dict[str, list[dict]]:
     """The measured runs of all other families, by group."""
     return {
-        "looked at": table_of("memory_families.json")["rows"],
+        "looked at while it was made": table_of("memory_families.json")["rows"],
         "set aside": table_of("memory_families_held_out.json")["rows"],
     }
 
@@ -99,8 +99,13 @@ def by_the_libraries(row: dict) -> dict[str, int | None]:
 
 
 def _config(row: dict) -> dict:
-    # rows of the eight families lack fields that their shape does not have, and transformers' defaults differ
-    return row["config"] if "source" in row else ModelShape.from_config(row["config"]).as_config()
+    if "source" in row:
+        return row["config"]
+    # rows of the eight families leave their class's defaults out; some Llamas ran beyond the 2,048 positions of theirs, which
+    # takes no other memory
+    config = ModelShape.from_config(row["config"]).as_config()
+    longer = config["model_type"] == "llama" and row["max_length"] > 2048
+    return config | ({"max_position_embeddings": row["max_length"]} if longer else {})
 
 
 def recorded() -> dict[str, dict]:
@@ -192,22 +197,31 @@ def _about_versions(version: str) -> str:
     listed = ", ".join(
         f"{name} ({max(found, key=abs):+.1%})".replace("%", " %") for name, found in sorted(models.items())
     )
-    return f"{said} A newer one has other code for some models, and {newest} predicts other memory for: {listed}."
+    return f"{said} A newer one has other code for some models: with {newest} a figure of these differs, by at most: {listed}."
 
 
-def record() -> None:
-    """Let the installed libraries predict all measured runs, and keep what they say."""
+def record(words: Sequence[str] = ()) -> None:
+    """Let the installed libraries predict measured runs, and keep what they say.
+
+    Args:
+        words: only runs with one of these in their label; what was recorded of the others stays. All without.
+    """
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     rows = [row for group in (groups(), groups_of_other_families()) for part in group.values() for row in part]
     said = {}
     for row in rows:
+        if words and not any(word in row["label"] for word in words):
+            continue
         try:
             said[row["label"]] = {of: size for of, size in by_the_libraries(row).items() if size is not None}
         except ValueError as error:
             said[row["label"]] = {"error": str(error)}
         print(row["label"], said[row["label"]].get("error", ""), flush=True)
     kept = recorded() if RECORDED.exists() else {}
-    kept[versions["transformers"]] = {"versions": versions, "rows": said}
+    if words:
+        said = kept.get(versions["transformers"], {"rows": {}})["rows"] | said
+    in_order = {row["label"]: said[row["label"]] for row in rows if row["label"] in said}
+    kept[versions["transformers"]] = {"versions": versions, "rows": in_order}
     RECORDED.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
@@ -227,10 +241,14 @@ def _show(name: str, pairs: Pairs) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--record", action="store_true", help="let the installed libraries predict all runs, and keep it"
+        "--record",
+        nargs="*",
+        metavar="WORD",
+        help="let the installed libraries predict all runs, or those with a WORD in their label, and keep it",
     )
-    if parser.parse_args().record:
-        record()
+    words = parser.parse_args().record
+    if words is not None:
+        record(words)
         return
     for name, rows in groups().items():
         _show(name, pairs_of(rows))

@@ -110,6 +110,8 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is _VALUE_OF and args[0].is_meta:
             return self.values.value_of(args[0])
+        if function is _INDEX and args[0].is_meta:
+            args = args[0], self._by_places(args[1])
         if function is _NONZERO and args[0].is_meta:
             result = self.values.places_in(args[0])
         else:
@@ -127,6 +129,14 @@ class Ledger(TorchDispatchMode):
             self.brief(taken(*args))
         return result
 
+    def _by_places(self, indices: list) -> list:
+        """Where a mask picks elements, the places that are picked, as a kernel finds them first."""
+        found: list = []
+        for index in indices:
+            masks = index is not None and index.dtype in (torch.bool, torch.uint8)
+            found += self.values.places_in(index).unbind(1) if masks else [index]
+        return found
+
     def _note_sum(self, result: torch.Tensor, first: torch.Tensor, second: object) -> None:
         if not isinstance(second, torch.Tensor) or not first.shape == second.shape == result.shape:
             return
@@ -136,6 +146,7 @@ class Ledger(TorchDispatchMode):
 
 
 _ADD = torch.ops.aten.add.Tensor
+_INDEX = torch.ops.aten.index.Tensor
 _NONZERO = torch.ops.aten.nonzero.default
 _VALUE_OF = torch.ops.aten._local_scalar_dense.default
 

@@ -87,8 +87,10 @@ class Values:
             value = args[0] if function is _aten.scalar_tensor.default else args[1]
             if isinstance(value, bool | int | float):
                 self._tell(result, value)
+        elif name == "rand" and not result.dim():
+            self._tell(result, 1.0)  # a layer is dropped if the number is small: none is
         elif name == "arange":
-            self._note_arange(function, args, result)
+            self._note_arange(args, result)
         elif name.endswith("_") and not name.startswith("_") and args and args[0] is result:
             self._known.pop(result.untyped_storage()._cdata, None)  # changed in place
         elif name == "sum" or name in _SAME_NAMES:
@@ -96,10 +98,10 @@ class Values:
         elif name in _ELEMENTWISE:
             self._note_elementwise(function, args, kwargs, result)
 
-    def _note_arange(self, function, args: tuple, result: torch.Tensor) -> None:
-        if not result.is_floating_point() and result.numel() and all(isinstance(entry, int) for entry in args):
-            if len(args) <= 2:
-                self._tell(result, args[-1] - 1, self._most)
+    def _note_arange(self, args: tuple, result: torch.Tensor) -> None:
+        counts = not result.is_floating_point() and result.numel() and all(isinstance(entry, int) for entry in args)
+        if counts and len(args) <= 2:
+            self._tell(result, args[-1] - 1, self._most)
 
     def _note_reduction(self, function, args: tuple, result: torch.Tensor) -> None:
         name = function.overloadpacket.__name__
