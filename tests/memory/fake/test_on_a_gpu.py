@@ -136,10 +136,7 @@ def test_frozen_experts_keep_no_tokens_for_their_gradients():
 
 
 def test_a_full_batch_needs_no_mask():
-    mask = on_meta(2, 16, dtype=torch.long)
     with gpu():
-        assert torch.all(mask) is True and torch.any(mask == 0) is False
-        assert torch.all(mask, dim=1).shape == torch.any(mask, dim=1).shape == (2,)
         assert masking_utils._ignore_causal_mask_sdpa(on_meta(2, 16, dtype=torch.bool), 16, 16, 0, 0)
 
 
@@ -192,7 +189,7 @@ def test_everything_is_put_back_also_after_an_error():
     before = what_is_there()
     with gpu(family=modeling_qwen3_moe):
         inside = changed(before)
-    assert all(inside) and {"autocast", "all", "matmul"} <= inside[0] and "linear" in inside[1]
+    assert all(inside) and {"autocast", "matmul"} <= inside[0] and "linear" in inside[1]
     assert not any(changed(before))
     with pytest.raises(ZeroDivisionError), gpu(family=modeling_qwen3_moe):
         raise ZeroDivisionError
