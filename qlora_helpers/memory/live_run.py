@@ -148,9 +148,9 @@ def _lora_of(model, shape: ModelShape | AnyShape) -> dict:
     ranks = [layer.r[adapter] for _, layer in layers if not isinstance(layer, ParamWrapper)]
     rank = _the_only(ranks, "rank")
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    # adapters of experts have no names of linear layers: their number tells
-    possible = ["all-linear"] if adapted >= set(known) else []
-    possible += [names] if (names := tuple(name for name in known if name in adapted)) else []
+    # PEFT has its own idea of all layers where there are experts, so that their number tells rather than their names
+    named = tuple(name for name in known if name in adapted)
+    possible = ("all-linear", named) if named else ("all-linear",)
     targets = next((names for names in possible if shape.lora_parameters(rank, names) == trained), None)
     if targets is None:
         raise ValueError(

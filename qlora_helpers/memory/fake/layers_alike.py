@@ -63,11 +63,13 @@ def kinds_of(layers: Sequence[nn.Module], checkpointed: int) -> tuple[int, ...]:
     """A number for each layer, the same for layers that take the same memory.
 
     Args:
-        checkpointed: so many of the first layers are checkpointed, and differ from the others.
+        checkpointed: so many of the first layers are checkpointed, and differ from the others. The last of them differs,
+            too: a checkpointed layer keeps what the one before it returns.
     """
     numbers: dict[tuple, int] = {}
+    last = len(layers) - 1
     return tuple(
-        numbers.setdefault((_signature(layer), place < checkpointed), len(numbers))
+        numbers.setdefault((_signature(layer), place < checkpointed, min(place + 1, last) < checkpointed), len(numbers))
         for place, layer in enumerate(layers)
     )
 

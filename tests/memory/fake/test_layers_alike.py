@@ -49,8 +49,9 @@ def test_layers_are_of_a_kind_if_they_take_the_same(config, kinds):
     assert kinds_of(layers, 0) == kinds_of(layers, len(layers)) == kinds
 
 
-def test_checkpointed_layers_differ_from_the_others():
-    assert kinds_of(layers_of(LLAMA)[1], 2) == (0, 0, 1, 1, 1, 1)
+def test_checkpointed_layers_differ_from_the_others_and_so_does_the_last_of_them():
+    assert kinds_of(layers_of(LLAMA)[1], 3) == (0, 0, 1, 2, 2, 2)
+    assert kinds_of(layers_of(LLAMA)[1], 6) == kinds_of(layers_of(LLAMA)[1], 0) == (0, 0, 0, 0, 0, 0)
 
 
 def test_a_layer_with_another_width_or_dtype_is_of_another_kind():

@@ -136,10 +136,7 @@ def test_frozen_experts_keep_no_tokens_for_their_gradients():
 
 
 def test_a_full_batch_needs_no_mask():
-    mask = on_meta(2, 16, dtype=torch.long)
     with gpu():
-        assert torch.all(mask) is True and torch.any(mask == 0) is False
-        assert torch.all(mask, dim=1).shape == torch.any(mask, dim=1).shape == (2,)
         assert masking_utils._ignore_causal_mask_sdpa(on_meta(2, 16, dtype=torch.bool), 16, 16, 0, 0)
 
 

@@ -170,8 +170,8 @@ def test_a_search_asks_for_few_predictions(asked):
     assert largest_batch(shape, PLAIN, card(limit, "h200")) == 5
     assert 2 < len(asked) < 12
     asked.clear()
-    limit = predict(shape, replace(PLAIN, max_length=256)).device_bytes + 1
-    assert longest_sequence(shape, PLAIN, card(limit, "h200"), at_most=512) == 256
+    limit = predict(shape, replace(PLAIN, max_length=128)).device_bytes + 1
+    assert longest_sequence(shape, PLAIN, card(limit, "h200"), at_most=256) == 128
     assert 1 < len(asked) < 8
 
 

@@ -16,6 +16,7 @@ RUNS = {
     "checkpointing": RUN,
     "no checkpointing": replace(RUN, gradient_checkpointing=False),
     "the first two checkpointed": replace(RUN, checkpointed_layers=2),
+    "the first four checkpointed": replace(RUN, checkpointed_layers=4),
     "all but one checkpointed": replace(RUN, checkpointed_layers=5),
     "accumulation": replace(RUN, accumulation=2),
     "lora": replace(RUN, method="lora", gradient_checkpointing=False, logits="whole"),
