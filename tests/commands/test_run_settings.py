@@ -149,6 +149,6 @@ def test_no_memory_is_predicted_without_a_gpu_or_a_known_shape(monkeypatch):
 
 
 def test_a_model_of_an_unknown_family_is_named(tmp_path, capsys):
-    (tmp_path / "config.json").write_text('{"model_type": "mamba"}', encoding="utf-8")
+    (tmp_path / "config.json").write_text('{"model_type": "no such family"}', encoding="utf-8")
     assert run_settings.shape_of(str(tmp_path)) is None
     assert "note: the memory of the run is not predicted: " in capsys.readouterr().out

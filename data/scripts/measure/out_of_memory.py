@@ -90,6 +90,9 @@ HIGH_RANK = SHORT | {"rank": 256, "adapter_dtype": "float32"}
 KEEP = {"gradient_checkpointing": False}
 
 
+LATER = ("checkpointed_layers", "logits", "eval_batch_size")  # settings that are younger than the measured rows
+
+
 def _row(label: str, what: str, settings: dict, cap: float | None = None, **more) -> dict:
     return {
         "label": label,
@@ -98,7 +101,7 @@ def _row(label: str, what: str, settings: dict, cap: float | None = None, **more
         **more,
         "model": MODEL,
         "config": CONFIGS[MODEL],
-        **memory_settings(replace(PLAIN, **settings)),
+        **{name: value for name, value in memory_settings(replace(PLAIN, **settings)).items() if name not in LATER},
         "alone": True,
         "gib": 80,
     }
