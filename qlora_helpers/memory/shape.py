@@ -315,7 +315,7 @@ _SIZES = (
 )  # fmt: skip
 
 
-def config_and_name(config) -> tuple[dict, str]:
+def config_and_name(config: dict | PretrainedConfig | str | Path) -> tuple[dict, str]:
     """A config in any form that `ModelShape.from_config` takes, as a dict; and the name of its folder if it has one."""
     name = ""
     if isinstance(config, str | Path):

@@ -72,7 +72,7 @@ class Values:
         self._known.pop(one_hot.untyped_storage()._cdata, None)
         return one_hot
 
-    def note(self, function, args: tuple, kwargs: dict, result: object) -> None:
+    def note(self, function: torch._ops.OpOverload, args: tuple, kwargs: dict, result: object) -> None:
         """Note what is known of the result of an operation."""
         if not isinstance(result, torch.Tensor):
             if isinstance(result, tuple) and len(result) == 2 and function.overloadpacket._qualified_op_name in _PAIRS:
