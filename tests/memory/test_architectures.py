@@ -48,6 +48,11 @@ def test_a_run_gets_an_answer_that_adds_up(name):
     shape = AnyShape.from_config(small_config(name), name)
     lora = settings(shape, method="lora")
     plain = settings(shape, method="lora", gradient_checkpointing=False)
+    if name not in IN_MAKE_TEST:  # all of what is below takes half an hour for all of them
+        run = run_on_fake_tensors(shape, plain, GPU)
+        assert peak(run) > run.loaded + run.trained.adapters > 0
+        assert run.reserved >= peak(run)
+        return
     with_checkpointing, without = (run_on_fake_tensors(shape, each, GPU) for each in (lora, plain))
     # what the layers keep for the backward pass is there when the loss is made
     assert without.moments["loss"] >= with_checkpointing.moments["loss"]
