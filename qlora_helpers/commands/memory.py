@@ -124,6 +124,7 @@ def as_dict(prediction: Prediction) -> dict:
         "notes": _notes(shape, settings, gpu),
         "settings": _of_memory(settings),
         "road": prediction.road,
+        "why_all": prediction.why_all,
         "weights": _four_bits(prediction),
         "parts": prediction.parts,
         "phases": prediction.phases,
@@ -233,6 +234,8 @@ def as_text(prediction: Prediction, found: dict) -> str:
     of = f"{prediction.trainable_parameters:,} of {shape.parameters:,} parameters trained"
     lines = [_wrapped(f"{shape.name}: {of}"), _wrapped(_described(settings), rest="  ")]
     notes = [*shape.assumed, *_notes(shape, settings, gpu)]
+    if prediction.why_all:
+        notes.append(f"all its layers were run, since it cannot do with a few of each kind: {prediction.why_all}")
     lines += [_wrapped(note, "note: ", "  ") for note in notes] + [""]
 
     parts = {name: size for name, size in prediction.parts.items() if size}

@@ -30,6 +30,10 @@ HOST_PROCESS = 571_000_000
 FRAGMENTATION_WITH_CHECKPOINTING, FRAGMENTATION = 0.14, 0.025
 
 
+# In one pass of the libraries' step: their output head goes through the tokens piece by piece, so that more would take minutes.
+MOST_TOKENS = 2**28
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What a run takes, in bytes.
@@ -46,6 +50,7 @@ class Prediction:
         phases: the most in torch's tensors at each of these moments of a steady step, in order.
         road: how it was found: "layers" that are written out in `memory.layers`, or the "libraries" themselves, which ran a
             step on tensors without values.
+        why_all: why the libraries had to run all layers of the model rather than a few of each kind; "" otherwise.
         parts: what is alive at the peak, in order. They add up to `peak_allocated_bytes`, except for two that are outside
             torch's allocator: "optimizer (paged)" and "CUDA context". Without checkpointing "checkpointed activations" and
             "recomputed layer" are called "activations" and "layer at work". "16-bit weights" are all weights that are not
@@ -66,6 +71,7 @@ class Prediction:
     parts: dict[str, int] = field(hash=False)
     phases: dict[str, int] = field(hash=False)
     road: str = "layers"
+    why_all: str = ""
 
     @property
     def spare_bytes(self) -> int:
@@ -158,6 +164,9 @@ def needs_libraries(settings: Settings) -> bool:
 
 
 def _by_the_libraries(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU) -> Prediction:
+    if (tokens := settings.batch_size * settings.max_length) > MOST_TOKENS:
+        allowed = f"x max_length={settings.max_length} is {tokens:,} tokens at once; up to {MOST_TOKENS:,} can be run without values"
+        raise validation.refuse("batch_size", settings.batch_size, allowed)
     from qlora_helpers.memory.fake.prediction import run_on_fake_tensors  # only here: it takes seconds to import
 
     of_any = shape if isinstance(shape, AnyShape) else AnyShape.from_config(shape.as_config(), shape.name)
@@ -178,6 +187,7 @@ def _by_the_libraries(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU
         parts=run.weights | run.at_peak | outside,
         phases=run.moments,
         road="libraries",
+        why_all=run.why_all,
     )
 
 

@@ -41,6 +41,7 @@ __all__ = [
 
 STEP = 128  # tokens: sequence lengths are tried in multiples of it
 LONGEST = 131_072  # tokens: where the search ends for a model whose config states no limit
+FASTEST = 64  # no batch that is tried is so many times the one before: what was seen says little about it
 MOST_DIVISORS = 2**20  # of a number are looked for: without a bound a large prime would take for ever
 
 
@@ -90,16 +91,18 @@ def largest_batch(shape: ModelShape | AnyShape, settings: Settings, gpu: str | G
     def spare(batch: int) -> int:
         return predict(shape, replace(settings, batch_size=batch), gpu).spare_bytes
 
-    if (one := spare(1)) < 0:
+    low, left, high = 1, spare(1), 2
+    if left < 0:
         return 0
-    # what a batch adds is nearly the same for each, so this is about the limit
-    each = max(one - spare(2), 1)
-    low, high = 1, min(2 + max(one, 0) // each, validation.LARGEST)
-    while spare(high) >= 0:
+    while (more := spare(high)) >= 0:
         if high == validation.LARGEST:
             return high
-        low, high = high, min(2 * high, validation.LARGEST)
-    return _largest(spare, low, high, known=low + 1 if low == 1 else None)
+        # where the straight line through the last two leaves nothing over; a small model's first batches can cost nothing
+        each = (left - more) / (high - low)
+        limit = high + int(more / each) + 1 if each > 0 else FASTEST * high
+        low, left = high, more
+        high = min(max(limit, high + high // 8 + 1), FASTEST * high, validation.LARGEST)
+    return _largest(spare, low, high, known=low + (high - low) * left // (left - more))
 
 
 def longest_sequence(

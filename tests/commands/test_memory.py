@@ -165,6 +165,42 @@ def test_memory_takes_a_folder_and_no_longer_a_sequence_than_its_model(capsys):
     assert found["settings"]["max_length"] == find_shape(folder).max_position_embeddings < 2048
 
 
+# a mixture whose dense layers have the names that its experts once had
+MIXTURE = {
+    "model_type": "qwen3_moe", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 512, "decoder_sparse_step": 2, "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def test_a_family_that_is_not_written_out_is_answered_by_the_libraries(capsys, tmp_path):
+    folder = tmp_path / "mixture"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(MIXTURE), encoding="utf-8")
+    status, text, errors = report(capsys, folder, "--gpu", "t4", "--max-length", 64, "--json")
+    found = json.loads(text)
+    assert status == 0 and "the libraries run a step of it" in errors
+    assert (found["road"], found["settings"]["dropout"]) == ("libraries", 0.0)
+    assert any("only without dropout: dropout 0 is assumed" in sentence for sentence in found["assumed"])
+    assert not found["weights"]["mostly"] and found["weights"]["why"].startswith("experts, ")
+    weights = found["weights"]["in_4_bits"] + found["weights"]["in_16_bits"]
+    assert 0.9 * found["loaded_bytes"] < weights < found["loaded_bytes"]  # the allocator's blocks are larger
+    inside = sum(size for part, size in found["parts"].items() if part not in ("optimizer (paged)", "CUDA context"))
+    assert inside == found["peak_allocated_bytes"]
+    prediction = replace(
+        predict(find_shape(folder), replace(GPU_RUN, max_length=64, dropout=0.0), "t4"), why_all="made up"
+    )
+    shown = " ".join(as_text(prediction, as_dict(prediction)).split())
+    assert "This is no 4-bit model" in shown and "all its layers were run" in shown and "made up" in shown
+
+
+def test_dropout_that_is_asked_for_is_not_taken_away(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MIXTURE), encoding="utf-8")
+    status, _, errors = report(capsys, tmp_path, "--max-length", 64, "--dropout", 0.1)
+    assert status == 2 and "lora_dropout" in errors
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -114,17 +114,13 @@ def run_on_fake_tensors(shape: AnyShape, settings: Settings, gpu: GPU, whole: bo
     )
 
 
+@lru_cache(maxsize=64)
 def parameters_per_rank(shape: AnyShape, target_modules: str | tuple[str, ...]) -> int:
     """Trainable parameters of LoRA with rank 1.
 
     Raises:
         ValueError: PEFT refuses these layers.
     """
-    return _parameters_per_rank(shape, target_modules)
-
-
-@lru_cache(maxsize=64)
-def _parameters_per_rank(shape: AnyShape, target_modules) -> int:
     settings = Settings(method="lora", rank=1, target_modules=target_modules, compute_dtype="bfloat16")
     with _reasons(shape):
         prepared = prepare(shape.config, settings, find_gpu("h200"), shape.skip)

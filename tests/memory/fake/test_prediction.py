@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from qlora_helpers.memory import AnyShape, ModelShape, cures, find_gpu, largest_batch, longest_sequence, predict
+from qlora_helpers.memory import AnyShape, ModelShape, cures, find_gpu, largest_batch, longest_sequence, predict, search
 from qlora_helpers.memory.fake.prediction import parameters_per_rank, run_on_fake_tensors
 from qlora_helpers.memory.phases import MOMENTS
 from qlora_helpers.models.meta import meta_model
@@ -189,3 +189,18 @@ def test_the_gpu_does_not_change_what_was_traced():
     first, second = predict(SHAPE, RUN, "h100"), predict(SHAPE, RUN, "h200")
     assert first.peak_allocated_bytes == second.peak_allocated_bytes
     assert first.gpu == find_gpu("h100")
+
+
+def test_a_tiny_model_has_a_largest_batch_in_few_trials(monkeypatch):
+    """Its first batches take nothing more, since they fit into segments that are there."""
+    asked = []
+    monkeypatch.setattr(search, "predict", lambda shape, run, gpu: asked.append(run) or predict(shape, run, gpu))
+    batch = largest_batch(SHAPE, RUN, "t4")
+    assert 0 < len(asked) < 25
+    assert predict(SHAPE, replace(RUN, batch_size=batch), "t4").fits
+    assert not predict(SHAPE, replace(RUN, batch_size=batch + 1), "t4").fits
+
+
+def test_more_tokens_than_can_be_run_are_refused_at_once():
+    with pytest.raises(ValueError, match=r"batch_size=1000000000: x max_length=64 is 64,000,000,000 tokens at once"):
+        predict(SHAPE, replace(RUN, batch_size=10**9))
