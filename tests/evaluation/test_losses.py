@@ -48,7 +48,7 @@ def test_the_loss_of_training_is_the_one_that_evaluation_computes(base, tmp_path
 
 @pytest.mark.parametrize(("count", "wanted"), [(1, 4.149591445922852), (20, 5.09813585673293)])
 def test_the_loss_is_what_it_was_before_it_padded_by_itself(count, wanted, base):
-    assert evaluation.loss(base, TOKENIZER, CHATS[:count]) == pytest.approx(wanted, rel=1e-7)
+    assert evaluation.loss(base, TOKENIZER, CHATS[:count]) == pytest.approx(wanted, rel=1e-5)  # CPUs differ by 1e-6
 
 
 def test_the_loss_of_each_row_is_its_own_in_the_order_of_the_rows(base):
