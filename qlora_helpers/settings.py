@@ -2,10 +2,12 @@
 
 import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from qlora_helpers import validation
+from qlora_helpers.units import GB, GIB
 
 __all__ = [
     "ATTENTION",
@@ -26,12 +28,14 @@ METHODS = ("qlora", "lora", "full")
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # with the bytes per element
 ATTENTION = ("sdpa", "math", "eager")
 LOGITS = ("tiled", "whole")
+SWITCHES = ("activation_offloading", "packing", "compile_layers", "liger_layers", "expandable_segments")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes'
 # transformers' name for each. Its own "constant" has no warm-up, whatever warmup_steps says.
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 STEPS = 300  # where the settings name neither steps nor epochs
 WARMUP_STEPS = 15  # where the settings name none
 LEAST_EVALUATIONS = 10  # in a run, where the settings do not say how often
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(gib|gb)", re.IGNORECASE)
 _LARGEST_SEED = 2**32 - 1  # numpy's
 
 
@@ -57,6 +61,19 @@ class Settings:
         dropout: LoRA dropout, the share of a layer's inputs that its adapter does not see, drawn anew at each step.
         target_modules: the layers that get adapters: "all-linear", or a list of names (q_proj,v_proj on the command line).
         gradient_checkpointing: keep only each layer's input, and recompute the rest in the backward pass.
+        checkpointed_layers: with gradient_checkpointing: how many decoder layers are checkpointed, from the first on; None
+            for all of them. Each one that is not takes more memory and saves a forward pass through it.
+        activation_offloading: with gradient_checkpointing of all layers: keep their inputs in main memory between the
+            forward and the backward pass (TRL's option of that name).
+        packing: put the chats of a step one after the other into rows of up to max_length tokens, each chat seeing only
+            itself, instead of padding each to the longest. A step has the same chats, and no more of them than
+            batch_size rows go through the model at once.
+        compile_layers: compile each decoder layer with torch.compile. The first steps take seconds to minutes longer.
+        liger_layers: replace norms, rotary embeddings and MLPs by liger-kernel's, where that package is installed.
+        expandable_segments: let torch's allocator grow its segments, which leaves less memory unused between tensors.
+        memory_budget: choose batch_size, accumulation, checkpointed_layers and activation_offloading for the fastest run
+            that fits: "auto" for all free memory of the GPU, or bytes, or a text such as "16GiB". The chats of a step
+            stay the same. None to leave these settings as they are.
         optimizer: a name that transformers' `optim` takes; None for paged 8-bit AdamW on a GPU and AdamW on a CPU.
         compute_dtype: of matrix products, and of all weights that are not in 4 bits; None for what the GPU does best:
             bfloat16, or below compute capability 8.0 float16, and float32 for "full". Training takes it from the
@@ -83,13 +100,11 @@ class Settings:
             "eager". Below compute capability 8.0, "sdpa" means this course's gear, which always uses the
             memory-efficient kernel. transformers has no "sdpa" for Gemma 2 and GPT-J: for these it means "eager".
         upcast_fp32: whether `peft.prepare_model_for_kbit_training` was called, which makes 16-bit weights float32.
-        checkpointed_layers: with gradient_checkpointing: how many decoder layers are checkpointed, from the first on; None
-            for all of them.
         logits: "tiled" as TRL's output head makes them, piece by piece; or "whole", one for each token and each entry of
             the vocabulary, as transformers' own Trainer and other stacks do.
         eval_batch_size: of evaluations within the run; None to leave them out of the prediction.
 
-    In a run of epochs, `steps` and `warmup_steps` are None until `for_rows` has counted the steps. The last seven describe
+    In a run of epochs, `steps` and `warmup_steps` are None until `for_rows` has counted the steps. The last six describe
     runs outside this course: the predictor takes any value, training only the default.
 
     Raises:
@@ -111,6 +126,13 @@ class Settings:
     dropout: float = 0.0
     target_modules: str | Iterable[str] = "all-linear"
     gradient_checkpointing: bool = False
+    checkpointed_layers: int | None = None
+    activation_offloading: bool = False
+    packing: bool = False
+    compile_layers: bool = False
+    liger_layers: bool = False
+    expandable_segments: bool = False
+    memory_budget: int | str | None = None
     optimizer: str | None = None
     compute_dtype: str | None = None
     double_quant: bool = True
@@ -126,7 +148,6 @@ class Settings:
     block_size: int = 64
     attention: str = "sdpa"
     upcast_fp32: bool = False
-    checkpointed_layers: int | None = None
     logits: str = "tiled"
     eval_batch_size: int | None = None
 
@@ -147,19 +168,28 @@ class Settings:
     def _check_the_step(self) -> None:
         for name in ("batch_size", "accumulation", "max_length"):
             self._hold(validation.whole, name)
-        self._hold(validation.switch, "gradient_checkpointing")
         self._hold(validation.one_of, "attention", ATTENTION)
         self._hold(validation.one_of, "logits", LOGITS)
-        self._hold_unless_none(validation.whole, "checkpointed_layers", at_least=0, otherwise="None for all")
         self._hold_unless_none(validation.whole, "eval_batch_size", otherwise="None for no evaluation")
-        if self.checkpointed_layers is not None and not self.gradient_checkpointing:
-            cure = "needs gradient_checkpointing=True; None leaves it open"
-            raise validation.refuse("checkpointed_layers", self.checkpointed_layers, cure)
+        self._check_speed_and_memory()
         self._hold_unless_none(validation.one_of, "compute_dtype", DTYPES, otherwise="None for the GPU's default")
         if not (self.optimizer is None or (isinstance(self.optimizer, str) and self.optimizer)):
             raise validation.refuse("optimizer", self.optimizer, "name one that transformers' optim takes, or None")
         if self.optimizer:
             object.__setattr__(self, "optimizer", "".join(self.optimizer))  # a plain text
+
+    def _check_speed_and_memory(self) -> None:
+        self._hold(validation.switch, "gradient_checkpointing")
+        for name in SWITCHES:
+            self._hold(validation.switch, name)
+        self._hold_unless_none(validation.whole, "checkpointed_layers", at_least=0, otherwise="None for all")
+        if self.checkpointed_layers is not None and not self.gradient_checkpointing:
+            cure = "needs gradient_checkpointing=True; None leaves it open"
+            raise validation.refuse("checkpointed_layers", self.checkpointed_layers, cure)
+        if self.activation_offloading and (not self.gradient_checkpointing or self.checkpointed_layers is not None):
+            cure = "needs gradient_checkpointing=True and checkpointed_layers=None: what other layers keep is too much to move"
+            raise validation.refuse("activation_offloading", True, cure)
+        self._hold_unless_none(_budget, "memory_budget")
 
     def _check_the_adapters(self) -> None:
         self._hold(validation.whole, "rank")
@@ -247,6 +277,21 @@ class Settings:
         return self.eval_steps or usual
 
 
+def _budget(name: str, value: object) -> int | str:
+    """Bytes, or "auto"."""
+    if isinstance(value, str) and "".join(value).strip().lower() == "auto":
+        return "auto"
+    allowed = 'must be "auto", a number of bytes, or a text such as "16GiB", or None to leave the settings as they are'
+    if isinstance(value, str):
+        if not (found := _SIZE.fullmatch(value.strip())):
+            raise validation.refuse(name, value, allowed)
+        value = int(float(found[1]) * (GIB if found[2].lower() == "gib" else GB))
+    try:
+        return validation.whole(name, value)
+    except ValueError:
+        raise validation.refuse(name, value, allowed) from None
+
+
 def _held_out(name: str, value: object) -> float | str:
     """A share of the chats, or the path of a file."""
     if isinstance(value, str | os.PathLike) and (path := os.fspath(value)) and isinstance(path, str):
@@ -277,12 +322,13 @@ GPU_RUN = Settings(batch_size=1, max_length=2_048, dropout=0.05, gradient_checkp
 MEMORY_SETTINGS = (
     "method", "batch_size", "max_length", "accumulation", "rank", "dropout", "target_modules", "gradient_checkpointing",
     "optimizer", "compute_dtype", "double_quant", "adapter_dtype", "block_size", "attention", "upcast_fp32",
-    "checkpointed_layers", "logits", "eval_batch_size",
+    "checkpointed_layers", "activation_offloading", "packing", "compile_layers", "liger_layers", "expandable_segments",
+    "logits", "eval_batch_size",
 )  # fmt: skip
 
 GPU_OPTIMIZER = "paged_adamw_8bit"  # on a GPU, where the settings name none
 
 # Training takes only the defaults of these, the predictor any value (see `Settings`).
 PREDICTOR_ONLY = (
-    "adapter_dtype", "block_size", "attention", "upcast_fp32", "checkpointed_layers", "logits", "eval_batch_size",
+    "adapter_dtype", "block_size", "attention", "upcast_fp32", "logits", "eval_batch_size",
 )  # fmt: skip

@@ -171,7 +171,7 @@ class AnyShape:
         """The last part of the name of each kind of linear layer in the decoder, in order."""
         from torch import nn
 
-        from qlora_helpers.memory.fake.layers_alike import decoder_layers
+        from qlora_helpers.models.decoder_layers import decoder_layers
 
         found = decoder_layers(self._model)
         layers = found[1] if found else [self._model]

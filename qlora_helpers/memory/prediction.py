@@ -17,7 +17,7 @@ from qlora_helpers.memory.loaded import loaded_bytes, weights_by_part
 from qlora_helpers.memory.shape import ModelShape
 from qlora_helpers.memory.step import Moment, mask_bytes, moments_of_a_step
 from qlora_helpers.memory.trained import OPTIMIZERS, Trained, what_is_trained
-from qlora_helpers.settings import GPU_OPTIMIZER, Settings
+from qlora_helpers.settings import DTYPES, GPU_OPTIMIZER, Settings
 
 __all__ = ["Prediction", "needs_libraries", "on_gpu", "predict"]
 
@@ -30,6 +30,10 @@ HOST_PROCESS = 571_000_000
 FRAGMENTATION_WITH_CHECKPOINTING, FRAGMENTATION = 0.14, 0.025
 
 
+# Of the layer at work, measured on an H200 (data/measured/speed.json): what a compiled layer takes more while it runs, and
+# one with liger-kernel's parts less.
+COMPILED, LIGER = 0.15, 0.18
+UNUSED = 0.03  # of what is allocated: what the allocator holds beside it with segments that can grow
 # In one pass of the libraries' step: their output head goes through the tokens piece by piece, so that more would take minutes.
 MOST_TOKENS = 2**28
 
@@ -132,7 +136,13 @@ def predict(shape: ModelShape | AnyShape, settings: Settings, gpu: str | GPU = "
     settings = on_gpu(settings, gpu)
     _check(shape, settings)
     if isinstance(shape, AnyShape) or needs_libraries(settings):
-        return _by_the_libraries(shape, settings, gpu)
+        found = _by_the_libraries(shape, settings, gpu)
+    else:
+        found = _by_the_layers(shape, settings, gpu)
+    return _with_more(found)
+
+
+def _by_the_layers(shape: ModelShape, settings: Settings, gpu: GPU) -> Prediction:
     how = LayerSettings.of(shape, settings, gpu)
     weights, trained, masks = weights_by_part(shape, settings), what_is_trained(shape, settings), mask_bytes(shape, how)
     standing = sum(weights.values()) + trained.adapters + trained.states + gpu.workspace_bytes + masks
@@ -156,10 +166,50 @@ def predict(shape: ModelShape | AnyShape, settings: Settings, gpu: str | GPU = "
     )
 
 
+def _with_more(found: Prediction) -> Prediction:
+    """With what packing and compiled layers take more, as upper bounds, and what liger's take less.
+
+    In a packed row a mask says which tokens belong together: one byte for each pair of tokens, and in each layer that keeps
+    its activations, or runs, a copy in the compute dtype. With a mask, key and value heads are repeated for the query heads
+    that share them.
+    """
+    settings, shape, more = found.settings, found.shape, {}
+    if settings.packing:
+        width, layers = DTYPES[settings.compute_dtype], shape.num_hidden_layers
+        kept = 0 if settings.gradient_checkpointing else layers
+        if settings.checkpointed_layers is not None:
+            kept = layers - min(settings.checkpointed_layers, layers)
+        pairs = settings.batch_size * settings.max_length**2
+        shared = 1 - shape.num_key_value_heads / max(shape.num_attention_heads, 1)
+        repeated = 2 * settings.batch_size * settings.max_length * shape.hidden_size * width * shared
+        more["packing"] = int(pairs + (kept + 1) * (pairs * width + repeated))
+    at_work = found.parts.get("recomputed layer", 0) + found.parts.get("layer at work", 0)
+    if settings.compile_layers:
+        more["compiled layers"] = int(COMPILED * at_work)
+    if settings.liger_layers:
+        more["liger's layers"] = -int(LIGER * at_work)
+    total = sum(more.values())
+    allocated, reserved = found.peak_allocated_bytes + total, found.peak_reserved_bytes + total
+    if settings.expandable_segments:
+        reserved = min(reserved, int((1 + UNUSED) * allocated))
+    step = {name: size if name == "optimizer step" else size + total for name, size in found.phases.items()}
+    return replace(
+        found,
+        peak_allocated_bytes=allocated,
+        peak_reserved_bytes=reserved,
+        device_bytes=found.device_bytes + reserved - found.peak_reserved_bytes,
+        parts=found.parts | more,
+        phases=step,
+    )
+
+
 def needs_libraries(settings: Settings) -> bool:
     """Whether a run has something that the layers written out here do not know."""
     return (
-        settings.checkpointed_layers is not None or settings.logits != "tiled" or settings.eval_batch_size is not None
+        settings.checkpointed_layers is not None
+        or settings.activation_offloading
+        or settings.logits != "tiled"
+        or settings.eval_batch_size is not None
     )
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "Suggestion",
     "divisors",
     "largest_batch",
+    "largest_that_fits",
     "longest_sequence",
     "suggest",
     "what_fits",
@@ -45,7 +46,7 @@ FASTEST = 64  # no batch that is tried is so many times the one before: what was
 MOST_DIVISORS = 2**20  # of a number are looked for: without a bound a large prime would take for ever
 
 
-def _largest(spare: Callable[[int], int], above: int, up_to: int, known: int | None = None) -> int:
+def largest_that_fits(spare: Callable[[int], int], above: int, up_to: int, known: int | None = None) -> int:
     """The largest number above `above`, and up to `up_to`, that fits; `above` if none does. All below it must fit, too.
 
     Args:
@@ -102,7 +103,7 @@ def largest_batch(shape: ModelShape | AnyShape, settings: Settings, gpu: str | G
         limit = high + int(more / each) + 1 if each > 0 else FASTEST * high
         low, left = high, more
         high = min(max(limit, high + high // 8 + 1), FASTEST * high, validation.LARGEST)
-    return _largest(spare, low, high, known=low + (high - low) * left // (left - more))
+    return largest_that_fits(spare, low, high, known=low + (high - low) * left // (left - more))
 
 
 def longest_sequence(
@@ -129,7 +130,7 @@ def longest_sequence(
     unmasked = min((getattr(shape, "sliding_window", None) or most + 1) - 1, most)
     # a sequence that fills the window has a mask, and may run in a kernel that takes less memory
     for above, up_to in ((unmasked // STEP, most // STEP), (0, unmasked // STEP)):
-        if (found := _largest(spare, above, up_to, settings.max_length // STEP)) > above:
+        if (found := largest_that_fits(spare, above, up_to, settings.max_length // STEP)) > above:
             return found * STEP
     return 0
 

@@ -14,37 +14,76 @@ from typing import TYPE_CHECKING
 import datasets
 import torch
 from peft import LoraConfig
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig, SFTTrainer
+from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
 from qlora_helpers import validation
 from qlora_helpers.chats import Chat, check_chats, check_texts, tokenized
 from qlora_helpers.hardware import Hardware, given_or_detected
 from qlora_helpers.models.weights import linear_layers
 from qlora_helpers.settings import GPU_OPTIMIZER, PREDICTOR_ONLY, SCHEDULES, Settings
+from qlora_helpers.training.budget import in_whole_steps, kept_within, plan_of, use_segments_that_grow
 from qlora_helpers.training.checkpoints import failed_writing_explained
+from qlora_helpers.training.layer_options import (
+    checkpoint_first,
+    compile_layers,
+    layers_that_can_be_checkpointed,
+    use_liger,
+)
+from qlora_helpers.training.packing import PackingCollator, check_packing
+from qlora_helpers.training.whole_steps import safer, split
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from qlora_helpers.memory.budget import Plan
+
 __all__ = ["build_trainer", "check_settings", "no_progress_bars"]
+
+
+FIRST_STEPS = (
+    10  # in which a run that is out of memory falls back to a safer choice: later, something else takes the memory
+)
+
+
+class _CheckpointAsAsked(TrainerCallback):
+    """Say again which layers are checkpointed: the trainer switches all of them on when it starts."""
+
+    def __init__(self, trainer: _Trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._use_memory_settings()
 
 
 class _Trainer(SFTTrainer):
     """An SFTTrainer that keeps the loss of each step, and whose evaluations are exact and leave training as it is.
 
     The losses are kept as tensors: reading them at every step would hold up the GPU.
+
+    Attributes:
+        at_work: the settings that the run has now: those that were chosen for its memory budget, or fell back from them.
+        plan: how they were chosen; None without a budget.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, settings: Settings, plan: Plan | None = None, **kwargs):
         self.step_losses: list[tuple[int, torch.Tensor]] = []
+        self.at_work, self.plan = settings, plan
         super().__init__(*args, **kwargs)
 
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
+    def train(self, *args, **kwargs):
+        with kept_within(self.plan):
+            return super().train(*args, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if in_whole_steps(self.at_work) or self.plan:
+            loss = self._in_parts(model, inputs, num_items_in_batch)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
         step = self.state.global_step + 1
         if self.step_losses and self.step_losses[-1][0] == step:  # with accumulation, each batch has part of the loss
             loss_so_far = self.step_losses.pop()[1]
@@ -52,6 +91,35 @@ class _Trainer(SFTTrainer):
         else:
             self.step_losses.append((step, loss.detach()))
         return loss
+
+    def _in_parts(self, model, inputs, num_items_in_batch):
+        """A whole step in parts of as many rows as the settings say. The loss of each is a share of the step's."""
+        while True:
+            try:
+                parts = split(inputs, self.at_work.batch_size)
+                return sum(super(_Trainer, self).training_step(model, part, num_items_in_batch) for part in parts)
+            except torch.OutOfMemoryError as error:
+                if self.plan is None or self.state.global_step >= FIRST_STEPS or not (found := safer(self.at_work)):
+                    raise
+                said = str(error).splitlines()[0]
+            # outside of the except block, whose traceback keeps the step's tensors
+            self.at_work, words = found
+            print(f"Out of GPU memory in step {self.state.global_step + 1}: it is made again with {words}. ({said})")
+            model.zero_grad(set_to_none=True)
+            self._use_memory_settings()
+            torch.cuda.empty_cache()
+
+    def _use_memory_settings(self) -> None:
+        """Checkpoint the layers and keep their inputs as the settings at work say."""
+        settings = self.at_work
+        if settings.gradient_checkpointing and not self.model.is_gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+            if settings.method != "full":
+                self.model.enable_input_require_grads()
+        if settings.checkpointed_layers is not None or self.plan:
+            checkpoint_first(self.model, settings)
+        if settings.activation_offloading and not self.args.activation_offloading:
+            self.maybe_activation_offload_context = get_act_offloading_ctx_manager(model=self.model)
 
     def evaluate(self, *args, **kwargs):
         """Evaluate without a trace in the random state, from which a data loader draws a number when it begins."""
@@ -95,6 +163,8 @@ def build_trainer(
             tokens, or its answers cannot be told from the rest, as in `qlora_helpers.chats.tokenized`.
     """
     check_settings(model, settings, hardware)
+    plan = plan_of(model, settings, hardware)
+    at_work = plan.chosen.settings if plan else settings
     rows, validation_rows = _rows(chats, tokenizer, settings.max_length), None
     if validation_chats:
         try:
@@ -102,7 +172,8 @@ def build_trainer(
         except ValueError as error:
             raise ValueError(f"validation {error}") from None
     eval_steps = settings.evaluation_interval(len(rows)) if validation_rows else None
-    config = _config(output_dir, settings.for_rows(len(rows)), hardware, eval_steps)
+    config = _config(output_dir, at_work.for_rows(len(rows)), hardware, eval_steps, whole=in_whole_steps(settings))
+    use_segments_that_grow(settings, hardware)
     set_seed(settings.seed)  # the adapters' initial values are drawn while the trainer is built
     with no_progress_bars():
         trainer = _Trainer(
@@ -112,12 +183,32 @@ def build_trainer(
             eval_dataset=validation_rows,
             processing_class=tokenizer,
             peft_config=None if settings.method == "full" else _lora(settings),
+            settings=at_work,
+            plan=plan,
         )
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             # only now, since the trainer makes adapters bfloat16; float16 gradients could not be unscaled
             parameter.data = parameter.data.float()
+    _make_fast(trainer, rows, hardware)
     return trainer
+
+
+def _make_fast(trainer: _Trainer, rows: list[dict], hardware: Hardware) -> None:
+    """Pack the rows, and change the layers, as the settings say."""
+    settings, model = trainer.at_work, trainer.model
+    if settings.packing:
+        pad = trainer.data_collator.pad_token_id
+        if len(rows) > 1:
+            check_packing(model, rows, pad)
+        trainer.data_collator = PackingCollator(pad, settings.max_length)
+    if settings.liger_layers:
+        use_liger(model)
+    if settings.compile_layers:
+        compile_layers(model, hardware.device)
+    if settings.checkpointed_layers is not None or trainer.plan:
+        layers_that_can_be_checkpointed(model)  # raises what would otherwise be raised when the run has begun
+        trainer.add_callback(_CheckpointAsAsked(trainer))
 
 
 def check_settings(model: PreTrainedModel | PeftModel, settings: Settings, hardware: Hardware) -> None:
@@ -179,15 +270,21 @@ def _rows(chats: list[Chat], tokenizer, max_length: int) -> list[dict]:
     return rows
 
 
-def _config(output_dir: Path, settings: Settings, hardware: Hardware, eval_steps: int | None) -> SFTConfig:
+def _config(output_dir: Path, settings: Settings, hardware: Hardware, eval_steps: int | None, whole: bool) -> SFTConfig:
+    """The trainer's own settings.
+
+    Args:
+        whole: the trainer takes all chats of a step as one batch.
+    """
+    accumulation = 1 if whole else settings.accumulation
     on_gpu = hardware.device == "cuda"
     dtype = hardware.compute_dtype
     config = SFTConfig(
         output_dir=str(output_dir),
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.batch_size * settings.accumulation // accumulation,
         per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulation,
+        gradient_accumulation_steps=accumulation,
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_steps,
         lr_scheduler_type=SCHEDULES[settings.schedule],
@@ -195,8 +292,9 @@ def _config(output_dir: Path, settings: Settings, hardware: Hardware, eval_steps
         optim=settings.optimizer or (GPU_OPTIMIZER if on_gpu else "adamw_torch"),
         max_length=settings.max_length,
         assistant_only_loss=False,  # the rows already mark the assistant's tokens; TRL would look for them itself
-        packing=False,  # it is meant for FlashAttention, which a T4 does not have
+        packing=False,  # TRL's changes which chats a step has; see qlora_helpers.training.packing
         gradient_checkpointing=settings.gradient_checkpointing,
+        activation_offloading=settings.activation_offloading and on_gpu,
         use_cpu=not on_gpu,
         bf16=on_gpu and dtype == torch.bfloat16,
         fp16=on_gpu and dtype == torch.float16,

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -38,3 +39,12 @@ def differing(one, other):
     """The names of the tensors that are not bit-identical."""
     assert one.keys() == other.keys()
     return [name for name in one if one[name].dtype != other[name].dtype or not torch.equal(one[name], other[name])]
+
+
+def assert_learnt_the_same(one, other, losses=1e-4, adapters=2e-3):
+    """Within rounding: the losses of each step, and the adapters at the end."""
+    for (_, a), (_, b) in zip(one.step_losses, other.step_losses, strict=True):
+        assert a == pytest.approx(b, rel=losses)
+    for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        if a.requires_grad:
+            assert (a - b).norm() <= adapters * a.norm()

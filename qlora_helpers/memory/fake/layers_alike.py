@@ -12,36 +12,14 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from qlora_helpers.models.decoder_layers import counts_layers
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["decoder_layers", "kinds_of", "representatives", "shorten"]
+__all__ = ["kinds_of", "representatives", "shorten"]
 
 _PLACES = ("layer_idx", "layer_id", "layer_index", "layer_number", "idx", "block_idx")  # say where a layer is, not what
-
-
-def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
-    """The name and the list of a model's decoder layers; None if they cannot be told.
-
-    It is the list with the most parameters among those that are as long as the text part's config says; where none is, as
-    in a decoder whose config counts the encoder's layers too, among those as long as any other count of layers in it.
-    """
-    config = model.config.get_text_config(decoder=True)
-    counts = {value for name, value in vars(config).items() if _counts_layers(name, value)}
-    for wanted in ({getattr(config, "num_hidden_layers", None)}, counts):
-        found = [
-            (sum(parameter.numel() for parameter in module.parameters()), name, module)
-            for name, module in model.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) in wanted
-        ]
-        if found:
-            _, name, layers = max(found, key=lambda entry: entry[0])
-            return name, layers
-    return None
-
-
-def _counts_layers(name: str, value: object) -> bool:
-    return "layers" in name and isinstance(value, int) and not isinstance(value, bool) and value > 1
 
 
 def _signature(layer: nn.Module) -> tuple:
@@ -107,7 +85,7 @@ def shorten(model: PreTrainedModel, name: str, places: Sequence[int], long_confi
 
 def _shorten_config(config: PretrainedConfig, before: int, places: Sequence[int], long_config: bool) -> None:
     values = vars(config)
-    counts = [key for key, value in values.items() if _counts_layers(key, value) and value == before]
+    counts = [key for key, value in values.items() if counts_layers(key, value) and value == before]
     if getattr(config, "num_hidden_layers", None) == before:
         counts = ["num_hidden_layers"]
     if not counts:

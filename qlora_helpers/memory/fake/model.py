@@ -13,10 +13,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig
 
 from qlora_helpers.memory.fake.four_bit import Fake4bit
-from qlora_helpers.memory.fake.layers_alike import decoder_layers, kinds_of, representatives, shorten
+from qlora_helpers.memory.fake.layers_alike import kinds_of, representatives, shorten
 from qlora_helpers.memory.fake.on_a_gpu import fused_head
 from qlora_helpers.memory.gpus import GPU
 from qlora_helpers.models.attention import REPEATED_KV
+from qlora_helpers.models.decoder_layers import decoder_layers
 from qlora_helpers.models.four_bit_rule import replace_layers
 from qlora_helpers.models.meta import meta_model
 from qlora_helpers.settings import Settings

@@ -15,6 +15,7 @@ from qlora_helpers.library_messages import silenced
 from qlora_helpers.memory.any_shape import AnyShape
 from qlora_helpers.memory.fake.ledger import ALIVE
 from qlora_helpers.memory.fake.model import Prepared, prepare
+from qlora_helpers.memory.fake.offload import offloaded
 from qlora_helpers.memory.fake.served import Traced, moments_of, serve
 from qlora_helpers.memory.fake.trace import trace_evaluation, trace_step
 from qlora_helpers.memory.fake.whole import Timeline, whole_pass
@@ -138,9 +139,10 @@ def parameters_per_rank(shape: AnyShape, target_modules: str | tuple[str, ...]) 
 
 
 def _of_memory(settings: Settings) -> Settings:
-    """Settings that are equal if their memory is; the optimizer has no part in the traced passes."""
+    """Settings that are equal if the memory of the traced passes is."""
     kept = {name: getattr(settings, name) for name in MEMORY_SETTINGS}
-    return Settings(**kept | {"optimizer": None, "accumulation": min(settings.accumulation, 2)})
+    no_part = dict.fromkeys(("packing", "compile_layers", "liger_layers", "expandable_segments"), False)
+    return Settings(**kept | no_part | {"optimizer": None, "accumulation": min(settings.accumulation, 2)})
 
 
 def _how_often(template: list[int]) -> dict[int, int]:
@@ -189,10 +191,11 @@ def _trace(prepared: Prepared, settings: Settings, capability: tuple[int, int], 
     standing, passes = trace_step(prepared, settings, gpu)
     evaluation = trace_evaluation(prepared, settings, gpu) if settings.eval_batch_size else None
     ran = len(prepared.layers)
+    whole = [whole_pass(run, prepared.template) for run in passes]
     return Traced(
         tuple(standing),
         tuple(prepared.template),
-        tuple(whole_pass(run, prepared.template) for run in passes),
+        tuple(map(offloaded, whole) if settings.activation_offloading else whole),
         None if evaluation is None else whole_pass(evaluation, prepared.template),
         ran,
         refused if ran == len(prepared.template) else "",

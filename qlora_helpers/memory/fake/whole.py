@@ -15,9 +15,9 @@ import numpy as np
 from qlora_helpers.memory.fake.ledger import ALIVE
 from qlora_helpers.memory.fake.trace import Pass
 
-__all__ = ["Timeline", "whole_pass"]
+__all__ = ["PART", "Timeline", "whole_pass"]
 
-_PART = 1 << 32  # events of one part: a time is part * _PART + 2 * place within it
+PART = 1 << 32  # events of one part: a time is part * PART + 2 * place within it
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Timeline:
         order = np.argsort(times, kind="stable")
         which = np.concatenate([entries, entries[ends]])[order]
         change = np.concatenate([self.sizes, -self.sizes[ends]])[order]
-        return which, change, times[order] // _PART
+        return which, change, times[order] // PART
 
     def part_of(self, times: np.ndarray) -> np.ndarray:
         """The number of the part in which something happens, in the order that `Pass` describes."""
-        return times // _PART
+        return times // PART
 
     def peaks(self) -> dict[int, tuple[int, int]]:
         """For each part, the most that is alive within it, in bytes, and the time of that."""
@@ -57,7 +57,7 @@ class Timeline:
         order = np.argsort(times, kind="stable")
         live = np.cumsum(np.concatenate([self.sizes, -self.sizes[ends]])[order])
         times = times[order]
-        parts = times // _PART
+        parts = times // PART
         starts = np.flatnonzero(np.diff(parts, prepend=-1))
         highest = np.maximum.reduceat(live, starts) if len(starts) else []
         found = {}
@@ -133,13 +133,13 @@ def whole_pass(run: Pass, template: Sequence[int]) -> Timeline:
 
 def _timeline(layers: int, blocks: list, run: Pass, lengths: np.ndarray) -> Timeline:
     entries, born_in, dies_in = (np.concatenate(arrays) for arrays in zip(*blocks, strict=True))
-    births = born_in * _PART + 2 * run.born_at[entries]
+    births = born_in * PART + 2 * run.born_at[entries]
     recorded, at = run.lengths[run.dies_in[entries]], run.dies_at[entries]
     here = lengths[dies_in]
     # in a part of another kind of layer: as far from its beginning, or from its end, whichever is nearer
     near_start = at <= recorded // 2
     moved = np.where(near_start, np.minimum(at, here - 1), np.maximum(here - (recorded - at), 0))
     same = recorded == here
-    ends = dies_in * _PART + 2 * np.where(same, at, moved) + np.where(same, 0, 1)
+    ends = dies_in * PART + 2 * np.where(same, at, moved) + np.where(same, 0, 1)
     deaths = np.where(run.dies_in[entries] < 0, ALIVE, np.maximum(ends, births + 1))
     return Timeline(layers, run.sizes[entries], run.kinds[entries], births, deaths)

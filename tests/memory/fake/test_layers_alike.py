@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_helpers.memory.fake.layers_alike import decoder_layers, kinds_of, representatives, shorten
+from qlora_helpers.memory.fake.layers_alike import kinds_of, representatives, shorten
+from qlora_helpers.models.decoder_layers import decoder_layers
 from qlora_helpers.models.meta import meta_model
 from tests.memory.fake.models import DEEPSEEK, GEMMA3, GEMMA3_OF_PICTURES, GPT_OSS, LLAMA, QWEN3_MOE
 

@@ -9,7 +9,7 @@ from transformers.core_model_loading import dot_natural_key
 from qlora_helpers.memory.fake.ledger import ALIVE
 from qlora_helpers.memory.fake.served import Traced, _order_of_loading, moments_of, serve
 from qlora_helpers.memory.fake.trace import Standing
-from qlora_helpers.memory.fake.whole import _PART, Timeline
+from qlora_helpers.memory.fake.whole import PART, Timeline
 from qlora_helpers.memory.loaded import constant_sizes
 from qlora_helpers.memory.tape import rounded
 from qlora_helpers.units import MIB
@@ -23,9 +23,9 @@ ADAPTER = Standing(0, 4 * MIB, 4, "adapters", 4, trained=True)
 
 def of_one_layer(*entries):
     """A pass: (bytes, the part in which it comes, the part in which it goes, or None)."""
-    births = [part * _PART + 2 * place for place, (_, part, _) in enumerate(entries)]
+    births = [part * PART + 2 * place for place, (_, part, _) in enumerate(entries)]
     deaths = [
-        ALIVE if end is None else end * _PART + 2 * len(entries) + 1 + place for place, (*_, end) in enumerate(entries)
+        ALIVE if end is None else end * PART + 2 * len(entries) + 1 + place for place, (*_, end) in enumerate(entries)
     ]
     sizes = np.array([size for size, *_ in entries])
     return Timeline(1, sizes, np.full(len(entries), ""), np.array(births), np.array(deaths))

@@ -1,0 +1,207 @@
+"""The fastest run that fits into a budget of GPU memory.
+
+Time is estimated in tokens of a plain step, from three costs, each measured on one H200 with an 8B model (see
+`data/measured/speed.json`):
+
+- each pass through the model has a cost that does not depend on its tokens: 4-bit weights are decoded, kernels launched
+  (`PER_PASS`). So few large passes are faster than many small ones.
+- a checkpointed layer runs forward twice (`RECOMPUTED`).
+- the layers' inputs go to main memory and back (`OFFLOADED`).
+
+What they are in seconds depends on the card; which of two choices is faster hardly does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from qlora_helpers import validation
+from qlora_helpers.memory.any_shape import AnyShape
+from qlora_helpers.memory.gpus import GPU
+from qlora_helpers.memory.prediction import Prediction, predict
+from qlora_helpers.memory.search import largest_that_fits
+from qlora_helpers.memory.shape import ModelShape
+from qlora_helpers.settings import Settings
+from qlora_helpers.units import MIB, in_words
+
+__all__ = ["MARGIN", "Choice", "Plan", "plan_for"]
+
+PER_PASS = 1000  # tokens
+RECOMPUTED = 0.39  # of a token's time
+OFFLOADED = 0.10  # of a token's time
+MARGIN, LEAST_MARGIN = 0.04, 256 * MIB  # what is left free: a share of the budget, and at least so much
+WORTH_TRYING = 0.01  # of the time: what is estimated to save less is not looked for
+SHOWN = 6
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to make a run.
+
+    Attributes:
+        settings: of the run.
+        prediction: of its memory.
+        cost: its estimated time for a step, in tokens of a plain step.
+    """
+
+    settings: Settings
+    prediction: Prediction
+    cost: float
+
+    def __str__(self) -> str:
+        return f"{_in_words(self.settings, self.prediction)}: {in_words(self.prediction.device_bytes)}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was chosen for a budget.
+
+    Attributes:
+        budget: in bytes, for the whole process: torch's memory and the CUDA context.
+        margin: bytes of it that the prediction leaves free.
+        chosen: the fastest of the choices that fit.
+        others: the fastest of the other ways that were tried, whether they fit or not.
+    """
+
+    budget: int
+    margin: int
+    chosen: Choice
+    others: tuple[Choice, ...]
+
+    @property
+    def context_bytes(self) -> int:
+        """What of the budget is not for torch's tensors."""
+        return self.chosen.prediction.gpu.context_bytes
+
+    def __str__(self) -> str:
+        head = f"Memory budget {in_words(self.budget)}, {in_words(self.margin)} of it left free. Chosen: {self.chosen}"
+        lines = [head]
+        for other in self.others:
+            time = other.cost / self.chosen.cost - 1
+            pace = f"about {abs(time):.0%} {'slower' if time > 0 else 'faster'}"
+            fits = other.prediction.device_bytes <= self.budget - self.margin
+            lines.append(f"  {other}, {pace}{'' if fits else '; does not fit'}")
+        return "\n".join(lines)
+
+
+def _in_words(settings: Settings, prediction: Prediction) -> str:
+    layers = prediction.shape.num_hidden_layers
+    kept = _checkpointed(settings, layers)
+    words = [f"{settings.batch_size} x {settings.max_length} tokens at once"]
+    words.append("all layers checkpointed" if kept == layers else f"{kept} of {layers} layers checkpointed")
+    if settings.activation_offloading:
+        words.append("their inputs in main memory")
+    return ", ".join(words)
+
+
+def _checkpointed(settings: Settings, layers: int) -> int:
+    if not settings.gradient_checkpointing:
+        return 0
+    return layers if settings.checkpointed_layers is None else min(settings.checkpointed_layers, layers)
+
+
+def plan_for(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU, budget: int) -> Plan:
+    """Choose how a run is made so that it is the fastest that fits.
+
+    Args:
+        shape: of the model.
+        settings: of the run. The chats of a step, batch_size x accumulation, stay as they are; which layers are
+            checkpointed and whether their inputs are offloaded is chosen, too.
+        gpu: the card.
+        budget: bytes for the process.
+
+    Raises:
+        ValueError: not even the least demanding choice fits.
+    """
+    validation.whole("budget", budget)
+    margin = max(int(MARGIN * budget), LEAST_MARGIN)
+    search = _Search(shape, gpu, budget - margin)
+    for passes, rows in _splits(settings.batch_size * settings.accumulation):
+        search.try_split(replace(settings, batch_size=rows, accumulation=passes, memory_budget=None))
+    if search.best is None:
+        least = min(search.tried, key=lambda choice: choice.prediction.device_bytes)
+        raise validation.refuse(
+            "memory_budget",
+            budget,
+            f"{in_words(budget)}, {in_words(margin)} of it left free, is too little: the least that the run can do with is "
+            f"{least}. Shorten max_length={settings.max_length}, or take a smaller model",
+        )
+    others = [choice for choice in search.tried if choice is not search.best]
+    shown = sorted(others, key=lambda choice: choice.cost)
+    return Plan(budget, margin, search.best, tuple(shown[:SHOWN]))
+
+
+def _splits(chats: int) -> list[tuple[int, int]]:
+    """How the chats of a step can be split: the number of passes, and the rows of each; the fewest passes first."""
+    found = {}
+    for passes in range(1, chats + 1):
+        found.setdefault(-(-chats // passes), passes)
+    return [(passes, rows) for rows, passes in sorted(found.items(), reverse=True)]
+
+
+def _cost(settings: Settings, layers: int) -> float:
+    tokens = settings.batch_size * settings.accumulation * settings.max_length
+    again = RECOMPUTED * _checkpointed(settings, layers) / layers
+    return (settings.accumulation * PER_PASS + tokens) * (1 + again + OFFLOADED * settings.activation_offloading)
+
+
+class _Search:
+    """Looks for the choice with the least cost that leaves room.
+
+    Attributes:
+        room: bytes that a choice may take.
+        best: the one with the least cost so far; None if nothing fits yet.
+        tried: all whose memory was predicted.
+    """
+
+    def __init__(self, shape: ModelShape | AnyShape, gpu: GPU, room: int) -> None:
+        self.shape, self.gpu, self.room, self.layers = shape, gpu, room, shape.num_hidden_layers
+        self.best: Choice | None = None
+        self.tried: list[Choice] = []
+
+    def try_split(self, base: Settings) -> None:
+        """Find the fewest layers that have to be checkpointed, if that can be faster than the best so far."""
+
+        def cost(kept: int, offloaded: bool = False) -> float:
+            return _cost(self._settings(base, kept, offloaded), self.layers)
+
+        def left_by(kept: int) -> int:
+            return self._try(base, kept)
+
+        most = self.layers
+        if self.best is not None:
+            to_beat = self.best.cost * (1 - WORTH_TRYING)
+            if cost(most) >= to_beat:
+                return  # more passes take longer, whatever else is chosen
+            least = next(kept for kept in range(most + 1) if cost(kept) < to_beat)
+            if left_by(least) < 0:
+                return
+        elif (every := left_by(0)) < 0:
+            self._try(base, 0, offloaded=True)
+            return
+        if (none := left_by(most)) >= 0 or self.layers < 2:
+            return
+        every = left_by(0)
+        largest_that_fits(left_by, 0, most, known=int(most * every / (every - none)))
+
+    def _settings(self, base: Settings, kept: int, offloaded: bool = False) -> Settings:
+        """A run in which this many layers keep their activations."""
+        some = 0 < kept < self.layers
+        return replace(
+            base,
+            gradient_checkpointing=kept < self.layers,
+            checkpointed_layers=self.layers - kept if some else None,  # else the predictor's fast road will do
+            activation_offloading=offloaded,
+        )
+
+    def _try(self, base: Settings, kept: int, offloaded: bool = False) -> int:
+        """The room that is left; negative if it is too little."""
+        settings = self._settings(base, kept, offloaded)
+        known = next((choice for choice in self.tried if choice.settings == settings), None)
+        choice = known or Choice(settings, predict(self.shape, settings, self.gpu), _cost(settings, self.layers))
+        if known is None:
+            self.tried.append(choice)
+        left = self.room - choice.prediction.device_bytes
+        if left >= 0 and (self.best is None or choice.cost < self.best.cost):
+            self.best = choice
+        return left

@@ -1,0 +1,91 @@
+"""A step in parts, and made again with a safer choice when memory runs out."""
+
+import contextlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qlora_helpers.memory import find_gpu, find_shape
+from qlora_helpers.memory.budget import plan_for
+from qlora_helpers.models.loading import load_model
+from qlora_helpers.settings import Settings
+from qlora_helpers.training import trainer as trainer_module
+from qlora_helpers.training.whole_steps import safer, split
+from qlora_helpers.units import GIB
+from tests.support.short_runs import CPU, SHORT, assert_learnt_the_same, run
+
+
+def test_a_step_is_split_into_rows_without_their_padding():
+    ids = torch.arange(1, 31).reshape(5, 6)
+    mask = torch.tensor([[1] * n + [0] * (6 - n) for n in (6, 4, 3, 3, 1)])
+    parts = list(split({"input_ids": ids, "labels": ids, "attention_mask": mask}, 2))
+    assert [tuple(part["input_ids"].shape) for part in parts] == [(2, 6), (2, 3), (1, 1)]
+    assert torch.equal(parts[1]["labels"], ids[2:4, :3])
+
+
+def test_each_safer_choice_learns_the_same_from_fewer_bytes():
+    settings, seen = Settings(batch_size=6, accumulation=2, max_length=512), []
+    while found := safer(settings):
+        settings, words = found
+        seen.append(words)
+        assert settings.batch_size * settings.accumulation >= 12
+    assert seen == ["batch_size=3", "batch_size=1", "all layers checkpointed", "activation_offloading=True"]
+
+
+PLAN = plan_for(
+    find_shape(load_model(hardware=CPU).config), replace(SHORT, dropout=0.0, save_steps=None), find_gpu("t4"), 4 * GIB
+)
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Runs on this CPU as if they had been planned for a GPU; the function makes its steps fail."""
+    monkeypatch.setattr(trainer_module, "plan_of", lambda *_: PLAN)
+    monkeypatch.setattr(trainer_module, "kept_within", lambda plan: contextlib.nullcontext())
+
+    def fail(when):
+        plain = trainer_module.SFTTrainer.compute_loss
+
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            loss = plain(self, model, inputs, *args, **kwargs)
+            if self.model.training and when(self, inputs):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB\nmore")
+            return loss
+
+        monkeypatch.setattr(trainer_module.SFTTrainer, "compute_loss", compute_loss)
+
+    return fail
+
+
+def test_a_step_that_runs_out_of_memory_is_made_again_with_less(planned, tmp_path, capsys):
+    settings = replace(SHORT, dropout=0.0, save_steps=None, memory_budget="auto")
+    plain = run(tmp_path / "plain", replace(settings, memory_budget=None))
+    calls = []
+
+    def second_part_of_the_second_step(trainer, inputs):
+        calls.append(len(inputs["input_ids"]))
+        return trainer.state.global_step == 1 and len(inputs["input_ids"]) > 1
+
+    planned(second_part_of_the_second_step)
+    budgeted = run(tmp_path / "budgeted", settings)
+    said = capsys.readouterr().out
+    assert "Out of GPU memory in step 2: it is made again with batch_size=2. (CUDA out of memory." in said
+    assert "Out of GPU memory in step 2: it is made again with batch_size=1." in said
+    assert calls[:3] == [4, 4, 2] and set(calls[3:]) == {1}
+    assert_learnt_the_same(plain, budgeted)
+
+
+def test_a_run_that_runs_out_later_says_so(planned, tmp_path, monkeypatch):
+    planned(lambda trainer, inputs: trainer.state.global_step >= 3)
+    monkeypatch.setattr(trainer_module, "FIRST_STEPS", 2)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(tmp_path / "run", replace(SHORT, save_steps=None, memory_budget="auto"))
+
+
+def test_on_a_cpu_a_budget_changes_nothing_and_says_so(tmp_path, capsys):
+    settings = replace(SHORT, dropout=0.0, save_steps=None, batch_size=2, accumulation=2)
+    plain = run(tmp_path / "plain", settings)
+    budgeted = run(tmp_path / "budgeted", replace(settings, memory_budget="16GiB"))
+    assert "memory_budget: there is no GPU whose memory could be used" in capsys.readouterr().out
+    assert_learnt_the_same(plain, budgeted)
