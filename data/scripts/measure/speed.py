@@ -29,136 +29,19 @@ says of the course's own runs.
 
 import argparse
 import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 
 from data.scripts import ROOT
-from data.scripts.measure import speed_plan
+from data.scripts.measure import speed_plan, speed_process
 
-__all__ = ["collect", "main", "measure", "read_results"]
+__all__ = ["collect", "main", "read_results"]
 
 TABLE = ROOT / "data" / "measured" / "speed.json"
-RESULT = "RESULT "
-PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "triton", "unsloth", "unsloth_zoo")
 FINAL = ("ran", "out of memory")  # such a row need not be measured again
-TINY_STEPS = {"warm_steps": 1, "timed_steps": 2}
-
-
-# ---------------------------------------------------------------- one row, in its own process
-
-
-def measure(row: dict, dry: bool) -> dict:
-    """Build the trainer of a row and train; what was measured."""
-    if row["variant"] == "unsloth" and not dry:
-        import unsloth  # noqa: F401  before the libraries that it patches
-    import torch
-    from transformers import PrinterCallback, set_seed
-
-    from data.scripts.measure import speed_clock, speed_variants
-
-    if dry:
-        row = row | TINY_STEPS
-    compiled_before = sum(1 for path in Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).rglob("*") if path.is_file())
-    started = time.perf_counter()
-    set_seed(0)
-    profiled = row["profiled"] and not dry
-    steps = row["warm_steps"] + row["timed_steps"] + profiled
-    with tempfile.TemporaryDirectory() as output:
-        trainer = speed_variants.build(row, dry, steps, Path(output))
-        load_seconds = time.perf_counter() - started
-        counted = trainer.data_collator = speed_clock.CountedTokens(trainer.data_collator)
-        clock = speed_clock.clock_for(trainer, row, dry)
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(clock)
-        trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    found = {"gpu": "a tiny model on a CPU" if dry else torch.cuda.get_device_name(0), "versions": versions()}
-    found |= speed_clock.figures(row, clock, counted, losses)
-    found |= {"compiled_before": compiled_before, "load_seconds": round(load_seconds, 2)}
-    return found | {"seconds": round(time.perf_counter() - started, 1)}
-
-
-def versions() -> dict[str, str]:
-    import importlib.metadata
-
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # Unsloth is only in its own rows
-            continue
-    return found
-
-
-def outcome_of(row: dict, dry: bool) -> dict:
-    """What was measured, or the error."""
-    import torch
-
-    try:
-        return {"outcome": "ran"} | measure(row, dry)
-    except Exception as error:
-        traceback.print_exc()
-        if isinstance(error, torch.OutOfMemoryError):
-            return {"outcome": "out of memory", "error": str(error)[:500]}
-        return {"outcome": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
-
-
-def child(row: dict, dry: bool) -> None:
-    """Measure one row in this process and print the result."""
-    if row["variant"] == "unsloth" and not dry:
-        try:
-            import unsloth  # noqa: F401  also before torch
-        except Exception as error:
-            traceback.print_exc()
-            failed = {"outcome": "failed", "error": f"import unsloth: {type(error).__name__}: {error}"[:2000]}
-            print(RESULT + json.dumps(failed), flush=True)
-            return
-    print(RESULT + json.dumps(outcome_of(row, dry)), flush=True)
-
-
-# ---------------------------------------------------------------- all rows
-
-
-def environment_of(row: dict, caches: Path, unsloth_site: Path | None) -> dict[str, str]:
-    """The environment of a row's process. Only Unsloth's rows see its packages."""
-    found = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    found |= {"HF_DEACTIVATE_ASYNC_LOAD": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
-    found |= {"TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"), "TRITON_CACHE_DIR": str(caches / "triton")}
-    found["UNSLOTH_COMPILE_LOCATION"] = str(caches / "unsloth")
-    found.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    paths = [str(unsloth_site)] if row["variant"] == "unsloth" and unsloth_site else []
-    found["PYTHONPATH"] = os.pathsep.join(filter(None, [*paths, str(ROOT), os.environ.get("PYTHONPATH")]))
-    return found
-
-
-def in_its_process(row: dict, dry: bool, environment: dict[str, str], seconds: float | None) -> dict:
-    """Measure a row in a process of its own.
-
-    Raises:
-        subprocess.TimeoutExpired: it was not done after so many seconds.
-    """
-    job = json.dumps({"row": row, "dry": dry})
-    command = [sys.executable, "-m", "data.scripts.measure.speed", "--job", "-"]
-    started = time.perf_counter()
-    ended = subprocess.run(
-        command, input=job, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False
-    )
-    lines = [line for line in ended.stdout.splitlines() if line.startswith(RESULT)]
-    tail = (ended.stdout + ended.stderr).splitlines()[-25:]
-    if not lines:
-        error = f"the process ended with {ended.returncode} and left nothing: " + "\n".join(tail)[-2000:]
-        found = {"outcome": "failed", "error": error}
-    else:
-        found = json.loads(lines[-1].removeprefix(RESULT))
-    if found["outcome"] == "failed":
-        found["log"] = tail
-    return row | found | {"process_seconds": round(time.perf_counter() - started, 1)}
 
 
 def read_results(path: Path) -> dict[str, dict]:
@@ -231,16 +114,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("speed.jsonl"), help="default: speed.jsonl")
     parser.add_argument("--limit-seconds", type=float, metavar="N", help="stop after so long, also within a row")
     parser.add_argument("--dry-run", action="store_true", help="list the rows and measure nothing")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny models, to test this script")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny models, to test this script"
+    )
     parser.add_argument("--unsloth-site", type=Path, metavar="FOLDER", help="a folder of packages, for Unsloth's rows")
-    parser.add_argument("--with", type=json.loads, default={}, dest="more", metavar="JSON", help="more Settings for ours")
+    parser.add_argument(
+        "--with", type=json.loads, default={}, dest="more", metavar="JSON", help="more Settings for ours"
+    )
     parser.add_argument("--collect", type=Path, nargs="+", metavar="FILE", help="results to write into the table")
     parser.add_argument("--table", type=Path, default=TABLE)
-    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("--ahead", type=int, default=0, metavar="N", help="so many of Unsloth's rows import it first")
+    parser.add_argument("--waiting", action="store_true", help=argparse.SUPPRESS)  # a process for a row of Unsloth
     args = parser.parse_args(arguments)
-    if args.job:
-        job = json.load(sys.stdin)
-        child(job["row"], job["dry"])
+    if args.waiting:
+        speed_process.waiting()
         return 0
     if args.collect:
         content = collect(args.collect, args.table)
@@ -258,22 +145,36 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure_all(rows: list[dict], args: argparse.Namespace) -> int:
     """Measure rows one after the other; each is written at once."""
-    started, failed = time.perf_counter(), 0
-    with tempfile.TemporaryDirectory(prefix="speed-caches-") as caches:
-        for row in rows:
-            left = args.limit_seconds and args.limit_seconds - (time.perf_counter() - started)
-            try:
-                if left is not None and left <= 0:
-                    raise subprocess.TimeoutExpired([], left)
-                environment = environment_of(row, Path(caches), args.unsloth_site)
-                result = in_its_process(row, args.device == "cpu", environment, left)
-            except subprocess.TimeoutExpired:
-                print(f"--limit-seconds: stopped before {row['label']!r} was done", flush=True)
-                return 1
-            with args.out.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(result) + "\n")
-            print(show(result), flush=True)
-            failed += result["outcome"] == "failed"
+    started, failed, dry = time.perf_counter(), 0, args.device == "cpu"
+    with tempfile.TemporaryDirectory(prefix="speed-") as made:
+        folder = Path(made)
+        speed_process.prepare_environment(folder)
+        of_unsloth = [row["label"] for row in rows if row["variant"] == "unsloth"]
+        # all at the same time, while this process imports the libraries for the others
+        early = {label: speed_process.New(folder, args.unsloth_site) for label in of_unsloth[: args.ahead]}
+        try:
+            speed_process.import_libraries(dry)
+            for process in early.values():
+                process.wait_until_ready(started + speed_process.IMPORT_SECONDS)
+            print(f"ready after {time.perf_counter() - started:.0f} s", flush=True)
+            for row in rows:
+                left = args.limit_seconds and max(0.0, args.limit_seconds - (time.perf_counter() - started))
+                if row["variant"] == "unsloth":
+                    run = early.get(row["label"]) or speed_process.New(folder, args.unsloth_site)
+                else:
+                    run = speed_process.Forked(folder)
+                try:
+                    result = run.result(row, dry, left)
+                except speed_process.TimeIsOver:
+                    print(f"--limit-seconds: stopped before {row['label']!r} was done", flush=True)
+                    return 1
+                with args.out.open("a", encoding="utf-8") as out:
+                    out.write(json.dumps(result) + "\n")
+                print(show(result), flush=True)
+                failed += result["outcome"] == "failed"
+        finally:
+            for process in early.values():
+                process.end()
     print(f"{len(rows)} rows in {time.perf_counter() - started:.0f} s, {failed} of them failed")
     return 1 if failed else 0
 

@@ -111,9 +111,7 @@ def _articles(row: dict, dry: bool, steps: int, output: Path, lengths: list[int]
     from trl import SFTConfig, SFTTrainer
 
     model = prepare_model_for_kbit_training(_model_of(row, dry))
-    lora = LoraConfig(
-        r=16, lora_alpha=32, target_modules=LINEAR, lora_dropout=0.05, bias="none", task_type="CAUSAL_LM"
-    )
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=LINEAR, lora_dropout=0.05, bias="none", task_type="CAUSAL_LM")
     tokenizer = speed_data.make_tokenizer(_words(model.config), pad_token="</s>")
     recipe = {"warmup_steps": 0.03, "gradient_checkpointing": True, "max_grad_norm": 0.3, "lr_scheduler_type": "cosine"}
     trainer = SFTTrainer(
