@@ -178,7 +178,7 @@ class New(_Run):
         super().__init__(folder)
         paths = [str(site)] if site else []
         environment = os.environ | {"UNSLOTH_DISABLE_STATISTICS": "1", "PYTHONUNBUFFERED": "1"}
-        environment["UNSLOTH_COMPILE_LOCATION"] = str(folder / "unsloth")
+        environment["UNSLOTH_COMPILE_LOCATION"] = str(self.log.with_suffix(".unsloth"))  # written while it is imported
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*paths, str(ROOT), os.environ.get("PYTHONPATH")]))
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

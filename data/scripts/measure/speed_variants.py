@@ -182,7 +182,7 @@ def _unsloth(row: dict, dry: bool, steps: int, output: Path, lengths: list[int])
     config.eos_token_id, config.pad_token_id, config.bos_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id, None
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    unsloth.models.llama.AutoModelForCausalLM = _RandomWeights
+    unsloth.models.llama.AutoModelForCausalLM = _random_weights(config)
     model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
         model_name=str(folder),
         max_seq_length=row["max_length"],
@@ -206,43 +206,50 @@ def _unsloth(row: dict, dry: bool, steps: int, output: Path, lengths: list[int])
 
     return SFTTrainer(
         model=model,
-        args=SFTConfig(**_options(row, dry, steps, output), dataset_text_field="text"),
+        args=SFTConfig(**_options(row, dry, steps, output), dataset_text_field="text", dataset_num_proc=1),
         train_dataset=_texts(lengths, tokenizer, words),
         processing_class=tokenizer,
     )
 
 
-class _RandomWeights:
-    """In place of transformers' `AutoModelForCausalLM`: the model of a folder's configuration, with random weights."""
+def _random_weights(config):
+    """In place of transformers' `AutoModelForCausalLM`: a class whose models have this configuration and random weights.
 
-    @staticmethod
-    def from_pretrained(folder, *, dtype, device_map, quantization_config, attn_implementation, config=None, **others):
-        import torch
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+    It must be made before Unsloth patches the classes of the model.
+    """
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-        from data.scripts.measure.memory import RandomWeight
+    from data.scripts.measure.memory import RandomWeight
 
-        config = config or AutoConfig.from_pretrained(folder)
-        if others.get("max_position_embeddings"):
-            config.max_position_embeddings = others["max_position_embeddings"]
-        with torch.device("meta"):
-            meta = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        weights = {
-            name: RandomWeight(name, weight, config, dtype, "cuda")
-            for name, weight in meta.state_dict().items()
-            if name not in meta.all_tied_weights_keys
-        }
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-            None,
-            config=config,
-            state_dict=weights,
-            dtype=dtype,
-            device_map=device_map,
-            quantization_config=quantization_config,
-            attn_implementation=attn_implementation,
-        )
-        model.config._name_or_path = str(folder)
-        return model
+    with torch.device("meta"):
+        meta = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    shapes = {name: weight for name, weight in meta.state_dict().items() if name not in meta.all_tied_weights_keys}
+
+    class RandomWeights:
+        @staticmethod
+        def from_pretrained(
+            folder, *, dtype, device_map, quantization_config=None, attn_implementation, config=config, **others
+        ):
+            if quantization_config is None:
+                raise RuntimeError("Unsloth asked for a model that is not in 4 bits")
+            if others.get("max_position_embeddings"):
+                config.max_position_embeddings = others["max_position_embeddings"]
+            model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+                None,
+                config=config,
+                state_dict={
+                    name: RandomWeight(name, weight, config, dtype, device_map[""]) for name, weight in shapes.items()
+                },
+                dtype=dtype,
+                device_map=device_map,
+                quantization_config=quantization_config,
+                attn_implementation=attn_implementation,
+            )
+            model.config._name_or_path = str(folder)
+            return model
+
+    return RandomWeights
 
 
 BUILDERS = {"articles": _articles, "trl": _trl, "ours": _ours, "unsloth": _unsloth}
