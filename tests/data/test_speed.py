@@ -8,6 +8,7 @@ import torch
 
 from data.scripts.measure import speed, speed_clock, speed_data, speed_plan
 from qlora_helpers.chats.tokens import tokenized
+from qlora_helpers.units import GIB
 from tests.support.main_functions import call
 
 ROWS = speed_plan.rows()
@@ -90,6 +91,19 @@ def test_a_row_is_measured_and_a_failing_one_is_recorded(tmp_path):
     assert call(speed.main, *options, "--dry-run") == (0, "0 rows\n")  # it is there already
     assert call(speed.main, "--collect", str(out), "--table", str(table))[0] == 0
     assert [row["outcome"] for row in json.loads(table.read_text())["rows"]] == ["ran", "failed"]
+
+
+def test_the_table_has_the_predicted_peak_of_our_own_rows_in_the_plans_order(tmp_path):
+    labels = ("8b t4 1x2048 full ours", "8b bf16 4x2048 full ours", "8b bf16 4x2048 full articles")
+    ran = [row | {"outcome": "ran", "peak_allocated_bytes": 1} for row in ROWS if row["label"] in labels]
+    out, table = tmp_path / "rows.jsonl", tmp_path / "speed.json"
+    out.write_text("".join(json.dumps(row) + "\n" for row in reversed(ran)))
+    rows = speed.collect([out], table)["rows"]
+    assert [row["label"] for row in rows] == [row["label"] for row in ROWS if row["label"] in labels]
+    assert not any("config" in row for row in rows) and "predicted_peak_allocated_bytes" not in rows[0]
+    # what an H200 took in an earlier run of the same settings
+    assert rows[1]["predicted_peak_allocated_bytes"] / GIB == pytest.approx(9.5, rel=0.05)
+    assert rows[2]["predicted_peak_allocated_bytes"] < rows[1]["predicted_peak_allocated_bytes"]
 
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path):

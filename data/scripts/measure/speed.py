@@ -2,7 +2,7 @@
 
     python -m data.scripts.measure.speed --dry-run                  # lists the rows
     python -m data.scripts.measure.speed --rows "8b bf16 4x2048"    # rows whose label matches this regular expression
-    python -m data.scripts.measure.speed --rows unsloth --unsloth-site FOLDER       # where pip put Unsloth
+    python -m data.scripts.measure.speed --rows unsloth --unsloth-site FOLDER --ahead 8     # where pip put Unsloth
     python -m data.scripts.measure.speed --device cpu --rows "1.5b bf16 4x2048" --out /tmp/rows.jsonl   # a tiny model
     python -m data.scripts.measure.speed --collect FILE ...         # no GPU needed; writes data/measured/speed.json
 
@@ -24,7 +24,7 @@ says of the course's own runs.
     nvidia_smi                  medians during the timed steps: utilisation in per cent, clock in MHz, power in W
     skipped_steps               float16: steps whose gradients overflowed
     load_seconds, seconds       until the trainer is built, and of the whole row, both without imports
-    predicted_peak_allocated_bytes      by `qlora_helpers.memory.predict`
+    predicted_peak_allocated_bytes      by `qlora_helpers.memory.predict`; null and `not_predicted` where it refuses
 """
 
 import argparse
@@ -37,6 +37,7 @@ from pathlib import Path
 
 from data.scripts import ROOT
 from data.scripts.measure import speed_plan, speed_process
+from qlora_helpers.settings import GPU_OPTIMIZER
 
 __all__ = ["collect", "main", "read_results"]
 
@@ -84,15 +85,19 @@ def collect(files: list[Path], table: Path) -> dict:
 
 
 def predicted(row: dict) -> dict:
-    """A row with the predicted peak, if it is of the course's own trainer and ran on a GPU."""
+    """A row without its configuration; with the predicted peak, if it is of the course's own trainer and ran on a GPU."""
+    config = row.pop("config")
     if row["variant"] != "ours" or "peak_allocated_bytes" not in row:
         return row
     from data.scripts.measure.speed_variants import dtype_of, settings_of
     from qlora_helpers.memory import find_shape, predict
 
-    shape = find_shape(row["config"])
-    settings = settings_of(row | {"settings": row["settings"] | {"compute_dtype": dtype_of(row, False)}})
-    prediction = predict(shape, settings, "t4" if row["gear"] == "t4" else "h200")
+    more = {"compute_dtype": dtype_of(row, False), "optimizer": GPU_OPTIMIZER}
+    try:
+        settings = settings_of(row | {"settings": row["settings"] | more})
+        prediction = predict(find_shape(config), settings, "t4" if row["gear"] == "t4" else "h200")
+    except ValueError as error:  # a setting that the predictor does not know
+        return row | {"predicted_peak_allocated_bytes": None, "not_predicted": str(error)[:300]}
     return row | {"predicted_peak_allocated_bytes": prediction.peak_allocated_bytes}
 
 

@@ -142,12 +142,16 @@ def figures(row: dict, clock, counted: CountedTokens, losses: list[float]) -> di
         "skipped_steps": clock.skipped,
     } | clock.found
     if clock.profiler is not None:
-        busy, span = clock.busy()
-        # steps of full sequences are alike: the timed ones were not slowed down by the profiler
-        whole = statistics.median(seconds) if row["data"] == "full" else span
-        found |= {"busy_share": round(busy / whole, 3), "busy_seconds": round(busy, 4)}
-    elif clock.found:
-        found["busy_share"] = clock.found["nvidia_smi"].get("utilization.gpu", 0) / 100
+        try:
+            busy, span = clock.busy()
+        except Exception as error:  # what was timed is worth keeping
+            found["profiler_error"] = f"{type(error).__name__}: {error}"[:500]
+        else:
+            # steps of full sequences are alike: the timed ones were not slowed down by the profiler
+            whole = statistics.median(seconds) if row["data"] == "full" else span
+            found |= {"busy_share": round(busy / whole, 3), "busy_seconds": round(busy, 4)}
+    if "busy_share" not in found and "utilization.gpu" in found.get("nvidia_smi", {}):
+        found["busy_share"] = found["nvidia_smi"]["utilization.gpu"] / 100
     if "busy_share" in found:
         found["bound_by"] = "the CPU" if found["busy_share"] < BUSY else "the GPU"
     return found

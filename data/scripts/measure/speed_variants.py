@@ -27,8 +27,9 @@ from pathlib import Path
 from data.scripts.measure import speed_data
 from data.scripts.measure.t4_gear import as_on_a_t4
 
-__all__ = ["build", "dtype_of"]
+__all__ = ["RECIPE", "build", "dtype_of", "settings_of", "sft_options"]
 
+RECIPE = {"warmup_steps": 0.03, "gradient_checkpointing": True, "max_grad_norm": 0.3, "lr_scheduler_type": "cosine"}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VOCABULARY = 4_096  # words that occur; the model's may be larger
 DTYPES = {"bf16": "bfloat16", "t4": "float16"}
@@ -76,7 +77,7 @@ def _texts(lengths: list[int], tokenizer, vocabulary: int):
     return datasets.Dataset.from_dict({"text": texts})
 
 
-def _options(row: dict, dry: bool, steps: int, output: Path) -> dict:
+def sft_options(row: dict, dry: bool, steps: int, output: Path) -> dict:
     """The options of SFTConfig that all variants share."""
     dtype = dtype_of(row, dry)
     return {
@@ -113,10 +114,10 @@ def _articles(row: dict, dry: bool, steps: int, output: Path, lengths: list[int]
     model = prepare_model_for_kbit_training(_model_of(row, dry))
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=LINEAR, lora_dropout=0.05, bias="none", task_type="CAUSAL_LM")
     tokenizer = speed_data.make_tokenizer(_words(model.config), pad_token="</s>")
-    recipe = {"warmup_steps": 0.03, "gradient_checkpointing": True, "max_grad_norm": 0.3, "lr_scheduler_type": "cosine"}
+    options = sft_options(row, dry, steps, output) | RECIPE
     trainer = SFTTrainer(
         model=get_peft_model(model, lora),
-        args=SFTConfig(**_options(row, dry, steps, output) | recipe, dataset_text_field="text"),
+        args=SFTConfig(**options, dataset_text_field="text"),
         train_dataset=_texts(lengths, tokenizer, _words(model.config)),
         processing_class=tokenizer,
     )
@@ -129,11 +130,11 @@ def _trl(row: dict, dry: bool, steps: int, output: Path, lengths: list[int]):
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    model = _model_of(row, dry)
+    model, options = _model_of(row, dry), sft_options(row, dry, steps, output)
     tokenizer = speed_data.make_tokenizer(_words(model.config))
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(**_options(row, dry, steps, output)),
+        args=SFTConfig(**options, dataset_text_field="text"),
         train_dataset=_texts(lengths, tokenizer, _words(model.config)),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -172,8 +173,8 @@ def _unsloth(row: dict, dry: bool, steps: int, output: Path, lengths: list[int])
     import unsloth.models.llama
     from transformers import AutoConfig
 
-    options = copy.deepcopy(row["config"])
-    config = AutoConfig.for_model(options.pop("model_type"), **options)
+    fields = copy.deepcopy(row["config"])
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     dtype, words = getattr(torch, dtype_of(row, dry)), _words(config)
     folder = output / "model-without-weights"
     config.architectures = [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[config.model_type]]
@@ -204,9 +205,10 @@ def _unsloth(row: dict, dry: bool, steps: int, output: Path, lengths: list[int])
     )
     from trl import SFTConfig, SFTTrainer  # as Unsloth has patched them
 
+    options = sft_options(row, dry, steps, output)
     return SFTTrainer(
         model=model,
-        args=SFTConfig(**_options(row, dry, steps, output), dataset_text_field="text", dataset_num_proc=1),
+        args=SFTConfig(**options, dataset_text_field="text", dataset_num_proc=1),
         train_dataset=_texts(lengths, tokenizer, words),
         processing_class=tokenizer,
     )
