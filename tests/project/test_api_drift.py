@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from data.scripts.measure import out_of_memory as measure_oom
+from data.scripts.measure import speed_plan, speed_variants
 from qlora_helpers.evaluation.batches import padded
 from qlora_helpers.memory import known_config
 from qlora_helpers.models.loading import load_tokenizer
@@ -84,6 +85,8 @@ OTHERS = {
     r"plain|ignores": "the function that is replaced (qlora_helpers.memory.fake.on_a_gpu)",
     r"ledger\.mark": "qlora_helpers.memory.fake.ledger",
     r"pick": "min or max (qlora_helpers.memory.timeline)",
+    r"self\.collator": "a trainer's collator, with what it was called with (data.scripts.measure.speed_clock)",
+    r"self\.process\.communicate": "subprocess",
 }
 
 # The receivers of the keywords that a callee passes on through its **kwargs; a list gives names.
@@ -117,6 +120,12 @@ def oom_options(which: int) -> set[str]:
     return set().union(*found, *([row.get("config_options", {}) for row in rows] if which == 0 else []))
 
 
+def speed_options() -> set[str]:
+    """What `speed_variants` passes to SFTConfig."""
+    rows = [row for row in speed_plan.rows() if row["variant"] != "ours"]
+    return set(speed_variants.RECIPE).union(*(speed_variants.sft_options(row, True, 1, Path()) for row in rows))
+
+
 # The keys of expanded dictionaries that cannot be read from the code, by file and expression.
 EXPANDED = {
     # what a library passes to a function of the course, which passes it back
@@ -134,6 +143,8 @@ EXPANDED = {
     ("test_t4_gear.py", "alone"): lambda: load_tokenizer()("a"),
     ("stand_in_models.py", "options"): lambda: known_config("Llama-3.1-8B").keys() - {"model_type"},
     ("memory.py", "options"): lambda: known_config("Llama-3.1-8B").keys() - {"model_type"},
+    ("speed_variants.py", "fields"): lambda: known_config("Llama-3.1-8B").keys() - {"model_type"},
+    ("speed_variants.py", "options"): lambda: speed_options(),
     ("memory.py", "config_options or {}"): lambda: oom_options(0),
     ("memory.py", "trainer_options"): lambda: oom_options(1),
     ("meta.py", "options"): lambda: ("dtype", "attn_implementation"),

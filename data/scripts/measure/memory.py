@@ -497,7 +497,8 @@ def load_libraries(capability: str | None) -> None:
         from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer  # noqa: F401
         from trl import SFTTrainer  # noqa: F401
 
-        import qlora_helpers.models.loading  # noqa: F401
+        import qlora_helpers.models.loading
+        import qlora_helpers.training.trainer  # noqa: F401
     if torch.cuda.is_initialized():
         raise SystemExit("importing the libraries has initialised CUDA: no forked process can use the GPU now")
 
