@@ -28,7 +28,10 @@ LONGEST = 32_768  # tokens of a row; a shape's default window may be shorter
 COMPILED = {"compile_layers": True}
 NONE = {"gradient_checkpointing": False}
 OFFLOADED = {"activation_offloading": True}
-PACKED = {"packing": True}
+# the chats of a step, some 9,000 tokens, in up to nine rows at once
+PACKED = {"packing": True, "accumulation": 11}
+LIGER = {"liger_layers": True}
+GROWING = {"expandable_segments": True}
 
 
 def some(number: int) -> dict:
@@ -41,31 +44,40 @@ ARTICLES, TRL, OURS, UNSLOTH = ("articles", {}), ("trl", {}), ("ours", {}), ("un
 OURS_COMPILED = ("ours compiled", COMPILED)
 OURS_NONE = ("ours compiled none-checkpointed", COMPILED | NONE)
 OURS_PACKED, OURS_PACKED_COMPILED = ("ours packed", PACKED), ("ours packed compiled", PACKED | COMPILED)
-UNSLOTH_PACKED = ("unsloth packed", PACKED)
+UNSLOTH_PACKED = ("unsloth packed", {"packing": True})
+OURS_LIGER = ("ours liger", LIGER)
+OURS_LONG = ("ours offloaded liger", OFFLOADED | LIGER | GROWING)
 OURS_OFFLOADED = ("ours offloaded", OFFLOADED)
 OURS_OFFLOADED_COMPILED = ("ours offloaded compiled", OFFLOADED | COMPILED)
 
 # Mixed data: 32 padded chats of these lengths are about 2,900 tokens, so 3 packed rows of 1,024 are as many.
+
+
+def within(budget: str) -> tuple[str, dict]:
+    """Compiled layers, and what the budget chooses."""
+    return f"ours budget-{budget}", COMPILED | {"memory_budget": budget}
+
+
 # model, gear, batch size, tokens, data, variants
 PLAN = [
     ("8b", "bf16", 4, 2_048, "full", [
         ARTICLES, TRL, OURS, OURS_COMPILED, ("ours compiled 16-of-32", COMPILED | some(16)), OURS_NONE, UNSLOTH,
-        ("ours 16-of-32", some(16)), ("ours none-checkpointed", NONE),
+        *map(within, ("14.3GiB", "24GiB", "48GiB", "auto")),
+        OURS_LIGER, ("ours none-checkpointed", NONE), ("ours offloaded", OFFLOADED),
     ]),
-    ("8b", "bf16", 32, 1_024, "mixed", [ARTICLES, TRL, OURS, OURS_COMPILED, UNSLOTH]),
-    ("8b", "bf16", 3, 1_024, "mixed", [OURS_PACKED, OURS_PACKED_COMPILED, UNSLOTH_PACKED]),
-    ("8b", "bf16", 8, 1_024, "mixed", [OURS_PACKED, OURS_PACKED_COMPILED, UNSLOTH_PACKED]),
+    ("8b", "bf16", 2, 2_048, "full", [OURS_COMPILED, OURS_NONE, UNSLOTH]),
+    ("8b", "bf16", 32, 1_024, "mixed", [OURS, TRL, UNSLOTH]),
+    ("8b", "bf16", 9, 1_024, "mixed", [
+        OURS_PACKED, OURS_PACKED_COMPILED, ("ours packed compiled none-checkpointed", PACKED | COMPILED | NONE), UNSLOTH_PACKED,
+    ]),
     ("8b", "t4", 4, 2_048, "full", [TRL, OURS, OURS_COMPILED, UNSLOTH, ARTICLES]),
-    ("8b", "t4", 1, 2_048, "full", [ARTICLES, TRL, OURS, OURS_COMPILED, UNSLOTH]),
-    ("8b", "t4", 8, 1_024, "mixed", [ARTICLES, OURS, OURS_COMPILED, UNSLOTH]),
-    ("8b", "t4", 1, 1_024, "mixed", [OURS_PACKED_COMPILED, UNSLOTH_PACKED]),
-    ("8b", "t4", 1, 8_192, "full", [ARTICLES, OURS, OURS_COMPILED, OURS_OFFLOADED, OURS_OFFLOADED_COMPILED, UNSLOTH]),
-    ("8b", "t4", 1, 16_384, "full", [OURS, OURS_OFFLOADED, OURS_OFFLOADED_COMPILED, UNSLOTH]),
-    ("8b", "t4", 1, LONGEST, "full", [OURS_OFFLOADED, OURS_OFFLOADED_COMPILED, UNSLOTH]),
+    ("8b", "t4", 1, 2_048, "full", [OURS, OURS_COMPILED, UNSLOTH]),
+    ("8b", "t4", 1, 8_192, "full", [("trl", {}), OURS_COMPILED, OURS_OFFLOADED]),
+    ("8b", "t4", 1, 16_384, "full", [OURS_OFFLOADED, OURS]),
+    ("8b", "t4", 1, LONGEST, "full", [OURS_LONG, UNSLOTH, OURS_OFFLOADED]),
     ("1.5b", "bf16", 4, 2_048, "full", [ARTICLES, TRL, OURS, OURS_COMPILED, OURS_NONE, UNSLOTH]),
     ("1.5b", "t4", 4, 2_048, "full", [ARTICLES, TRL, OURS, OURS_COMPILED, OURS_NONE, UNSLOTH]),
-    ("1.5b", "bf16", 32, 1_024, "mixed", [ARTICLES, OURS, OURS_COMPILED, UNSLOTH]),
-    ("1.5b", "bf16", 8, 1_024, "mixed", [OURS_PACKED, OURS_PACKED_COMPILED, UNSLOTH_PACKED]),
+    ("1.5b", "bf16", 1, 1_024, "full", [OURS, OURS_COMPILED, UNSLOTH]),
 ]  # fmt: skip
 
 

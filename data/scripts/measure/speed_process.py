@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 
 from data.scripts import ROOT
@@ -57,10 +58,16 @@ def measure(row: dict, dry: bool) -> dict:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(clock)
         trainer.train()
+    chosen = {}
+    if plan := getattr(trainer, "plan", None):
+        chosen = {
+            "chosen": asdict(trainer.at_work),
+            "predicted_for_the_budget": plan.chosen.prediction.peak_allocated_bytes,
+        }
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     found = {"gpu": "a tiny model on a CPU" if dry else torch.cuda.get_device_name(0), "versions": _versions()}
     found |= speed_clock.figures(row, clock, counted, losses)
-    found |= {"compiled_before": compiled_before, "load_seconds": round(load_seconds, 2)}
+    found |= chosen | {"compiled_before": compiled_before, "load_seconds": round(load_seconds, 2)}
     return found | {"seconds": round(time.perf_counter() - started, 1)}
 
 
