@@ -20,6 +20,7 @@ import random
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from data.scripts import ROOT
@@ -39,8 +40,6 @@ WORDS = 4_096
 
 def draw() -> list[dict]:
     """The runs, always the same ones."""
-    from dataclasses import replace
-
     from qlora_helpers.memory import find_gpu, find_shape, predict
     from qlora_helpers.memory.budget import LEAST_MARGIN, MARGIN
     from qlora_helpers.settings import Settings
@@ -88,6 +87,8 @@ def measure(row: dict, settings_more: dict | None = None) -> dict:
     if row["gear"] == "t4":
         as_on_a_t4(math_kernel=False)
     hardware = detect("t4" if row["gear"] == "t4" else "ampere")
+    if row["gear"] == "t4":
+        hardware = replace(hardware, capability=(7, 5))  # its kernels are those of a T4
     dtype = str(hardware.compute_dtype).removeprefix("torch.")
     about = {"config": CONFIGS[row["model"]], "method": "qlora", "compute_dtype": dtype, "double_quant": True}
     model = build_model(about | {"attention": "sdpa", "t4_kernels": row["gear"] == "t4"}, False)
