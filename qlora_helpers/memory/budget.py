@@ -26,7 +26,7 @@ from qlora_helpers.units import MIB, in_words
 
 __all__ = ["MARGIN", "Choice", "Plan", "plan_for"]
 
-PER_PASS = 1000  # tokens
+PER_PASS = 2000  # tokens
 RECOMPUTED = 0.39  # of a token's time
 OFFLOADED = 0.10  # of a token's time
 MARGIN, LEAST_MARGIN = 0.04, 256 * MIB  # what is left free: a share of the budget, and at least so much

@@ -34,7 +34,7 @@ from qlora_helpers.training.layer_options import (
     use_liger,
 )
 from qlora_helpers.training.packing import PackingCollator, check_packing
-from qlora_helpers.training.whole_steps import safer, split
+from qlora_helpers.training.whole_steps import ROW_ENDS, WithRowEnds, safer, split
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -80,7 +80,7 @@ class _Trainer(SFTTrainer):
             return super().train(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if in_whole_steps(self.at_work) or self.plan:
+        if isinstance(self.data_collator, WithRowEnds):
             loss = self._in_parts(model, inputs, num_items_in_batch)
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -91,6 +91,15 @@ class _Trainer(SFTTrainer):
         else:
             self.step_losses.append((step, loss.detach()))
         return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss as SFTTrainer computes it, without its metrics, for each of which the CPU waits for the GPU."""
+        inputs.pop(ROW_ENDS, None)  # of an evaluation
+        if self.aux_loss_enabled or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        tokens = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
+        return -outputs.log_probs.sum() / torch.as_tensor(tokens).clamp(min=1)
 
     def _in_parts(self, model, inputs, num_items_in_batch):
         """A whole step in parts of as many rows as the settings say. The loss of each is a share of the step's."""
@@ -201,7 +210,10 @@ def _make_fast(trainer: _Trainer, rows: list[dict], hardware: Hardware) -> None:
         pad = trainer.data_collator.pad_token_id
         if len(rows) > 1:
             check_packing(model, rows, pad)
-        trainer.data_collator = PackingCollator(pad, settings.max_length)
+        trainer.data_collator = PackingCollator(pad, settings.max_length, steady=settings.compile_layers)
+    if in_whole_steps(settings) or trainer.plan:
+        whole = settings.packing and settings.compile_layers
+        trainer.data_collator = WithRowEnds(trainer.data_collator, whole)
     if settings.liger_layers:
         use_liger(model)
     if settings.compile_layers:

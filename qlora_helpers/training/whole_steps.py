@@ -7,35 +7,65 @@ in smaller parts: nothing of it is left but gradients, which are set back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.trainer_pt_utils import find_batch_size
 
 if TYPE_CHECKING:
     from qlora_helpers.settings import Settings
 
-__all__ = ["safer", "split"]
+__all__ = ["ROW_ENDS", "WithRowEnds", "safer", "split"]
+
+ROW_ENDS = "row_ends"  # of a batch: for each row, the place after its last token that is no padding
 
 
-def split(inputs: dict[str, torch.Tensor], rows: int) -> Iterator[dict[str, torch.Tensor]]:
-    """A step's batch in parts.
+@dataclass(frozen=True)
+class WithRowEnds:
+    """A collator whose batches say where each row ends.
+
+    To find that out from the tensors would make the CPU wait for the GPU at each step.
+
+    Attributes:
+        collator: makes the batches.
+        whole: say of each row that it ends at the last column.
+    """
+
+    collator: Callable[[Sequence[Any]], dict[str, Any]]
+    whole: bool = False
+
+    def __call__(self, chats: Sequence[Any]) -> dict[str, Any]:
+        batch = self.collator(chats)
+        used = batch["attention_mask"].bool() if "attention_mask" in batch else batch["labels"] != -100
+        if self.whole:
+            used = torch.ones_like(used)
+        ends = torch.where(used, torch.arange(1, used.shape[1] + 1), 0).amax(dim=1)
+        return batch | {ROW_ENDS: ends.tolist()}
+
+
+def split(inputs: dict[str, Any], rows: int) -> Iterator[dict[str, torch.Tensor]]:
+    """A step's batch in parts, the longest rows first, so that rows of a length come together.
 
     Args:
-        inputs: `input_ids`, `labels`, and either `attention_mask` or `position_ids`, each rows x tokens.
+        inputs: of `WithRowEnds`: tensors of rows x tokens.
         rows: of a part; the last one may have fewer.
 
     Yields:
         Each part without the columns that are padding in all of its rows.
     """
-    count = find_batch_size(inputs)
-    used = inputs["attention_mask"] if "attention_mask" in inputs else inputs["labels"] != -100
-    ends = torch.where(used.bool(), torch.arange(1, used.shape[1] + 1, device=used.device), 0).amax(dim=1).tolist()
-    for start in range(0, count, rows):
-        width = max(*ends[start : start + rows], 1) if rows > 1 else max(ends[start], 1)
-        yield {name: value[start : start + rows, :width] for name, value in inputs.items()}
+    ends, tensors = inputs[ROW_ENDS], {name: value for name, value in inputs.items() if name != ROW_ENDS}
+    order = sorted(range(len(ends)), key=lambda row: -ends[row])
+    in_order = order == list(range(len(ends)))
+    for start in range(0, len(ends), rows):
+        part = order[start : start + rows]
+        width = max(ends[part[0]], 1)
+        if in_order:
+            yield {name: value[start : start + rows, :width] for name, value in tensors.items()}
+        else:
+            device = tensors["input_ids"].device
+            picked = torch.tensor(part).to(device, non_blocking=True)
+            yield {name: value[picked, :width] for name, value in tensors.items()}
 
 
 def safer(settings: Settings) -> tuple[Settings, str] | None:

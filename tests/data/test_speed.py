@@ -45,11 +45,17 @@ def test_chats_have_exactly_the_lengths_that_were_asked_for():
     assert [sum(row["assistant_masks"]) for row in rows] == [length - 1 for length in lengths]
 
 
-@pytest.mark.parametrize("row", [ROWS[0], next(row for row in ROWS if row["settings"].get("packing"))])
-def test_there_are_tokens_for_every_step(row):
+@pytest.mark.parametrize("label", ["8b bf16 4x2048 full ours", "8b bf16 3x1024 mixed unsloth packed"])
+def test_there_are_tokens_for_every_step(label):
+    row = next(row for row in ROWS if row["label"] == label)
     lengths = speed_data.lengths_for(row, steps=10)
     assert max(lengths) <= row["max_length"]
     assert sum(lengths) >= 10 * row["batch_size"] * row["max_length"]
+
+
+def test_mixed_data_has_the_same_chats_for_all_but_those_that_pack_before_the_run():
+    found = [speed_data.lengths_for(row, 18) for row in ROWS if row["label"].startswith("8b t4 8x1024x4 mixed")]
+    assert all(lengths == found[0] for lengths in found) and len(found[0]) == 18 * 32
 
 
 def test_tokens_are_counted_without_padding():
@@ -61,7 +67,9 @@ def test_tokens_are_counted_without_padding():
 
     counted = speed_clock.CountedTokens(Collator())
     counted([{"input_ids": [3, 4, 1]}, {"input_ids": [1]}])
-    assert (counted.tokens, counted.places, counted.pad_token_id) == ([4], [6], 0)
+    counted([{"input_ids": [3] * 5}])
+    assert (counted.tokens, counted.places, counted.pad_token_id) == ([4, 5], [6, 5], 0)
+    assert counted.of_steps(2) == ([9], [11])
 
 
 def test_kernels_that_overlap_are_counted_once():

@@ -11,17 +11,29 @@ from qlora_helpers.memory.budget import plan_for
 from qlora_helpers.models.loading import load_model
 from qlora_helpers.settings import Settings
 from qlora_helpers.training import trainer as trainer_module
-from qlora_helpers.training.whole_steps import safer, split
+from qlora_helpers.training.whole_steps import ROW_ENDS, WithRowEnds, safer, split
 from qlora_helpers.units import GIB
 from tests.support.short_runs import CPU, SHORT, assert_learnt_the_same, run
 
 
-def test_a_step_is_split_into_rows_without_their_padding():
-    ids = torch.arange(1, 31).reshape(5, 6)
-    mask = torch.tensor([[1] * n + [0] * (6 - n) for n in (6, 4, 3, 3, 1)])
-    parts = list(split({"input_ids": ids, "labels": ids, "attention_mask": mask}, 2))
+def collate(lengths):
+    ids = torch.arange(1, 6 * len(lengths) + 1).reshape(len(lengths), 6)
+    mask = torch.tensor([[1] * length + [0] * (6 - length) for length in lengths])
+    return {"input_ids": ids, "labels": ids, "attention_mask": mask}
+
+
+def test_a_step_is_split_into_rows_of_a_length_without_their_padding():
+    batch = WithRowEnds(collate)([6, 3, 4, 1, 3])
+    assert batch[ROW_ENDS] == [6, 3, 4, 1, 3]
+    parts = list(split(batch, 2))
     assert [tuple(part["input_ids"].shape) for part in parts] == [(2, 6), (2, 3), (1, 1)]
-    assert torch.equal(parts[1]["labels"], ids[2:4, :3])
+    assert torch.equal(parts[0]["labels"], batch["labels"][[0, 2]])
+    assert torch.equal(parts[1]["attention_mask"], batch["attention_mask"][[1, 4], :3])
+    assert all(ROW_ENDS not in part for part in parts)
+    assert [tuple(part["labels"].shape) for part in split(WithRowEnds(collate, whole=True)([6, 1]), 1)] == [
+        (1, 6),
+        (1, 6),
+    ]
 
 
 def test_each_safer_choice_learns_the_same_from_fewer_bytes():

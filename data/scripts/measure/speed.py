@@ -22,6 +22,8 @@ says of the course's own runs.
                                 on one more step, or by nvidia-smi for rows that are not `profiled`
     bound_by                    "the CPU" if busy_share is below 0.9: such a row says nothing about a slower GPU
     nvidia_smi                  medians during the timed steps: utilisation in per cent, clock in MHz, power in W
+    at_work, said               what the course's trainer chose for a memory budget; what it said of a setting that it
+                                could not keep to, such as a missing compiler or package
     skipped_steps               float16: steps whose gradients overflowed
     load_seconds, seconds       until the trainer is built, and of the whole row, both without imports
     predicted_peak_allocated_bytes      by `qlora_helpers.memory.predict`; null and `not_predicted` where it refuses
@@ -66,7 +68,7 @@ def show(row: dict) -> str:
     return (
         f"{name} {row['tokens_per_second']:9,.0f} tokens/s, overall {row['tokens_per_second_overall']:9,.0f} {peak} "
         f"first step {row['first_step_seconds']:.1f} s, {busy}; loss {row['losses'][-1]:.3f}; "
-        f"{row['process_seconds']:.0f} s"
+        f"{row['process_seconds']:.0f} s" + "".join(f"\n    {line}" for line in row.get("said", []))
     )
 
 
@@ -92,7 +94,8 @@ def predicted(row: dict) -> dict:
     from data.scripts.measure.speed_variants import dtype_of, settings_of
     from qlora_helpers.memory import find_shape, predict
 
-    more = {"compute_dtype": dtype_of(row, False), "optimizer": GPU_OPTIMIZER}
+    more = row.get("at_work", {}) | {"memory_budget": None} if "memory_budget" in row["settings"] else {}
+    more |= {"compute_dtype": dtype_of(row, False), "optimizer": GPU_OPTIMIZER}
     try:
         settings = settings_of(row | {"settings": row["settings"] | more})
         prediction = predict(find_shape(config), settings, "t4" if row["gear"] == "t4" else "h200")

@@ -28,6 +28,11 @@ class CountedTokens:
         self.places.append(batch["input_ids"].numel())
         return batch
 
+    def of_steps(self, batches: int) -> tuple[list[int], list[int]]:
+        """The tokens and the places of each step of so many batches."""
+        starts = range(0, len(self.tokens), batches)
+        return tuple([sum(part[at : at + batches]) for at in starts] for part in (self.tokens, self.places))
+
     def __getattr__(self, name):  # only what is not here
         if name == "collator":  # before __init__, when a copy is made
             raise AttributeError(name)
@@ -125,10 +130,15 @@ def clock_for(trainer, row: dict, dry: bool):
     return Clock()
 
 
-def figures(row: dict, clock, counted: CountedTokens, losses: list[float]) -> dict:
-    """What was measured, from the steps that were made."""
+def figures(row: dict, clock, counted: tuple[list[int], list[int]], losses: list[float]) -> dict:
+    """What was measured, from the steps that were made.
+
+    Args:
+        counted: tokens and places of each step.
+    """
+    step_tokens, step_places = counted
     warm, until = row["warm_steps"], row["warm_steps"] + row["timed_steps"]
-    seconds, tokens = clock.seconds[warm:until], counted.tokens[warm:until]
+    seconds, tokens = clock.seconds[warm:until], step_tokens[warm:until]
     if len(seconds) < row["timed_steps"]:
         raise RuntimeError(f"only {len(clock.seconds)} of {until} steps were made")
     found = {
@@ -136,8 +146,8 @@ def figures(row: dict, clock, counted: CountedTokens, losses: list[float]) -> di
         "tokens_per_second_overall": round(sum(tokens) / sum(seconds), 1),
         "first_step_seconds": round(clock.seconds[0], 3),
         "step_seconds": [round(s, 4) for s in clock.seconds],
-        "step_tokens": counted.tokens[:until],
-        "step_places": counted.places[:until],
+        "step_tokens": step_tokens[:until],
+        "step_places": step_places[:until],
         "losses": losses[:until],
         "skipped_steps": clock.skipped,
     } | clock.found

@@ -53,13 +53,14 @@ def mixed_lengths(count: int, seed: int = 0) -> list[int]:
 
 def lengths_for(row: dict, steps: int) -> list[int]:
     """As many lengths as these steps need, so that no batch is cut off by the end of the data."""
+    if row["variant"] != "ours" and row["settings"].get("packing"):  # rows that are packed before the run
+        needed, count = row["batch_size"] * row["accumulation"] * row["max_length"] * steps, 100
+        while sum(mixed_lengths(count)) < 1.1 * needed:  # they are not always full
+            count += 100
+    else:
+        count = row["batch_size"] * row["accumulation"] * steps
     if row["data"] == "full":
-        return [row["max_length"]] * (row["batch_size"] * steps)
-    if not row["settings"].get("packing"):
-        return [min(length, row["max_length"]) for length in mixed_lengths(row["batch_size"] * steps)]
-    needed, count = row["batch_size"] * row["max_length"] * steps, 100
-    while sum(mixed_lengths(count)) < 1.1 * needed:  # packed rows are not always full
-        count += 100
+        return [row["max_length"]] * count
     return [min(length, row["max_length"]) for length in mixed_lengths(count)]
 
 

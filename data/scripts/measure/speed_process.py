@@ -10,12 +10,12 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from dataclasses import asdict
 from pathlib import Path
 
 from data.scripts import ROOT
@@ -25,6 +25,9 @@ __all__ = ["Forked", "New", "TimeIsOver", "import_libraries", "measure", "prepar
 RESULT, READY = "RESULT ", "READY"
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "triton", "unsloth", "unsloth_zoo")
 TINY_STEPS = {"warm_steps": 1, "timed_steps": 2}
+CHOSEN = ("batch_size", "accumulation", "gradient_checkpointing", "checkpointed_layers", "activation_offloading")
+# What the course's trainer says of a setting that it cannot keep to, and of what it has chosen.
+SAID = re.compile(r"^(compile_layers|liger_layers|packing|memory_budget|Out of GPU memory)")
 LOG_LINES = 30
 IMPORT_SECONDS = 180
 
@@ -58,16 +61,13 @@ def measure(row: dict, dry: bool) -> dict:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(clock)
         trainer.train()
-    chosen = {}
-    if plan := getattr(trainer, "plan", None):
-        chosen = {
-            "chosen": asdict(trainer.at_work),
-            "predicted_for_the_budget": plan.chosen.prediction.peak_allocated_bytes,
-        }
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     found = {"gpu": "a tiny model on a CPU" if dry else torch.cuda.get_device_name(0), "versions": _versions()}
-    found |= speed_clock.figures(row, clock, counted, losses)
-    found |= chosen | {"compiled_before": compiled_before, "load_seconds": round(load_seconds, 2)}
+    of_steps = counted.of_steps(trainer.args.gradient_accumulation_steps)
+    found |= speed_clock.figures(row, clock, of_steps, losses)
+    if at_work := getattr(trainer, "at_work", None):  # what the course's trainer has chosen for a memory budget
+        found["at_work"] = {name: getattr(at_work, name) for name in CHOSEN}
+    found |= {"compiled_before": compiled_before, "load_seconds": round(load_seconds, 2)}
     return found | {"seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -143,6 +143,8 @@ class _Run:
 
     def _finish(self, row: dict, found: dict) -> dict:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if said := [line[:300] for line in lines if SAID.match(line)]:
+            found = found | {"said": said}
         if found["outcome"] == "failed":
             found = found | {"log": lines[-LOG_LINES:]}
         return row | found | {"process_seconds": round(time.perf_counter() - self.started, 1)}

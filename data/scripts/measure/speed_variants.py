@@ -1,7 +1,7 @@
 """The trainers that `speed.py` times: the articles' recipe, plain TRL, the course's own and Unsloth.
 
-All take rank 16 and alpha 32 on all linear layers, learning rate 2e-4, paged 8-bit AdamW, no accumulation, seed 0, and
-the same chats in the same order. Models have real shapes and random weights, made on the GPU in 4 bits (`memory.py`).
+All take rank 16 and alpha 32 on all linear layers, learning rate 2e-4, paged 8-bit AdamW, seed 0, and the same
+chats in the same order. Models have real shapes and random weights, made on the GPU in 4 bits (`memory.py`).
 
 articles: the recipe that two of the articles print (the third shows no code). It is the 8B one's:
 `prepare_model_for_kbit_training` (which makes embeddings, norms and output head float32), dropout 0.05, gradient
@@ -11,7 +11,7 @@ checkpointing, cosine schedule, max_grad_norm 0.3, padding with the end token. R
         dataset_text_field; so its arguments are an SFTConfig, or max_length would be 1,024
     the adapters are added once, by get_peft_model; one article also gives the trainer a peft_config, which it refuses
     on a T4, bfloat16 is emulated: float16 instead, with float32 adapters, without which the first step fails
-    its four batches per step are one, so that a timed step is a batch
+    its batch size and accumulation are the row's
 
 trl: SFTTrainer with its own defaults (checkpointing is one of them), but paged 8-bit AdamW; float32 adapters in float16.
 
@@ -53,7 +53,7 @@ def build(row: dict, dry: bool, steps: int, output: Path):
         row = row | {"max_length": TINY_LENGTH, "batch_size": min(row["batch_size"], TINY_BATCH)}
     lengths = speed_data.lengths_for(row, steps)
     if dry:
-        lengths = lengths[: TINY_BATCH * steps]
+        lengths = lengths[: TINY_BATCH * row["accumulation"] * steps]
     return BUILDERS[row["variant"]](row, dry, steps, output, lengths)
 
 
@@ -84,7 +84,7 @@ def sft_options(row: dict, dry: bool, steps: int, output: Path) -> dict:
         "output_dir": str(output),
         "max_steps": steps,
         "per_device_train_batch_size": row["batch_size"],
-        "gradient_accumulation_steps": 1,
+        "gradient_accumulation_steps": row["accumulation"],
         "learning_rate": 2e-4,
         "max_length": row["max_length"],
         "optim": "adamw_torch" if dry else "paged_adamw_8bit",
@@ -161,7 +161,13 @@ def settings_of(row: dict, steps: int | None = None):
     from qlora_helpers.settings import Settings
 
     usual = {"batch_size": row["batch_size"], "max_length": row["max_length"], "gradient_checkpointing": True}
-    usual |= {"steps": steps or 1, "learning_rate": 2e-4, "warmup_steps": 1, "log_steps": 1}
+    usual |= {
+        "accumulation": row["accumulation"],
+        "steps": steps or 1,
+        "learning_rate": 2e-4,
+        "warmup_steps": 1,
+        "log_steps": 1,
+    }
     return Settings(**usual | row["settings"])
 
 
