@@ -217,7 +217,7 @@ def _make_fast(trainer: _Trainer, rows: list[dict], hardware: Hardware) -> None:
     if settings.liger_layers:
         use_liger(model)
     if settings.compile_layers:
-        compile_layers(model, hardware.device)
+        compile_layers(model, hardware.device, rows_vary=settings.packing)
     if settings.checkpointed_layers is not None or trainer.plan:
         layers_that_can_be_checkpointed(model)  # raises what would otherwise be raised when the run has begun
         trainer.add_callback(_CheckpointAsAsked(trainer))

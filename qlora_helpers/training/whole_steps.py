@@ -49,13 +49,14 @@ def split(inputs: dict[str, Any], rows: int) -> Iterator[dict[str, torch.Tensor]
 
     Args:
         inputs: of `WithRowEnds`: tensors of rows x tokens.
-        rows: of a part; the last one may have fewer.
+        rows: the most of a part.
 
     Yields:
         Each part without the columns that are padding in all of its rows.
     """
     ends, tensors = inputs[ROW_ENDS], {name: value for name, value in inputs.items() if name != ROW_ENDS}
     order = sorted(range(len(ends)), key=lambda row: -ends[row])
+    rows = -(-len(ends) // -(-len(ends) // rows))  # parts of a size, rather than a last one of a single row
     in_order = order == list(range(len(ends)))
     for start in range(0, len(ends), rows):
         part = order[start : start + rows]

@@ -29,6 +29,7 @@ def test_a_step_is_split_into_rows_of_a_length_without_their_padding():
     assert [tuple(part["input_ids"].shape) for part in parts] == [(2, 6), (2, 3), (1, 1)]
     assert torch.equal(parts[0]["labels"], batch["labels"][[0, 2]])
     assert torch.equal(parts[1]["attention_mask"], batch["attention_mask"][[1, 4], :3])
+    assert [len(part["labels"]) for part in split(batch, 4)] == [3, 2]
     assert all(ROW_ENDS not in part for part in parts)
     assert [tuple(part["labels"].shape) for part in split(WithRowEnds(collate, whole=True)([6, 1]), 1)] == [
         (1, 6),
@@ -57,7 +58,7 @@ def planned(monkeypatch):
     monkeypatch.setattr(trainer_module, "kept_within", lambda plan: contextlib.nullcontext())
 
     def fail(when):
-        plain = trainer_module.SFTTrainer.compute_loss
+        plain = trainer_module._Trainer.compute_loss
 
         def compute_loss(self, model, inputs, *args, **kwargs):
             loss = plain(self, model, inputs, *args, **kwargs)
@@ -65,7 +66,7 @@ def planned(monkeypatch):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB\nmore")
             return loss
 
-        monkeypatch.setattr(trainer_module.SFTTrainer, "compute_loss", compute_loss)
+        monkeypatch.setattr(trainer_module._Trainer, "compute_loss", compute_loss)
 
     return fail
 

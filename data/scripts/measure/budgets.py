@@ -1,7 +1,7 @@
 """Thirty runs, drawn beforehand, each within a memory budget on one GPU: does any die, and is what was chosen fast?
 
     python -m data.scripts.measure.budgets --draw                    # shows the runs; needs no GPU
-    python -m data.scripts.measure.budgets --out budgets.jsonl       # measures them, four at a time
+    python -m data.scripts.measure.budgets --out budgets.jsonl       # measures them, six at a time
     python -m data.scripts.measure.budgets --out budgets.jsonl --compared   # then five of them beside other choices
     python -m data.scripts.measure.budgets --collect budgets.jsonl   # writes data/measured/budgets.json
 
@@ -16,10 +16,12 @@ fit. The pace is that of steps of full length, after one to warm up.
 import argparse
 import json
 import multiprocessing
+import multiprocessing.connection
 import random
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from data.scripts.measure.t4_gear import as_on_a_t4
 from qlora_helpers.units import GIB
 
 TABLE = ROOT / "data" / "measured" / "budgets.json"
-SEED, COUNT, AT_ONCE, STEPS = 16, 30, 4, 4
+SEED, COUNT, AT_ONCE, STEPS = 16, 30, 6, 4
 COMPARED = 5  # the first so many of those that had a choice
 MODELS = {
     "qwen2.5-0.5b": 1, "qwen2.5-1.5b": 3, "llama-3.2-3b": 2, "llama-3.1-8b": 3, "mistral-7b": 1,
@@ -165,22 +167,34 @@ def _clock():
     return Clock()
 
 
-def _in_a_process(job) -> dict:
-    """A run in a fork, which ends with it."""
-    row, more, log = job
-    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        return pool.apply(_one, (row, more, log))
+def in_processes(jobs: list[tuple[dict, dict | None]], log: str, at_once: int):
+    """Runs in forks of this process, so many at the same time; yields each when it is done."""
+    context, waiting, at_work = multiprocessing.get_context("fork"), list(jobs), {}
+    while waiting or at_work:
+        while waiting and len(at_work) < at_once:
+            row, more = waiting.pop(0)
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_one, args=(row, more, log, sender))
+            process.start()
+            sender.close()
+            at_work[receiver] = row, process
+        for receiver in multiprocessing.connection.wait(list(at_work)):
+            row, process = at_work.pop(receiver)
+            try:
+                found = receiver.recv()
+            except EOFError:
+                found = row | {"outcome": "died", "error": "the process left nothing"}
+            process.join()
+            yield found
 
 
-def _one(row: dict, more: dict | None, log: str) -> dict:
+def _one(row: dict, more: dict | None, log: str, sender) -> None:
     speed_process._to_log(Path(log))
     try:
-        return row | {"outcome": "ran"} | measure(row, more)
+        sender.send(row | {"outcome": "ran"} | measure(row, more))
     except Exception as error:
-        import traceback
-
         traceback.print_exc()
-        return row | {"outcome": "died", "error": f"{type(error).__name__}: {error}"[:1_500]}
+        sender.send(row | {"outcome": "died", "error": f"{type(error).__name__}: {error}"[:1_500]})
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -208,10 +222,8 @@ def main(arguments: list[str] | None = None) -> int:
         log = str(args.out.with_suffix(".log"))
         if args.compared:
             return compare(args.out, log)
-        from concurrent.futures import ThreadPoolExecutor
-
-        with ThreadPoolExecutor(AT_ONCE) as pool, args.out.open("a", encoding="utf-8") as out:
-            for found in pool.map(_in_a_process, [(row, None, log) for row in rows[: args.only]]):
+        with args.out.open("a", encoding="utf-8") as out:
+            for found in in_processes([(row, None) for row in rows[: args.only]], log, AT_ONCE):
                 out.write(json.dumps(found) + "\n")
                 out.flush()
                 show(found)
@@ -240,7 +252,7 @@ def compare(out: Path, log: str) -> int:
                     "full": True,
                     "compared": "chosen" if not place else "other",
                 }
-                found = _in_a_process((job, settings, log))
+                (found,) = in_processes([(job, settings)], log, 1)
                 compared.write(json.dumps(found) + "\n")
                 compared.flush()
                 show(found)

@@ -63,7 +63,7 @@ PLAN = [
         ("ours packed compiled none-checkpointed", PACKED | COMPILED | NONE), ("ours packed liger", PACKED | LIGER),
     ]),
     ("8b", "bf16", 3, 1, 1_024, "mixed", [("unsloth packed", PACKED)]),
-    ("8b", "bf16", 8, 12, 1_024, "mixed", [
+    ("8b", "bf16", 12, 8, 1_024, "mixed", [
         OURS_PACKED, OURS_PACKED_COMPILED, ("ours packed compiled none-checkpointed", PACKED | COMPILED | NONE),
     ]),
     ("8b", "bf16", 8, 1, 1_024, "mixed", [("unsloth packed", PACKED)]),
