@@ -65,6 +65,7 @@ def kept_within(plan: Plan | None) -> Iterator[None]:
     if plan is None:
         yield
         return
+    torch.cuda.empty_cache()  # what loading left
     _, total = torch.cuda.mem_get_info()
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.set_per_process_memory_fraction(min((plan.budget - plan.context_bytes) / total, 1.0))

@@ -73,7 +73,7 @@ def why_no_compiler(device: str) -> str:
     return ""
 
 
-def compile_layers(model: PreTrainedModel | PeftModel, device: str, rows_vary: bool = False) -> bool:
+def compile_layers(model: PreTrainedModel | PeftModel, device: str, sizes_vary: bool = False) -> bool:
     """Compile each decoder layer, when it first runs. Layers that are alike are compiled once.
 
     A checkpointed layer is compiled within its checkpoint, so that what is compiled does not depend on it.
@@ -82,7 +82,7 @@ def compile_layers(model: PreTrainedModel | PeftModel, device: str, rows_vary: b
 
     Args:
         device: the one they run on, "cpu" or "cuda".
-        rows_vary: batches have different numbers of rows: compile for any number at once, not for the first one.
+        sizes_vary: batches have other numbers of rows and tokens each time: compile for any at once, not for the first.
 
     Returns:
         Whether they will be compiled.
@@ -94,12 +94,12 @@ def compile_layers(model: PreTrainedModel | PeftModel, device: str, rows_vary: b
     for layer in layers_of(model):
         kind = type(layer)
         if kind not in compiled:
-            compiled[kind] = _compiled(kind, rows_vary)
+            compiled[kind] = _compiled(kind, sizes_vary)
         layer.__class__ = compiled[kind]
     return True
 
 
-def _compiled(kind: type[nn.Module], rows_vary: bool) -> type[nn.Module]:
+def _compiled(kind: type[nn.Module], sizes_vary: bool) -> type[nn.Module]:
     """A class of layers like another, whose forward pass is compiled.
 
     As a subclass of transformers' layers it gets their checkpointing, which older versions do in `__call__` and newer ones in
@@ -109,9 +109,9 @@ def _compiled(kind: type[nn.Module], rows_vary: bool) -> type[nn.Module]:
     state = {"forward": torch.compile(plain)}
 
     def forward(self, *args, **kwargs):
-        if rows_vary:
+        if sizes_vary:
             for value in args:
-                torch._dynamo.maybe_mark_dynamic(value, 0)
+                torch._dynamo.maybe_mark_dynamic(value, (0, 1))
         try:
             return state["forward"](self, *args, **kwargs)
         except TorchDynamoException as error:

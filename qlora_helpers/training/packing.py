@@ -12,6 +12,7 @@ TRL's own packing puts chats together before the run, so that a step no longer h
 from __future__ import annotations
 
 import bisect
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,10 @@ LEAKED, ROUNDED = 1e-3, 0.1
 
 
 def rows_for(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Which chats go into which row: the longest first, each into the row that it fills best (best-fit decreasing).
+    """Which chats go into which row: as few rows as can be found, of nearly the same length.
+
+    How many is found by best-fit decreasing: the longest chat first, each into the row that it fills best. Then the chats are
+    spread: the longest first, each into the row that has the fewest tokens. If a row gets too long so, the first way stands.
 
     Args:
         lengths: of the chats, in tokens, each no more than `most`.
@@ -41,16 +45,23 @@ def rows_for(lengths: Sequence[int], most: int) -> list[list[int]]:
     Returns:
         For each row, the places of its chats in `lengths`.
     """
-    rows: list[list[int]] = []
+    longest_first = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    filled: list[list[int]] = []
     left: list[tuple[int, int]] = []  # tokens that are left in a row and the row, the fullest first
-    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+    for place in longest_first:
         fits = bisect.bisect_left(left, (lengths[place], -1))
-        room, row = left.pop(fits) if fits < len(left) else (most, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(place)
+        room, row = left.pop(fits) if fits < len(left) else (most, len(filled))
+        if row == len(filled):
+            filled.append([])
+        filled[row].append(place)
         bisect.insort(left, (room - lengths[place], row))
-    return rows
+    spread: list[list[int]] = [[] for _ in filled]
+    tokens = [(0, row) for row in range(len(filled))]  # a heap
+    for place in longest_first:
+        taken, row = heapq.heappop(tokens)
+        spread[row].append(place)
+        heapq.heappush(tokens, (taken + lengths[place], row))
+    return spread if max(tokens)[0] <= most else filled
 
 
 @dataclass(frozen=True)
@@ -60,12 +71,10 @@ class PackingCollator:
     Attributes:
         pad_token_id: fills the rows' ends. What comes after a chat changes nothing in it.
         most: tokens of a row.
-        steady: make every row `most` tokens wide. Layers that are compiled are compiled anew for another width.
     """
 
     pad_token_id: int
     most: int
-    steady: bool = False
 
     def __call__(self, chats: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         """Pack chats.
@@ -79,7 +88,7 @@ class PackingCollator:
         rows = rows_for([len(chat["input_ids"]) for chat in chats], self.most)
         lengths = [sum(len(chats[place]["input_ids"]) for place in row) for row in rows]
         order = sorted(range(len(rows)), key=lambda row: -lengths[row])
-        width = self.most if self.steady else min(-(-max(lengths) // MULTIPLE) * MULTIPLE, self.most)
+        width = min(-(-max(lengths) // MULTIPLE) * MULTIPLE, self.most)
         shape = len(rows), width
         ids, labels = torch.full(shape, self.pad_token_id), torch.full(shape, -100)
         positions = torch.zeros(shape, dtype=torch.int64)

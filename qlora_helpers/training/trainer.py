@@ -210,14 +210,13 @@ def _make_fast(trainer: _Trainer, rows: list[dict], hardware: Hardware) -> None:
         pad = trainer.data_collator.pad_token_id
         if len(rows) > 1:
             check_packing(model, rows, pad)
-        trainer.data_collator = PackingCollator(pad, settings.max_length, steady=settings.compile_layers)
+        trainer.data_collator = PackingCollator(pad, settings.max_length)
     if in_whole_steps(settings) or trainer.plan:
-        whole = settings.packing and settings.compile_layers
-        trainer.data_collator = WithRowEnds(trainer.data_collator, whole)
+        trainer.data_collator = WithRowEnds(trainer.data_collator, keep_mask=trainer.aux_loss_enabled)
     if settings.liger_layers:
         use_liger(model)
     if settings.compile_layers:
-        compile_layers(model, hardware.device, rows_vary=settings.packing)
+        compile_layers(model, hardware.device, sizes_vary=settings.packing)
     if settings.checkpointed_layers is not None or trainer.plan:
         layers_that_can_be_checkpointed(model)  # raises what would otherwise be raised when the run has begun
         trainer.add_callback(_CheckpointAsAsked(trainer))

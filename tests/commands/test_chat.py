@@ -87,7 +87,9 @@ class TestInATerminal:
         assert "\x1b[2m(a new conversation)\x1b[0m" in terminal.until("\n> ")
         terminal.type("half a question")
         terminal.until("half a question")
-        time.sleep(0.5)  # Python's readline misses a signal between the last key and its wait for the next until that comes
+        time.sleep(
+            0.5
+        )  # Python's readline misses a signal between the last key and its wait for the next until that comes
         terminal.type("\x03")  # Ctrl-C
         assert "(Ctrl-C stops an answer; /quit or Ctrl-D ends the chat)" in terminal.until("> ")
         terminal.type("/nothing\n")

@@ -32,14 +32,14 @@ def chats_of(*lengths):
 @pytest.mark.parametrize(
     ("lengths", "most", "rows"),
     [
-        ([4, 4, 4], 8, [[0, 1], [2]]),
-        ([3, 5, 2, 6], 8, [[3, 2], [1, 0]]),
         ([8], 8, [[0]]),
         ([5, 5, 5], 8, [[0], [1], [2]]),
-        ([2, 7, 3, 3], 8, [[1], [2, 3, 0]]),
+        ([4, 4, 4], 8, [[0, 2], [1]]),
+        ([6, 1, 1, 1, 1, 1], 8, [[0], [1, 2, 3, 4, 5]]),  # not 8 and 3
+        ([4, 4, 3, 3, 2], 8, [[0, 1], [2, 3, 4]]),  # spread, a row would have 9
     ],
 )
-def test_each_chat_goes_into_the_row_that_it_fills_best(lengths, most, rows):
+def test_chats_go_into_few_rows_of_nearly_the_same_length(lengths, most, rows):
     assert rows_for(lengths, most) == rows
 
 
