@@ -3,14 +3,16 @@
     python -m data.scripts.measure.cpu_profile   # about five minutes on an idle machine
 
 Each way of running is a process of its own with one thread, and the ways take turns, so that a change of the machine's
-speed meets all of them. What counts is processor time: other programs lengthen the waiting, and hardly this. One more
-process per way is profiled, since profiling itself takes time. Writes `data/measured/cpu_profile.json`.
+speed meets all of them. What counts is processor time, and of the steps of a run their lower quartile: other programs
+only ever make a step longer. Two more processes are profiled, since profiling itself takes time. Writes
+`data/measured/cpu_profile.json`.
 """
 
 import argparse
 import contextlib
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import resource
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 from data.scripts import ROOT
@@ -43,6 +46,12 @@ GROUPS = {  # of torch's operations, by the beginnings of their names
     ),
 }  # fmt: skip
 
+PARTS = {
+    "output head and loss": ("ChunkedLogProbFunction", "ChunkedLogProbFunctionBackward"),
+    "4-bit layers, without adapters": ("MatMul4Bit", "MatMul4BitBackward"),  # by bitsandbytes, so not if decoded once
+    "optimizer": ("Optimizer.step#AdamW.step",),
+}
+
 
 def group_of(operation: str) -> str | None:
     """The group of one of torch's or bitsandbytes' operations; None for what only calls others."""
@@ -51,6 +60,10 @@ def group_of(operation: str) -> str | None:
         return None
     found = [(len(start), group) for group, starts in GROUPS.items() for start in starts if name.startswith(start)]
     return max(found)[1] if found else None
+
+
+def lower_quartile(values: list[float]) -> float:
+    return sorted(values)[len(values) // 4]
 
 
 def one_run(way: str, steps: int, profiled: int) -> dict:
@@ -70,7 +83,7 @@ def one_run(way: str, steps: int, profiled: int) -> dict:
     from qlora_helpers.training.trainer import build_trainer
 
     settings, cpu, tokenizer = Settings(steps=steps), detect("cpu"), load_tokenizer()
-    profiler, marks = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]), []
+    profiler, marks = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True), []
 
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -94,44 +107,50 @@ def one_run(way: str, steps: int, profiled: int) -> dict:
         with decoded_once(trainer.model) if "decoded once" in saved else contextlib.nullcontext():
             trainer.train()
     if profiled:
-        return {"parts": parts_of(profiler, marks[-1][1] - marks[-1 - profiled][1], profiled)}
-    each = [
-        [after - before for before, after in zip(m, m[1:], strict=False)] for m in zip(*marks[WARM_UP:], strict=True)
-    ]
+        return {"parts": parts_of(profiler, profiled)}
+    each = [[after - before for before, after in itertools.pairwise(m)] for m in zip(*marks[WARM_UP:], strict=True)]
     trained = b"".join(p.detach().numpy().tobytes() for p in trainer.model.parameters() if p.requires_grad)
     return {
-        "processor_seconds": statistics.median(each[0]),
-        "seconds": statistics.median(each[1]),
+        "processor_seconds": lower_quartile(each[0]),
+        "seconds": lower_quartile(each[1]),
         "pages": statistics.median(each[2]),
         "adapters": hashlib.sha256(trained).hexdigest(),
         "losses": [loss.item() for _, loss in trainer.step_losses],
     }
 
 
-def parts_of(profiler, seconds: float, steps: int) -> dict[str, dict[str, float]]:
-    """The groups of operations in a profile: seconds and calls per step, and the share of the step.
+def parts_of(profiler, steps: int) -> dict[str, dict[str, dict[str, float]]]:
+    """The groups of operations in a profile, in seconds and calls per step.
 
-    What is left is Python, and what the libraries do between the operations. "of these" names parts that are made of
-    several operations, which the groups count as well.
+    A profile's clock goes on while another program has the core. So each call counts as the lower quartile of those of the
+    same operation on tensors of the same shapes. "parts" names some parts of a step that are made of several operations,
+    which are also in the groups.
     """
-    events = profiler.key_averages()
-    groups = {name: [0.0, 0] for name in GROUPS}
-    for event in events:
-        if group := group_of(event.key):
-            groups[group][0] += event.self_cpu_time_total / 1e6
-            groups[group][1] += event.count
-    groups["Python and calls"] = [seconds - sum(spent for spent, _ in groups.values()), 0]
-    whole = {
-        "output head and loss": ("ChunkedLogProbFunction", "ChunkedLogProbFunctionBackward"),
-        "4-bit layers": ("MatMul4Bit", "MatMul4BitBackward"),
-        "optimizer": ("Optimizer.step#AdamW.step",),
+    own, whole = defaultdict(list), defaultdict(list)
+    for event in profiler.events():
+        own[event.key, str(event.input_shapes)].append(event.self_cpu_time_total / 1e6)
+        whole[event.key].append(event.cpu_time_total / 1e6)
+    groups = {name: {"seconds": 0.0, "calls": 0.0} for name in GROUPS}
+    for (key, _), spent in own.items():
+        if group := group_of(key):
+            groups[group]["seconds"] += lower_quartile(spent) * len(spent) / steps
+            groups[group]["calls"] += len(spent) / steps
+    parts = {
+        name: {"seconds": sum(lower_quartile(whole[key]) * len(whole[key]) for key in keys if key in whole) / steps}
+        for name, keys in PARTS.items()
     }
-    spent_on = {name: [sum(e.cpu_time_total / 1e6 for e in events if e.key in keys), 0] for name, keys in whole.items()}
-    as_rows = lambda found: {  # noqa: E731
-        name: {"seconds": spent / steps, "share": spent / seconds} | ({"calls": calls / steps} if calls else {})
-        for name, (spent, calls) in found.items()
-    }
-    return {"groups": as_rows(groups), "of these": as_rows({k: v for k, v in spent_on.items() if v[0]})}
+    return {"groups": groups, "parts": {name: part for name, part in parts.items() if part["seconds"]}}
+
+
+def with_shares(profile: dict, step: float) -> dict:
+    """A profile with shares of a step, which takes so many processor seconds when it is not profiled.
+
+    What the groups leave is Python, and what the libraries do between the operations.
+    """
+    left = step - sum(group["seconds"] for group in profile["groups"].values())
+    groups = profile["groups"] | {"Python and the rest": {"seconds": left}}
+    shares = lambda rows: {name: row | {"share": row["seconds"] / step} for name, row in rows.items()}  # noqa: E731
+    return {"step_seconds": step, "groups": shares(groups), "parts": shares(profile["parts"])}
 
 
 def in_a_process(way: str, steps: int, profiled: int = 0) -> dict:
@@ -176,7 +195,11 @@ def measure(rounds: int) -> dict:
         }
         for way, found in runs.items()
     ]
-    profiled = {way: in_a_process(way, STEPS, PROFILED)["parts"] for way in (next(iter(WAYS)), "this course")}
+    steps = {row["way"]: row["processor_seconds"] for row in rows}
+    profiles = {
+        way: with_shares(in_a_process(way, STEPS, PROFILED)["parts"], steps[way])
+        for way in (next(iter(WAYS)), "this course")
+    }
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
@@ -187,7 +210,7 @@ def measure(rounds: int) -> dict:
         "rounds": rounds,
         "bit_identical": True,
         "rows": rows,
-        "profiles": profiled,
+        "profiles": profiles,
     }  # fmt: skip
 
 
