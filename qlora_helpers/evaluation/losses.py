@@ -53,6 +53,7 @@ def losses_of(
     beginnings = list(alike)
     for places in grouped([len(tokens) for tokens in beginnings], batch_size or MOST_ROWS, most_tokens):
         batch = padded([beginnings[place] for place in places], tokenizer, side)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         numbers = [number for place in places for number in alike[beginnings[place]]]
         owner = torch.tensor([at for at, place in enumerate(places) for _ in alike[beginnings[place]]])
         wanted = padded([rows[number]["input_ids"][1:] for number in numbers], tokenizer, side)["input_ids"]
@@ -60,12 +61,10 @@ def losses_of(
         spoken = (spoken["input_ids"] * spoken["attention_mask"]).bool()
         counts = spoken.sum(1).tolist()
         with evaluating(model):
-            logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
-        of, column = spoken.nonzero(as_tuple=True)
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        of, column = (tensor.to(logits.device) for tensor in torch.nonzero(spoken, as_tuple=True))
         each = torch.nn.functional.cross_entropy(
-            logits[owner[of].to(logits.device), column.to(logits.device)].float(),
-            wanted[spoken].to(logits.device),
-            reduction="none",
+            logits[owner.to(of.device)[of], column].float(), wanted[spoken].to(of.device), reduction="none"
         )
         for number, of_row, count in zip(numbers, each.double().cpu().split(counts), counts, strict=True):
             found[number] = of_row.sum().item(), count

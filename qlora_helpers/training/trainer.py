@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +41,7 @@ class _Trainer(SFTTrainer):
 
     def __init__(self, *args, **kwargs):
         self.step_losses: list[tuple[int, torch.Tensor]] = []
+        self._operations_per_token: int | None = None
         super().__init__(*args, **kwargs)
 
     def training_step(self, *args, **kwargs):
@@ -56,11 +56,10 @@ class _Trainer(SFTTrainer):
 
     def floating_point_ops(self, inputs):
         """As transformers counts them, but without counting the model's parameters anew at every step."""
-        return 6 * inputs["input_ids"].numel() * self._parameters_in_products
-
-    @cached_property
-    def _parameters_in_products(self) -> int:
-        return self.model.num_parameters(exclude_embeddings=True)
+        tokens = inputs["input_ids"].numel()
+        if self._operations_per_token is None:
+            self._operations_per_token = super().floating_point_ops(inputs) // tokens
+        return tokens * self._operations_per_token
 
     def evaluate(self, *args, **kwargs):
         """Evaluate without a trace in the random state, from which a data loader draws a number when it begins."""
