@@ -113,6 +113,9 @@ def train(
 ) -> Run:
     """Fine-tune a model on chats, with the loss on the assistant's tokens alone, and save what was trained.
 
+    On a CPU, the 4-bit weights of a tiny model are decoded once, not at each step (`qlora_helpers.models.decoded_once`),
+    and freed memory is kept (`qlora_helpers.freed_memory`). Neither changes a bit of what is trained.
+
     Args:
         model: from `load_model`. It is changed: adapters are added to it, or its own weights are trained.
         chats: each a list of messages (`qlora_helpers.chats.read_chats`).
