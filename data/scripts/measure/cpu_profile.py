@@ -58,8 +58,10 @@ def group_of(operation: str) -> str | None:
     library, _, name = operation.rpartition("::")
     if library not in ("aten", "bitsandbytes"):
         return None
-    found = [(len(start), group) for group, starts in GROUPS.items() for start in starts if name.startswith(start)]
-    return max(found)[1] if found else None
+    for group, starts in GROUPS.items():
+        if any(name == start or name.startswith(start.rstrip("_") + "_") for start in starts):
+            return group
+    return None
 
 
 def lower_quartile(values: list[float]) -> float:
