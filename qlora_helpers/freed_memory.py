@@ -2,7 +2,7 @@
 
 torch asks the C library for the memory of each tensor and gives it back when the tensor is gone. glibc gives large pieces
 back to the system at once, and a page that comes from the system has to be cleared and mapped first. So each step of a
-run fetched the same pages anew: some 4,000 of them with the shipped model, for 3 to 8 % of a step's time. Here, glibc is
+run fetched the same pages anew: some 4,000 of them with the shipped model, for a few per cent of a step's time. Here, glibc is
 told to keep what is freed. Nothing is computed in another way, and the peak of memory is the same; between two peaks, the
 process holds up to `MOST_BYTES` more.
 """
