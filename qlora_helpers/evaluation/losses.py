@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,17 +43,28 @@ def losses_of(
     # Learned positions are counted from the first column, padding included, which on the left would move every token.
     side = tokenizer.padding_side if hasattr(model.config.get_text_config(), "rope_parameters") else "right"
     most_tokens = None if batch_size else MOST_LOGITS // model.config.get_text_config().vocab_size
+    # The last token of a row is only asked for. So rows that differ in nothing else, such as the same beginning of a
+    # sentence with four endings, go through the model once.
+    alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for number, row in enumerate(rows):
+        alike[tuple(row["input_ids"][:-1])].append(number)
     found: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
-    for numbers in grouped([len(row["input_ids"]) for row in rows], batch_size or MOST_ROWS, most_tokens):
-        batch = padded([rows[number]["input_ids"] for number in numbers], tokenizer, side)
-        spoken = padded([rows[number]["assistant_masks"] for number in numbers], tokenizer, side)["input_ids"]
-        spoken = (spoken * batch["attention_mask"])[:, 1:].bool()
+    alike.pop((), None)  # rows of one token have no loss
+    beginnings = list(alike)
+    for places in grouped([len(tokens) for tokens in beginnings], batch_size or MOST_ROWS, most_tokens):
+        batch = padded([beginnings[place] for place in places], tokenizer, side)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        numbers = [number for place in places for number in alike[beginnings[place]]]
+        owner = torch.tensor([at for at, place in enumerate(places) for _ in alike[beginnings[place]]])
+        wanted = padded([rows[number]["input_ids"][1:] for number in numbers], tokenizer, side)["input_ids"]
+        spoken = padded([rows[number]["assistant_masks"][1:] for number in numbers], tokenizer, side)
+        spoken = (spoken["input_ids"] * spoken["attention_mask"]).bool()
         counts = spoken.sum(1).tolist()
-        batch, spoken = {name: tensor.to(model.device) for name, tensor in batch.items()}, spoken.to(model.device)
         with evaluating(model):
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        of, column = (tensor.to(logits.device) for tensor in torch.nonzero(spoken, as_tuple=True))
         each = torch.nn.functional.cross_entropy(
-            logits[:, :-1][spoken].float(), batch["input_ids"][:, 1:][spoken], reduction="none"
+            logits[owner.to(of.device)[of], column].float(), wanted[spoken].to(of.device), reduction="none"
         )
         for number, of_row, count in zip(numbers, each.double().cpu().split(counts), counts, strict=True):
             found[number] = of_row.sum().item(), count

@@ -16,7 +16,9 @@ from qlora_helpers import validation
 from qlora_helpers.adapters.files import save_adapter
 from qlora_helpers.chats import Chat
 from qlora_helpers.folder_locks import locked
+from qlora_helpers.freed_memory import keep_freed_memory
 from qlora_helpers.hardware import Hardware, given_or_detected
+from qlora_helpers.models.decoded_once import decoded_once
 from qlora_helpers.models.fingerprint import KEPT
 from qlora_helpers.models.saving import save_model
 from qlora_helpers.settings import Settings
@@ -111,6 +113,9 @@ def train(
 ) -> Run:
     """Fine-tune a model on chats, with the loss on the assistant's tokens alone, and save what was trained.
 
+    On a CPU, the 4-bit weights of a tiny model are decoded once, not at each step (`qlora_helpers.models.decoded_once`),
+    and freed memory is kept (`qlora_helpers.freed_memory`). Neither changes a bit of what is trained.
+
     Args:
         model: from `load_model`. It is changed: adapters are added to it, or its own weights are trained.
         chats: each a list of messages (`qlora_helpers.chats.read_chats`).
@@ -165,9 +170,11 @@ def _run(trainer, tokenizer, checkpoint, output_dir: Path, settings: Settings, h
     _add_callbacks(trainer, settings, progress_bar, recorder, stop, watch, checkpoint)
     if hardware.device == "cpu":
         say_if_slowed(torch.get_num_threads())
+        keep_freed_memory()
     with stop:
         started = time.perf_counter()
-        last_step = _train_to_the_end(trainer, checkpoint, settings, output_dir, recorder, stop)
+        with decoded_once(trainer.model):
+            last_step = _train_to_the_end(trainer, checkpoint, settings, output_dir, recorder, stop)
         seconds = time.perf_counter() - started
         model = trainer.model.eval()
         if best := best_checkpoint(output_dir, recorder.validation_history, settings.method):

@@ -73,6 +73,7 @@ class _Trainer(SFTTrainer):
     def __init__(self, *args, settings: Settings, plan: Plan | None = None, **kwargs):
         self.step_losses: list[tuple[int, torch.Tensor]] = []
         self.at_work, self.plan = settings, plan
+        self._operations_per_token: int | None = None
         super().__init__(*args, **kwargs)
 
     def train(self, *args, **kwargs):
@@ -129,6 +130,13 @@ class _Trainer(SFTTrainer):
             checkpoint_first(self.model, settings)
         if settings.activation_offloading and not self.args.activation_offloading:
             self.maybe_activation_offload_context = get_act_offloading_ctx_manager(model=self.model)
+
+    def floating_point_ops(self, inputs):
+        """As transformers counts them, but without counting the model's parameters anew at every step."""
+        tokens = inputs["input_ids"].numel()
+        if self._operations_per_token is None:
+            self._operations_per_token = super().floating_point_ops(inputs) // tokens
+        return tokens * self._operations_per_token
 
     def evaluate(self, *args, **kwargs):
         """Evaluate without a trace in the random state, from which a data loader draws a number when it begins."""

@@ -60,6 +60,21 @@ def test_the_loss_of_each_row_is_its_own_in_the_order_of_the_rows(base):
     assert len({count for _, count in found}) > 1
 
 
+def test_rows_that_differ_in_their_last_token_alone_go_through_the_model_once(base, monkeypatch):
+    (row, other) = tokenized(CHATS[:2], TOKENIZER)
+    last = {"assistant_masks": [0] * (len(row["input_ids"]) - 1) + [1]}
+    endings = [row | {"input_ids": [*row["input_ids"][:-1], token]} for token in (2, 5, 7)]
+    rows = [endings[0], other, endings[1] | last, endings[2], {"input_ids": [1], "assistant_masks": [1]}]
+    alone = [losses.losses_of(base, TOKENIZER, [one])[0] for one in rows]
+    seen, forward = [], base.forward
+    monkeypatch.setattr(base, "forward", lambda **batch: seen.append(len(batch["input_ids"])) or forward(**batch))
+    together = losses.losses_of(base, TOKENIZER, rows)
+    assert sum(seen) == 2
+    for (total, count), (wanted, tokens) in zip(together, alone, strict=True):
+        assert (total, count) == (pytest.approx(wanted, rel=1e-5), tokens)
+    assert together[2][1] == 1 and together[4] == (0.0, 0)
+
+
 def test_padding_moves_no_token_of_a_model_with_learned_positions():
     torch.manual_seed(0)
     model = GPT2LMHeadModel(

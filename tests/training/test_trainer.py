@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from bitsandbytes.nn import Params4bit
+from transformers import Trainer
 from trl import SFTConfig
 
 from qlora_helpers.chats import count_tokens, split_question
@@ -181,3 +182,10 @@ def test_epochs_are_as_many_steps_as_for_transformers(epochs, accumulation, rows
 def test_a_trainer_counts_the_steps_of_epochs_itself(tmp_path):
     settings = Settings(epochs=2, batch_size=4, rank=4)
     assert trainer_of(tmp_path, settings=settings, chats=CHATS[:9]).args.max_steps == 6
+
+
+def test_the_operations_of_a_batch_are_counted_as_transformers_counts_them(tmp_path):
+    trainer = trainer_of(tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    counted = Trainer.floating_point_ops(trainer, batch)
+    assert trainer.floating_point_ops(batch) == counted > 0
