@@ -300,6 +300,7 @@ HELPERS = {
         "evaluation/comparison",
         "evaluation/knowledge",
     ),
+    "11_where_the_time_goes": ("memory/budget", "training/packing", "training/step_profile", "training/layer_options"),
 }
 
 

@@ -41,6 +41,8 @@ __all__ = [
     "figure",
     "loss_curves",
     "memory_timeline",
+    "pace_against_memory",
+    "shares_of_a_step",
     "show",
     "stacked_bars",
     "weights_and_levels",
@@ -194,6 +196,37 @@ def memory_timeline(ax: Axes, timeline: Timeline, unit: int = GIB) -> None:
     ax.set_xlim(0, seconds[-1])
     ax.set_ylim(0, levels[top] * 1.15)
     ax.set_xlabel("seconds within the step")
+
+
+def shares_of_a_step(ax: Axes, groups: Mapping[str, Mapping[str, float]]) -> None:
+    """The groups of `qlora_helpers.training.step_profile.profile_step` as bars, the largest first."""
+    names = sorted(groups, key=lambda name: -groups[name]["share"])
+    shares = [groups[name]["share"] * 100 for name in names]
+    ax.barh(names, shares, color=BLUE)
+    for y, share in enumerate(shares):
+        ax.text(share, y, f" {share:.0f} %", va="center")
+    ax.set_xlim(0, max(shares) * 1.12)
+    ax.set_xlabel("share of a step (%)")
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+
+
+def pace_against_memory(ax: Axes, rows: Mapping[str, Mapping[str, Any]], joined: Sequence[str] = ()) -> None:
+    """Tokens per second against peak memory, each run with its name.
+
+    Args:
+        rows: of `data/measured/speed.json`, by the names to show; runs of the same name and place share a mark.
+        joined: the names of those that a line joins, in the order of their memory.
+    """
+    places = {name: (row["peak_allocated_bytes"] / GIB, row["tokens_per_second"]) for name, row in rows.items()}
+    ax.plot(*zip(*sorted(places[name] for name in joined), strict=True), color=BLUE, linewidth=1)
+    for name, place in places.items():
+        ax.plot(*place, "o", color=BLUE if name in joined else ORANGE)
+        ax.annotate(name, place, xytext=(6, -4), textcoords="offset points", fontsize=8)
+    ax.set_xlabel("peak memory (GiB)")
+    ax.set_ylabel("tokens per second")
+    ax.set_xlim(left=0)
+    ax.set_ylim(bottom=0)
 
 
 def decision_tree(ax: Axes, root: str, branches: Sequence[tuple[str, str]]) -> None:

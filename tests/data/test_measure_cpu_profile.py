@@ -6,33 +6,15 @@ import pytest
 
 from data.scripts.measure import cpu_profile
 from qlora_helpers.paths import data_path
-
-
-@pytest.mark.parametrize(
-    ("operation", "group"),
-    [
-        ("aten::mm", "matrix products"),
-        ("aten::addmm_", "matrix products"),  # not "add"
-        ("aten::mul", "element by element"),
-        ("aten::masked_fill_", "copies and fills"),
-        ("aten::sum", "sums and largest values"),
-        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
-        ("bitsandbytes::dequantize_blockwise", "decoding 4-bit weights"),
-        ("bitsandbytes::gemm_4bit", None),  # it only calls others
-        ("MatMul4Bit", None),
-        ("Optimizer.step#AdamW.step", None),
-    ],
-)
-def test_operations_are_grouped(operation, group):
-    assert cpu_profile.group_of(operation) == group
+from qlora_helpers.training.step_profile import GROUPS, with_shares
 
 
 def test_a_way_is_run_and_profiled_in_a_process():
     profile = cpu_profile.in_a_process("this course", steps=18, profiled=2)["parts"]
-    assert profile["groups"].keys() == cpu_profile.GROUPS.keys()
+    assert profile["groups"].keys() == GROUPS.keys()
     assert profile["groups"]["matrix products"]["calls"] > 100
     assert profile["groups"]["decoding 4-bit weights"]["seconds"] == 0  # it was done before the first step
-    shares = cpu_profile.with_shares(profile, 1.0)
+    shares = with_shares(profile, 1.0)
     assert sum(group["share"] for group in shares["groups"].values()) == pytest.approx(1)
 
 

@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from pathlib import Path
 
 from data.scripts import ROOT
@@ -34,45 +33,12 @@ WAYS = {  # name: what is done to save time
     "this course": ("decoded once", "freed memory kept", "parameters counted once"),
 }
 STEPS, WARM_UP, PROFILED = 60, 15, 15
-GROUPS = {  # of torch's operations, by the beginnings of their names
-    "matrix products": ("mm", "addmm", "bmm", "linear", "matmul"),
-    "decoding 4-bit weights": ("dequantize",),
-    "attention": ("_scaled_dot_product",),
-    "copies and fills": ("copy_", "clone", "cat", "fill_", "zero_", "masked_fill", "index", "embedding", "scatter", "gather"),
-    "sums and largest values": ("sum", "mean", "amax", "max", "argmax", "linalg_vector_norm", "norm", "any", "all"),
-    "element by element": (
-        "add", "sub", "mul", "div", "exp", "log", "pow", "rsqrt", "sqrt", "silu", "neg", "eq", "lt", "le", "ge", "gt", "where",
-        "cos", "sin", "lerp", "maximum", "clamp", "bitwise", "sigmoid", "addcdiv", "addcmul", "reciprocal",
-    ),
-}  # fmt: skip
-
-PARTS = {
-    "output head and loss": ("ChunkedLogProbFunction", "ChunkedLogProbFunctionBackward"),
-    "4-bit layers, without adapters": ("MatMul4Bit", "MatMul4BitBackward"),  # by bitsandbytes, so not if decoded once
-    "optimizer": ("Optimizer.step#AdamW.step",),
-}
-
-
-def group_of(operation: str) -> str | None:
-    """The group of one of torch's or bitsandbytes' operations; None for what only calls others."""
-    library, _, name = operation.rpartition("::")
-    if library not in ("aten", "bitsandbytes"):
-        return None
-    for group, starts in GROUPS.items():
-        if any(name == start or name.startswith(start.rstrip("_") + "_") for start in starts):
-            return group
-    return None
-
-
-def lower_quartile(values: list[float]) -> float:
-    return sorted(values)[len(values) // 4]
 
 
 def one_run(way: str, steps: int, profiled: int) -> dict:
     """Train in this process. Processor seconds, waiting time and fetched pages of a step, or with `profiled` its parts."""
     from functools import partial
 
-    import torch
     from transformers import PrinterCallback, Trainer, TrainerCallback
 
     from qlora_helpers.chats import read_chats
@@ -82,18 +48,14 @@ def one_run(way: str, steps: int, profiled: int) -> dict:
     from qlora_helpers.models.loading import load_model, load_tokenizer
     from qlora_helpers.paths import data_path
     from qlora_helpers.settings import Settings
+    from qlora_helpers.training.step_profile import StepProfiler, lower_quartile
     from qlora_helpers.training.trainer import build_trainer
 
     settings, cpu, tokenizer = Settings(steps=steps), detect("cpu"), load_tokenizer()
-    profiler, marks = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True), []
+    marks = []
 
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if profiled and state.global_step == WARM_UP:
-                profiler.start()
-            if profiled and state.global_step == WARM_UP + profiled:
-                profiler.stop()
-                control.should_training_stop = True
             marks.append((time.process_time(), time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt))
 
     saved = WAYS[way]
@@ -105,11 +67,12 @@ def one_run(way: str, steps: int, profiled: int) -> dict:
         if "parameters counted once" not in saved:
             trainer.floating_point_ops = partial(Trainer.floating_point_ops, trainer)
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(Watch)
+        watch = StepProfiler(WARM_UP, profiled) if profiled else Watch()
+        trainer.add_callback(watch)
         with decoded_once(trainer.model) if "decoded once" in saved else contextlib.nullcontext():
             trainer.train()
     if profiled:
-        return {"parts": parts_of(profiler, profiled)}
+        return {"parts": watch.parts()}
     each = [[after - before for before, after in itertools.pairwise(m)] for m in zip(*marks[WARM_UP:], strict=True)]
     trained = b"".join(p.detach().numpy().tobytes() for p in trainer.model.parameters() if p.requires_grad)
     return {
@@ -119,40 +82,6 @@ def one_run(way: str, steps: int, profiled: int) -> dict:
         "adapters": hashlib.sha256(trained).hexdigest(),
         "losses": [loss.item() for _, loss in trainer.step_losses],
     }
-
-
-def parts_of(profiler, steps: int) -> dict[str, dict[str, dict[str, float]]]:
-    """The groups of operations in a profile, in seconds and calls per step.
-
-    A profile's clock goes on while another program has the core. So each call counts as the lower quartile of those of the
-    same operation on tensors of the same shapes. "parts" names some parts of a step that are made of several operations,
-    which are also in the groups.
-    """
-    own, whole = defaultdict(list), defaultdict(list)
-    for event in profiler.events():
-        own[event.key, str(event.input_shapes)].append(event.self_cpu_time_total / 1e6)
-        whole[event.key].append(event.cpu_time_total / 1e6)
-    groups = {name: {"seconds": 0.0, "calls": 0.0} for name in GROUPS}
-    for (key, _), spent in own.items():
-        if group := group_of(key):
-            groups[group]["seconds"] += lower_quartile(spent) * len(spent) / steps
-            groups[group]["calls"] += len(spent) / steps
-    parts = {
-        name: {"seconds": sum(lower_quartile(whole[key]) * len(whole[key]) for key in keys if key in whole) / steps}
-        for name, keys in PARTS.items()
-    }
-    return {"groups": groups, "parts": {name: part for name, part in parts.items() if part["seconds"]}}
-
-
-def with_shares(profile: dict, step: float) -> dict:
-    """A profile with shares of a step, which takes so many processor seconds when it is not profiled.
-
-    What the groups leave is Python, and what the libraries do between the operations.
-    """
-    left = step - sum(group["seconds"] for group in profile["groups"].values())
-    groups = profile["groups"] | {"Python and the rest": {"seconds": left}}
-    shares = lambda rows: {name: row | {"share": row["seconds"] / step} for name, row in rows.items()}  # noqa: E731
-    return {"step_seconds": step, "groups": shares(groups), "parts": shares(profile["parts"])}
 
 
 def in_a_process(way: str, steps: int, profiled: int = 0) -> dict:
@@ -172,6 +101,7 @@ def measure(rounds: int) -> dict:
         SystemExit: two ways do not end with the same adapters and losses, bit for bit.
     """
     from data.scripts.measure.commands import processor
+    from qlora_helpers.training.step_profile import with_shares
 
     runs: dict[str, list[dict]] = {way: [] for way in WAYS}
     for _ in range(rounds):
