@@ -1,6 +1,7 @@
-"""Hide five harmless messages of the libraries, each recognised by its words; all others are shown."""
+"""Hide five harmless messages of the libraries, each recognised by its words, and a log; all others are shown."""
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,9 @@ _ALIGNED = "The tokenizer has new PAD/BOS/EOS tokens"
 _DEQUANTISED = "The modules are dequantized in"
 # transformers, when two checkpoints are less than a second apart, as on a fast GPU: it then sorts them by number.
 _NO_SECOND_APART = "mtime may not be reliable on this filesystem"
+# The log of torch's profiler, which from torch 2.13 on says on stderr that it begins and ends, at a level above
+# that of errors. Errors of the profiler that matter are raised.
+_PROFILER, _NOTHING = "KINETO_LOG_LEVEL", "6"
 
 
 class _Drop(logging.Filter):
@@ -30,6 +34,7 @@ class _Drop(logging.Filter):
 
 def quieten() -> None:
     """Install the filters. Safe to call more than once; call it before importing bitsandbytes."""
+    os.environ.setdefault(_PROFILER, _NOTHING)
     for logger, beginning in (
         ("bitsandbytes.backends.cpu.ops", _BITSANDBYTES),
         ("transformers.trainer_utils", _ALIGNED),

@@ -2,6 +2,8 @@
 
 import importlib.util
 import logging
+import os
+import subprocess
 import sys
 import warnings
 from types import SimpleNamespace
@@ -133,3 +135,18 @@ def test_quietening_twice_adds_nothing():
     before = [len(logging.getLogger(name).filters) for name, _ in LOGGED]
     library_messages.quieten()
     assert [len(logging.getLogger(name).filters) for name, _ in LOGGED] == before
+
+
+def test_the_profiler_says_nothing_unless_the_user_has_set_its_log():
+    code = (
+        "import qlora_helpers, torch\n"
+        "profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])\n"
+        "profile.start(), profile.stop()"
+    )
+    for level, words in (("", ""), ("0", "profiler_start")):
+        set_by_user = {"KINETO_LOG_LEVEL": level} if level else {}
+        environment = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"} | set_by_user
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, encoding="utf-8"
+        )
+        assert done.returncode == 0 and (words in done.stderr if words else done.stderr == "")

@@ -211,22 +211,35 @@ def shares_of_a_step(ax: Axes, groups: Mapping[str, Mapping[str, float]]) -> Non
     ax.grid(axis="y", visible=False)
 
 
-def pace_against_memory(ax: Axes, rows: Mapping[str, Mapping[str, Any]], joined: Sequence[str] = ()) -> None:
+_SIDES = {"right": ((7, 0), "left", "center"), "left": ((-7, 0), "right", "center"),
+          "above": ((0, 7), "center", "bottom"), "below": ((0, -7), "center", "top")}  # fmt: skip
+
+
+def pace_against_memory(
+    ax: Axes,
+    rows: Mapping[str, Mapping[str, Any]],
+    joined: Sequence[str] = (),
+    sides: Mapping[str, str] | None = None,
+) -> None:
     """Tokens per second against peak memory, each run with its name.
 
     Args:
-        rows: of `data/measured/speed.json`, by the names to show; runs of the same name and place share a mark.
+        rows: of `data/measured/speed.json`, by the names to show.
         joined: the names of those that a line joins, in the order of their memory.
+        sides: where a name stands: "left", "above" or "below" its mark; "right" of it where nothing is said.
     """
     places = {name: (row["peak_allocated_bytes"] / GIB, row["tokens_per_second"]) for name, row in rows.items()}
-    ax.plot(*zip(*sorted(places[name] for name in joined), strict=True), color=BLUE, linewidth=1)
+    if joined:
+        ax.plot(*zip(*sorted(places[name] for name in joined), strict=True), color=BLUE, linewidth=1.2)
     for name, place in places.items():
-        ax.plot(*place, "o", color=BLUE if name in joined else ORANGE)
-        ax.annotate(name, place, xytext=(6, -4), textcoords="offset points", fontsize=8)
+        offset, horizontal, vertical = _SIDES[(sides or {}).get(name, "right")]
+        ax.plot(*place, "o", color=BLUE if name in joined else RED)
+        ax.annotate(name, place, xytext=offset, textcoords="offset points", ha=horizontal, va=vertical, fontsize=9)
     ax.set_xlabel("peak memory (GiB)")
     ax.set_ylabel("tokens per second")
-    ax.set_xlim(left=0)
-    ax.set_ylim(bottom=0)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda pace, _: f"{pace:,.0f}"))
+    ax.set_xlim(0, 1.2 * max(memory for memory, _ in places.values()))
+    ax.set_ylim(0, 1.1 * max(pace for _, pace in places.values()))
 
 
 def decision_tree(ax: Axes, root: str, branches: Sequence[tuple[str, str]]) -> None:

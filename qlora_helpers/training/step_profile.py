@@ -7,12 +7,12 @@ profiled.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import Trainer, TrainerCallback
 
@@ -81,7 +81,7 @@ class StepProfiler(TrainerCallback):
     @property
     def step_seconds(self) -> float:
         clocks = zip(*self._marks, strict=True)
-        return min(lower_quartile([b - a for a, b in zip(clock, clock[1:], strict=False)]) for clock in clocks)
+        return min(lower_quartile([b - a for a, b in itertools.pairwise(clock)]) for clock in clocks)
 
     def parts(self) -> dict[str, dict[str, dict[str, float]]]:
         """The groups of operations, in seconds and calls per step; and some parts of a step, in seconds.
@@ -137,7 +137,9 @@ def profile_step(trainer: Trainer, warm_up: int = 15, profiled: int = 15) -> dic
     """
     device = next(trainer.model.parameters()).device
     if device.type != "cpu":
-        raise ValueError(f"trainer: its model is on {device}, and only a CPU's time is counted: build it with detect('cpu')")
+        raise ValueError(
+            f"trainer: its model is on {device}, and only a CPU's time is counted: build it with detect('cpu')"
+        )
     if trainer.args.max_steps < warm_up + profiled:
         cure = f"are needed: {warm_up} to warm up and {profiled} in the profile"
         raise ValueError(f"trainer: {trainer.args.max_steps} steps are too few; {warm_up + profiled} {cure}")

@@ -36,3 +36,29 @@ def test_the_shares_of_a_step_are_a_whole_even_if_the_profile_took_longer_than_t
     shares = with_shares(found, 8.0)
     assert shares["groups"][REST] == {"seconds": 6.0, "share": 0.75} and shares["parts"]["optimizer"]["share"] == 0.125
     assert with_shares(found, 1.0)["groups"][REST]["share"] == 0
+
+
+def test_a_profile_of_a_run(tmp_path):
+    trainer = trainer_of(tmp_path)
+    profile = profile_step(trainer, warm_up=3, profiled=2)
+    assert trainer.state.global_step == 5
+    assert profile["groups"].keys() == {*GROUPS, REST}
+    assert sum(group["share"] for group in profile["groups"].values()) == pytest.approx(1)
+    layers = 4 * 7  # each linear layer is decoded forward and backward, but where nothing before it needs a gradient
+    assert 1.5 * layers < profile["groups"]["decoding 4-bit weights"]["calls"] / 2 <= 2 * layers
+    assert 0 < profile["parts"]["optimizer"]["share"] < profile["parts"]["4-bit layers, without adapters"]["share"] < 1
+    assert profile["groups"]["matrix products"]["seconds"] < profile["step_seconds"] < 10
+
+
+def test_a_profile_that_cannot_be_made_is_refused(tmp_path):
+    trainer = trainer_of(tmp_path, settings=replace(SHORT, steps=4))
+    with pytest.raises(
+        ValueError, match=r"trainer: 4 steps are too few; 5 are needed: 3 to warm up and 2 in the profile"
+    ):
+        profile_step(trainer, warm_up=3, profiled=2)
+    with pytest.raises(ValueError, match="warm_up=1"):
+        profile_step(trainer, warm_up=1, profiled=2)
+    layer = next(trainer.model.parameters())
+    layer.data = layer.data.to("meta")
+    with pytest.raises(ValueError, match=r"trainer: its model is on meta, and only a CPU's time is counted"):
+        profile_step(trainer, warm_up=2, profiled=1)
