@@ -479,6 +479,6 @@ exercise(
 # - made a run that learnt its rows by heart, and one that did not; the step with the lowest validation loss was kept;
 # - compared both models on rows from another file, measured what a run forgets, and talked to the result.
 #
-# This was the last lesson. Now take your own file: [README.md](../README.md) has the commands, and
-# [TROUBLESHOOTING.md](../TROUBLESHOOTING.md) what to do when something goes wrong. What the articles claim, and what is true, is
-# listed in [CLAIMS.md](../CLAIMS.md).
+# Next: [lesson 11](11_where_the_time_goes.ipynb) shows where the time of a run goes, and how to make it faster. Or take your
+# own file now: [README.md](../README.md) has the commands, and [TROUBLESHOOTING.md](../TROUBLESHOOTING.md) what to do when
+# something goes wrong.
