@@ -20,6 +20,7 @@ __all__ = [
     "METHODS",
     "PREDICTOR_ONLY",
     "SCHEDULES",
+    "SWITCHES",
     "WARMUP_STEPS",
     "Settings",
 ]
@@ -285,9 +286,11 @@ def _budget(name: str, value: object) -> int | str:
     if isinstance(value, str):
         if not (found := _SIZE.fullmatch(value.strip())):
             raise validation.refuse(name, value, allowed)
-        value = int(float(found[1]) * (GIB if found[2].lower() == "gib" else GB))
+        size = int(float(found[1]) * (GIB if found[2].lower() == "gib" else GB))
+    else:
+        size = value
     try:
-        return validation.whole(name, value)
+        return validation.whole(name, size)
     except ValueError:
         raise validation.refuse(name, value, allowed) from None
 

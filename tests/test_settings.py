@@ -16,6 +16,7 @@ WARM_UP = (
 )
 SHARE = "must be a share of the chats, more than 0 and less than 1, or the path of a chat file, or None"
 TARGETS = 'must be "all-linear", or a list of names such as'
+BUDGET = 'must be "auto", a number of bytes, or a text such as "16GiB", or None to leave the settings as they are'
 REFUSED = [
     ("method", "dora", "choose one of qlora, lora, full"),
     ("steps", 0, WHOLE),
@@ -81,6 +82,13 @@ REFUSED = [
     ("upcast_fp32", 1, SWITCH),
     ("checkpointed_layers", -1, "must be a whole number, 0 or more, or None for all"),
     ("checkpointed_layers", 2, "needs gradient_checkpointing=True; None leaves it open"),
+    ("activation_offloading", 1, SWITCH),
+    ("activation_offloading", True, "needs gradient_checkpointing=True and checkpointed_layers=None"),
+    ("packing", "yes", SWITCH),
+    ("compile_layers", None, SWITCH),
+    ("liger_layers", 2, SWITCH),
+    ("expandable_segments", "on", SWITCH),
+    *(("memory_budget", value, BUDGET) for value in (0, -1, "lots", "0GiB", "-3GiB", True, 1.5, "16", "")),
     ("logits", "fused", "choose one of tiled, whole"),
     ("eval_batch_size", 0, f"{WHOLE}, or None for no evaluation"),
 ]
@@ -91,6 +99,21 @@ def test_a_bad_value_is_named_with_what_is_allowed(name, value, allowed):
     with pytest.raises(ValueError) as caught:
         Settings(**{name: value})
     assert str(caught.value).startswith(f"{name}={value!r}: {allowed}")
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("auto", "auto"),
+        (" AUTO ", "auto"),
+        ("16GiB", 16 * 2**30),
+        ("16 gb", 16 * 10**9),
+        ("1.5GiB", 1.5 * 2**30),
+        (7, 7),
+    ],
+)
+def test_a_memory_budget_is_auto_or_bytes(given, kept):
+    assert Settings(memory_budget=given).memory_budget == kept
 
 
 def test_every_setting_is_checked():

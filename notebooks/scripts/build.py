@@ -37,7 +37,7 @@ import nbformat
 from nbclient import NotebookClient
 
 from data.scripts.markdown_tables import fill
-from data.scripts.measure import memory_errors
+from data.scripts.measure import memory_errors, speed
 from notebooks.scripts import ROOT
 from notebooks.scripts.running import code_cells, in_one_kernel, peak_bytes
 from qlora_helpers import suggestions
@@ -248,6 +248,7 @@ def readme_tables() -> dict[str, str]:
         "map": map_table(),
         "t4": t4_table(),
         "memory": memory_errors.markdown_table(),
+        "speed": speed.markdown_table(),
         "suggestions": suggestions_table(),
     }
 
@@ -300,7 +301,7 @@ HELPERS = {
         "evaluation/comparison",
         "evaluation/knowledge",
     ),
-    "11_where_the_time_goes": ("memory/budget", "training/packing", "training/step_profile", "training/layer_options"),
+    "11_where_the_time_goes": ("memory/budget", "training/packing", "training/step_profile"),
 }
 
 

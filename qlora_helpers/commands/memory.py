@@ -8,9 +8,11 @@ import sys
 import textwrap
 from dataclasses import replace
 from itertools import groupby
+from typing import TextIO
 
 from qlora_helpers.commands.settings_options import add_settings, given
 from qlora_helpers.memory.any_shape import AnyShape
+from qlora_helpers.memory.budget import CHOSEN, budget_bytes, plan_for
 from qlora_helpers.memory.catalogue import find_shape, known_models, known_sizes, longest_stated
 from qlora_helpers.memory.gpus import GPU, find_gpu, known_gpus
 from qlora_helpers.memory.ladder import cures
@@ -34,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="t4",
         help="a card's name, such as t4, 'RTX 3060 12GB', colab, or its memory, such as 16GiB (default: %(default)s)",
     )
-    add_settings(parser, MEMORY_SETTINGS, GPU_RUN)
+    add_settings(parser, (*MEMORY_SETTINGS, "memory_budget"), GPU_RUN)
     parser.add_argument("--json", action="store_true", help="print one JSON object; sizes in bytes")
     parser.add_argument("--list", action="store_true", help="print the known models and GPUs")
 
@@ -55,13 +57,25 @@ def command(args: argparse.Namespace) -> int:
             f"{shape.model_type} is not written out here: the libraries run a step of it on tensors without values ..."
         )
     longest = min(GPU_RUN.max_length, shape.max_position_embeddings or GPU_RUN.max_length)
-    prediction = _predicted(shape, {"max_length": longest} | given(args), gpu)
+    named = {"max_length": longest} | given(args)
+    if named.get("memory_budget") is not None:
+        named = _planned(shape, named, gpu, sys.stderr if args.json else sys.stdout)
+    prediction = _predicted(shape, named, gpu)
     if prediction.road == "libraries":
         helps = "" if prediction.fits else ", and what helps"
         _say(f"and again and again for the largest batch, the longest sequence{helps} ...")
     found = as_dict(prediction)
     print(json.dumps(found, indent=1) if args.json else as_text(prediction, found))
     return 0 if prediction.fits else 1
+
+
+def _planned(shape: ModelShape | AnyShape, named: dict, gpu: GPU, where: TextIO) -> dict:
+    """The settings with those that a memory budget chooses. What was chosen, and what else there was, is printed."""
+    settings = replace(GPU_RUN, **named)
+    _say("looking for the fastest run that fits into the budget ...")
+    plan = plan_for(shape, settings, gpu, budget_bytes(settings, gpu, gpu.usable_bytes))
+    print(plan, end="\n\n", file=where, flush=True)
+    return {name: getattr(plan.chosen.settings, name) for name in named.keys() | set(CHOSEN)}
 
 
 def _say(what: str) -> None:
@@ -193,6 +207,15 @@ def _described(settings: Settings) -> str:
         words.append(f"{settings.accumulation:,} steps of accumulation")
     if settings.checkpointed_layers is not None:
         words.append(f"the first {settings.checkpointed_layers:,} layers checkpointed")
+    if settings.activation_offloading:
+        words.append("checkpoints in main memory")
+    for name, word in (
+        ("packing", "packed rows"),
+        ("compile_layers", "compiled layers"),
+        ("liger_layers", "liger's layers"),
+    ):
+        if getattr(settings, name):
+            words.append(word)
     if settings.logits != "tiled":
         words.append("whole logits")
     if settings.eval_batch_size is not None:

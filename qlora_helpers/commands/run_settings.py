@@ -24,8 +24,9 @@ SAVE_STEPS = 100
 # what a run can vary; how often it saves does not change what it learns
 VARIED = (
     "method", "epochs", "steps", "batch_size", "accumulation", "max_length", "learning_rate", "warmup_steps", "schedule",
-    "max_grad_norm", "rank", "alpha", "dropout", "target_modules", "gradient_checkpointing", "optimizer", "eval_steps",
-    "patience", "seed",
+    "max_grad_norm", "rank", "alpha", "dropout", "target_modules", "gradient_checkpointing", "checkpointed_layers",
+    "activation_offloading", "packing", "compile_layers", "liger_layers", "expandable_segments", "memory_budget", "optimizer",
+    "eval_steps", "patience", "seed",
 )  # fmt: skip
 ONLY_ADAPTERS = ("rank", "alpha", "dropout", "target_modules")
 
@@ -193,7 +194,8 @@ def gpu_of(hardware: Hardware) -> GPU | None:
 def predicted_memory(
     shape: ModelShape | AnyShape | None, settings: Settings, hardware: Hardware, ignore: bool = False
 ) -> Prediction | None:
-    """The memory of the run on this machine's GPU; None without a GPU, or for a model that the predictor does not know.
+    """The memory of the run on this machine's GPU; None without a GPU, with a memory budget, or for a model that the predictor
+    does not know.
 
     Args:
         ignore: warn if the run will not fit, instead of refusing it.
@@ -205,7 +207,9 @@ def predicted_memory(
     from qlora_helpers.memory import predict
 
     gpu = gpu_of(hardware)
-    if gpu is None or shape is None:
+    if (
+        gpu is None or shape is None or settings.memory_budget is not None
+    ):  # a budget is planned when the model is loaded
         return None
     settings = replace(settings, compute_dtype=str(hardware.compute_dtype).removeprefix("torch."))
     prediction = predict(shape, settings, gpu)

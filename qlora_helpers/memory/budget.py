@@ -24,7 +24,7 @@ from qlora_helpers.memory.shape import ModelShape
 from qlora_helpers.settings import Settings
 from qlora_helpers.units import MIB, in_words
 
-__all__ = ["MARGIN", "Choice", "Plan", "plan_for"]
+__all__ = ["CHOSEN", "LEAST_MARGIN", "MARGIN", "Choice", "Plan", "budget_bytes", "plan_for"]
 
 PER_PASS = 2000  # tokens
 RECOMPUTED = 0.39  # of a token's time
@@ -32,6 +32,8 @@ OFFLOADED = 0.10  # of a token's time
 MARGIN, LEAST_MARGIN = 0.04, 256 * MIB  # what is left free: a share of the budget, and at least so much
 WORTH_TRYING = 0.01  # of the time: what is estimated to save less is not looked for
 SHOWN = 6
+# what a budget chooses
+CHOSEN = ("batch_size", "accumulation", "gradient_checkpointing", "checkpointed_layers", "activation_offloading")
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,23 @@ def _checkpointed(settings: Settings, layers: int) -> int:
     if not settings.gradient_checkpointing:
         return 0
     return layers if settings.checkpointed_layers is None else min(settings.checkpointed_layers, layers)
+
+
+def budget_bytes(settings: Settings, gpu: GPU, free: int) -> int:
+    """The budget of a run in bytes.
+
+    Args:
+        free: what "auto" takes.
+
+    Raises:
+        ValueError: it is more than the card has.
+    """
+    if settings.memory_budget == "auto":
+        return free
+    if settings.memory_budget > gpu.usable_bytes:
+        allowed = f"is {in_words(settings.memory_budget)}, and the {gpu.name} has {in_words(gpu.usable_bytes)}. 'auto' takes what is free"
+        raise validation.refuse("memory_budget", settings.memory_budget, allowed)
+    return settings.memory_budget
 
 
 def plan_for(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU, budget: int) -> Plan:

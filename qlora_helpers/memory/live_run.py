@@ -12,6 +12,7 @@ from peft.tuners.lora.layer import ParamWrapper
 
 from qlora_helpers.memory import AnyShape, ModelShape, find_shape
 from qlora_helpers.models.attention import REPEATED_KV
+from qlora_helpers.models.decoder_layers import decoder_layers
 from qlora_helpers.settings import Settings
 
 if TYPE_CHECKING:
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
 
 __all__ = ["NOT_PREDICTED", "settings_of", "shape_of"]
 
+# what `Settings` of this course's trainer say of a run's speed
+SPEED = ("checkpointed_layers", "packing", "compile_layers", "liger_layers", "expandable_segments")
 # settings of TrainingArguments and SFTConfig that change the step in ways the predictor does not know
-NOT_PREDICTED = ("use_liger_kernel", "activation_offloading", "packing", "padding_free", "deepspeed", "fsdp")
+NOT_PREDICTED = ("use_liger_kernel", "packing", "padding_free", "torch_compile", "deepspeed", "fsdp")
 
 
 def _model_of(trainer_or_model):
@@ -61,6 +64,8 @@ def settings_of(
     max_length = max_length or getattr(args, "max_length", None)
     if not max_length:
         raise ValueError(f"max_length is missing, and {type(args).__name__} has no max_length: pass max_length")
+    if (of_course := getattr(trainer_or_model, "at_work", None)) is not None:
+        max_length = max_length or of_course.max_length
     for name in NOT_PREDICTED:
         if value := getattr(args, name, None):
             raise ValueError(f"{name} is {value!r}: such a run is not predicted")
@@ -82,20 +87,49 @@ def settings_of(
         raise ValueError(
             f"model was loaded in float32 and computes in {compute}, all of it trained: this is not predicted"
         )
+    # prepare_model_for_kbit_training switches it on only in the model
+    checkpointing = bool(args.gradient_checkpointing or base.is_gradient_checkpointing)
+    offloading = bool(getattr(args, "activation_offloading", False))
+    batch = {"batch_size": args.per_device_train_batch_size, "accumulation": args.gradient_accumulation_steps}
+    more = {"checkpointed_layers": _checkpointed_layers(base)} if checkpointing and not offloading else {}
+    if of_course is not None:  # of this course's trainer, whose own batch may be a whole step
+        names = (*batch, *SPEED)
+        batch = {name: getattr(of_course, name) for name in names}
+        checkpointing, offloading, more = of_course.gradient_checkpointing, of_course.activation_offloading, {}
     return Settings(
         method=method,
         compute_dtype=compute,
-        batch_size=args.per_device_train_batch_size,
         max_length=max_length,
-        # prepare_model_for_kbit_training switches it on only in the model
-        gradient_checkpointing=bool(args.gradient_checkpointing or base.is_gradient_checkpointing),
+        gradient_checkpointing=checkpointing,
+        activation_offloading=offloading,
         optimizer=str(getattr(args.optim, "value", args.optim)),
         upcast_fp32=upcast,
         attention=_attention_of(base.config, shape),
-        accumulation=args.gradient_accumulation_steps,
+        **batch,
+        **more,
         **four_bit,
         **lora,
     )
+
+
+def _checkpointed_layers(base: PreTrainedModel) -> int | None:
+    """How many of the first decoder layers are checkpointed; None if all of them are, or if they have no switches.
+
+    The trainer switches all of them on when it starts, so that before only a callback knows about it.
+
+    Raises:
+        ValueError: those that are checkpointed are not the first ones.
+    """
+    found = decoder_layers(base)
+    switches = [getattr(layer, "gradient_checkpointing", None) for layer in found[1]] if found else []
+    if not switches or None in switches or all(switches) or not any(switches):
+        return None
+    first = switches.index(False)
+    if any(switches[first:]):
+        raise ValueError(
+            f"model checkpoints layers after layer {first}, which is not: this is not predicted; the first ones are"
+        )
+    return first
 
 
 def _name(dtype: torch.dtype) -> str:

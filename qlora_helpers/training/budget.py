@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qlora_helpers import validation
 from qlora_helpers.hardware import Hardware
-from qlora_helpers.memory.budget import Plan, plan_for
+from qlora_helpers.memory.budget import Plan, budget_bytes, plan_for
 from qlora_helpers.memory.gpus import GPU, measured_gpu
 from qlora_helpers.memory.live_run import shape_of
 from qlora_helpers.settings import Settings
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-__all__ = ["free_for_a_run", "in_whole_steps", "kept_within", "plan_of", "use_segments_that_grow"]
+__all__ = ["free_for_a_run", "in_whole_steps", "kept_within", "peak_beside", "plan_of", "use_segments_that_grow"]
 
 
 def in_whole_steps(settings: Settings) -> bool:
@@ -41,12 +40,7 @@ def plan_of(model: PreTrainedModel | PeftModel, settings: Settings, hardware: Ha
         print("memory_budget: there is no GPU whose memory could be used, so the settings stay as they are.")
         return None
     gpu = measured_gpu(hardware.gpu_name, hardware.gpu_bytes, hardware.capability)
-    budget = free_for_a_run(gpu) if settings.memory_budget == "auto" else settings.memory_budget
-    if budget > gpu.usable_bytes:
-        allowed = (
-            f"is {in_words(budget)}, and this {gpu.name} has {in_words(gpu.usable_bytes)}. 'auto' takes what is free"
-        )
-        raise validation.refuse("memory_budget", settings.memory_budget, allowed)
+    budget = budget_bytes(settings, gpu, free_for_a_run(gpu))
     dtype = str(hardware.compute_dtype).removeprefix("torch.")
     plan = plan_for(shape_of(model), replace(settings, compute_dtype=dtype), gpu, budget)
     print(plan)
@@ -73,6 +67,15 @@ def kept_within(plan: Plan | None) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def peak_beside(plan: Plan) -> str:
+    """The peak of the run that has just ended beside what was predicted, in a sentence."""
+    peak, said = torch.cuda.max_memory_allocated(), plan.chosen.prediction.peak_allocated_bytes
+    return (
+        f"Memory: the run's tensors took {in_words(peak)} at most, of {in_words(said)} predicted "
+        f"({peak / said - 1:+.1%}); its budget is {in_words(plan.budget)}."
+    )
 
 
 def use_segments_that_grow(settings: Settings, hardware: Hardware) -> None:

@@ -30,7 +30,7 @@ from qlora_helpers.folder_locks import FolderInUse
 from qlora_helpers.json_files import read_json, write_json
 from qlora_helpers.models.fingerprint import fingerprint_of
 from qlora_helpers.models.tensor_files import misfit, shapes_in
-from qlora_helpers.settings import PREDICTOR_ONLY, Settings
+from qlora_helpers.settings import PREDICTOR_ONLY, SWITCHES, Settings
 from qlora_helpers.training.checksums import changed_files, count_of_states, write_checksums, written_whole
 from qlora_helpers.training.environment import changes, environment
 from qlora_helpers.training.run_folder import (
@@ -249,7 +249,11 @@ def record_of(
         f"{config.bnb_4bit_quant_type}, double_quant={config.bnb_4bit_use_double_quant}" if config else "none"
     )
     return {
-        **{name: value for name, value in asdict(settings).items() if name not in NOT_RECORDED},
+        **{
+            name: value
+            for name, value in asdict(settings).items()
+            if name not in NOT_RECORDED and not _left_out(name, value)
+        },
         "chats": _digest(chats),
         **of_validation,
         "model": Path(model.config._name_or_path).name,
@@ -258,6 +262,11 @@ def record_of(
         "compute_dtype": str(hardware.compute_dtype),
         "environment": environment(hardware),
     }
+
+
+def _left_out(name: str, value: object) -> bool:
+    """Whether a record leaves a setting out: as older versions, which had none of these, unless it is used."""
+    return name in (*SWITCHES, "checkpointed_layers", "memory_budget") and (value is None or value is False)
 
 
 def _digest(chats: Sequence[Chat]) -> str:

@@ -106,21 +106,22 @@ def _compiled(kind: type[nn.Module], sizes_vary: bool) -> type[nn.Module]:
     a `forward` around the layer's own.
     """
     plain = getattr(kind.forward, "__wrapped__", kind.forward)
-    state = {"forward": torch.compile(plain)}
+    at_work = {"forward": torch.compile(plain)}
 
     def forward(self, *args, **kwargs):
         if sizes_vary:
             for value in args:
                 torch._dynamo.maybe_mark_dynamic(value, (0, 1))
         try:
-            return state["forward"](self, *args, **kwargs)
+            layers_forward = at_work["forward"]
+            return layers_forward(self, *args, **kwargs)
         except TorchDynamoException as error:
-            if state["forward"] is plain:
+            if at_work["forward"] is plain:
                 raise
             print(
                 f"compile_layers=True: {kind.__name__} cannot be compiled here, so it runs as it is ({_first_line(error)})"
             )
-            state["forward"] = plain
+            at_work["forward"] = plain
             return plain(self, *args, **kwargs)
 
     return type(kind)(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})

@@ -134,8 +134,8 @@ def check_packing(model: PreTrainedModel, chats: Sequence[dict[str, Any]], pad_t
 
     def in_a_row(*ids: list[int]) -> torch.Tensor:
         packed = collator([{"input_ids": part} for part in ids])
-        given = {name: packed[name].to(device) for name in ("input_ids", "position_ids")}
-        return model(**given, use_cache=False).logits[0, : sum(map(len, ids))].float()
+        tokens, positions = packed["input_ids"].to(device), packed["position_ids"].to(device)
+        return model(input_ids=tokens, position_ids=positions, use_cache=False).logits[0, : sum(map(len, ids))].float()
 
     model.eval()
     try:

@@ -24,6 +24,7 @@ from qlora_helpers.models.saving import save_model
 from qlora_helpers.settings import Settings
 from qlora_helpers.threads import say_if_slowed
 from qlora_helpers.training.best import KeepCheckpoints, WatchValidation, best_checkpoint, best_of, patience_ended
+from qlora_helpers.training.budget import peak_beside
 from qlora_helpers.training.callbacks import LossBar, LossWatch, Recorder, SaveAsAsked
 from qlora_helpers.training.checkpoints import (
     VALIDATION_LOSS,
@@ -183,6 +184,8 @@ def _run(trainer, tokenizer, checkpoint, output_dir: Path, settings: Settings, h
             trainable, total, saved_path = _save(
                 model, tokenizer, output_dir / RESULT[settings.method], settings.method
             )
+    if trainer.plan is not None:
+        print(peak_beside(trainer.plan))
     _say_what_was_skipped(watch.skipped, settings.steps)
     _say_what_is_kept(recorder.validation_history, last_step, settings)
     if stop.signal is not None:  # it came in the last step, or while what was trained was being saved

@@ -98,7 +98,8 @@ class _Trainer(SFTTrainer):
         inputs.pop(ROW_ENDS, None)  # of an evaluation
         if self.aux_loss_enabled or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        with_fused_head = model  # SFTTrainer has put its own output head into it
+        outputs = with_fused_head(**inputs, use_cache=False, fused_lm_head=True)
         tokens = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
         return -outputs.log_probs.sum() / torch.as_tensor(tokens).clamp(min=1)
 

@@ -66,8 +66,7 @@ def split(inputs: dict[str, Any], rows: int) -> Iterator[dict[str, torch.Tensor]
         if in_order:
             yield {name: value[start : start + rows, :width] for name, value in tensors.items()}
         else:
-            device = tensors["input_ids"].device
-            picked = torch.tensor(part).to(device, non_blocking=True)
+            picked = torch.tensor(part, device=tensors["input_ids"].device)
             yield {name: value[picked, :width] for name, value in tensors.items()}
 
 

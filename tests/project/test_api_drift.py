@@ -83,6 +83,8 @@ OTHERS = {
     r"self\.torch\.empty": "torch, or the stand-in of a test (data.scripts.measure.allocator)",
     r"(SEVERAL|_SITE)\.sub": "re",
     r"plain|ignores": "the function that is replaced (qlora_helpers.memory.fake.on_a_gpu)",
+    r"layers_forward": "the decoder layer's own forward, compiled (qlora_helpers.training.layer_options)",
+    r"with_fused_head": "the model with TRL's output head (qlora_helpers.training.trainer)",
     r"ledger\.mark": "qlora_helpers.memory.fake.ledger",
     r"pick": "min or max (qlora_helpers.memory.timeline)",
     r"self\.collator": "a trainer's collator, with what it was called with (data.scripts.measure.speed_clock)",

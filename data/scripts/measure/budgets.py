@@ -32,7 +32,9 @@ from data.scripts.measure.t4_gear import as_on_a_t4
 from qlora_helpers.units import GIB
 
 TABLE = ROOT / "data" / "measured" / "budgets.json"
-SEED, COUNT, AT_ONCE, STEPS = 16, 30, 6, 4
+SEED = 16
+COUNT = 30
+AT_ONCE, STEPS = 6, 4
 COMPARED = 5  # the first so many of those that had a choice
 MODELS = {
     "qwen2.5-0.5b": 1, "qwen2.5-1.5b": 3, "llama-3.2-3b": 2, "llama-3.1-8b": 3, "mistral-7b": 1,
@@ -137,10 +139,9 @@ def measure(row: dict, settings_more: dict | None = None) -> dict:
     return found
 
 
-CHOSEN = ("batch_size", "accumulation", "gradient_checkpointing", "checkpointed_layers", "activation_offloading")
-
-
 def _chosen(settings) -> dict:
+    from qlora_helpers.memory.budget import CHOSEN
+
     return {name: getattr(settings, name) for name in CHOSEN}
 
 

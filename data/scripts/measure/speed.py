@@ -40,8 +40,9 @@ from pathlib import Path
 from data.scripts import ROOT
 from data.scripts.measure import speed_plan, speed_process
 from qlora_helpers.settings import GPU_OPTIMIZER
+from qlora_helpers.units import GIB
 
-__all__ = ["collect", "main", "read_results"]
+__all__ = ["collect", "main", "markdown_table", "read_results"]
 
 TABLE = ROOT / "data" / "measured" / "speed.json"
 FINAL = ("ran", "out of memory")  # such a row need not be measured again
@@ -84,6 +85,47 @@ def collect(files: list[Path], table: Path) -> dict:
     content = {"command": "python -m data.scripts.measure.speed", "rows": [predicted(row) for row in found]}
     table.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return content
+
+
+# the labels of the README's table, with what each is
+README = {
+    "8b bf16 4x2048 full articles": "the articles' recipe, with what stops it repaired",
+    "8b bf16 4x2048 full trl": "plain TRL",
+    "8b bf16 4x2048 full ours": "this course",
+    "8b bf16 4x2048 full unsloth": "Unsloth",
+    "8b bf16 4x2048 full ours liger": "`liger_layers`",
+    "8b bf16 4x2048 full ours compiled": "`compile_layers`",
+    "8b bf16 4x2048 full ours compiled 16-of-32": "the same, 16 of 32 layers checkpointed",
+    "8b bf16 4x2048 full ours compiled none-checkpointed": "the same, no layer checkpointed",
+    "8b bf16 4x2048 full ours compiled in-14.3GiB": '`compile_layers`, `memory_budget="14.3GiB"`',
+    "8b bf16 4x2048 full ours compiled in-24GiB": '`compile_layers`, `memory_budget="24GiB"`',
+    "8b bf16 4x2048 full ours compiled in-48GiB": '`compile_layers`, `memory_budget="48GiB"`',
+    "8b bf16 32x1024 mixed ours": "mixed lengths, 32 chats padded",
+    "8b bf16 12x1024x8 mixed ours packed compiled": "mixed lengths, 96 chats packed, `compile_layers`",
+    "8b bf16 12x1024x8 mixed ours packed compiled none-checkpointed": "the same, no layer checkpointed",
+}
+
+
+def markdown_table(table: Path = TABLE) -> str:
+    """The rows that the README shows: pace, in tokens that are no padding, and memory, measured and predicted."""
+    rows = {row["label"]: row for row in json.loads(table.read_text(encoding="utf-8"))["rows"]}
+    gpu, versions = rows[next(iter(README))]["gpu"], rows[next(iter(README))]["versions"]
+    lines = [
+        f"| 8B, bfloat16, on one {gpu} | tokens per second | peak, GiB | predicted | call |",
+        "|---|---|---|---|---|",
+    ]
+    for label, what in README.items():
+        row = rows[label]
+        pace = row["tokens_per_second_overall" if row["data"] == "mixed" else "tokens_per_second"]
+        said = row.get("predicted_peak_allocated_bytes")
+        peaks = f"{row['peak_allocated_bytes'] / GIB:.2f} | {f'{said / GIB:.2f}' if said else ''}"
+        lines.append(f"| {what} | {pace:,.0f} | {peaks} | {row['call']} |")
+    used = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "trl", "bitsandbytes"))
+    lines += [
+        "",
+        f"Measured with {used}; Unsloth {rows['8b bf16 4x2048 full unsloth']['versions']['unsloth']} with its own TRL.",
+    ]
+    return "\n".join(lines)
 
 
 def predicted(row: dict) -> dict:

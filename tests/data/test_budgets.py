@@ -1,0 +1,35 @@
+"""Thirty runs within memory budgets: drawn by a seed, and what was measured of them."""
+
+import json
+
+import pytest
+
+from data.scripts.measure import budgets
+from qlora_helpers.units import GIB
+
+ROWS = json.loads(budgets.TABLE.read_text(encoding="utf-8"))["rows"]
+
+
+def test_the_runs_that_were_measured_are_those_that_the_seed_draws():
+    drawn = {row["label"]: row for row in budgets.draw()}
+    assert len(drawn) == budgets.COUNT == len(ROWS)
+    for row in ROWS:
+        assert {name: row[name] for name in drawn[row["label"]]} == drawn[row["label"]]
+
+
+def test_no_run_died_of_memory_and_none_took_more_than_its_budget():
+    died = [row["error"] for row in ROWS if row["outcome"] != "ran"]
+    assert len(died) == 1 and "max_position_embeddings" in died[0]  # the script built a model with too short a window
+    for row in ROWS:
+        if row["outcome"] == "ran":
+            assert not row["fell_back"]
+            assert row["peak_allocated"] < row["budget"] * GIB
+            assert row["peak_allocated"] / row["predicted_peak_allocated"] == pytest.approx(1, abs=0.1)
+
+
+def test_runs_side_by_side_are_all_returned_and_an_error_is_one_of_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(budgets, "measure", lambda row, more: {"half": 12 / row["number"]})
+    found = budgets.in_processes([({"number": number}, None) for number in (1, 0, 3)], str(tmp_path / "log"), 2)
+    assert sorted((row["number"], row["outcome"], row.get("half")) for row in found) == [
+        (0, "died", None), (1, "ran", 12.0), (3, "ran", 4.0),
+    ]  # fmt: skip
