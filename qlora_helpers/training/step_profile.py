@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qlora_helpers import validation
 
@@ -69,7 +69,8 @@ class StepProfiler(TrainerCallback):
         self._profile = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
         self._marks: list[tuple[float, float]] = []
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note the time, and begin or end the profile."""
         if state.global_step <= self.warm_up:
             self._marks.append((time.process_time(), time.perf_counter()))
         if state.global_step == self.warm_up:
@@ -80,6 +81,7 @@ class StepProfiler(TrainerCallback):
 
     @property
     def step_seconds(self) -> float:
+        """Of a step that is not profiled; see above."""
         clocks = zip(*self._marks, strict=True)
         return min(lower_quartile([b - a for a, b in itertools.pairwise(clock)]) for clock in clocks)
 
