@@ -173,3 +173,33 @@ def test_the_branches_of_a_tree_lie_on_the_canvas():
     assert len(ax.lines) == 3 and len(points) == 7 + 3 * 3
     assert all(left <= x <= right and low <= y <= high for x, y in points)
     assert [line.get_ydata().tolist() for line in ax.lines] == [[1, 0, 0], [1, 1, 1], [1, 2, 2]]
+
+
+def test_shares_of_a_step_are_bars_with_the_largest_on_top():
+    fig, ax = plots.figure()
+    plots.shares_of_a_step(ax, {"attention": {"share": 0.1}, "matrix products": {"share": 0.6}, "rest": {"share": 0.3}})
+    fig.canvas.draw()
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["matrix products", "rest", "attention"]
+    assert ax.yaxis_inverted()  # so the first is the uppermost
+    assert [bar.get_width() for bar in ax.patches] == pytest.approx([60, 30, 10])
+    assert [text.get_text().strip() for text in ax.texts] == ["60 %", "30 %", "10 %"]
+
+
+def test_runs_lie_at_their_memory_and_pace_and_some_are_joined_in_the_order_of_their_memory():
+    _, ax = plots.figure()
+    rows = {
+        name: {"peak_allocated_bytes": memory * 2**30, "tokens_per_second": pace}
+        for name, (memory, pace) in {"none": (40, 14_000), "all": (10, 10_000), "other": (8, 9_000)}.items()
+    }
+    plots.pace_against_memory(ax, rows, joined=["none", "all"], sides={"all": "above"})
+    line, *marks = ax.get_lines()
+    assert line.get_xydata().tolist() == [[10, 10_000], [40, 14_000]]
+    assert [mark.get_xydata().tolist() for mark in marks] == [[[40, 14_000]], [[10, 10_000]], [[8, 9_000]]]
+    assert [mark.get_color() for mark in marks] == [plots.BLUE, plots.BLUE, plots.RED]
+    assert [(text.get_text(), text.get_va()) for text in ax.texts] == [
+        ("none", "center"),
+        ("all", "bottom"),
+        ("other", "center"),
+    ]
+    assert ax.get_xlim()[1] > 40 and ax.get_ylim() == (0, pytest.approx(15_400))
+    plots.pace_against_memory(plots.figure()[1], rows)  # nothing joined
