@@ -107,10 +107,10 @@ for length in (2048, 8192, 32768):
     print(f"{length:6,} tokens: attention {parts['attention'] / sum(parts.values()):5.1%} of the operations")
 
 # %% [markdown]
-# ## The floor
+# ## The best pace
 #
-# An H200 was measured to do 790 trillion operations per second in large bfloat16 products. If a step were nothing else, it
-# could not be faster than this:
+# In large bfloat16 products an H200 did 790 trillion operations per second (measured by hand; that script is not in this
+# repository). If a step were nothing else, it would be as fast as this, and it cannot be faster:
 
 # %% tags=["nbval-check-output"]
 RATE = 790e12
@@ -141,7 +141,7 @@ for tokens in (512, 2048, 8192):
 #
 # ## One step, on this machine
 #
-# What is done beside products? torch's profiler times each operation. `profile_step` trains the shipped model for some
+# What is done beside products? Guess: of all the time of a step on a CPU, which share are they? torch's profiler times each operation. `profile_step` trains the shipped model for some
 # steps and groups the operations by kind. What no group has is Python, and what the libraries do between operations.
 
 # %%
@@ -161,7 +161,7 @@ plots.show(fig, "Bars with the share of each kind of operation in one training s
 
 # %% [markdown]
 # The last three lines above are parts of a step that are made of several kinds: the optimizer is small, since only adapters
-# are trained. Norms, SwiGLU, dropout and the loss are element by element, in many small operations. On a GPU it is alike:
+# are trained. Norms, SwiGLU and the loss are element by element, in many small operations. On a GPU it is alike:
 # each of them reads and writes all of its numbers. `torch.compile` and liger-kernel join several into one.
 #
 # With the shipped model the 4-bit weights are so few that the course decodes them once, and keeps them. Over rounds on one
@@ -200,6 +200,9 @@ ax.set_title("Compile first; then memory buys pace, layer by layer")
 plots.show(fig, "Tokens per second against peak memory of Llama-3.1-8B on an H200. The articles' recipe is slowest. TRL and this course as it is stand together above it, with less memory; above them liger, then compiled, and Unsloth at the same pace with the least memory of all. From compiled a line rises with fewer checkpointed layers, to the fastest run, which takes four times the memory.")
 
 # %% [markdown]
+# The articles' recipe is the slowest, and takes 1.6 times the memory of plain TRL: it makes the weights that are not in 4 bits
+# float32, and has dropout. TRL and this course as it is are alike.
+#
 # ### Compiling
 #
 # `torch.compile` makes one kernel of many small operations. It has to be made first, so the first step is long. After how
@@ -224,8 +227,8 @@ print(f"it saves {plain - compiled:.3f} s per step: paid after {1 + (first - pla
 #
 # ### Checkpointing fewer layers
 #
-# Each layer that is not checkpointed keeps its activations, and saves a forward pass through it. What do the operations
-# foretell, and what came?
+# Each layer that is not checkpointed keeps its activations, and saves a forward pass through it. How much faster should a run
+# be that checkpoints none? Three passes become two, but not for the head:
 
 # %% tags=["nbval-check-output"]
 every, none = rows["4x2048 full ours compiled"], rows["4x2048 full ours compiled none-checkpointed"]
@@ -286,8 +289,9 @@ for budget in (14.3, 24, 48):
     print(f"measured: {row['peak_allocated_bytes'] / GIB:.1f} GiB in tensors, {row['tokens_per_second']:,.0f} tokens/s\n")
 
 # %% [markdown]
-# Beside the choice it prints what else was tried, faster and slower. Now your budget. In a run, it is all that you have to
-# say: `Settings(memory_budget="16GiB")`, or `"auto"` for what is free.
+# Beside the choice it prints what else was tried, faster and slower. Now your budget: change it, and first guess how many
+# layers will be checkpointed. In a run, it is all that you have to say: `Settings(memory_budget="16GiB")`, or `"auto"` for
+# what is free.
 
 # %% tags=["nbval-check-output"]
 budget = "16GiB"
@@ -306,9 +310,13 @@ off = {row["label"]: row["peak_allocated"] / row["predicted_peak_allocated"] - 1
 for packing in (False, True):
     some = [off[row["label"]] for row in ran if row["options"]["packing"] == packing]
     print(f"{'packed' if packing else 'padded'}: {len(some):2} runs, peak from {min(some):+.1%} to {max(some):+.1%} of the prediction")
-over = [row for row in ran if row["peak_reserved"] > row["budget"] * GIB]
-for row in over:
-    print(f"budget {row['budget']} GiB: {row['peak_allocated'] / GIB:.1f} GiB in tensors, but {row['peak_reserved'] / GIB:.1f} GiB held; {row['label']}")
+for growing in (False, True):
+    some = [row for row in ran if row["options"]["expandable_segments"] == growing]
+    over = [row for row in some if row["peak_reserved"] > row["budget"] * GIB]
+    print(f"{'segments that grow' if growing else 'usual segments'}: {len(some)} runs, {len(over)} held more than the budget")
+    for row in over:
+        sizes = [size / GIB for size in (row["peak_allocated"], row["peak_reserved"])]
+        print(f"    budget {row['budget']} GiB: {sizes[0]:.1f} GiB in tensors, {sizes[1]:.1f} GiB held")
 
 # %%
 fig, ax = plots.figure(figsize=(7.2, 4.2))
@@ -331,9 +339,9 @@ plots.show(fig, "How far the measured peak of each drawn run lies above its pred
 # with a mask attention cannot take its best kernel. Since then the rows of a step run without one. That was not measured
 # again.
 #
-# One run is over its budget, though nothing told it so. Its tensors took what was predicted, but torch held more than twice
-# as much, and the cap did not stop it. It ran with `expandable_segments` and with the layers' inputs in main memory. With
-# these two together, look at what the card says before you trust a budget.
+# One run held more than its budget. Its tensors took what was predicted, but torch had reserved more than twice as much. The
+# cap did not stop it: torch counts no segments that grow against it (`alloc_block` in its `CUDACachingAllocator.cpp`). So
+# with `expandable_segments` a budget is kept by the prediction alone. Do not use both on a card that you share.
 #
 # ## Packing is exact
 #
@@ -374,8 +382,8 @@ for name in ("with the default cache", "with a mask"):
 
 # %% [markdown]
 # The other two give no error and no warning: the chat has seen the one before it. With a cache, transformers does not look
-# for new beginnings; nor does it if it is given a mask of rows and columns. So before a packed run `train` compares a packed
-# row with its chats alone, and refuses the model if they differ.
+# for new beginnings; nor does it if it is given the usual mask, with one entry for each token. So before a packed run `train`
+# compares a packed row with its chats alone, and refuses the model if they differ.
 #
 # ## When to take another trainer
 #
