@@ -64,6 +64,7 @@ def test_a_budget_that_is_too_small_for_the_choice_falls_back(tmp_path, monkeypa
     from qlora_helpers.memory import budget
 
     monkeypatch.setattr(budget, "MARGIN", -20.0)
+    monkeypatch.setattr(budget, "LEAST_MARGIN", -(10**12))
     settings = replace(PLAIN, batch_size=256, accumulation=1, memory_budget=int(0.85 * GIB + 16 * MIB))
     found = trained(tmp_path / "run", settings, "ampere")
     said = capsys.readouterr().out
