@@ -347,7 +347,7 @@ said = recorded["5.17.0"]["rows"]  # the transformers with which the runs were m
 aside = json.loads(data_path("measured", "memory_families_held_out.json").read_text())["rows"]
 for name, group in {"looked at while it was made": others, "set aside": aside}.items():
     off = [abs(said[r["label"]]["peak_allocated_bytes"] / r["peak_allocated_bytes"] - 1) for r in group if "error" not in said[r["label"]]]
-    print(f"{name:27}{len(off)} peaks, off by {sum(off) / len(off):.1%} on average, {max(off):.1%} at worst")
+    print(f"{name:28}{len(off)} peaks, off by {sum(off) / len(off):.1%} on average, {max(off):.1%} at worst")
     check("mean error", sum(off) / len(off), at_most=0.01)
 
 # %% [markdown]

@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 from qlora_helpers import validation
+from qlora_helpers.memory.shape import is_named
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -166,6 +167,20 @@ class AnyShape:
 
         targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
         return rank * parameters_per_rank(self, targets)
+
+    def refuse_unknown(self, target_modules: str | Collection[str]) -> None:
+        """Make sure that each name is that of a module: PEFT passes over others as long as one matches.
+
+        Raises:
+            ValueError: no module has such a name.
+        """
+        if target_modules == "all-linear":
+            return
+        names = [name for name, _ in self._model.named_modules()]
+        for target in target_modules:
+            if not any(is_named(name, target) for name in names):
+                cure = f"no layer is called {target!r}. The decoder's are {', '.join(self.linear_names())}"
+                raise validation.refuse("target_modules", list(target_modules), cure)
 
     def linear_names(self) -> tuple[str, ...]:
         """The last part of the name of each kind of linear layer in the decoder, in order."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
     from trl import SFTTrainer
 
-__all__ = ["NOT_PREDICTED", "settings_of", "shape_of"]
+__all__ = ["NOT_PREDICTED", "SPEED", "settings_of", "shape_of"]
 
 # what `Settings` of this course's trainer say of a run's speed
 SPEED = ("checkpointed_layers", "packing", "compile_layers", "liger_layers", "expandable_segments")

@@ -109,6 +109,8 @@ def _check(shape: ModelShape, settings: Settings) -> None:
     if settings.method != "full" and settings.rank > shape.hidden_size:
         allowed = f"must be no more than the model's hidden size, {shape.hidden_size}"
         raise validation.refuse("rank", settings.rank, allowed)
+    if isinstance(shape, AnyShape) and settings.method != "full":
+        shape.refuse_unknown(settings.target_modules)
     longest = shape.max_position_embeddings
     if longest and settings.max_length > longest:
         allowed = f"must be no more than max_position_embeddings of this model, {longest}"

@@ -19,7 +19,12 @@ from qlora_helpers import validation
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["FAMILIES", "Linear", "ModelShape", "config_and_name"]
+__all__ = ["FAMILIES", "Linear", "ModelShape", "config_and_name", "is_named"]
+
+
+def is_named(name: str, target: str) -> bool:
+    """Whether PEFT takes a module's name for a target: all of it, or its last parts."""
+    return name == target or name.endswith(f".{target}")
 
 
 @dataclass(frozen=True)
@@ -284,22 +289,22 @@ class ModelShape:
                 name or its last parts.
 
         Raises:
-            ValueError: a plain string other than "all-linear", or no name matches.
+            ValueError: a plain string other than "all-linear", or a name that no layer has. PEFT would pass over it.
         """
         if target_modules == "all-linear":
             return self.linears
         if isinstance(target_modules, str) or not all(isinstance(name, str) for name in target_modules or ()):
             raise validation.refuse("target_modules", target_modules, 'must be "all-linear", or a list of names')
-        found = tuple(
-            linear
-            for linear in self.linears
-            if any(linear.name == name or linear.name.endswith(f".{name}") for name in target_modules)
-        )
-        if not found:
-            known = ", ".join(linear.name.rsplit(".")[-1] for linear in self.linears)
+        names = [linear.name for linear in self.linears]
+        if unknown := [
+            target for target in target_modules or [""] if not any(is_named(name, target) for name in names)
+        ]:
+            known = ", ".join(self.linear_names())
             cure = f"none of them is in {self.model_type}, which has {known}"
+            if len(unknown) < len(target_modules):
+                cure = f"{self.model_type} has no {' and no '.join(map(repr, unknown))}, but {known}"
             raise validation.refuse("target_modules", list(target_modules), cure)
-        return found
+        return tuple(linear for linear in self.linears if any(is_named(linear.name, name) for name in target_modules))
 
     def lora_parameters(self, rank: int, target_modules: str | Collection[str] = "all-linear") -> int:
         """Trainable parameters of LoRA: rank * (in + out) for each adapted layer."""

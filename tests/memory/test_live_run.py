@@ -9,10 +9,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from qlora_helpers.memory import AnyShape, predict
-from qlora_helpers.memory.live_run import settings_of, shape_of
+from qlora_helpers.memory.live_run import SPEED, settings_of, shape_of
 from qlora_helpers.models.loading import load_model
 from qlora_helpers.paths import data_path
 from qlora_helpers.settings import GPU_RUN, Settings
+from qlora_helpers.training.layer_options import layers_of
 from qlora_helpers.training.trainer import build_trainer
 from tests.memory.fake.models import GEMMA3, QWEN3_MOE
 from tests.support.short_runs import CHATS, CPU, TOKENIZER, trainer_of
@@ -58,6 +59,35 @@ def test_other_settings_are_seen_too(tmp_path):
     assert run.gradient_checkpointing and run.optimizer == "adamw_8bit"
     trainer.model.get_base_model().config._attn_implementation = "eager"
     assert settings_of(trainer).attention == "eager"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_checkpointing": True, "checkpointed_layers": 2},
+        {"gradient_checkpointing": True, "activation_offloading": True},
+        {"packing": True, "max_length": 128, "accumulation": 3},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_what_makes_a_run_fast_is_seen(options, tmp_path):
+    asked = replace(Settings(rank=4, steps=1), **options)
+    found = settings_of(trainer_of(tmp_path, settings=asked))
+    for name in ("batch_size", "accumulation", "max_length", "gradient_checkpointing", *SPEED, "activation_offloading"):
+        assert getattr(found, name) == getattr(asked, name), name
+
+
+def test_layers_that_another_trainer_checkpoints_are_counted(tmp_path):
+    trainer = trainer_of(tmp_path, settings=Settings(rank=4, steps=1, gradient_checkpointing=True))
+    model, arguments = trainer.model, trainer.args
+    model.gradient_checkpointing_enable()  # as the trainer does when it starts
+    assert settings_of(model, arguments, 64).checkpointed_layers is None
+    layers = layers_of(model)
+    layers[3].gradient_checkpointing = False
+    assert settings_of(model, arguments, 64).checkpointed_layers == 3
+    layers[1].gradient_checkpointing = False
+    with pytest.raises(ValueError, match="model checkpoints layers after layer 1, which is not"):
+        settings_of(model, arguments, 64)
 
 
 def test_single_quantisation_is_seen(tmp_path):

@@ -274,7 +274,9 @@ def test_targets_that_match_nothing_are_refused():
         shape.targets(["q_proj"])
     with pytest.raises(ValueError, match="target_modules='q_proj'"):
         shape.targets("q_proj")
-    assert [linear.name for linear in shape.targets(["self_attn.o_proj", "proj"])] == ["self_attn.o_proj"]
+    with pytest.raises(ValueError, match=r"target_modules=\['o_proj', 'proj'\]: phi3 has no 'proj', but qkv_proj"):
+        shape.targets(["o_proj", "proj"])  # PEFT passes over the second one
+    assert [linear.name for linear in shape.targets(["self_attn.o_proj"])] == ["self_attn.o_proj"]
 
 
 @pytest.mark.parametrize("name", ["n_embd", "hidden_size"])
