@@ -55,7 +55,11 @@ def free_for_a_run(gpu: GPU) -> int:
 
 @contextmanager
 def kept_within(plan: Plan | None) -> Iterator[None]:
-    """Refuse this process more GPU memory than its budget, as a card of that size would; and measure its peak anew."""
+    """Refuse this process more GPU memory than its budget, as a card of that size would; and measure its peak anew.
+
+    torch may not count segments that grow against this limit (`expandable_segments`): then the prediction alone keeps the run
+    within its budget.
+    """
     if plan is None:
         yield
         return
