@@ -606,6 +606,9 @@ exercise("the cheapest cure", cured, replace(on_t4, upcast_fp32=False), hint="cu
 # - computed what paging can save, and what it cannot: it moves a small part of a run, and prevents no error elsewhere;
 # - tested advice that is often given, and found some of it costly and some of it without effect.
 #
+# A run can also be told how much memory there is (`memory_budget`), and then chooses among these cures by itself:
+# [lesson 11](11_where_the_time_goes.ipynb) shows how.
+#
 # Next: [lesson 10](10_your_own_data.ipynb) goes from a file of yours to a tuned model. Another error?
 # [TROUBLESHOOTING.md](../TROUBLESHOOTING.md) has the common ones with their cures, and `python -m qlora_helpers doctor
 # --error "…"` finds the entry from a pasted message.
