@@ -1,12 +1,14 @@
 """The fastest run that fits into a budget of GPU memory.
 
-Time is estimated in tokens of a plain step, from three costs, each measured on one H200 with an 8B model (see
-`data/measured/speed.json`):
+Time is estimated in tokens of a plain step, from three costs. The first two were measured on one H200 with an 8B model (see
+`data/measured/speed.json`, and lesson 11):
 
 - each pass through the model has a cost that does not depend on its tokens: 4-bit weights are decoded, kernels launched
-  (`PER_PASS`). So few large passes are faster than many small ones.
+  (`PER_PASS`). So few large passes are faster than many small ones. It was that of some 1,700 tokens, and more where a step
+  had two passes.
 - a checkpointed layer runs forward twice (`RECOMPUTED`).
-- the layers' inputs go to main memory and back (`OFFLOADED`).
+- the layers' inputs go to main memory and back (`OFFLOADED`). This was not measured: it is taken to be small, since the copies
+  go on beside the products, and it decides only where nothing else fits.
 
 What they are in seconds depends on the card; which of two choices is faster hardly does.
 """

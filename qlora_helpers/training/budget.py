@@ -48,9 +48,10 @@ def plan_of(model: PreTrainedModel | PeftModel, settings: Settings, hardware: Ha
 
 
 def free_for_a_run(gpu: GPU) -> int:
-    """Bytes of the card that this process has or can get: for its tensors and for the CUDA context."""
-    free, _ = torch.cuda.mem_get_info()
-    return min(free + torch.cuda.memory_reserved() + gpu.context_bytes, gpu.usable_bytes)
+    """Bytes of the card that this process has or can get: for its tensors, up to torch's own limit, and the CUDA context."""
+    free, total = torch.cuda.mem_get_info()
+    for_tensors = min(free + torch.cuda.memory_reserved(), int(torch.cuda.get_per_process_memory_fraction() * total))
+    return min(for_tensors + gpu.context_bytes, gpu.usable_bytes)
 
 
 @contextmanager
@@ -64,13 +65,13 @@ def kept_within(plan: Plan | None) -> Iterator[None]:
         yield
         return
     torch.cuda.empty_cache()  # what loading left
-    _, total = torch.cuda.mem_get_info()
+    before, (_, total) = torch.cuda.get_per_process_memory_fraction(), torch.cuda.mem_get_info()
     torch.cuda.reset_peak_memory_stats()
-    torch.cuda.set_per_process_memory_fraction(min((plan.budget - plan.context_bytes) / total, 1.0))
+    torch.cuda.set_per_process_memory_fraction(min((plan.budget - plan.context_bytes) / total, before))
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.set_per_process_memory_fraction(before)
 
 
 def peak_beside(plan: Plan) -> str:

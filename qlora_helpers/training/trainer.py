@@ -45,9 +45,8 @@ if TYPE_CHECKING:
 __all__ = ["build_trainer", "check_settings", "no_progress_bars"]
 
 
-FIRST_STEPS = (
-    10  # in which a run that is out of memory falls back to a safer choice: later, something else takes the memory
-)
+# in which a run that is out of memory falls back to a safer choice: later, something else takes the memory
+FIRST_STEPS = 10
 
 
 class _CheckpointAsAsked(TrainerCallback):
@@ -96,7 +95,7 @@ class _Trainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss as SFTTrainer computes it, without its metrics, for each of which the CPU waits for the GPU."""
         inputs.pop(ROW_ENDS, None)  # of an evaluation
-        if self.aux_loss_enabled or return_outputs:
+        if self.aux_loss_enabled or return_outputs or self.accelerator.num_processes > 1:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with_fused_head = model  # SFTTrainer has put its own output head into it
         outputs = with_fused_head(**inputs, use_cache=False, fused_lm_head=True)

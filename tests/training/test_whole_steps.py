@@ -10,6 +10,7 @@ from qlora_helpers.memory import find_gpu, find_shape
 from qlora_helpers.memory.budget import plan_for
 from qlora_helpers.models.loading import load_model
 from qlora_helpers.settings import Settings
+from qlora_helpers.training import budget
 from qlora_helpers.training import trainer as trainer_module
 from qlora_helpers.training.whole_steps import ROW_ENDS, WithRowEnds, safer, split
 from qlora_helpers.units import GIB
@@ -99,3 +100,24 @@ def test_on_a_cpu_a_budget_changes_nothing_and_says_so(tmp_path, capsys):
     budgeted = run(tmp_path / "budgeted", replace(settings, memory_budget="16GiB"))
     assert "memory_budget: there is no GPU whose memory could be used" in capsys.readouterr().out
     assert_learnt_the_same(plain, budgeted)
+
+
+def test_a_run_is_held_to_its_budget_and_a_limit_from_before_stays(monkeypatch):
+    """On a card of 16 GiB, of which this process may use half by a limit of its own."""
+    limits = [0.5]
+    for name, found in {
+        "empty_cache": None,
+        "reset_peak_memory_stats": None,
+        "mem_get_info": (15 * GIB, 16 * GIB),
+        "memory_reserved": GIB // 2,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda found=found: found)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: limits[-1])
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    for_tensors = 4 * GIB - PLAN.context_bytes
+    with budget.kept_within(PLAN):
+        assert limits[-1] == for_tensors / (16 * GIB)
+        assert budget.free_for_a_run(find_gpu("t4")) == for_tensors + find_gpu("t4").context_bytes
+    assert limits[-1] == 0.5
+    with budget.kept_within(None):
+        assert limits[-1] == 0.5
