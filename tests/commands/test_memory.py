@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -193,6 +194,39 @@ def test_a_family_that_is_not_written_out_is_answered_by_the_libraries(capsys, t
     )
     shown = " ".join(as_text(prediction, as_dict(prediction)).split())
     assert "This is no 4-bit model" in shown and "all its layers were run" in shown and "made up" in shown
+
+
+def test_a_budget_chooses_how_the_run_is_made(capsys):
+    status, text, errors = report(
+        capsys, "llama-3.1-8b", "--gpu", "4090", "--batch-size", 2, "--accumulation", 4, "--memory-budget", "auto"
+    )
+    assert status == 0 and "looking for the fastest run that fits into the budget ..." in errors
+    chosen = re.search(r"Chosen: (\d+) x 2048 tokens at once, (\d+) of 32 layers checkpointed: ([\d.]+) GiB", text)
+    rows, kept, size = int(chosen[1]), int(chosen[2]), float(chosen[3])
+    assert f"qlora: batch {rows} x 2,048 tokens" in text and f"the first {kept} layers checkpointed" in " ".join(
+        text.split()
+    )
+    assert f"{size:.2f} GiB" in text.partition("\n\n")[2]  # the report is of this choice
+    status, text, errors = report(capsys, "llama-3.1-8b", "--gpu", "4090", "--memory-budget", "12GiB", "--json")
+    found = json.loads(text)
+    assert "Chosen: " in errors and found["device_bytes"] < 12 * 2**30 - 256 * 2**20
+    assert found["settings"]["checkpointed_layers"] is not None or found["settings"]["gradient_checkpointing"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        (
+            "40GiB",
+            "--memory-budget=42949672960: is 40.00 GiB, and the Tesla T4 has 14.56 GiB. 'auto' takes what is free",
+        ),
+        ("lots", "--memory-budget='lots': must be \"auto\", a number of bytes, or a text such as"),
+        ("3GiB", "is too little: the least that the run can do with is 1 x 2048 tokens at once, all layers"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_refused(budget, words, capsys):
+    status, _, errors = report(capsys, "llama-3.1-8b", "--gpu", "t4", "--memory-budget", budget)
+    assert status == 2 and words in errors
 
 
 def test_dropout_that_is_asked_for_is_not_taken_away(capsys, tmp_path):
