@@ -179,7 +179,9 @@ class AnyShape:
         names = [name for name, _ in self._model.named_modules()]
         for target in target_modules:
             if not any(is_named(name, target) for name in names):
-                cure = f"no layer is called {target!r}. The decoder's are {', '.join(self.linear_names())}"
+                cure = f"no layer is called {target!r}"
+                if known := self.linear_names():  # there are none in a GPT-2, whose layers are of a class of their own
+                    cure += f". The decoder's are {', '.join(known)}"
                 raise validation.refuse("target_modules", list(target_modules), cure)
 
     def linear_names(self) -> tuple[str, ...]:

@@ -221,7 +221,7 @@ def test_too_little_memory_names_the_lessons_that_need_more(monkeypatch):
     short = [int(name[:2]) for name, need in NEEDS.items() if need > few]
     monkeypatch.setattr(doctor, "_memory_bytes", lambda: (int(few * GB), int(few * GB)))
     ((kind, text, _),) = found(doctor._memory)
-    assert kind == "problem" and [int(number) for number in re.findall(r"\b(\d) \(", text)] == short
+    assert kind == "problem" and [int(number) for number in re.findall(r"\b(\d+) \(", text)] == short
     monkeypatch.setattr(doctor, "_memory_bytes", lambda: (10 * GB, int(few * GB)))
     ((kind, text, cure),) = found(doctor._memory)
     assert kind == "notice" and "close other programs" in cure

@@ -18,13 +18,13 @@ from data.scripts.measure import memory_plan
 from qlora_helpers.memory import ModelShape, predict
 from qlora_helpers.memory.trained import OPTIMIZERS
 from qlora_helpers.paths import data_path
-from qlora_helpers.settings import MEMORY_SETTINGS, METHODS
+from qlora_helpers.settings import METHODS
 from qlora_helpers.units import GIB
 from tests.support.main_functions import call
 
 PLAN, FRESH = memory_plan.all_rows(), memory_plan.all_rows(fresh=True)
 TABLES = {"memory.json": PLAN, "memory_fresh.json": FRESH}
-SETTINGS = [name for name in MEMORY_SETTINGS if name not in memory_plan.OF_FAMILIES]
+SETTINGS = [name for name in memory_plan.SETTINGS if name not in memory_plan.OF_FAMILIES]
 
 
 def measured(name):

@@ -90,7 +90,7 @@ def test_a_run_that_the_libraries_cannot_make_is_recorded_and_counted(tmp_path, 
     monkeypatch.setattr(memory_errors, "groups", dict)
     monkeypatch.setattr(memory_errors, "groups_of_other_families", lambda: {"some": rows + broken})
     memory_errors.record()
-    assert "Target modules" in capsys.readouterr().out
+    assert "no layer is called 'nothing'" in capsys.readouterr().out
     kept = json.loads((tmp_path / "recorded.json").read_text(encoding="utf-8"))[INSTALLED]["rows"]
     assert [label for label, figures in kept.items() if "error" in figures] == ["no such layers"]
     assert [row["label"] for row, _ in memory_errors.pairs_of(rows + broken, INSTALLED)] == [

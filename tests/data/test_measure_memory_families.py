@@ -13,13 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from data.scripts.measure import memory as measure_memory
 from data.scripts.measure import memory_families, memory_plan
 from qlora_helpers.paths import data_path
-from qlora_helpers.settings import MEMORY_SETTINGS, METHODS
+from qlora_helpers.settings import METHODS
 from tests.support.main_functions import call
 
 PLAN = memory_families.family_rows()
 BY_LABEL = {row["label"]: row for row in PLAN}
 TABLES = {"memory_families.json": False, "memory_families_held_out.json": True}  # whether its rows are held out
-DESCRIBED = sorted({*MEMORY_SETTINGS, "held_out", "source"})
+DESCRIBED = sorted({*memory_plan.SETTINGS, "held_out", "source"})
 
 
 def measured(name):

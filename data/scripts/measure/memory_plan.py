@@ -11,7 +11,10 @@ import hashlib
 import json
 
 from qlora_helpers.memory import catalogue
-from qlora_helpers.settings import GPU_RUN, MEMORY_SETTINGS, Settings
+from qlora_helpers.settings import GPU_RUN, MEMORY_SETTINGS, SWITCHES, Settings
+
+# What a row says of its run. The switches are younger than the measured rows, which used none of them.
+SETTINGS = tuple(name for name in MEMORY_SETTINGS if name not in SWITCHES)
 
 # Models of qlora_helpers/memory/models.json: the table's name is the last part of the Hub's name, except for these.
 NAMES = {
@@ -180,14 +183,14 @@ def label_of(row: dict) -> str:
 
 def memory_settings(settings: Settings) -> dict:
     """A row's settings, in JSON's types."""
-    found = {name: getattr(settings, name) for name in MEMORY_SETTINGS}
+    found = {name: getattr(settings, name) for name in SETTINGS}
     targets = settings.target_modules
     return found | {"target_modules": list(targets) if isinstance(targets, tuple) else targets}
 
 
 def settings_of(row: dict) -> Settings:
     """The settings of a measured row; what it lacks is the default."""
-    return Settings(**{name: row[name] for name in MEMORY_SETTINGS if name in row})
+    return Settings(**{name: row[name] for name in SETTINGS if name in row})
 
 
 def held_out(label: str) -> bool:
