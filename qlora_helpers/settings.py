@@ -286,7 +286,8 @@ def _budget(name: str, value: object) -> int | str:
     if isinstance(value, str):
         if not (found := _SIZE.fullmatch(value.strip())):
             raise validation.refuse(name, value, allowed)
-        size = int(float(found[1]) * (GIB if found[2].lower() == "gib" else GB))
+        size = float(found[1]) * (GIB if found[2].lower() == "gib" else GB)
+        size = int(size) if math.isfinite(size) else 0
     else:
         size = value
     try:

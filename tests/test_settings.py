@@ -116,6 +116,11 @@ def test_a_memory_budget_is_auto_or_bytes(given, kept):
     assert Settings(memory_budget=given).memory_budget == kept
 
 
+def test_a_memory_budget_that_no_number_holds_is_refused():
+    with pytest.raises(ValueError, match="memory_budget="):
+        Settings(memory_budget="9" * 400 + "GiB")
+
+
 def test_every_setting_is_checked():
     assert {name for name, _, _ in REFUSED} == {field.name for field in fields(Settings)}
 

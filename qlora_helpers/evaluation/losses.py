@@ -6,6 +6,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from qlora_helpers import validation
 from qlora_helpers.chats import Chat, check_texts, tokenized
@@ -63,9 +64,11 @@ def losses_of(
         with evaluating(model):
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         of, column = (tensor.to(logits.device) for tensor in torch.nonzero(spoken, as_tuple=True))
-        each = torch.nn.functional.cross_entropy(
-            logits[owner.to(of.device)[of], column].float(), wanted[spoken].to(of.device), reduction="none"
-        )
+        of, answers = owner.to(of.device)[of], wanted[spoken].to(of.device)
+        # in parts: rows that share their logits can be any number
+        most = max(1, MOST_LOGITS // logits.shape[-1])
+        parts = zip(of.split(most), column.split(most), answers.split(most), strict=True)
+        each = torch.cat([cross_entropy(logits[row, at].float(), right, reduction="none") for row, at, right in parts])
         for number, of_row, count in zip(numbers, each.double().cpu().split(counts), counts, strict=True):
             found[number] = of_row.sum().item(), count
     return found

@@ -15,6 +15,7 @@ What they are in seconds depends on the card; which of two choices is faster har
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 from qlora_helpers import validation
@@ -126,8 +127,9 @@ def plan_for(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU, budget:
 
     Args:
         shape: of the model.
-        settings: of the run. The chats of a step, batch_size x accumulation, stay as they are; which layers are
-            checkpointed and whether their inputs are offloaded is chosen, too.
+        settings: of the run. The chats of a step, batch_size x accumulation, stay as they are, and are split: in the choice
+            batch_size is the most rows of a pass, and accumulation the number of passes, which need not come out even.
+            Which layers are checkpointed and whether their inputs are offloaded is chosen, too.
         gpu: the card.
         budget: bytes for the process.
 
@@ -136,9 +138,13 @@ def plan_for(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU, budget:
     """
     validation.whole("budget", budget)
     margin = max(int(MARGIN * budget), LEAST_MARGIN)
-    search = _Search(shape, gpu, budget - margin)
-    for passes, rows in _splits(settings.batch_size * settings.accumulation):
-        search.try_split(replace(settings, batch_size=rows, accumulation=passes, memory_budget=None))
+    search = _Search(shape, gpu, budget - margin, settings)
+    splits = _splits(search.chats)
+    first = 0
+    if not search.fits(*splits[0]) and len(splits) > 1:
+        first = len(splits) - 1
+        if search.fits(*splits[first]):  # the first that fits lies between: memory falls with the rows
+            first = bisect_left(splits, True, hi=first, key=lambda split: search.fits(*split))
     if search.best is None:
         least = min(search.tried, key=lambda choice: choice.prediction.device_bytes)
         raise validation.refuse(
@@ -147,23 +153,22 @@ def plan_for(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU, budget:
             f"{in_words(budget)}, {in_words(margin)} of it left free, is too little: the least that the run can do with is "
             f"{least}. Shorten max_length={settings.max_length}, or take a smaller model",
         )
+    for split in splits[first:]:
+        if not search.try_split(*split):
+            break
     others = [choice for choice in search.tried if choice is not search.best]
     shown = sorted(others, key=lambda choice: choice.cost)
     return Plan(budget, margin, search.best, tuple(shown[:SHOWN]))
 
 
 def _splits(chats: int) -> list[tuple[int, int]]:
-    """How the chats of a step can be split: the number of passes, and the rows of each; the fewest passes first."""
-    found = {}
-    for passes in range(1, chats + 1):
-        found.setdefault(-(-chats // passes), passes)
-    return [(passes, rows) for rows, passes in sorted(found.items(), reverse=True)]
-
-
-def _cost(settings: Settings, layers: int) -> float:
-    tokens = settings.batch_size * settings.accumulation * settings.max_length
-    again = RECOMPUTED * _checkpointed(settings, layers) / layers
-    return (settings.accumulation * PER_PASS + tokens) * (1 + again + OFFLOADED * settings.activation_offloading)
+    """How the chats of a step can be split: the number of passes, and the most rows of one; the fewest passes first."""
+    found, passes = [], 1
+    while passes <= chats:
+        rows = -(-chats // passes)
+        found.append((passes, rows))
+        passes = chats + 1 if rows == 1 else -(-chats // (rows - 1))  # the fewest with fewer rows
+    return found
 
 
 class _Search:
@@ -171,41 +176,43 @@ class _Search:
 
     Attributes:
         room: bytes that a choice may take.
+        chats: of a step.
         best: the one with the least cost so far; None if nothing fits yet.
         tried: all whose memory was predicted.
     """
 
-    def __init__(self, shape: ModelShape | AnyShape, gpu: GPU, room: int) -> None:
+    def __init__(self, shape: ModelShape | AnyShape, gpu: GPU, room: int, settings: Settings) -> None:
         self.shape, self.gpu, self.room, self.layers = shape, gpu, room, shape.num_hidden_layers
+        self.settings, self.chats = settings, settings.batch_size * settings.accumulation
         self.best: Choice | None = None
         self.tried: list[Choice] = []
 
-    def try_split(self, base: Settings) -> None:
-        """Find the fewest layers that have to be checkpointed, if that can be faster than the best so far."""
+    def fits(self, passes: int, rows: int) -> bool:
+        """Whether a split fits in some way."""
+        base = self._split(passes, rows)
+        return self._try(base, 0) >= 0 or self._try(base, 0, offloaded=True) >= 0
 
-        def cost(kept: int, offloaded: bool = False) -> float:
-            return _cost(self._settings(base, kept, offloaded), self.layers)
+    def try_split(self, passes: int, rows: int) -> bool:
+        """Find the fewest layers that have to be checkpointed, if that can be faster than the best so far.
 
-        def left_by(kept: int) -> int:
-            return self._try(base, kept)
+        Returns:
+            Whether it could have been: if not, nor can one of more passes.
+        """
+        base, most = self._split(passes, rows), self.layers
+        to_beat = self.best.cost * (1 - WORTH_TRYING)
+        if self._cost(base, most) >= to_beat:
+            return False
+        least = next(kept for kept in range(most + 1) if self._cost(base, kept) < to_beat)
+        if self._try(base, least) < 0 or (none := self._try(base, most)) >= 0 or most < 2:
+            return True
+        every = self._try(base, 0)
+        largest_that_fits(lambda kept: self._try(base, kept), 0, most, known=int(most * every / (every - none)))
+        return True
 
-        most = self.layers
-        if self.best is not None:
-            to_beat = self.best.cost * (1 - WORTH_TRYING)
-            if cost(most) >= to_beat:
-                return  # more passes take longer, whatever else is chosen
-            least = next(kept for kept in range(most + 1) if cost(kept) < to_beat)
-            if left_by(least) < 0:
-                return
-        elif (every := left_by(0)) < 0:
-            self._try(base, 0, offloaded=True)
-            return
-        if (none := left_by(most)) >= 0 or self.layers < 2:
-            return
-        every = left_by(0)
-        largest_that_fits(left_by, 0, most, known=int(most * every / (every - none)))
+    def _split(self, passes: int, rows: int) -> Settings:
+        return replace(self.settings, batch_size=rows, accumulation=passes, memory_budget=None)
 
-    def _settings(self, base: Settings, kept: int, offloaded: bool = False) -> Settings:
+    def _with_kept(self, base: Settings, kept: int, offloaded: bool = False) -> Settings:
         """A run in which this many layers keep their activations."""
         some = 0 < kept < self.layers
         return replace(
@@ -215,12 +222,19 @@ class _Search:
             activation_offloading=offloaded,
         )
 
+    def _cost(self, base: Settings, kept: int, offloaded: bool = False) -> float:
+        """The time of a step in which this many layers keep their activations, in tokens of a plain step."""
+        again = RECOMPUTED * (1 - kept / self.layers)
+        tokens = self.chats * base.max_length
+        return (base.accumulation * PER_PASS + tokens) * (1 + again + OFFLOADED * offloaded)
+
     def _try(self, base: Settings, kept: int, offloaded: bool = False) -> int:
         """The room that is left; negative if it is too little."""
-        settings = self._settings(base, kept, offloaded)
-        known = next((choice for choice in self.tried if choice.settings == settings), None)
-        choice = known or Choice(settings, predict(self.shape, settings, self.gpu), _cost(settings, self.layers))
-        if known is None:
+        settings = self._with_kept(base, kept, offloaded)
+        choice = next((choice for choice in self.tried if choice.settings == settings), None)
+        if choice is None:
+            prediction = predict(self.shape, settings, self.gpu)
+            choice = Choice(settings, prediction, self._cost(base, kept, offloaded))
             self.tried.append(choice)
         left = self.room - choice.prediction.device_bytes
         if left >= 0 and (self.best is None or choice.cost < self.best.cost):

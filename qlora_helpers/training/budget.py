@@ -74,9 +74,9 @@ def kept_within(plan: Plan | None) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(before)
 
 
-def peak_beside(plan: Plan) -> str:
-    """The peak of the run that has just ended beside what was predicted, in a sentence."""
-    peak, said = torch.cuda.max_memory_allocated(), plan.chosen.prediction.peak_allocated_bytes
+def peak_beside(plan: Plan, peak: int) -> str:
+    """The peak of a run's tensors, in bytes, beside what was predicted, in a sentence."""
+    said = plan.chosen.prediction.peak_allocated_bytes
     return (
         f"Memory: the run's tensors took {in_words(peak)} at most, of {in_words(said)} predicted "
         f"({peak / said - 1:+.1%}); its budget is {in_words(plan.budget)}."

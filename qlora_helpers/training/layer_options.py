@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,8 +23,11 @@ if TYPE_CHECKING:
     from qlora_helpers.settings import Settings
 
 __all__ = [
-    "checkpoint_first", "compile_layers", "layers_of", "layers_that_can_be_checkpointed", "use_liger", "why_no_compiler",
+    "checkpoint_first", "compile_layers", "compiled_until_the_end", "layers_of", "layers_that_can_be_checkpointed", "use_liger", "why_no_compiler",
 ]  # fmt: skip
+
+
+_COMPILED = "_compiled_for_a_run"  # marks the classes that `compile_layers` makes
 
 
 def layers_of(model: PreTrainedModel | PeftModel) -> list[nn.Module]:
@@ -99,6 +104,17 @@ def compile_layers(model: PreTrainedModel | PeftModel, device: str, sizes_vary: 
     return True
 
 
+@contextmanager
+def compiled_until_the_end(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Undo `compile_layers` after the block: other uses of the model have other shapes, and it could not be pickled."""
+    try:
+        yield
+    finally:
+        for layer in layers_of(model):
+            if _COMPILED in type(layer).__dict__:
+                layer.__class__ = type(layer).__base__
+
+
 def _compiled(kind: type[nn.Module], sizes_vary: bool) -> type[nn.Module]:
     """A class of layers like another, whose forward pass is compiled.
 
@@ -124,7 +140,7 @@ def _compiled(kind: type[nn.Module], sizes_vary: bool) -> type[nn.Module]:
             at_work["forward"] = plain
             return plain(self, *args, **kwargs)
 
-    return type(kind)(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    return type(kind)(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, _COMPILED: True})
 
 
 def _first_line(error: Exception) -> str:

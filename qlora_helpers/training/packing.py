@@ -130,12 +130,12 @@ def check_packing(model: PreTrainedModel, chats: Sequence[dict[str, Any]], pad_t
     ]  # as they come in the row: the longer one first
     first, second = map(list, short)
     device, was_training = next(model.parameters()).device, model.training
-    collator = PackingCollator(pad_token_id, len(first) + len(second) + MULTIPLE)
 
     def in_a_row(*ids: list[int]) -> torch.Tensor:
-        packed = collator([{"input_ids": part} for part in ids])
+        # as wide as it is: with padding there can be more positions than the model has learnt
+        packed = PackingCollator(pad_token_id, sum(map(len, ids)))([{"input_ids": part} for part in ids])
         tokens, positions = packed["input_ids"].to(device), packed["position_ids"].to(device)
-        return model(input_ids=tokens, position_ids=positions, use_cache=False).logits[0, : sum(map(len, ids))].float()
+        return model(input_ids=tokens, position_ids=positions, use_cache=False).logits[0].float()
 
     model.eval()
     try:

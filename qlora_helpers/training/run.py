@@ -42,6 +42,7 @@ from qlora_helpers.training.checkpoints import (
     write_record,
 )
 from qlora_helpers.training.interrupts import Interrupted, StopWhenAsked
+from qlora_helpers.training.layer_options import compiled_until_the_end
 from qlora_helpers.training.run_folder import (
     RESULT,
     gone_if_refused,
@@ -174,7 +175,7 @@ def _run(trainer, tokenizer, checkpoint, output_dir: Path, settings: Settings, h
         keep_freed_memory()
     with stop:
         started = time.perf_counter()
-        with decoded_once(trainer.model):
+        with compiled_until_the_end(trainer.model) if settings.compile_layers else decoded_once(trainer.model):
             last_step = _train_to_the_end(trainer, checkpoint, settings, output_dir, recorder, stop)
         seconds = time.perf_counter() - started
         model = trainer.model.eval()
@@ -184,8 +185,8 @@ def _run(trainer, tokenizer, checkpoint, output_dir: Path, settings: Settings, h
             trainable, total, saved_path = _save(
                 model, tokenizer, output_dir / RESULT[settings.method], settings.method
             )
-    if trainer.plan is not None:
-        print(peak_beside(trainer.plan))
+    if trainer.peak_bytes is not None:
+        print(peak_beside(trainer.plan, trainer.peak_bytes))
     _say_what_was_skipped(watch.skipped, settings.steps)
     _say_what_is_kept(recorder.validation_history, last_step, settings)
     if stop.signal is not None:  # it came in the last step, or while what was trained was being saved

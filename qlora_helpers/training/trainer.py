@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,12 +51,13 @@ FIRST_STEPS = 10
 
 
 class _CheckpointAsAsked(TrainerCallback):
-    """Say again which layers are checkpointed: the trainer switches all of them on when it starts."""
+    """Say again which layers are checkpointed: the trainer switches all of them on when it starts. And note where it does."""
 
     def __init__(self, trainer: _Trainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.started_at = state.global_step
         self.trainer._use_memory_settings()
 
 
@@ -67,17 +69,23 @@ class _Trainer(SFTTrainer):
     Attributes:
         at_work: the settings that the run has now: those that were chosen for its memory budget, or fell back from them.
         plan: how they were chosen; None without a budget.
+        started_at: the step after which this process began; that of the checkpoint, if it resumed one.
+        peak_bytes: the most that was in tensors on the GPU while it trained within a budget; None before, or without one.
     """
 
     def __init__(self, *args, settings: Settings, plan: Plan | None = None, **kwargs):
         self.step_losses: list[tuple[int, torch.Tensor]] = []
         self.at_work, self.plan = settings, plan
+        self.started_at, self.peak_bytes = 0, None
         self._operations_per_token: int | None = None
         super().__init__(*args, **kwargs)
 
     def train(self, *args, **kwargs):
         with kept_within(self.plan):
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
+        if self.plan:
+            self.peak_bytes = torch.cuda.max_memory_allocated()
+        return result
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if isinstance(self.data_collator, WithRowEnds):
@@ -106,10 +114,14 @@ class _Trainer(SFTTrainer):
         """A whole step in parts of as many rows as the settings say. The loss of each is a share of the step's."""
         while True:
             try:
-                parts = split(inputs, self.at_work.batch_size)
+                parts = list(split(inputs, self.at_work.batch_size))
+                self.current_gradient_accumulation_steps = len(
+                    parts
+                )  # by which TRL divides the loss of the experts' router
                 return sum(super(_Trainer, self).training_step(model, part, num_items_in_batch) for part in parts)
             except torch.OutOfMemoryError as error:
-                if self.plan is None or self.state.global_step >= FIRST_STEPS or not (found := safer(self.at_work)):
+                late = self.state.global_step - self.started_at >= FIRST_STEPS
+                if self.plan is None or late or not (found := safer(self.at_work)):
                     raise
                 said = str(error).splitlines()[0]
             # outside of the except block, whose traceback keeps the step's tensors
@@ -189,7 +201,11 @@ def build_trainer(
         except ValueError as error:
             raise ValueError(f"validation {error}") from None
     eval_steps = settings.evaluation_interval(len(rows)) if validation_rows else None
-    config = _config(output_dir, at_work.for_rows(len(rows)), hardware, eval_steps, whole=in_whole_steps(settings))
+    names = ("gradient_checkpointing", "checkpointed_layers", "activation_offloading")
+    chosen = {name: getattr(at_work, name) for name in names}
+    # the chats of a step, and how many steps they make, are the settings' own, however a step is split
+    as_asked = replace(settings.for_rows(len(rows)), **chosen)
+    config = _config(output_dir, as_asked, hardware, eval_steps, at_work.batch_size, whole=in_whole_steps(settings))
     use_segments_that_grow(settings, hardware)
     set_seed(settings.seed)  # the adapters' initial values are drawn while the trainer is built
     with no_progress_bars():
@@ -207,12 +223,18 @@ def build_trainer(
         if parameter.requires_grad:
             # only now, since the trainer makes adapters bfloat16; float16 gradients could not be unscaled
             parameter.data = parameter.data.float()
-    _make_fast(trainer, rows, hardware)
+    # our loss is that of all tokens of a step for every model; some have no use for their number in a loss of their own
+    trainer.model_accepts_loss_kwargs = True
+    _make_fast(trainer, [*rows, *(validation_rows or ())], hardware)
     return trainer
 
 
 def _make_fast(trainer: _Trainer, rows: list[dict], hardware: Hardware) -> None:
-    """Pack the rows, and change the layers, as the settings say."""
+    """Pack the rows, and change the layers, as the settings say.
+
+    Args:
+        rows: of training and of validation.
+    """
     settings, model = trainer.at_work, trainer.model
     if settings.packing:
         pad = trainer.data_collator.pad_token_id
@@ -289,10 +311,13 @@ def _rows(chats: list[Chat], tokenizer, max_length: int) -> list[dict]:
     return rows
 
 
-def _config(output_dir: Path, settings: Settings, hardware: Hardware, eval_steps: int | None, whole: bool) -> SFTConfig:
+def _config(
+    output_dir: Path, settings: Settings, hardware: Hardware, eval_steps: int | None, rows: int, whole: bool
+) -> SFTConfig:
     """The trainer's own settings.
 
     Args:
+        rows: of a batch of an evaluation.
         whole: the trainer takes all chats of a step as one batch.
     """
     accumulation = 1 if whole else settings.accumulation
@@ -302,7 +327,7 @@ def _config(output_dir: Path, settings: Settings, hardware: Hardware, eval_steps
         output_dir=str(output_dir),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size * settings.accumulation // accumulation,
-        per_device_eval_batch_size=settings.batch_size,
+        per_device_eval_batch_size=rows,
         gradient_accumulation_steps=accumulation,
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_steps,

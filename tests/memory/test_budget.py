@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from qlora_helpers.memory import AnyShape, find_gpu, find_shape, predict
-from qlora_helpers.memory.budget import LEAST_MARGIN, MARGIN, plan_for
+from qlora_helpers.memory import AnyShape, budget, find_gpu, find_shape, predict
+from qlora_helpers.memory.budget import LEAST_MARGIN, MARGIN, _splits, plan_for
 from qlora_helpers.settings import GPU_RUN, Settings
 from qlora_helpers.units import GIB
 
@@ -56,6 +56,26 @@ def test_a_step_is_split_only_where_that_is_needed():
     assert plan(139, many).chosen.settings.batch_size > 4
     little = plan(9.2, many).chosen.settings
     assert little.batch_size * little.accumulation >= 32 and little.batch_size <= 4
+
+
+@pytest.mark.parametrize("chats", [1, 2, 7, 16, 97, 100, 1000])
+def test_the_splits_of_a_step_hold_all_its_chats_in_the_fewest_passes(chats):
+    splits = _splits(chats)
+    assert splits[0] == (1, chats) and splits[-1] == (chats, 1)
+    assert [rows for _, rows in splits] == sorted({-(-chats // passes) for passes in range(1, chats + 1)}, reverse=True)
+    for passes, rows in splits:
+        assert rows * passes >= chats > rows * (passes - 1)
+    assert len(_splits(10**9)) < 70_000
+
+
+def test_a_plan_for_many_chats_asks_for_few_predictions(monkeypatch):
+    asked = []
+    monkeypatch.setattr(budget, "predict", lambda *given: asked.append(given) or predict(*given))
+    plan(9.5, replace(RUN, batch_size=1, accumulation=1000))
+    many = len(asked)
+    with pytest.raises(ValueError, match="is too little"):
+        plan(6, replace(RUN, batch_size=1, accumulation=1000))
+    assert many < 40 and len(asked) - many < 6
 
 
 def test_too_little_is_refused_with_the_least_that_would_do():

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, FalconH1Config, LlamaConfig, MambaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, FalconH1Config, GPT2Config, LlamaConfig, MambaConfig, MistralConfig
 
 from qlora_helpers.chats import tokenized
 from qlora_helpers.models.loading import load_model
@@ -179,6 +179,12 @@ def test_models_with_attention_alone_are_packed(config, attention):
     leaked, apart = check_packing(model.train(), chats_of(9, 5, 12), pad_token_id=0)
     assert leaked == 0 and apart < 1e-4
     assert model.training
+
+
+def test_chats_as_long_as_the_learned_positions_are_packed():
+    model = built(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=23))
+    assert check_packing(model, chats_of(23, 23), pad_token_id=0)[0] == 0
+    assert check_packing(model, chats_of(11, 12), pad_token_id=0)[0] == 0
 
 
 def test_a_run_of_a_model_that_cannot_be_packed_is_refused_before_it_begins(tmp_path, monkeypatch):

@@ -1,10 +1,12 @@
 """A step in parts, and made again with a safer choice when memory runs out."""
 
 import contextlib
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from qlora_helpers.memory import find_gpu, find_shape
 from qlora_helpers.memory.budget import plan_for
@@ -12,9 +14,10 @@ from qlora_helpers.models.loading import load_model
 from qlora_helpers.settings import Settings
 from qlora_helpers.training import budget
 from qlora_helpers.training import trainer as trainer_module
+from qlora_helpers.training.trainer import build_trainer
 from qlora_helpers.training.whole_steps import ROW_ENDS, WithRowEnds, safer, split
 from qlora_helpers.units import GIB
-from tests.support.short_runs import CPU, SHORT, assert_learnt_the_same, run
+from tests.support.short_runs import CHATS, CPU, SHORT, TOKENIZER, assert_learnt_the_same, run, trainer_of
 
 
 def collate(lengths):
@@ -52,6 +55,7 @@ PLAN = plan_for(
 @pytest.fixture
 def planned(monkeypatch):
     """Runs on this CPU as if they had been planned for a GPU; the function makes its steps fail."""
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
     monkeypatch.setattr(trainer_module, "plan_of", lambda *_: PLAN)
     monkeypatch.setattr(trainer_module, "kept_within", lambda plan: contextlib.nullcontext())
 
@@ -121,3 +125,57 @@ def test_a_run_is_held_to_its_budget_and_a_limit_from_before_stays(monkeypatch):
     assert limits[-1] == 0.5
     with budget.kept_within(None):
         assert limits[-1] == 0.5
+
+
+def planned_as(monkeypatch, rows, passes):
+    """Runs on this CPU as if a budget had split their steps so."""
+    chosen = replace(PLAN.chosen, settings=replace(PLAN.chosen.settings, batch_size=rows, accumulation=passes))
+    monkeypatch.setattr(trainer_module, "plan_of", lambda *_: replace(PLAN, chosen=chosen))
+    monkeypatch.setattr(trainer_module, "kept_within", lambda plan: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+
+
+def test_a_step_has_the_chats_that_were_asked_for_however_it_is_split(monkeypatch, tmp_path):
+    planned_as(monkeypatch, rows=3, passes=2)  # of 4 chats
+    trainer = trainer_of(tmp_path, settings=replace(SHORT, memory_budget="auto"))
+    assert len(next(iter(trainer.get_train_dataloader()))["input_ids"]) == 4
+
+
+@pytest.mark.parametrize("accepts", [True, False])
+@pytest.mark.parametrize("options", [{"memory_budget": "auto"}, {"packing": True, "max_length": 48}])
+def test_the_loss_of_a_step_does_not_depend_on_its_parts(accepts, options, monkeypatch, tmp_path):
+    """Some models, such as Gemma 3, say that they take no number of tokens for a loss of their own."""
+    monkeypatch.setattr(LlamaForCausalLM, "accepts_loss_kwargs", accepts, raising=False)
+    settings = replace(SHORT, dropout=0.0, save_steps=None, batch_size=1, accumulation=4)
+    plain = run(tmp_path / "plain", replace(settings, batch_size=4, accumulation=1))
+    assert_learnt_the_same(plain, run(tmp_path / "accumulated", settings))
+    assert_learnt_the_same(plain, run(tmp_path / "parts", replace(settings, **options)))
+
+
+def test_the_loss_of_the_experts_router_counts_once(tmp_path):
+    config = MixtralConfig(
+        vocab_size=TOKENIZER.vocab_size + 64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=4, output_router_logits=True,
+        router_aux_loss_coef=1.0, max_position_embeddings=128,
+    )  # fmt: skip
+    losses = []
+    for options in ({"batch_size": 4}, {"accumulation": 4}, {"accumulation": 4, "memory_budget": "auto"}):
+        torch.manual_seed(0)
+        settings = Settings(**{"method": "full", "steps": 1, "batch_size": 1, "max_length": 64} | options)
+        trainer = build_trainer(MixtralForCausalLM(config), TOKENIZER, CHATS, tmp_path, settings, CPU)
+        trainer.train()
+        losses.append(trainer.step_losses[0][1].item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.02) == losses[2]
+
+
+def test_a_resumed_run_can_fall_back_too(planned, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(trainer_module, "FIRST_STEPS", 2)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    planned(lambda trainer, inputs: len(inputs["input_ids"]) > 2)
+    settings = replace(SHORT, memory_budget="auto")
+    run(tmp_path / "run", settings)
+    for gone in ("adapter", "checkpoint-6"):
+        shutil.rmtree(tmp_path / "run" / gone)
+    capsys.readouterr()
+    run(tmp_path / "run", settings, resume=True)
+    assert "Out of GPU memory in step 4: it is made again with batch_size=2." in capsys.readouterr().out
