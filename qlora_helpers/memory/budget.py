@@ -202,8 +202,11 @@ class _Search:
         to_beat = self.best.cost * (1 - WORTH_TRYING)
         if self._cost(base, most) >= to_beat:
             return False
-        least = next(kept for kept in range(most + 1) if self._cost(base, kept) < to_beat)
-        if self._try(base, least) < 0 or (none := self._try(base, most)) >= 0 or most < 2:
+        if self.best.settings != self._with_kept(base, 0):  # else it is known that this split fits
+            least = next(kept for kept in range(most + 1) if self._cost(base, kept) < to_beat)
+            if self._try(base, least) < 0:
+                return True
+        if (none := self._try(base, most)) >= 0 or most < 2:
             return True
         every = self._try(base, 0)
         largest_that_fits(lambda kept: self._try(base, kept), 0, most, known=int(most * every / (every - none)))
