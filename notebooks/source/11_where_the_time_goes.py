@@ -278,7 +278,7 @@ for name in ("32x1024 mixed ours", "12x1024x8 mixed ours packed compiled"):
 # predicts memory as in lesson 5, and time by the three costs that you have just seen: each pass, each token, each forward
 # pass again.
 
-# %% tags=["nbval-check-output"]
+# %%
 run = replace(GPU_RUN, batch_size=4, dropout=0, compile_layers=True, compute_dtype="bfloat16")
 for budget in (14.3, 24, 48):
     plan = plan_for(shape, run, find_gpu("h200"), int(budget * GIB))
@@ -293,7 +293,7 @@ for budget in (14.3, 24, 48):
 # layers will be checkpointed. In a run, it is all that you have to say: `Settings(memory_budget="16GiB")`, or `"auto"` for
 # what is free.
 
-# %% tags=["nbval-check-output"]
+# %%
 budget = "16GiB"
 print(plan_for(shape, run, find_gpu("h200"), Settings(memory_budget=budget).memory_budget))
 
