@@ -90,13 +90,18 @@ class Plan:
 
 
 def _in_words(settings: Settings, prediction: Prediction) -> str:
-    layers = prediction.shape.num_hidden_layers
+    layers = _layers(prediction.shape)
     kept = _checkpointed(settings, layers)
     words = [f"{settings.batch_size} x {settings.max_length} tokens at once"]
     words.append("all layers checkpointed" if kept == layers else f"{kept} of {layers} layers checkpointed")
     if settings.activation_offloading:
         words.append("their inputs in main memory")
     return ", ".join(words)
+
+
+def _layers(shape: ModelShape | AnyShape) -> int:
+    """Of the decoder; 1 where a config does not say how many: then all or none are checkpointed."""
+    return max(shape.num_hidden_layers, 1)
 
 
 def _checkpointed(settings: Settings, layers: int) -> int:
@@ -182,7 +187,7 @@ class _Search:
     """
 
     def __init__(self, shape: ModelShape | AnyShape, gpu: GPU, room: int, settings: Settings) -> None:
-        self.shape, self.gpu, self.room, self.layers = shape, gpu, room, shape.num_hidden_layers
+        self.shape, self.gpu, self.room, self.layers = shape, gpu, room, _layers(shape)
         self.settings, self.chats = settings, settings.batch_size * settings.accumulation
         self.best: Choice | None = None
         self.tried: list[Choice] = []

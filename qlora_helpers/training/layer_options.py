@@ -23,9 +23,14 @@ if TYPE_CHECKING:
     from qlora_helpers.settings import Settings
 
 __all__ = [
-    "checkpoint_first", "compile_layers", "compiled_until_the_end", "layers_of", "layers_that_can_be_checkpointed", "use_liger", "why_no_compiler",
-]  # fmt: skip
-
+    "checkpoint_first",
+    "compile_layers",
+    "compiled_until_the_end",
+    "layers_of",
+    "layers_that_can_be_checkpointed",
+    "use_liger",
+    "why_no_compiler",
+]
 
 _COMPILED = "_compiled_for_a_run"  # marks the classes that `compile_layers` makes
 
@@ -60,10 +65,18 @@ def layers_that_can_be_checkpointed(model: PreTrainedModel | PeftModel) -> list[
 
 
 def checkpoint_first(model: PreTrainedModel | PeftModel, settings: Settings) -> None:
-    """Checkpoint as many of the first layers as the settings say, in a model whose checkpointing is switched on."""
-    layers = layers_that_can_be_checkpointed(model)
+    """Checkpoint as many of the first layers as the settings say, in a model whose checkpointing is switched on.
+
+    For all or none, layers without a switch of their own are left to the model's.
+
+    Raises:
+        ValueError: the settings name a number, and the layers have no switches.
+    """
     first = settings.checkpointed_layers
-    if first is None:
+    if first is not None:
+        layers = layers_that_can_be_checkpointed(model)
+    else:
+        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         first = len(layers) if settings.gradient_checkpointing else 0
     for place, layer in enumerate(layers):
         layer.gradient_checkpointing = place < first

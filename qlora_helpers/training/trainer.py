@@ -247,8 +247,9 @@ def _make_fast(trainer: _Trainer, rows: list[dict], hardware: Hardware) -> None:
         use_liger(model)
     if settings.compile_layers:
         compile_layers(model, hardware.device, sizes_vary=settings.packing)
-    if settings.checkpointed_layers is not None or trainer.plan:
+    if settings.checkpointed_layers is not None:
         layers_that_can_be_checkpointed(model)  # raises what would otherwise be raised when the run has begun
+    if settings.checkpointed_layers is not None or trainer.plan:
         trainer.add_callback(_CheckpointAsAsked(trainer))
 
 

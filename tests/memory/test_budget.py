@@ -147,3 +147,10 @@ def test_segments_that_grow_leave_little_unused():
     plain, found = predict(EIGHT, run, CARD), predict(EIGHT, replace(run, expandable_segments=True), CARD)
     assert found.peak_allocated_bytes == plain.peak_allocated_bytes
     assert found.peak_allocated_bytes < found.peak_reserved_bytes < plain.peak_reserved_bytes
+
+
+def test_a_model_whose_config_counts_no_layers_has_a_plan(monkeypatch):
+    shape = AnyShape.from_config({"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 512})
+    monkeypatch.setattr(AnyShape, "num_hidden_layers", 0)
+    settings = Settings(batch_size=4, max_length=128, compute_dtype="bfloat16", gradient_checkpointing=True)
+    assert not plan_for(shape, settings, CARD, 8 * GIB).chosen.settings.gradient_checkpointing

@@ -96,3 +96,17 @@ def test_layers_that_have_no_switch_of_their_own_are_refused(tmp_path, monkeypat
         ValueError, match="checkpointed_layers='LlamaDecoderLayer': these layers can be checkpointed only"
     ):
         trainer_of(tmp_path, settings=replace(SHORT, gradient_checkpointing=True, checkpointed_layers=2))
+
+
+def test_all_or_none_need_no_switches(monkeypatch, tmp_path):
+    """A budget that checkpoints all layers or none is no reason to refuse a model."""
+    trainer = trainer_of(tmp_path, settings=replace(SHORT, gradient_checkpointing=True))
+    model, every = trainer.model, Settings(gradient_checkpointing=True)
+    for settings, wanted in ((every, True), (Settings(), False), (every, True)):
+        layer_options.checkpoint_first(model, settings)
+        assert {layer.gradient_checkpointing for layer in layers_of(model)} == {wanted}
+    monkeypatch.setattr(layer_options, "GradientCheckpointingLayer", type("Other", (), {}))
+    layer_options.checkpoint_first(model, Settings())
+    assert all(layer.gradient_checkpointing for layer in layers_of(model))  # left as they were
+    with pytest.raises(ValueError, match="checkpointed_layers"):
+        layer_options.checkpoint_first(model, replace(every, checkpointed_layers=2))

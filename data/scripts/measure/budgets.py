@@ -29,6 +29,7 @@ from data.scripts import ROOT
 from data.scripts.measure import speed_data, speed_process
 from data.scripts.measure.memory_plan import CONFIGS
 from data.scripts.measure.t4_gear import as_on_a_t4
+from qlora_helpers.memory.budget import CHOSEN
 from qlora_helpers.units import GIB
 
 TABLE = ROOT / "data" / "measured" / "budgets.json"
@@ -140,8 +141,6 @@ def measure(row: dict, settings_more: dict | None = None) -> dict:
 
 
 def _chosen(settings) -> dict:
-    from qlora_helpers.memory.budget import CHOSEN
-
     return {name: getattr(settings, name) for name in CHOSEN}
 
 

@@ -3,7 +3,7 @@
     python -m data.scripts.measure.speed --dry-run                  # lists the rows
     python -m data.scripts.measure.speed --rows "8b bf16 4x2048"    # rows whose label matches this regular expression
     python -m data.scripts.measure.speed --rows unsloth --unsloth-site FOLDER --ahead 8     # where pip put Unsloth
-    python -m data.scripts.measure.speed --device cpu --rows "1.5b bf16 4x2048" --out /tmp/rows.jsonl   # a tiny model
+    python -m data.scripts.measure.speed --device cpu --rows "1.5b bf16 4x2048" --out dry.jsonl   # a tiny model
     python -m data.scripts.measure.speed --collect FILE ...         # no GPU needed; writes data/measured/speed.json
 
 Every row has a process of its own: load, a few steps to warm up, a few timed ones, the end. Its result is a line of JSON

@@ -19,13 +19,13 @@ import traceback
 from pathlib import Path
 
 from data.scripts import ROOT
+from qlora_helpers.memory.budget import CHOSEN
 
 __all__ = ["Forked", "New", "TimeIsOver", "import_libraries", "measure", "prepare_environment", "waiting"]
 
 RESULT, READY = "RESULT ", "READY"
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "triton", "unsloth", "unsloth_zoo")
 TINY_STEPS = {"warm_steps": 1, "timed_steps": 2}
-CHOSEN = ("batch_size", "accumulation", "gradient_checkpointing", "checkpointed_layers", "activation_offloading")
 # What the course's trainer says of a setting that it cannot keep to, and of what it has chosen.
 SAID = re.compile(r"^(compile_layers|liger_layers|packing|memory_budget|Out of GPU memory)")
 LOG_LINES = 30
