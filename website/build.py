@@ -31,25 +31,45 @@ def write_sources(folder: Path, root: Path = ROOT) -> pages.Links:
         else:
             text = FRONT_MATTER.sub("", (root / page).read_text(encoding="utf-8"))
         text = pages.one_title(found.rewrite(text, page))
+        if page.endswith(".ipynb") and found.repository:
+            title, _, rest = text.partition("\n")
+            text = f"{title}\n\n{places_to_run(page, found.repository)}\n{rest}"
         if page == pages.FRONT:
             text += navigation(pages.sections(root))
         path = folder / f"{pages.document(page)}.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+    for image in found.images:
+        _copy(root / image, folder / image)
     return found
+
+
+def _copy(source: Path, to: Path) -> None:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, to)
+
+
+def places_to_run(page: str, repository: str) -> str:
+    """A line under a lesson's title: where it can be run."""
+    at, name = f"github.com/{repository}/blob/main", Path(page).name
+    colab = f"https://colab.research.google.com/{at.replace('.com', '', 1)}/colab/{name}"
+    return f"[Open in Colab]({colab}) · [the notebook](https://{at}/{page})"
 
 
 def navigation(sections: dict[str, list[str]]) -> str:
     """Sphinx's tables of contents; the theme shows them at the side of each page."""
     blocks = []
     for heading, below in sections.items():
-        names = [f"{pages.NAMES[page]} <{pages.document(page)}>" if page in pages.NAMES else pages.document(page) for page in below]
+        names = [
+            f"{pages.NAMES[page]} <{pages.document(page)}>" if page in pages.NAMES else pages.document(page)
+            for page in below
+        ]
         blocks.append("\n".join(["", "```{toctree}", ":hidden:", f":caption: {heading}", "", *names, "```", ""]))
     return "".join(blocks)
 
 
-def build(site: Path) -> None:
-    """Build the site into `site`, and replace an older one if all is well.
+def build(site: Path, root: Path = ROOT) -> None:
+    """Build the site of the course in `root` into `site`, and replace an older one if all is well.
 
     Raises:
         ValueError: `site` is a folder with something else in it.
@@ -62,7 +82,7 @@ def build(site: Path) -> None:
     site.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=site.parent, prefix=".site-") as name:
         work = Path(name)
-        copied = write_sources(work / "pages").copies
+        copied = write_sources(work / "pages", root).copies
         made = work / "site"
         jobs = str(min(2, os.cpu_count() or 1))
         command = ["--fail-on-warning", "--keep-going", "--quiet", "--jobs", jobs, "--conf-dir", str(ROOT / "website")]
@@ -70,8 +90,7 @@ def build(site: Path) -> None:
             sys.exit("The site was not built: see the warnings above.")
         (made / ".buildinfo").unlink()
         for source, copy in copied.items():
-            (made / copy).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / source, made / copy)
+            _copy(root / source, made / copy)
         if wrong := links.faults(made):
             sys.exit("\n".join(["The site was not built:", *wrong]))
         if site.exists():

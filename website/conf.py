@@ -18,6 +18,7 @@ html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = project
 html_static_path = [str(HERE / "static")]
+html_favicon = str(HERE / "static" / "favicon.svg")
 html_css_files = ["course.css"]
 html_copy_source = html_show_sourcelink = html_show_sphinx = html_show_copyright = False
 html_use_index = False

@@ -26,7 +26,15 @@ def fenced(content: str, opening: str, *options: str) -> str:
     """A directive around any content: its fence is longer than each row of backticks in it."""
     longest = max((len(run) for run in re.findall("`+", content)), default=0)
     fence = "`" * max(3, longest + 1)
-    return "\n".join([f"{fence}{{{opening.partition(' ')[0]}}}{opening[len(opening.partition(' ')[0]):]}", *options, "", content.rstrip("\n"), fence])
+    return "\n".join(
+        [
+            f"{fence}{{{opening.partition(' ')[0]}}}{opening[len(opening.partition(' ')[0]) :]}",
+            *options,
+            "",
+            content.rstrip("\n"),
+            fence,
+        ]
+    )
 
 
 def code(cell: dict) -> str:

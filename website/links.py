@@ -72,7 +72,9 @@ def faults(site: Path) -> list[str]:
             parts = urlsplit(target)
             if parts.scheme or parts.netloc:
                 continue
-            to = posixpath.normpath(posixpath.join(posixpath.dirname(name), unquote(parts.path))) if parts.path else name
+            to = (
+                posixpath.normpath(posixpath.join(posixpath.dirname(name), unquote(parts.path))) if parts.path else name
+            )
             if not (site / to).is_file():
                 found.append(f"{name}: the link to {target!r} leads to no file")
             elif parts.fragment and to in pages and unquote(parts.fragment) not in pages[to].anchors:

@@ -34,7 +34,9 @@ SHOWN = {".txt", ".html", ".png", ".svg", ".pdf"}
 
 _FENCE = re.compile(r"^( *)(`{3,}|~{3,}).*?^\1\2[`~]*[ ]*$", re.M | re.S)
 _CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)(?:(?!\n\n).)+?(?<!`)\1(?!`)", re.S)
-_LINK = re.compile(r"(\]\()([^()\s]+)(\))")
+_IMAGE = re.compile(r"!\[[^\]]*\]\(([^()\s]+)\)")
+_IMAGE_OR_LINK = re.compile(rf"{_IMAGE.pattern}|\]\(([^()\s]+)\)")  # of a link its end: its text may have code in it
+_HTML_IMAGE = re.compile(r"<(?:img|source)\b[^>]*?\s(?:src|srcset)=[\"']([^\"'\s]+)")
 _TITLE = re.compile(r"^# .*$", re.M)
 _SCHEME = re.compile(r"[a-z][a-z+.-]*:", re.I)
 
@@ -90,6 +92,7 @@ class Links:
         self.pages = {FRONT, *(page for below in sections(root).values() for page in below)}
         self.repository = repository(root)
         self.copies: dict[str, str] = {}  # a file of the repository -> its copy, from the top of the site
+        self.images: set[str] = set()  # files that Sphinx needs beside the pages
 
     def rewrite(self, text: str, page: str) -> str:
         """The Markdown text of `page`, its links made for the site.
@@ -97,13 +100,31 @@ class Links:
         Raises:
             ValueError: a link leads to no file of the repository.
         """
-        return outside_code(text, lambda part: _LINK.sub(lambda m: m[1] + self.target(m[2], page) + m[3], part))
+
+        def link(found: re.Match) -> str:
+            return f"]({self.target(found[2], page)})" if found[2] else found[0]
+
+        def change(part: str) -> str:
+            # an image keeps its place beside its page, and with that its link
+            self.images |= {self._file(path, page) for path in _IMAGE.findall(part) if not _elsewhere(path)}
+            shown = [self._file(path, page) for path in _HTML_IMAGE.findall(part) if not _elsewhere(path)]
+            self.copies |= dict(zip(shown, shown, strict=True))
+            return _IMAGE_OR_LINK.sub(link, part)
+
+        return outside_code(text, change)
+
+    def _file(self, path: str, page: str) -> str:
+        file = posixpath.normpath(posixpath.join(posixpath.dirname(page), path))
+        if file.startswith("..") or not (self.root / file).exists():
+            raise ValueError(f"{page}: the link to {path!r} leads to no file of the course: correct it")
+        return file
 
     def target(self, link: str, page: str) -> str:
-        if link.startswith("#") or _SCHEME.match(link):
+        """Where a link of `page` leads on the site."""
+        if _elsewhere(link):
             return link
         path, _, anchor = link.partition("#")
-        file = posixpath.normpath(posixpath.join(posixpath.dirname(page), path))
+        file = self._file(path, page)
         if file.startswith("notebooks/solutions/"):  # a lesson's page has its solutions
             file = file.replace("solutions/", "", 1)
         here = posixpath.dirname(document(page)) or "."
@@ -111,15 +132,20 @@ class Links:
             to = posixpath.relpath(f"{document(file)}.md", here)
             return f"{to}#{anchor}" if anchor else to
         found = self.root / file
-        if file.startswith("..") or not found.exists():
-            raise ValueError(f"{page}: the link to {link!r} leads to no file of the course: correct it")
         if self.repository:
             kind = "tree" if found.is_dir() else "blob"
             return f"https://github.com/{self.repository}/{kind}/main/{file}" + (f"#{anchor}" if anchor else "")
         if found.is_dir():
-            raise ValueError(f"{page}: the link to {link!r} leads to a folder, which a site cannot show: name a file in it")
+            raise ValueError(
+                f"{page}: the link to {link!r} leads to a folder, which a site cannot show: name a file in it"
+            )
         self.copies[file] = f"files/{file}" + ("" if found.suffix in SHOWN or not _is_text(found) else ".txt")
         return f"copy:{self.copies[file]}"  # `folding` makes it relative to the page
+
+
+def _elsewhere(link: str) -> bool:
+    """Whether a link leads to the same page or to another site."""
+    return link.startswith("#") or bool(_SCHEME.match(link))
 
 
 def _is_text(path: Path) -> bool:

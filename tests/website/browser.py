@@ -1,6 +1,7 @@
 """Open each page of a built site in Chromium, as a reader would, and say what is wrong with it.
 
     .venv-site/bin/python -m tests.website.browser dist/site
+    .venv-site/bin/python -m tests.website.browser dist/site index.html     # some pages only
 
 It runs in the site's own environment, with `tests/website/browser.requirements.txt`; `test_site.py` calls it.
 """
@@ -91,7 +92,9 @@ def opened(browser: Browser, faults: list[str], host: str, scheme: str) -> Itera
     """A new page whose errors and requests are added to `faults`."""
     page = browser.new_page(viewport={"width": WIDE, "height": 900}, color_scheme=scheme)
     where = lambda: page.url.removeprefix(host)  # noqa: E731
-    page.on("console", lambda m: m.type in ("error", "warning") and faults.append(f"{where()}: the console says {m.text}"))
+    page.on(
+        "console", lambda m: m.type in ("error", "warning") and faults.append(f"{where()}: the console says {m.text}")
+    )
     page.on("pageerror", lambda error: faults.append(f"{where()}: a script failed: {error}"))
     page.on("requestfailed", lambda r: faults.append(f"{where()}: {r.url[:80]} could not be fetched"))
     page.on("response", lambda r: r.status >= 400 and faults.append(f"{where()}: {r.url} gave {r.status}"))
@@ -110,8 +113,8 @@ def look(page: Page, address: str, name: str, scheme: str) -> list[str]:
     page.set_viewport_size({"width": WIDE, "height": 900})
     page.goto(address + name)
     found = []
-    heading = page.locator("article h1").first.inner_text().rstrip("#")
-    if heading.split("\n")[0] not in page.title() and name != "search.html":
+    heading = "Search" if name == "search.html" else page.locator("article h1").inner_text().rstrip("#")
+    if heading not in page.title():
         found.append(f"the title is {page.title()!r} and the heading {heading!r}")
     page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).every(v => v < 60)")
@@ -171,21 +174,29 @@ def printed(page: Page, address: str, name: str) -> list[str]:
     """What a page loses when it is printed on A4: characters beyond the right margin, or lines of code."""
     page.set_viewport_size({"width": WIDE, "height": 900})
     page.goto(address + name)
-    code = page.evaluate("[...document.querySelectorAll('pre')].filter(p => p.checkVisibility()).map(p => p.textContent)")
-    margin = 1 / 2.54 * 72  # points in a centimetre
+    code = page.evaluate(
+        "[...document.querySelectorAll('pre')].filter(p => p.checkVisibility()).map(p => p.textContent)"
+    )
+    margin = 72 / 2.54  # points in a centimetre
     pdf = pypdfium2.PdfDocument(page.pdf(format="A4", margin=dict.fromkeys(("top", "bottom", "left", "right"), "1cm")))
     found, text = [], ""
     for number, sheet in enumerate(pdf, start=1):
         characters = sheet.get_textpage()
         text += characters.get_text_range()
-        limit = sheet.get_width() - margin + 0.5
-        beyond = [i for i in range(characters.count_chars()) if characters.get_charbox(i)[2] > limit]
+        limit = sheet.get_width() - margin + 2  # a letter may stick out a little
+        marks = (i for i in range(characters.count_chars()) if characters.get_text_range(i, 1).strip())
+        beyond = [i for i in marks if characters.get_charbox(i)[2] > limit]
         if beyond:
             cut = characters.get_text_range(max(0, beyond[0] - 40), 41)
             found.append(f"{name}, printed, sheet {number}: {len(beyond)} characters beyond the margin after {cut!r}")
     there = essence(text)
-    lines = [line for block in code for line in block.splitlines()]
-    lost = [line for line in lines if essence(line) not in there]
+    lines = {line: essence(line) for block in code for line in block.splitlines()}
+    # a wrapped line may go on on the next sheet, whose text need not begin with it
+    lost = [
+        line
+        for line, marks in lines.items()
+        if not any(marks[:at] in there and marks[at:] in there for at in range(len(marks), -1, -1))
+    ]
     return [*found, *(f"{name}, printed: lost {line[:80]!r}" for line in lost)]
 
 
@@ -194,10 +205,11 @@ def essence(text: str) -> str:
     return re.sub(r"[\s\-\x00-\x1f\ufffe\u00ad]", "", text)
 
 
-def faults(site: Path) -> list[str]:
-    """All that is wrong with the site."""
+def faults(site: Path, only: list[str]) -> list[str]:
+    """All that is wrong with the site, or with a few of its pages, which then are only looked at and printed."""
     names = sorted(path.relative_to(site).as_posix() for path in site.rglob("*.html") if "files" not in path.parts)
     lessons = [name for name in names if name.startswith("notebooks/")]
+    names, to_print = (only, only) if only else (names, [*lessons, "index.html"])
     found: list[str] = []
     with sync_playwright() as tool, served(site) as address:
         sandbox = [] if os.getuid() else ["--no-sandbox"]  # Chromium refuses root without it
@@ -207,19 +219,20 @@ def faults(site: Path) -> list[str]:
                 for name in names:
                     found += look(page, address, name, scheme)
         with opened(browser, found, address, "light") as page:
-            found += use(page, address, lessons)
-            for name in (*lessons, "index.html"):
+            for name in to_print:
                 found += printed(page, address, name)
-        with browser.new_context(offline=True) as context:  # a site that was copied to a disk
-            page = context.new_page()
-            page.goto((site / "index.html").as_uri())
-            found += search(page, "absmax")
+            found += [] if only else use(page, address, lessons)
+        if not only:
+            with browser.new_context(offline=True) as context:  # a site that was copied to a disk
+                page = context.new_page()
+                page.goto((site / "index.html").as_uri())
+                found += search(page, "absmax")
         browser.close()
-    print(f"{len(names)} pages seen in light and dark, {len(lessons) + 1} printed")
+    print(f"{len(names)} pages seen in light and dark, {len(to_print)} printed")
     return found
 
 
 if __name__ == "__main__":
-    wrong = faults(Path(sys.argv[1]).resolve())
+    wrong = faults(Path(sys.argv[1]).resolve(), sys.argv[2:])
     print("\n".join(wrong))
     sys.exit(bool(wrong))
