@@ -58,19 +58,19 @@ def outputs(cell: dict) -> list[str]:
         elif "text/html" in data:
             kind, content = "shown", _text(data["text/html"])
         elif "text/plain" in data and not any(name.startswith("image/") for name in data):
-            kind, content = "printed", _text(data["text/plain"])
+            kind, content = "result", _text(data["text/plain"])
         else:
             raise ValueError(
                 f"an output of the kind {', '.join(data) or output['output_type']} in the cell that begins with "
                 f"{_text(cell['source'])[:60]!r}: pages have text and HTML; show figures with plots.show"
             )
-        if parts and kind == parts[-1][0] == "printed":  # as in Jupyter: one piece
-            content = parts.pop()[1].rstrip("\n") + "\n" + content
+        if parts and kind == parts[-1][0] == "printed":  # one text, which may be stored in pieces of any size
+            content = parts.pop()[1] + content
         parts.append((kind, content))
     return [
-        fenced(content.strip("\n"), "code-block text", ":class: cell-output")
-        if kind == "printed"
-        else fenced(f'<div class="cell-shown">\n{content.strip()}\n</div>', "raw html")
+        fenced(f'<div class="cell-shown">\n{content.strip()}\n</div>', "raw html")
+        if kind == "shown"
+        else fenced(content.strip("\n"), "code-block text", ":class: cell-output")
         for kind, content in parts
         if content.strip()
     ]

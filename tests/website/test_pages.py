@@ -222,7 +222,7 @@ def test_editions_that_do_not_belong_together_are_refused(learner, solved):
 def test_outputs_keep_their_order_and_texts_their_backticks():
     shown = {"output_type": "display_data", "data": {"text/html": ["<img alt='a bar'", ">"], "text/plain": "Figure"}}
     plain = {"output_type": "execute_result", "data": {"text/plain": "'```'"}}
-    given = [printed("one\n"), printed("\x1b[31mtwo\x1b[0m\n"), shown, plain, printed("\n")]
+    given = [printed("one"), printed("\n"), printed("\x1b[31mtwo\x1b[0m\n"), shown, plain, printed("\n")]
     assert lesson_page.outputs(cell("x", outputs=given)) == [
         "```{code-block} text\n:class: cell-output\n\none\ntwo\n```",
         "```{raw} html\n\n<div class=\"cell-shown\">\n<img alt='a bar'>\n</div>\n```",
