@@ -52,6 +52,7 @@ from dataclasses import dataclass, field
 import jupytext
 import nbformat
 
+from qlora_helpers.course.check_lines import without_measured
 from tests import ROOT
 
 BINDINGS = ROOT / "tests" / "notebooks" / "numbers"
@@ -296,10 +297,10 @@ def _squeezed(text: str) -> str:
 
 @functools.cache
 def printed(lesson: str) -> tuple[str, ...]:
-    """The lines that a lesson's cells print in both editions, without duplicates."""
+    """The lines that a lesson's cells print in both editions, without duplicates and without what checks measured."""
     outputs = [output for cell in _cells(lesson) for output in cell.outputs]
     texts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs]
-    lines = [_squeezed(line) for text in texts for line in text.splitlines()]
+    lines = [_squeezed(line) for text in texts for line in without_measured(text).splitlines()]
     return tuple(dict.fromkeys(line for line in lines if line))
 
 
