@@ -86,7 +86,6 @@ def _crossed(patch, texts: list[tuple[str, Bbox]]) -> list[str]:
         for text, box in texts
         if _overlap(edge, box)
         and not (edge.x0 <= box.x0 and box.x1 <= edge.x1 and edge.y0 <= box.y0 and box.y1 <= edge.y1)
-        and not (box.x0 <= edge.x0 and edge.x1 <= box.x1)
     ]
 
 
