@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from IPython.display import HTML, DisplayHandle, display
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from qlora_helpers.course import figure_texts
 from qlora_helpers.memory import phases
 from qlora_helpers.units import GIB
 
@@ -62,7 +63,7 @@ COLOURS = [BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW]
 FORMAT_COLOURS = {
     "NF4": BLUE,
     "INT4": ORANGE,
-    "INT4 symmetric": YELLOW,
+    "INT4 symmetric": GREEN,  # yellow is for areas: as a thin line it can hardly be seen on white
     "FP4": RED,
     "INT3": PURPLE,
     "16 bit": "#555555",
@@ -105,23 +106,39 @@ def figure(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Axe
     return fig, fig.subplots(rows, columns, **of_axes)
 
 
-def _as_html(fig: Figure, alt: str) -> HTML:
+def _as_html(fig: Figure, alt: str, caption: str = "") -> HTML:
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png")
     data = base64.b64encode(buffer.getvalue()).decode()
     width = int(fig.get_size_inches()[0] * 100)
-    return HTML(f'<img alt="{html.escape(alt)}" width="{width}" src="data:image/png;base64,{data}">')
+    image = f'<img alt="{html.escape(alt)}" width="{width}" src="data:image/png;base64,{data}">'
+    if not caption:
+        return HTML(image)
+    return HTML(f'<figure style="margin: 0">{image}<figcaption>{html.escape(caption)}</figcaption></figure>')
 
 
-def show(fig: Figure, alt: str) -> None:
-    """Display a figure with alt text.
+def show(fig: Figure, number: str = "", alt: str = "") -> None:
+    """Display a figure with alt text: one of the lessons' by its number, with the number below it; or one of one's own.
+
+    Args:
+        number: such as "2.1", of a lesson's figure, whose alt text is in `alt_texts`. A text that is no such number is
+            taken as the alt text.
+        alt: the alt text of a figure without a number, or of one whose text is made from what was computed.
 
     Raises:
-        ValueError: the alt text is empty.
+        ValueError: there is no alt text, or there are two.
     """
+    if number and not figure_texts.is_number(number):
+        if alt:
+            raise ValueError(f"number={number!r}: must be a figure's number, such as '2.1', if there is alt= as well")
+        number, alt = "", number
+    if number and alt and number in figure_texts.texts_of_lesson(int(number.partition(".")[0])):
+        raise ValueError(f"figure {number} has an alt text in alt_texts already: leave out alt=, or remove that text")
+    if number and not alt:
+        alt = figure_texts.alt_text(number)
     if not alt.strip():
         raise ValueError("alt='': say in words what the figure shows, for those who cannot see it")
-    display(_as_html(fig, alt))
+    display(_as_html(fig, alt, f"Figure {number}" if number else ""))
 
 
 def stacked_bars(ax: Axes, names: Sequence[str], parts: Mapping[str, Sequence[float]], unit: str) -> None:
@@ -154,6 +171,7 @@ def weights_and_levels(ax: Axes, weights: torch.Tensor, levels: torch.Tensor, na
     ax.hist(weights.flatten().numpy(), bins=120, range=(-1, 1), density=True, color="#BBBBBB")
     ax.vlines(levels.numpy(), -0.28, -0.06, color=FORMAT_COLOURS.get(name, BLUE), linewidth=2)
     ax.set_ylim(bottom=-0.32)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda density, _: f"{density:g}" if density >= 0 else ""))
     ax.set_xlabel("weight / absmax of its block")
     ax.set_ylabel("density of weights")
     ax.set_title(name)
@@ -270,8 +288,13 @@ def _draw_losses(ax: Axes, history: History, validation_history: History) -> Non
     ax.set_yscale("log")
     plain = FuncFormatter(lambda loss, _: f"{loss:g}")  # 3 and not 3 x 10^0
     ax.yaxis.set_major_formatter(plain)
-    if ax.get_ylim()[1] < 30 * ax.get_ylim()[0]:  # with more powers of ten, their labels are enough
-        ax.yaxis.set_minor_formatter(plain)
+    lowest, highest = ax.get_ylim()
+    if highest < 30 * lowest:  # with more powers of ten, their labels are enough
+        few = highest > 4 * lowest  # 0.9 would lie on top of 1
+        ax.yaxis.set_minor_formatter(
+            FuncFormatter(lambda loss, _: "" if few and f"{loss:e}"[0] not in "235" else f"{loss:g}")
+        )
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no step 0.25
     ax.set_xlabel("step")
     ax.set_ylabel("loss (nats per answer token)")
 
