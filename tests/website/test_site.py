@@ -68,7 +68,7 @@ def small(tmp_path_factory) -> Path:
     (course / "colab").mkdir()
     (course / "colab" / "repository.json").write_text('{"github": ""}', encoding="utf-8")
     (course / "README.md").write_text(
-        "# The course\n\nSee [it](notebooks/01_one.ipynb#you-have).\n\n![A dot](dot.svg)\n", encoding="utf-8"
+        "# The course\n\nSee [it](notebooks/01_one.ipynb#you-have) and [that](#A1.2).\n\n| line |\n|---|\n| <a id=\"A1.2\"></a>3 |\n\n![A dot](dot.svg)\n", encoding="utf-8"
     )
     (course / "dot.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>', encoding="utf-8")
     return course
@@ -147,8 +147,8 @@ def test_a_small_course_is_built_with_its_formulas_and_folds(small, tmp_path):
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("\nSee [this](#nowhere).\n", "nowhere"),
-        ("\nSee [this](notebooks/01_one.ipynb#nowhere).\n", "nowhere"),
+        ("\nSee [this](#nowhere).\n", "the link to '#nowhere' leads to no place on that page"),
+        ("\nSee [this](notebooks/01_one.ipynb#nowhere).\n", "one.html#nowhere' leads to no place on that page"),
         ("\n```{nothing}\n```\n", "Unknown directive"),
         ("\n#### Too deep\n", "level"),
         (
