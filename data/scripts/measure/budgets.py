@@ -41,6 +41,7 @@ MODELS = {
     "qwen2.5-0.5b": 1, "qwen2.5-1.5b": 3, "llama-3.2-3b": 2, "llama-3.1-8b": 3, "mistral-7b": 1,
 }  # fmt: skip
 WORDS = 4_096
+LONGEST = 32_768  # positions of the models: a default window may be shorter than a drawn length
 
 
 def draw() -> list[dict]:
@@ -91,11 +92,13 @@ def measure(row: dict, settings_more: dict | None = None) -> dict:
 
     if row["gear"] == "t4":
         as_on_a_t4(math_kernel=False)
+        torch.cuda.set_per_process_memory_fraction(1.0)  # the budget is the limit here, not a T4's memory
     hardware = detect("t4" if row["gear"] == "t4" else "ampere")
     if row["gear"] == "t4":
         hardware = replace(hardware, capability=(7, 5))  # its kernels are those of a T4
     dtype = str(hardware.compute_dtype).removeprefix("torch.")
-    about = {"config": CONFIGS[row["model"]], "method": "qlora", "compute_dtype": dtype, "double_quant": True}
+    config = CONFIGS[row["model"]] | {"max_position_embeddings": LONGEST}
+    about = {"config": config, "method": "qlora", "compute_dtype": dtype, "double_quant": True}
     model = build_model(about | {"attention": "sdpa", "t4_kernels": row["gear"] == "t4"}, False)
     usual = {"max_length": row["max_length"], "steps": STEPS, "warmup_steps": 1, "learning_rate": 1e-4, "log_steps": 1}
     budget = {"memory_budget": f"{row['budget']}GiB"} if settings_more is None else {}
@@ -214,7 +217,11 @@ def main(arguments: list[str] | None = None) -> int:
         content = {"command": "python -m data.scripts.measure.budgets", "seed": SEED, "rows": rows}
         TABLE.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         return 0
-    rows = json.loads(args.drawn.read_text(encoding="utf-8")) if args.drawn else draw()
+    if args.drawn:
+        rows = json.loads(args.drawn.read_text(encoding="utf-8"))
+    elif not args.compared:
+        with multiprocessing.get_context("fork").Pool(1) as process:  # drawing predicts, which initialises CUDA
+            rows = process.apply(draw)
     with tempfile.TemporaryDirectory(prefix="budgets-") as made:
         folder = Path(made)
         speed_process.prepare_environment(folder)
