@@ -757,9 +757,10 @@ exercises.own_question.check(asked)
 # %%
 few = chats.select(range(320))
 usual = dict(
-    max_steps=16, per_device_train_batch_size=16, learning_rate=2e-3, warmup_steps=2, max_length=64,
+    max_steps=14, per_device_train_batch_size=16, learning_rate=2e-3, warmup_steps=2, max_length=64,
     assistant_only_loss=True, optim="adamw_torch", seed=0, logging_steps=2, save_strategy="no",
-    use_cpu=not on_gpu, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, disable_tqdm=True,
+    use_cpu=not on_gpu, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
+    gradient_checkpointing=False, disable_tqdm=True,
 )
 
 

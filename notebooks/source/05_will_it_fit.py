@@ -592,8 +592,8 @@ except ValueError as error:
 # %%
 target = find_shape("Qwen/Qwen2.5-14B")
 tutorial = Settings(
-    batch_size=16, max_length=4096, rank=64, alpha=128, dropout=0.05, compute_dtype="bfloat16",
-    attention="math", upcast_fp32=True, optimizer="adamw_torch",
+    batch_size=8, accumulation=2, max_length=4096, rank=64, alpha=128, dropout=0.05,
+    gradient_checkpointing=True, upcast_fp32=True, optimizer="adamw_torch", compute_dtype="bfloat16",
 )
 p = predict(target, tutorial, "4090")
 print(f"{p.device_bytes / GIB:,.0f} GiB, and the card has {p.gpu.usable_bytes / GIB:.1f}")
@@ -607,8 +607,7 @@ mine = ...
 
 # %% tags=["solution"]
 mine = replace(
-    tutorial, batch_size=2, accumulation=8, gradient_checkpointing=True,
-    attention="sdpa", upcast_fp32=False, optimizer="paged_adamw_8bit",
+    tutorial, batch_size=2, accumulation=8, upcast_fp32=False, optimizer="paged_adamw_8bit"
 )
 
 # %% tags=["nbval-check-output"]
