@@ -94,23 +94,24 @@ check("largest difference to PEFT", (theirs(x) - mine(x)).abs().max().item(), at
 # ## float16 or bfloat16
 #
 # A 4-bit code cannot be multiplied. So a weight is decoded to a wider type for each product, the
-# [compute dtype](../GLOSSARY.md#compute-dtype). Which one? There are three, and they share out their bits differently:
+# [compute dtype](../GLOSSARY.md#compute-dtype). There is a choice:
 
 # %% tags=["nbval-check-output"]
 kinds = [torch.finfo(dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
 show_table(
     ["dtype", "bytes", "largest number", "step above 1"],
     [[kind.dtype, kind.bits // 8, kind.max, kind.eps] for kind in kinds],
-    formats=["", "d", ".3g", ".2g"],
+    formats=["", "d", ".5g", ".2g"],
 )
 
 # %% [markdown]
-# Two bytes are half the memory of float32, and much faster on a GPU. float16 spends them on fine steps and ends at 65,504,
-# where a large gradient overflows. bfloat16 reaches as far as float32, in coarser steps. Training seldom needs the fine steps,
-# but it does meet large numbers, so bfloat16 is the safe choice. GPUs can do it since 2020. A T4, the free one on Colab, is
-# older: there it must be float16. On a CPU both are slow, and float32 is best.
+# With 2 bytes, numbers take less memory, and a GPU multiplies them much faster. float16 spends its bits on fine steps and ends at
+# 65,504: a larger gradient overflows. bfloat16 reaches as far as float32, in coarser steps. Training seldom needs the fine
+# steps, but it does meet large numbers, so bfloat16 is the safe choice. A T4, the free GPU on Colab, is too old for it: there it
+# must be float16. On a CPU both are slow, and float32 is best.
 #
-# The course looks at the machine and chooses. Each of the three choices is one of its [gears](../GLOSSARY.md#gear):
+# The course looks at the machine and chooses. What it does on a CPU, on a T4 and on a newer GPU are its three
+# [gears](../GLOSSARY.md#gear):
 
 # %%
 print(f"this machine's gear is {detect().gear}: it computes in {detect().compute_dtype}")
@@ -389,11 +390,10 @@ trainer.save_model()  # the adapters without their base, into output_dir
 # %% [markdown]
 # ## `train` makes the same run
 #
-# `train` is a thin layer over these lines (see `qlora_helpers/training/trainer.py`). It adds what a longer run needs: it
-# refuses a chat that would be cut, stops when the loss is not finite, and goes on after an interruption. `load_model` adds
-# an attention that takes less memory on a T4 (see below). It leaves out what only costs time: TRL's metrics, for which the
-# CPU waits for the GPU at each step; and on a CPU it decodes a model as small as this one once for the whole run. The run
-# itself is the same. With the same settings, the adapters are equal on a CPU, bit for bit:
+# `train` is a thin layer over these lines (`qlora_helpers/training/trainer.py`). It adds what a longer run needs: it refuses a
+# chat that would be cut, stops when the loss is not finite, and goes on after an interruption. And it leaves out what only costs
+# time, such as metrics for which the CPU waits for the GPU at each step. The run itself is the same. With the same settings, the
+# adapters are equal on a CPU, bit for bit:
 
 # %%
 short = Settings(steps=20, warmup_steps=2, save_steps=8)
@@ -414,9 +414,9 @@ else:  # a GPU may add up in another order
 # dtype, and use the same optimizer: TRL's default is a fused AdamW, which rounds differently. Who applies the chat template
 # does not matter. Neither does how often the loss is logged, nor whether activations are kept or recomputed.
 #
-# The plain cells lack one more thing that `load_model` does. On a CPU with AVX512-BF16, bitsandbytes rearranges the 4-bit
-# weights when the model is first evaluated, and training after that goes wrong without a word. The cells only train. If you
-# evaluate first on such a CPU, load the model anew before you train.
+# A caution for CPUs with AVX512-BF16: there bitsandbytes rearranges the 4-bit weights when a model is first evaluated, and
+# training after that goes wrong without a word. `load_model` prevents it. The plain cells only train; if you evaluate in
+# between, load the model anew.
 #
 # ## The full run
 #
@@ -566,18 +566,16 @@ check("adapter tensors that differ", differing, 0, exact=True)
 
 # %% [markdown]
 # It holds because the adapters are float32, and because the state of the optimizer, the schedule and the random numbers is
-# saved with them. A checkpoint that lacks one of these is refused, too, since the trainer would go on silently with what is
-# left. So are other settings (but for when to save), other chats, another base model and a finished run. On another device,
-# with another number of threads or other versions of the libraries, sums round differently; then the run goes on, and says
-# that its last bits may differ.
+# saved with them. A checkpoint that lacks one of these is refused, and so are other settings, other chats, another base model
+# and a finished run. On another device, with another number of threads or other versions of the libraries, sums round
+# differently; then the run goes on, and says that its last bits may differ.
 #
 # ## What a T4 lacks
 #
-# The free GPU on Colab is a T4. It has no bfloat16 of its own, and no FlashAttention, the fast way to compute attention. The
-# usual recipe knows neither: it sets bfloat16, and calls `prepare_model_for_kbit_training`, which makes float32 copies of
-# embeddings and output head. Here is that recipe with only its errors repaired, beside this course's `t4` gear. Both ran on an
-# H200 with the memory and the attention kernels of a T4; no T4 was at hand. The memory should be what a T4 needs; the speeds
-# are not its own.
+# A T4 has no bfloat16, and no FlashAttention, the fast way to compute attention. The usual recipe sets bfloat16 all the same, and
+# calls `prepare_model_for_kbit_training`, which makes float32 copies of embeddings and output layer. Here is that recipe with
+# only its errors repaired, beside this course's `t4` gear. Both ran on an H200 with the memory and the attention kernels of a T4;
+# no T4 was at hand. The memory should be what a T4 needs; the speeds are not its own.
 
 # %% tags=["nbval-check-output"]
 GIB = 1024**3
@@ -607,7 +605,7 @@ check("of the difference, float32 copies in GiB", copies, 1.96, abs=0.01)
 # About half of the difference is the float32 copies. Most of the rest is attention. In these models several query heads
 # share one key head ([grouped-query attention](../GLOSSARY.md#grouped-query-attention)), and transformers leaves the sharing
 # to torch. On a T4 without FlashAttention only torch's *math* kernel can do that, and it stores a score for every pair of
-# tokens, in every head: twice the tokens, four times the memory.
+# tokens, in every head:
 
 # %% tags=["nbval-check-output"]
 for tokens in (2_048, 4_096, 8_192):
@@ -669,8 +667,8 @@ plan = plan_for(find_shape("Qwen/Qwen2.5-1.5B"), wanted, t4, t4.usable_bytes)
 print(plan.chosen)
 
 # %% [markdown]
-# With a GPU, the run prints its own plan first. (Packing, the other way to save time in lesson 11, is left out: these chats are
-# of about one length, so there is little padding to save.)
+# With a GPU, the run below prints its own plan first. (Packing, which lesson 11 shows, is left out: these chats are of about one
+# length, so there is little padding to save.)
 #
 # How long will it take on a T4? Without checkpointing, a step computes 4 operations per parameter and token: 2 forward, and 2
 # for the gradient of the inputs. A T4 does 65 TFLOP/s at best; we assume a tenth of it. For 7B it is five times as long, and
@@ -686,8 +684,6 @@ print(f"1.5B on a T4: {training / 60:.0f} minutes to train, {download / 60:.0f} 
 # On Colab, mount your Drive before you run this lesson (*Files*, *Mount Drive*). Then the checkpoints go there, one a minute,
 # and outlive the runtime. After an interruption mount it again, choose a GPU again, and run the lesson: the run goes on. To
 # begin anew instead, delete its folder in `qlora-runs`.
-#
-# Before each run, and after it, three of the held-out questions are asked.
 
 # %%
 def answers(model):
@@ -751,16 +747,17 @@ exercises.own_question.check(asked)
 # %% [markdown]
 # ## Exercise 4.4: a run that learns nothing useful
 #
-# *Run · hard · about 15 minutes.* `short_run` is the run in the libraries' own words once more, on fewer chats, with settings that
-# can be changed. As it is called here, something is wrong with it:
+# *Run · hard · about 15 minutes.* Someone has copied the settings of a long run, and made a short one on fewer chats with them. It
+# runs without an error or a warning, and learns nothing:
 
 # %%
 few = chats.select(range(320))
-usual = dict(
-    max_steps=14, per_device_train_batch_size=16, learning_rate=2e-3, warmup_steps=2, max_length=64,
-    assistant_only_loss=True, optim="adamw_torch", seed=0, logging_steps=2, save_strategy="no",
+copied = dict(
+    max_steps=14, per_device_train_batch_size=16, gradient_checkpointing=False,
+    learning_rate=2e-3, warmup_steps=1_000, lr_scheduler_type="linear", optim="adamw_torch",
+    weight_decay=0.01, max_grad_norm=1.0, max_length=14, assistant_only_loss=True, seed=0,
     use_cpu=not on_gpu, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
-    gradient_checkpointing=False, disable_tqdm=True,
+    logging_steps=2, save_strategy="no", disable_tqdm=True,
 )
 
 
@@ -769,7 +766,7 @@ def short_run(**changes) -> SFTTrainer:
         model_name, quantization_config=quantization, dtype=dtype,
         device_map={"": 0} if on_gpu else "cpu",
     )
-    config = SFTConfig(output_dir=new_run_folder("lesson-04-short"), **usual | changes)
+    config = SFTConfig(output_dir=new_run_folder("lesson-04-short"), **copied | changes)
     trainer = SFTTrainer(
         base, config, train_dataset=few, processing_class=tokenizer, peft_config=lora
     )
@@ -780,16 +777,16 @@ def short_run(**changes) -> SFTTrainer:
     return trainer
 
 
-trainer = short_run(**exercises.FAULTY)
+trainer = short_run()
 
 # %% [markdown]
-# Find out what is wrong, without looking into `exercises`. There are two faults, and the second shows only when the first is
-# mended. What does the trainer know? `trainer.state.log_history` has the log, `trainer.args` all settings, and
-# `trainer.train_dataset[0]` a row as it is trained on; labels of -100 do not count in the loss. Then run it with settings that
-# you are sure of. The check looks at the losses, and counts the tokens that were learnt.
+# Two of the settings are wrong, and the second shows only when the first is mended: then the loss falls nicely, and the model
+# still cannot answer. Find them from what the trainer knows. `trainer.state.log_history` has the log, and
+# `trainer.train_dataset[0]` a row as it is trained on; labels of -100 do not count in the loss. Then run it anew, with
+# `short_run(name=value)`. The check looks at the losses, and at the tokens that were learnt.
 
 # %% tags=["exercise"]
-mended = ...  # short_run(...)
+mended = ...
 
 # %% tags=["solution"]
 # the learning rate was still warming up when the run ended; and rows were cut within the answer

@@ -14,7 +14,7 @@ from qlora_helpers.course.exercises.reading import shown
 from qlora_helpers.evaluation import read_facts
 from qlora_helpers.paths import data_path
 
-__all__ = ["FAULTY", "adapted", "first_step", "learns_nothing", "own_question"]
+__all__ = ["adapted", "first_step", "learns_nothing", "own_question"]
 
 # ---- 4.1
 
@@ -136,8 +136,6 @@ own_question = Exercise(
 )
 
 # ---- 4.4
-
-FAULTY = {"warmup_steps": 1_000, "max_length": 14}
 
 
 def _learns_the_answers(trainer: Any, chats: Sequence[Chat], tokenizer: Any) -> str:
