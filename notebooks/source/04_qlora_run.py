@@ -230,10 +230,10 @@ exercises.first_step.check(with_gradient)
 # %% [markdown]
 # ## The data
 #
-# The base model was trained on sentences about 30,000 invented people. It was also trained on plain questions about half
-# of them. It has never seen a *chat* about a person. The training chats are about people of the first half; the test
-# chats ask about people of the other half, about whom no question was ever asked. To answer, the adapter must get the
-# fact out of the frozen 4-bit weights.
+# The [base](../GLOSSARY.md#base), the model that we start from, was trained on sentences about 30,000 invented people. It was
+# also trained on plain questions about half of them. It has never seen a *chat* about a person. The training chats are about
+# people of the first half; the test chats ask about people of the other half, about whom no question was ever asked. To answer,
+# the adapter must get the fact out of the frozen 4-bit weights.
 
 # %% tags=["nbval-check-output"]
 settings = Settings()
@@ -256,8 +256,9 @@ for token, spoken in zip(encoded["input_ids"], encoded["assistant_masks"]):
 # %% [markdown]
 # ## Before
 #
-# What does the base answer now? We ask all test questions and count the answers that are right to the letter, the *exact
-# match*. For comparison: always giving the commonest answer to a question scores a few per cent without knowing anything.
+# What does the base answer now? We ask all test questions and count the answers that are right to the letter, the
+# [exact match](../GLOSSARY.md#exact-match). For comparison: always giving the commonest answer to a question scores a few per
+# cent without knowing anything.
 
 # %%
 def ask(model, chats):
@@ -515,8 +516,8 @@ _ = (run.saved_path.parent / "report.json").write_text(json.dumps(report, indent
 # %% [markdown]
 # ## When the runtime ends
 #
-# Colab may end a free runtime at any moment. So `train` can write checkpoints, every so many steps or minutes. A later
-# process goes on with `resume=True`. Let us pull the plug after step 12, with a checkpoint at step 8:
+# Colab may end a free runtime at any moment. So `train` can write [checkpoints](../GLOSSARY.md#checkpoint), every so many steps
+# or minutes. A later process goes on with `resume=True`. Let us pull the plug after step 12, with a checkpoint at step 8:
 
 # %% tags=["nbval-check-output"]
 def pull_the_plug(history):
@@ -572,10 +573,10 @@ check("adapter tensors that differ", differing, 0, exact=True)
 #
 # ## What a T4 lacks
 #
-# A T4 has no bfloat16, and no FlashAttention, the fast way to compute attention. The usual recipe sets bfloat16 all the same, and
-# calls `prepare_model_for_kbit_training`, which makes float32 copies of embeddings and output layer. Here is that recipe with
-# only its errors repaired, beside this course's `t4` gear. Both ran on an H200 with the memory and the attention kernels of a T4;
-# no T4 was at hand. The memory should be what a T4 needs; the speeds are not its own.
+# A T4 has no bfloat16, and no [FlashAttention](../GLOSSARY.md#flashattention), the fast way to compute attention. The usual
+# recipe sets bfloat16 all the same, and calls `prepare_model_for_kbit_training`, which makes float32 copies of embeddings and
+# output layer. Here is that recipe with only its errors repaired, beside this course's `t4` gear. Both ran on an H200 with the
+# memory and the attention kernels of a T4; no T4 was at hand. The memory should be what a T4 needs; the speeds are not its own.
 
 # %% tags=["nbval-check-output"]
 GIB = 1024**3
@@ -585,11 +586,12 @@ peaks, rows = {}, []
 for row in runs:
     peak = (row["peak_allocated_bytes"] or 0) / GIB
     peaks[row["model"], row["who"], row["batch_size"], row["tokens"]] = peak
-    size, speed = (f"{peak:.2f}", f"{row['tokens_per_second']:,}") if peak else (row["outcome"], "")
-    rows.append([row["model"], row["who"], row["batch_size"], row["tokens"], size, speed])
+    speed = row["tokens_per_second"] if peak else None
+    named = [row["model"], row["who"], row["batch_size"], row["tokens"]]
+    rows.append([*named, peak or row["outcome"], speed])
 print(f"{measured['gpu']}, float16, capped at {measured['cap_bytes'] / GIB:.1f} GiB")
 header = ["model", "who", "batch", "tokens", "peak, GiB", "tokens/s"]
-show_table(header, rows, formats=["", "", "d", ",d", "", ""])
+show_table(header, rows, formats=["", "", "d", ",d", ".2f", ",d"])
 
 # %% tags=["nbval-check-output"]
 model_8b = "Llama-3.1-8B"
@@ -667,8 +669,8 @@ plan = plan_for(find_shape("Qwen/Qwen2.5-1.5B"), wanted, t4, t4.usable_bytes)
 print(plan.chosen)
 
 # %% [markdown]
-# With a GPU, the run below prints its own plan first. (Packing, which lesson 11 shows, is left out: these chats are of about one
-# length, so there is little padding to save.)
+# With a GPU, the run below prints its own plan first. ([Packing](../GLOSSARY.md#packing), which lesson 11 shows, is left out: these
+# chats are of about one length, so there is little padding to save.)
 #
 # How long will it take on a T4? Without checkpointing, a step computes 4 operations per parameter and token: 2 forward, and 2
 # for the gradient of the inputs. A T4 does 65 TFLOP/s at best; we assume a tenth of it. For 7B it is five times as long, and

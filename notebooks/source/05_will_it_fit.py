@@ -85,9 +85,9 @@ print(f"{trained:,} numbers: adapters {adapters / 1e6:.1f} MB, gradients the sam
 print(f"states {states / 1e6:.1f} MB")
 
 # %% [markdown]
-# Lesson 1 counted the same numbers: they are 0.52 % of the model's, so all that is trained is small. A *paged* optimizer may even
-# move its states to main memory when the card is full. That cannot save much: nothing else is paged, and of the states only those
-# of large tensors.
+# Lesson 1 counted the same numbers: they are 0.52 % of the model's, so all that is trained is small. A
+# [paged optimizer](../GLOSSARY.md#paged-optimizer) may even move its states to main memory when the card is full. That cannot save
+# much: nothing else is paged, and of the states only those of large tensors.
 
 # %% tags=["nbval-check-output"]
 share = sum(size for size in sizes if size >= 100_000) / sum(sizes)
@@ -135,9 +135,9 @@ layer = tokens * kept_per_token(shape, 16)
 print(f"{kept_per_token(shape, 16):,} bytes per token; for {tokens:,} tokens {layer / GB:.2f} GB")
 
 # %% [markdown]
-# One layer at work takes as much as all the checkpoints. And what of the output? The *logits*, a number for each token and each
-# word of the vocabulary, would be the largest tensor of all. TRL does not make it: its output layer works on one piece after the
-# other, a tile, and forgets each. Older guides and calculators still count it in full.
+# So one layer at work takes as much as all the checkpoints. And what of the output? The [logits](../GLOSSARY.md#logits), a number
+# for each token and each word of the vocabulary, would be the largest tensor of all. TRL does not make it: its output layer works
+# on one piece after the other, a tile, and forgets each. Older guides and calculators still count it in full.
 
 # %% tags=["nbval-check-output"]
 tile = min(tokens, 4096) * 32_768 * 2
@@ -198,8 +198,9 @@ exercises.activations.check(activations)
 # ## The predictor
 #
 # The course's predictor does this sum for you, with all that comes and goes in between (`qlora_helpers/memory`; the
-# [README](../README.md) says how). Only what is alive at the peak counts. The paged states and the CUDA context, which the
-# driver sets up for each process, lie outside of torch's memory and are not in its peak.
+# [README](../README.md) says how). Only what is alive at the peak counts. The paged states and the
+# [CUDA context](../GLOSSARY.md#cuda-context), which the driver sets up for each process, lie outside of torch's memory and are
+# not in its peak.
 
 # %% tags=["nbval-check-output"]
 # GPU_RUN: the settings with which a model of the Hub is usually trained on one GPU
@@ -345,11 +346,12 @@ plots.show(fig, "5.3")
 #
 # ## The sequence: a straight line or a parabola
 #
-# Attention compares each token with all before it. Does memory grow with the square of the sequence? Lesson 1 measured a
-# straight line: FlashAttention and the memory-efficient kernel never store the matrix of scores. Torch's math kernel does, for
-# every head. On a T4 without FlashAttention, a model with
-# [grouped-query attention](../GLOSSARY.md#grouped-query-attention) is left with that kernel in plain transformers. This course's
-# `t4` gear is not (lesson 4). Both were measured on Llama-3.2-1B:
+# Attention compares each token with all before it. Does memory grow with the square of the sequence? That depends on the
+# [kernel](../GLOSSARY.md#kernel), the program that computes it on the GPU. Lesson 1 measured a straight line: FlashAttention and
+# the memory-efficient kernel, called fused, never store the matrix of scores. Torch's math kernel does, for every head. On a T4
+# without FlashAttention, plain transformers has only that one for a model with
+# [grouped-query attention](../GLOSSARY.md#grouped-query-attention); this course's `t4` gear makes do with a fused one (lesson 4).
+# Both were measured on Llama-3.2-1B:
 
 # %% tags=["nbval-check-output"]
 lengths = (512, 1024, 2048, 4096)
@@ -437,11 +439,11 @@ names = [
 ]
 gpus = ["3060-12", "t4", "4090", "a100-40", "l40s", "a100-80", "h200"]
 least = replace(GPU_RUN, max_length=512)
-table = [["usable", "", *(f"{find_gpu(gpu).usable_bytes / GIB:.1f}" for gpu in gpus)]]
+table = [["usable", "", *(find_gpu(gpu).usable_bytes / GIB for gpu in gpus)]]
 for model, predictions in what_fits(names, gpus, least):
     need = predictions[gpus.index("l40s")].device_bytes / GIB
-    table.append([model.name, f"{need:.1f}", *map(verdict, predictions)])
-show_table(["model", "GiB", *gpus], table, formats=[""] * (2 + len(gpus)))
+    table.append([model.name, need, *map(verdict, predictions)])
+show_table(["model", "GiB", *gpus], table, formats=["", *[".1f"] * (1 + len(gpus))])
 
 # %% [markdown]
 # So 8B on a free T4 is true, and so is 20B on 24 GB. 70B on one consumer GPU, as an article's title promises, is not: its 4-bit
@@ -458,10 +460,10 @@ wanted = {"what": "training", "model": "Llama-3.1-8B", "who": "ours", "gear": "t
 table = []
 for r in (r for r in gear["rows"] if wanted.items() <= r.items()):
     p = predict(shape, replace(GPU_RUN, max_length=r["tokens"], compute_dtype="float16"), "t4")
-    result = f"{r['peak_allocated_bytes'] / GIB:.2f}" if r["outcome"] == "ran" else r["outcome"]
+    result = r["peak_allocated_bytes"] / GIB if r["outcome"] == "ran" else r["outcome"]
     table.append([r["tokens"], result, p.peak_allocated_bytes / GIB, verdict(p)])
 print(f"Llama-3.1-8B, batch 1, under a cap of {gear['cap_bytes'] / GIB:.1f} GiB")
-show_table(["tokens", "measured, GiB", "predicted", "fits"], table, formats=[",d", "", ".2f", ""])
+show_table(["tokens", "measured, GiB", "predicted", "fits"], table, formats=[",d", ".2f", ".2f", ""])
 
 # %% [markdown]
 # ### Main memory and disk
@@ -503,9 +505,9 @@ code = main("memory Qwen/Qwen2.5-7B --gpu t4 --max-length 2048".split())
 # %% [markdown]
 # ## Measure your own run
 #
-# Trust, and look. A callback watches a run phase by phase, and the settings for the predictor are read off the trainer, so
-# that nothing is typed twice. Here it watches three steps of the shipped model. Without a GPU only main memory is measured;
-# with one, each predicted figure has the measured one beside it, and a difference over 10 % is marked.
+# Trust, and look. A callback watches a run phase by phase, and `settings_of` reads the settings for the predictor off the trainer.
+# Here it watches three steps of the shipped model. Without a GPU only main memory is measured; with one, each predicted figure
+# has the measured one beside it, and a difference over 10 % is marked.
 
 # %%
 measurement = Measurement()
@@ -579,7 +581,7 @@ except ValueError as error:
 #
 # - Its few constants were measured on one H200 with one version of each library. The CUDA context of other cards was
 #   not measured; it is taken to be as large.
-# - It predicts full sequences without padding or packing. A batch of short ones needs less.
+# - It predicts full sequences. A batch of shorter ones needs less.
 # - A model whose code is not in transformers but beside its weights (`trust_remote_code`) cannot be predicted.
 # - Other libraries, such as Unsloth or Liger, need less. It knows TRL, PEFT and bitsandbytes only.
 # - A desktop that draws on the same card takes its share, too.

@@ -68,6 +68,7 @@ saves_most = Exercise(
 # ---- 5.3
 
 MOST_PASSES = 8
+LEAST_SPARE = 1  # GiB
 _FIXED = (
     "method",
     "max_length",
@@ -95,7 +96,7 @@ def _fits_and_learns_the_same(mine: Any, tutorial: Settings) -> str:
     takes, spare = prediction.device_bytes / GIB, prediction.spare_bytes / GIB
     if spare < 0:
         return f"it would take {takes:,.1f} GiB, which is {-spare:,.1f} GiB more than the card has."
-    if spare < 1:
+    if spare < LEAST_SPARE:
         return f"it would take {takes:,.1f} GiB, which leaves {spare:.2f} GiB: too little to be sure."
     if mine.accumulation > MOST_PASSES:
         return f"it would fit, in {takes:,.1f} GiB, but a step would take {mine.accumulation} passes through the model."
