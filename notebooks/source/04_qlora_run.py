@@ -482,7 +482,7 @@ check("recall of the base is as before", known_without == known, True, exact=Tru
 # tests repeat them.
 
 # %% tags=["nbval-check-output"]
-scores = json.loads(data_path("tiny-llama", "scores.json").read_text())
+scores = json.loads(data_path("tiny-llama", "scores.json").read_text(encoding="utf-8"))
 matches = scores["exact_match_after"]
 rows = [*matches.items(), ("always the commonest", scores["commonest_answer_rate"])]
 show_table(["base", "exact match after"], rows, formats=["", ".1%"])
@@ -511,7 +511,8 @@ check("50 answers of the loaded adapter are the same", loaded == kept, True, exa
 report = {"exact_match_before": before, "exact_match_after": after}
 report |= {"loss_before": loss_before, "loss_after": loss_after}
 report |= {"commonest_answer_rate": guess, "train_seconds": run.seconds, "gear": detect().gear}
-_ = (run.saved_path.parent / "report.json").write_text(json.dumps(report, indent=1))
+file = run.saved_path.parent / "report.json"
+_ = file.write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 # %% [markdown]
 # ## When the runtime ends
@@ -580,7 +581,7 @@ check("adapter tensors that differ", differing, 0, exact=True)
 
 # %% tags=["nbval-check-output"]
 GIB = 1024**3
-measured = json.loads(data_path("measured", "t4_gear.json").read_text())
+measured = json.loads(data_path("measured", "t4_gear.json").read_text(encoding="utf-8"))
 runs = [row for row in measured["rows"] if row["what"] == "training" and row["gear"] == "t4"]
 peaks, rows = {}, []
 for row in runs:
@@ -638,8 +639,8 @@ real_model, real_tokenizer, name = load_or_shipped(default_model())
 
 # %% [markdown]
 # The real model learns from 280 questions and answers about QLoRA, written for this course. A test recomputes the numbers
-# in them that can be computed; the others name their source. 59 more are held out: they ask about the same things in other
-# words.
+# in them that can be computed; the others name their source. 59 more are held out, which means that they are not trained on:
+# they ask about the same things in other words.
 
 # %%
 if name == SHIPPED_MODEL:
@@ -730,7 +731,7 @@ for fact in facts[20:28]:
 
 def ask_about(question: str) -> tuple[str, str]:
     (reply,) = evaluation.answer(run.model, tokenizer, [[{"role": "user", "content": question}]])
-    print(question, "\n   ", reply)
+    print(f"{question}\n    {reply}")
     return question, reply
 
 # %% [markdown]
@@ -755,7 +756,7 @@ exercises.own_question.check(asked)
 # %%
 few = chats.select(range(320))
 copied = dict(
-    max_steps=14, per_device_train_batch_size=16, gradient_checkpointing=False,
+    max_steps=16, per_device_train_batch_size=16, gradient_checkpointing=False,
     learning_rate=2e-3, warmup_steps=1_000, lr_scheduler_type="linear", optim="adamw_torch",
     weight_decay=0.01, max_grad_norm=1.0, max_length=14, assistant_only_loss=True, seed=0,
     use_cpu=not on_gpu, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
@@ -782,10 +783,10 @@ def short_run(**changes) -> SFTTrainer:
 trainer = short_run()
 
 # %% [markdown]
-# Two of the settings are wrong, and the second shows only when the first is mended: then the loss falls nicely, and the model
-# still cannot answer. Find them from what the trainer knows. `trainer.state.log_history` has the log, and
-# `trainer.train_dataset[0]` a row as it is trained on; labels of -100 do not count in the loss. Then run it anew, with
-# `short_run(name=value)`. The check looks at the losses, and at the tokens that were learnt.
+# Two of the settings are wrong. The second shows only when the first is mended: then the loss falls nicely, and the model still
+# cannot answer. Find them from what the trainer knows: `trainer.state.log_history` has the log, and `trainer.train_dataset[0]` a
+# row as it is trained on; labels of -100 do not count in the loss. Then run it anew, as `short_run(name=value)`. The check looks
+# at the losses, and at the tokens that were learnt.
 
 # %% tags=["exercise"]
 mended = ...

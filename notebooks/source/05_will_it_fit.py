@@ -48,7 +48,7 @@ print("torch", torch.__version__.split("+")[0])
 # sequences. We take the row that many tutorials are about: 8B, four sequences of 2,048 tokens, rank 16.
 
 # %% tags=["nbval-check-output"]
-measured = json.loads(data_path("measured", "memory.json").read_text())
+measured = json.loads(data_path("measured", "memory.json").read_text(encoding="utf-8"))
 rows = {row["label"]: row for row in measured["rows"]}
 row = rows["llama-3.1-8b qlora bf16 r16 4x2048 ckpt paged_adamw_8bit"]
 print(f"{len({r['model'] for r in rows.values()})} models, on one {measured['gpu']}; this run:")
@@ -232,11 +232,11 @@ def predicted(measurement: dict):
     return predict(find_shape(measurement["config"]), settings, card)
 
 
-afterwards = json.loads(data_path("measured", "memory_fresh.json").read_text())["rows"]
+fresh = json.loads(data_path("measured", "memory_fresh.json").read_text(encoding="utf-8"))
 groups = {
     "constants chosen by these": [r for r in rows.values() if not r["held_out"]],
     "set aside": [r for r in rows.values() if r["held_out"]],
-    "measured afterwards": afterwards,
+    "measured afterwards": fresh["rows"],
 }
 pairs = {name: [(r, predicted(r)) for r in group] for name, group in groups.items()}
 
@@ -287,9 +287,9 @@ for what, names, most in (("tensors", (tensors, tensors), 0.03), ("on the card",
 # of milliseconds:
 
 # %% tags=["nbval-check-output"]
-others = json.loads(data_path("measured", "memory_families.json").read_text())["rows"]
+others = json.loads(data_path("measured", "memory_families.json").read_text(encoding="utf-8"))
 for model in ("gemma-3-4b-text", "qwen3-30b-a3b"):
-    run = next(r for r in others if r["model"] == model and r["method"] == "qlora")
+    run = next(r for r in others["rows"] if r["model"] == model and r["method"] == "qlora")
     p = predicted(run)
     said, seen = p.peak_allocated_bytes / GB, run["peak_allocated_bytes"] / GB
     print(f"{model}, by the {p.road}: {said:.1f} GB")
@@ -455,7 +455,7 @@ show_table(["model", "GiB", *gpus], table, formats=["", *[".1f"] * (1 + len(gpus
 # (`data/measured/t4_gear.json`). These runs are not in the table of runs above.
 
 # %% tags=["nbval-check-output"]
-gear = json.loads(data_path("measured", "t4_gear.json").read_text())
+gear = json.loads(data_path("measured", "t4_gear.json").read_text(encoding="utf-8"))
 wanted = {"what": "training", "model": "Llama-3.1-8B", "who": "ours", "gear": "t4", "batch_size": 1}
 table = []
 for r in (r for r in gear["rows"] if wanted.items() <= r.items()):
@@ -463,7 +463,8 @@ for r in (r for r in gear["rows"] if wanted.items() <= r.items()):
     result = r["peak_allocated_bytes"] / GIB if r["outcome"] == "ran" else r["outcome"]
     table.append([r["tokens"], result, p.peak_allocated_bytes / GIB, verdict(p)])
 print(f"Llama-3.1-8B, batch 1, under a cap of {gear['cap_bytes'] / GIB:.1f} GiB")
-show_table(["tokens", "measured, GiB", "predicted", "fits"], table, formats=[",d", ".2f", ".2f", ""])
+header = ["tokens", "measured, GiB", "predicted", "fits"]
+show_table(header, table, formats=[",d", ".2f", ".2f", ""])
 
 # %% [markdown]
 # ### Main memory and disk

@@ -40,7 +40,7 @@ DECIDED = {
         "adapter tensors that differ from the plain run's": "same",  # only in the cpu gear
         "adapter tensors that differ": "same",  # an interrupted run, compared with an uninterrupted one
         "own_question": "text",
-        "learns_nothing": "bound",  # the loss falls to a tenth, and half would do
+        "learns_nothing": "bound",  # the loss falls to a fifth, and half would do
     },
     "06_adapters_and_merging": {
         # All rows are in the same batch, so the products with the base are the same; the adapters' are float32, and
