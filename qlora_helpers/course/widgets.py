@@ -26,25 +26,41 @@ if TYPE_CHECKING:
 
 __all__ = ["chat_widget", "fit_explorer", "memory_slider", "outlier_slider"]
 
+CARDS = {"T4": "t4", "RTX 4090": "4090", "A100 80GB": "a100-80"}  # as people name them, and in `gpus.json`
+
 
 def memory_slider(parameters: Mapping[str, int]) -> ipywidgets.Widget:
-    """Move the bits per weight and the model; see the bytes of the weights against three cards.
+    """Move the bits per weight and the model; see the GiB of the weights against what three cards hold.
 
     Args:
         parameters: their number in each model, by its name.
     """
+    cards = {name: find_gpu(key).usable_bytes / GIB for name, key in CARDS.items()}
 
     def draw(model: str, bits: float):
-        gigabytes = parameters[model] * bits / 8 / 1e9
-        fig, ax = plots.figure(figsize=(7.2, 1.9))
-        ax.barh([model], [gigabytes], color=plots.BLUE)
-        for card, size in (("T4, 16 GB", 16), ("RTX 4090, 24 GB", 24), ("A100, 80 GB", 80)):
-            ax.axvline(size, color=plots.RED, linestyle="--")
-            ax.text(size, 0.45, f" {card}", color=plots.RED, fontsize=8)
-        ax.set_xlim(0, max(90, gigabytes * 1.05))
-        ax.set_xlabel("weights (GB)")
-        ax.set_title(f"{parameters[model]:,} parameters x {bits} bits = {gigabytes:.1f} GB")
-        plots.show(fig, f"{model} at {bits} bits per weight takes {gigabytes:.1f} GB for its weights alone.")
+        size = parameters[model] * bits / 8 / GIB
+        right = max(1.12 * max(cards.values()), 1.05 * size)
+        fig, ax = plots.figure(figsize=(7.2, 2.4))
+        ax.barh([0], [size], height=0.8, color=plots.BLUE)
+        for row, (card, room) in enumerate(cards.items()):  # a row for each name, so that no two of them meet
+            ax.axvline(room, color=plots.RED, linestyle="--")
+            side = (
+                {"x": room + right / 100, "ha": "left"}
+                if room < right / 2
+                else {"x": room - right / 100, "ha": "right"}
+            )
+            ax.text(y=0.6 + 0.3 * row, s=f"{card}: {room:.1f} GiB", va="center", color=plots.RED, fontsize=9, **side)
+        ax.set(xlim=(0, right), ylim=(-0.5, 0.5 + 0.3 * len(cards)), xlabel="weights (GiB)")
+        ax.set_yticks([0], [model])
+        ax.grid(axis="y", visible=False)
+        ax.set_title(f"{parameters[model]:,} parameters x {bits} bits = {size:.1f} GiB")
+        holding = [card for card, room in cards.items() if size <= room]
+        sizes = ", ".join(f"{card} {room:.1f} GiB" for card, room in cards.items())
+        plots.show(
+            fig,
+            f"{model} at {bits} bits per weight takes {size:.1f} GiB for its weights alone. "
+            f"Of three cards ({sizes}), {', '.join(holding) or 'none'} can hold them.",
+        )
 
     return ipywidgets.interactive(
         draw,
@@ -54,22 +70,27 @@ def memory_slider(parameters: Mapping[str, int]) -> ipywidgets.Widget:
 
 
 def outlier_slider() -> ipywidgets.Widget:
-    """Move one outlier and the block size; see the error of the values that share its block."""
+    """Move one outlier and the block size; see the error of the values that share its block, in NF4 and in INT4."""
     weights = torch.randn(4096, generator=torch.Generator().manual_seed(0))
 
     def draw(outlier: float, block_size: int):
         changed = weights.clone()
         changed[100] = outlier
-        fig, ax = plots.figure()
-        for codebook in (NF4, INT4):
+        block = slice(100 // block_size * block_size, (100 // block_size + 1) * block_size)
+        fig, axes = plots.figure(2, 1, figsize=(7.2, 4), sharex=True, sharey=True)
+        said = []
+        for ax, codebook in zip(axes, (NF4, INT4), strict=True):  # one below the other, so that neither hides the other
             error = (dequantize(quantize(changed, codebook, block_size, False)) - changed).abs()
-            ax.plot(error[:1024], color=plots.FORMAT_COLOURS[codebook.name], label=codebook.name, linewidth=0.8)
-        ax.set_ylim(0, 1.5)
-        ax.set_xlabel("position of the weight")
-        ax.set_ylabel("absolute error")
-        ax.set_title(f"An outlier of {outlier:g} spoils the {block_size} weights of its block")
-        ax.legend()
-        plots.show(fig, f"Error of 1,024 weights with an outlier of {outlier:g}, block size {block_size}.")
+            ax.plot(error[:1024], color=plots.FORMAT_COLOURS[codebook.name], linewidth=0.8)
+            ax.set(ylim=(0, 1.5), ylabel=f"error in {codebook.name}")
+            said.append(f"{error[block].mean():.2f} in {codebook.name} (over all weights {error.mean():.2f})")
+        axes[1].set_xlabel("position of the weight")
+        axes[0].set_title(f"An outlier of {outlier:g} spoils the {block_size} weights of its block")
+        plots.show(
+            fig,
+            f"Error of 1,024 weights with an outlier of {outlier:g}, block size {block_size}, in NF4 and in INT4. "
+            f"The mean error in the outlier's block is {' and '.join(said)}.",
+        )
 
     return ipywidgets.interactive(
         draw,
