@@ -35,6 +35,7 @@ def memory_slider(parameters: Mapping[str, int]) -> ipywidgets.Widget:
     Args:
         parameters: their number in each model, by its name.
     """
+    card_name = {"color": "white", "pad": 1}  # it covers the lines of other cards
     cards = {name: find_gpu(key).usable_bytes / GIB for name, key in CARDS.items()}
 
     def draw(model: str, bits: float):
@@ -49,7 +50,15 @@ def memory_slider(parameters: Mapping[str, int]) -> ipywidgets.Widget:
                 if room < right / 2
                 else {"x": room - right / 100, "ha": "right"}
             )
-            ax.text(y=0.6 + 0.3 * row, s=f"{card}: {room:.1f} GiB", va="center", color=plots.RED, fontsize=9, **side)
+            ax.text(
+                y=0.6 + 0.3 * row,
+                s=f"{card}: {room:.1f} GiB",
+                va="center",
+                color=plots.RED,
+                fontsize=9,
+                bbox=card_name,
+                **side,
+            )
         ax.set(xlim=(0, right), ylim=(-0.5, 0.5 + 0.3 * len(cards)), xlabel="weights (GiB)")
         ax.set_yticks([0], [model])
         ax.grid(axis="y", visible=False)
@@ -85,7 +94,7 @@ def outlier_slider() -> ipywidgets.Widget:
             ax.set(ylim=(0, 1.5), ylabel=f"error in {codebook.name}")
             said.append(f"{error[block].mean():.2f} in {codebook.name} (over all weights {error.mean():.2f})")
         axes[1].set_xlabel("position of the weight")
-        axes[0].set_title(f"An outlier of {outlier:g} spoils the {block_size} weights of its block")
+        axes[0].set_title(f"An outlier of {outlier:g} in a block of {block_size} weights")
         plots.show(
             fig,
             f"Error of 1,024 weights with an outlier of {outlier:g}, block size {block_size}, in NF4 and in INT4. "

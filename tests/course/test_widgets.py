@@ -74,7 +74,7 @@ def test_an_outlier_spoils_the_weights_of_its_block_alone(draw):
         errors.append({name: panel.lines[0].get_ydata() for name, panel in panels.items()})
         assert all(len(panel.lines) == 1 and name in panel.get_ylabel() for name, panel in panels.items())
         means.append([float(found) for found in re.findall(r"([\d.]+) in (?:NF4|INT4)", said)])
-    assert title == "An outlier of 30 spoils the 64 weights of its block" and "an outlier of 30, block size 64" in said
+    assert title == "An outlier of 30 in a block of 64 weights" and "an outlier of 30, block size 64" in said
     assert means[1] == [pytest.approx(errors[1][name][64:128].mean(), abs=0.005) for name in (NF4.name, INT4.name)]
     assert min(means[1]) > 3 * max(means[0])
     for name in (NF4.name, INT4.name):
