@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from IPython.display import HTML, DisplayHandle, display
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from qlora_helpers.memory import phases
 from qlora_helpers.units import GIB
@@ -270,8 +270,13 @@ def _draw_losses(ax: Axes, history: History, validation_history: History) -> Non
     ax.set_yscale("log")
     plain = FuncFormatter(lambda loss, _: f"{loss:g}")  # 3 and not 3 x 10^0
     ax.yaxis.set_major_formatter(plain)
-    if ax.get_ylim()[1] < 30 * ax.get_ylim()[0]:  # with more powers of ten, their labels are enough
-        ax.yaxis.set_minor_formatter(plain)
+    lowest, highest = ax.get_ylim()
+    if highest < 30 * lowest:  # with more powers of ten, their labels are enough
+        few = highest > 4 * lowest  # 0.9 would lie on top of 1
+        ax.yaxis.set_minor_formatter(
+            FuncFormatter(lambda loss, _: "" if few and f"{loss:e}"[0] not in "235" else f"{loss:g}")
+        )
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no step 0.25
     ax.set_xlabel("step")
     ax.set_ylabel("loss (nats per answer token)")
 

@@ -19,56 +19,54 @@ from qlora_helpers.memory import GPU_RUN, find_gpu, find_shape, known_gpus, pred
 from qlora_helpers.memory.catalogue import predicted_models
 from qlora_helpers.memory.trained import OPTIMIZERS
 from qlora_helpers.quantize import INT4, NF4, dequantize, quantize
-from qlora_helpers.units import GIB
+from qlora_helpers.units import GB, GIB
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["chat_widget", "fit_explorer", "memory_slider", "outlier_slider"]
 
-CARDS = {"T4": "t4", "RTX 4090": "4090", "A100 80GB": "a100-80"}  # as people name them, and in `gpus.json`
+
+CARDS = {"T4": "t4", "RTX 4090": "4090", "A100": "a100-80"}  # on the slider of lesson 1: their names, the predictor's
 
 
 def memory_slider(parameters: Mapping[str, int]) -> ipywidgets.Widget:
-    """Move the bits per weight and the model; see the GiB of the weights against what three cards hold.
+    """Move the bits per weight and the model; see the bytes of the weights against what torch can use of three cards.
 
     Args:
         parameters: their number in each model, by its name.
     """
-    card_name = {"color": "white", "pad": 1}  # it covers the lines of other cards
-    cards = {name: find_gpu(key).usable_bytes / GIB for name, key in CARDS.items()}
+    cards = sorted((find_gpu(name).usable_bytes / GB, card) for card, name in CARDS.items())
 
     def draw(model: str, bits: float):
-        size = parameters[model] * bits / 8 / GIB
-        right = max(1.12 * max(cards.values()), 1.05 * size)
-        fig, ax = plots.figure(figsize=(7.2, 2.4))
-        ax.barh([0], [size], height=0.8, color=plots.BLUE)
-        for row, (card, room) in enumerate(cards.items()):  # a row for each name, so that no two of them meet
-            ax.axvline(room, color=plots.RED, linestyle="--")
-            side = (
-                {"x": room + right / 100, "ha": "left"}
-                if room < right / 2
-                else {"x": room - right / 100, "ha": "right"}
-            )
-            ax.text(
-                y=0.6 + 0.3 * row,
-                s=f"{card}: {room:.1f} GiB",
+        gigabytes = parameters[model] * bits / 8 / GB
+        most = max(90, gigabytes * 1.05)
+        fig, ax = plots.figure(figsize=(7.2, 2.2))
+        ax.barh([model], [gigabytes], color=plots.BLUE)
+        # each name beside the top of its own line, the smallest card's highest: so no line runs through a name
+        for row, (size, card) in enumerate(reversed(cards)):
+            top = 0.68 + 0.32 * row
+            ax.plot([size, size], [-0.5, top], color=plots.RED, linestyle="--")
+            is_left = size > most / 2
+            ax.annotate(
+                f"{card}: {size:.1f} GB",
+                (size, top),
+                xytext=(-4 if is_left else 4, 0),
+                textcoords="offset points",
+                ha="right" if is_left else "left",
                 va="center",
                 color=plots.RED,
                 fontsize=9,
-                bbox=card_name,
-                **side,
             )
-        ax.set(xlim=(0, right), ylim=(-0.5, 0.5 + 0.3 * len(cards)), xlabel="weights (GiB)")
-        ax.set_yticks([0], [model])
+        ax.set(xlim=(0, most), ylim=(-0.5, 0.68 + 0.32 * len(cards)))
         ax.grid(axis="y", visible=False)
-        ax.set_title(f"{parameters[model]:,} parameters x {bits} bits = {size:.1f} GiB")
-        holding = [card for card, room in cards.items() if size <= room]
-        sizes = ", ".join(f"{card} {room:.1f} GiB" for card, room in cards.items())
+        ax.set_xlabel("weights (GB); dashed: what torch can use of a card")
+        ax.set_title(f"{parameters[model]:,} parameters x {bits} bits = {gigabytes:.1f} GB")
+        hold = [f"{card} ({size:.1f})" for size, card in cards if size >= gigabytes]
         plots.show(
             fig,
-            f"{model} at {bits} bits per weight takes {size:.1f} GiB for its weights alone. "
-            f"Of three cards ({sizes}), {', '.join(holding) or 'none'} can hold them.",
+            f"{model} at {bits} bits per weight takes {gigabytes:.1f} GB for its weights alone. "
+            f"Cards that can hold them: {', '.join(hold) or 'none of the three'}.",
         )
 
     return ipywidgets.interactive(
@@ -79,27 +77,24 @@ def memory_slider(parameters: Mapping[str, int]) -> ipywidgets.Widget:
 
 
 def outlier_slider() -> ipywidgets.Widget:
-    """Move one outlier and the block size; see the error of the values that share its block, in NF4 and in INT4."""
+    """Move one outlier and the block size; see the error of the values that share its block."""
     weights = torch.randn(4096, generator=torch.Generator().manual_seed(0))
 
     def draw(outlier: float, block_size: int):
         changed = weights.clone()
         changed[100] = outlier
-        block = slice(100 // block_size * block_size, (100 // block_size + 1) * block_size)
-        fig, axes = plots.figure(2, 1, figsize=(7.2, 4), sharex=True, sharey=True)
-        said = []
-        for ax, codebook in zip(axes, (NF4, INT4), strict=True):  # one below the other, so that neither hides the other
+        # a panel for each, since one curve would hide the other
+        fig, axes = plots.figure(1, 2, figsize=(7.2, 3.2), sharey=True)
+        for ax, codebook in zip(axes, (NF4, INT4), strict=True):
             error = (dequantize(quantize(changed, codebook, block_size, False)) - changed).abs()
-            ax.plot(error[:1024], color=plots.FORMAT_COLOURS[codebook.name], linewidth=0.8)
-            ax.set(ylim=(0, 1.5), ylabel=f"error in {codebook.name}")
-            said.append(f"{error[block].mean():.2f} in {codebook.name} (over all weights {error.mean():.2f})")
-        axes[1].set_xlabel("position of the weight")
-        axes[0].set_title(f"An outlier of {outlier:g} in a block of {block_size} weights")
-        plots.show(
-            fig,
-            f"Error of 1,024 weights with an outlier of {outlier:g}, block size {block_size}, in NF4 and in INT4. "
-            f"The mean error in the outlier's block is {' and '.join(said)}.",
-        )
+            colour = plots.FORMAT_COLOURS[codebook.name]
+            ax.plot(error[:1024], color=colour, label=codebook.name, linewidth=0.8)
+            ax.set_xlabel("position of the weight")
+            ax.set_title(codebook.name, fontsize=10, fontweight="normal")
+        axes[0].set(ylim=(0, 1.5), ylabel="absolute error")
+        title = f"An outlier of {outlier:g} spoils the {block_size} weights of its block"
+        fig.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+        plots.show(fig, f"Error of 1,024 weights with an outlier of {outlier:g}, block size {block_size}.")
 
     return ipywidgets.interactive(
         draw,
