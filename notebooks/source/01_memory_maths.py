@@ -134,7 +134,7 @@ rows = []
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     about = torch.finfo(dtype)
     rows.append((str(dtype).removeprefix("torch."), about.bits, about.max, about.eps))
-show_table(["dtype", "bits", "largest number", "step above 1"], rows, formats=["", "", ".2g", ".2g"])
+show_table(["dtype", "bits", "largest number", "step above 1"], rows, formats=["", "", ",.6g", ".2g"])
 
 # %% [markdown]
 # float16 is finer. bfloat16 is coarser, and reaches as far as float32. In training, range matters more: a number that is
@@ -462,7 +462,7 @@ def bytes_of_a_step(config: LoraConfig) -> dict[str, int]:
     return {part: sum(t.nbytes for t in tensors) for part, tensors in groups.items()}
 
 
-shipped = known_config("tiny-llama")
+shipped = small.config.to_dict()
 print(f"by the formula {lora_parameters(shipped, 16) * 16 / 1e6:.1f} MB")
 their_config = exercises.config_of_a_colleague()
 print(f"their run     {sum(bytes_of_a_step(their_config).values()) / 1e6:.1f} MB")

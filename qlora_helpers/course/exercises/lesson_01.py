@@ -88,7 +88,7 @@ some_layers = Exercise(
         _lora_parameters_of,
         cases={
             "Llama-3.1-8B at rank 8 on q_proj and v_proj": (_8B, 8, ["q_proj", "v_proj"]),
-            "Llama-3.1-8B at rank 16 on k_proj and o_proj": (_8B, 16, ["k_proj", "o_proj"]),
+            "Llama-3.1-8B at rank 16 on k_proj and v_proj": (_8B, 16, ["k_proj", "v_proj"]),
             "Mistral-7B at rank 4 on the MLP": (_7B, 4, ["gate_proj", "up_proj", "down_proj"]),
             "Llama-2-70B at rank 64 on down_proj alone": (_70B, 64, ["down_proj"]),
             "Llama-3.2-1B at rank 32 on all seven": (
@@ -117,7 +117,10 @@ room = Exercise(
     kind="build",
     difficulty="easy",
     minutes=5,
-    hints=("which unit does the card have, and which have your weights?", "qlora_weight_bytes gives bytes; a GiB is 2**30 of them."),
+    hints=(
+        "which unit does the card have, and which have your weights?",
+        "qlora_weight_bytes gives bytes; a GiB is 2**30 of them.",
+    ),
     fault=function(
         _leaves_room,
         cases={
