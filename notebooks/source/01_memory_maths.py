@@ -2,8 +2,8 @@
 # # 1 · Memory maths: will it fit?
 #
 # To *fine-tune* a language model is to train it further on data of one's own. For a model of eight billion numbers that
-# takes more memory than any graphics card for consumers has. QLoRA does it on one: it stores the model in 4 bits per number, leaves it as
-# it is, and trains a small addition. This lesson counts every byte of that.
+# takes more memory than any graphics card for consumers has. QLoRA does it on one: it stores the model in 4 bits per
+# number, leaves it as it is, and trains a small addition. This lesson counts every byte of that.
 #
 # You will
 # - compute the bytes of weights, gradients and optimizer states for real models, and see why 8B and 70B do not fit;
@@ -60,10 +60,11 @@ print(f"a card with 24 GiB holds {24 * GIB / GB:.2f} GB")
 # ## How many parameters?
 #
 # The numbers that a model learns are its *parameters*; most of them are the *weights* of matrices. The name says "8B",
-# eight billion. The shape says it exactly. A Llama is a stack of *decoder layers*, each with seven matrices, called linear layers: four for
-# attention (q, k, v, o) and three for the part behind it, the MLP (gate, up, down). Before the stack stand the *embeddings*, a
-# row of numbers for each token of the vocabulary; after it the *output head* (`lm_head`), which scores every token as the next one. Here is the whole
-# count, by hand.
+# eight billion. The shape says it exactly. A Llama is a stack of *decoder layers*, each with seven matrices, called
+# linear layers: four for attention (q, k, v, o) and three for the part behind it, the MLP (gate, up, down). The model
+# reads text as *[tokens](../GLOSSARY.md#token)*, words or pieces of words. Before the stack stand the *embeddings*, a
+# row of numbers for each token that it knows; after it the *output head* (`lm_head`), which scores each of them as the
+# next one. Here is the whole count, by hand.
 
 # %%
 KNOWN = {
@@ -122,8 +123,8 @@ for name in ("Llama-3.1-8B", "Llama-3.1-70B"):
 show_table(["model", "stored in", "GB", "GiB"], rows, formats=["", "", ".2f", ".2f"])
 
 # %% [markdown]
-# So 70B in 16 bits takes 141.11 GB: no single card that one can rent cheaply holds it. The last line, 35.28 GB, is the number
-# that one reads everywhere. It is too small, as you will see below, because not everything is stored in 4 bits.
+# So 70B in 16 bits takes 141.11 GB: no single card that one can rent cheaply holds it. The last line, 35.28 GB, is the
+# number that one reads everywhere. It is too small, as you will see below, because not everything is stored in 4 bits.
 #
 # ### Two kinds of 16 bits
 #
@@ -137,8 +138,8 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
 show_table(["dtype", "bits", "largest number", "step above 1"], rows, formats=["", "", ",.6g", ".2g"])
 
 # %% [markdown]
-# float16 is finer. bfloat16 is coarser, and reaches as far as float32. In training, range matters more: a number that is
-# too large becomes infinite, and a small gradient becomes zero.
+# float16 is finer. bfloat16 is coarser, and reaches as far as float32. In training, range matters more: a number that
+# is too large becomes infinite, and a small gradient becomes zero.
 
 # %% tags=["nbval-check-output"]
 for dtype in (torch.float16, torch.bfloat16):
@@ -146,13 +147,14 @@ for dtype in (torch.float16, torch.bfloat16):
     print(f"{dtype}: 100,000 becomes {large:g}, and 0.00000001 becomes {small:.1g}")
 
 # %% [markdown]
-# So bfloat16 is the choice where the GPU has it, which NVIDIA's cards do since Ampere (2020). A T4 is older: there it must be
-# float16, with some care ([lesson 8](08_stability.ipynb)). The `t4` and `ampere` gears differ in just this.
+# So bfloat16 is the choice where the GPU has it, which NVIDIA's cards do since Ampere (2020). A T4 is older: there it
+# must be float16, with some care ([lesson 8](08_stability.ipynb)). That is the main difference between the `t4` and `ampere` gears.
 #
 # ## Training needs more than weights
 #
-# Full fine-tuning, in which all weights are trained, keeps for each of them its gradient (in which direction to change it),
-# and two numbers of the [optimizer](../GLOSSARY.md#optimizer-states) AdamW: running means of the gradient and of its square. How many bytes that is depends on the dtypes:
+# Full fine-tuning, in which all weights are trained, keeps for each of them its gradient (in which direction to change
+# it), and two numbers of the [optimizer](../GLOSSARY.md#optimizer-states) AdamW: running means of the gradient and of
+# its square. How many bytes that is depends on the dtypes:
 
 # %% tags=["nbval-check-output"]
 recipes = {
@@ -165,8 +167,9 @@ rows = [(name, size, total_8b * size / GB, total_70b * size / GB) for name, size
 show_table(["recipe", "bytes each", "8B, GB", "70B, GB"], rows, formats=["", "", ".1f", ".1f"])
 
 # %% [markdown]
-# Even the smallest recipe needs 64.2 GB for 8B, before a single text has gone through the model. (Articles that give less
-# are listed in [CLAIMS.md](../CLAIMS.md#A91.1).) The QLoRA paper says "more than 780 GB" for a model of 65B. That is the recipe of 12 bytes:
+# Even the smallest recipe needs 64.2 GB for 8B, before a single text has gone through the model. (Articles that give
+# less are listed in [CLAIMS.md](../CLAIMS.md#A91.1).) The QLoRA paper says "more than 780 GB" for a model of 65B. That
+# is the recipe of 12 bytes:
 
 # %% tags=["nbval-check-output"]
 print(f"65 billion parameters at 12 bytes: {65e9 * 12 / GB:.0f} GB")
@@ -174,9 +177,9 @@ print(f"65 billion parameters at 12 bytes: {65e9 * 12 / GB:.0f} GB")
 # %% [markdown]
 # ## LoRA: train little
 #
-# [LoRA](../GLOSSARY.md#lora) freezes a weight matrix `W` of shape (out, in) and adds the product of two thin matrices, `B` (out, r) and
-# `A` (r, in). Together these are an *[adapter](../GLOSSARY.md#adapter)*, and `r` is its *[rank](../GLOSSARY.md#rank)*. So each linear layer has
-# `r * (in + out)` trainable parameters.
+# [LoRA](../GLOSSARY.md#lora) freezes a weight matrix `W` of shape (out, in) and adds the product of two thin matrices,
+# `B` (out, r) and `A` (r, in). Together these are an *[adapter](../GLOSSARY.md#adapter)*, and `r` is its
+# *[rank](../GLOSSARY.md#rank)*. So each linear layer has `r * (in + out)` trainable parameters.
 
 # %% tags=["nbval-check-output"]
 def lora_parameters(s: dict, rank: int) -> int:
@@ -238,7 +241,8 @@ for name in ("Llama-3.1-8B", "Llama-2-70B", "Llama-3.1-70B"):
 show_table(["model", "GB", "GiB"], rows, formats=["", ".2f", ".2f"])
 
 # %% [markdown]
-# So Llama-3.1-70B takes 39.52 GB rather than 35, and does not fit a card of 24 GiB (25.77 GB), whatever a title may promise.
+# So Llama-3.1-70B takes 39.52 GB rather than 35, and does not fit a card of 24 GiB (25.77 GB), whatever a title may
+# promise.
 #
 # A formula is a claim until something is measured. Below are the bytes that an H200 GPU held after loading these models
 # with bitsandbytes, the library that stores them in 4 bits (`data/measured/h200_peaks.json`).
@@ -252,8 +256,8 @@ for name in ("Llama-3.1-8B", "Llama-3.1-70B"):
     check(f"{name:14}", got, loaded[name.lower()], rel=0.005)
 
 # %% [markdown]
-# With the course comes a small model, a Llama of 3 million parameters. It has the same parts. It is small, so its embeddings weigh far more than in a large model. On a
-# CPU the parts that are not in 4 bits are float32.
+# With the course comes a small model, a Llama of 3 million parameters. It has the same parts. It is small, so its
+# embeddings weigh far more than in a large model. On a CPU the parts that are not in 4 bits are float32.
 
 # %% tags=["nbval-check-output"]
 from qlora_helpers.hardware import detect
@@ -266,8 +270,8 @@ check("half a byte per linear parameter", parts["4-bit weights"], 2_359_296 // 2
 # %% [markdown]
 # ## The whole picture for 8B
 #
-# Full fine-tuning with the recipe of 12 bytes, LoRA on 16-bit weights, and QLoRA. The latter two have adapters of rank 16, with
-# adapters, gradients and AdamW's states in float32.
+# Full fine-tuning with the recipe of 12 bytes, LoRA on 16-bit weights, and QLoRA. The latter two have adapters of rank
+# 16, with adapters, gradients and AdamW's states in float32.
 
 # %%
 adapters = lora_parameters(LLAMA_3_1_8B, 16)
@@ -291,8 +295,9 @@ print(f"full / QLoRA: {totals[0] / totals[2]:.1f}")
 # %% [markdown]
 # ## Activations: it depends on the attention kernel
 #
-# What is still missing are the *[activations](../GLOSSARY.md#activations)*: the intermediate results of the forward pass that the backward
-# pass will need. The longer the text, the more there are. PyTorch can tell us every tensor that it keeps:
+# What is still missing are the *[activations](../GLOSSARY.md#activations)*: the intermediate results of the forward
+# pass that the backward pass will need. The longer the text, the more there are. PyTorch can tell us every tensor that
+# it keeps:
 
 # %%
 from torch.autograd.graph import saved_tensors_hooks
@@ -316,8 +321,9 @@ def saved_bytes(model, length: int) -> int:
 
 # %% [markdown]
 # Attention compares every token with every other: that makes a score for each pair, a matrix of tokens × tokens in each
-# head. Must it be kept? That depends on the code that computes it, the *kernel*. A *fused* kernel, such as FlashAttention, works on small pieces of the matrix and forgets them.
-# PyTorch's plain one, called *math*, makes the whole matrix and keeps it. The shipped model with both:
+# head. Must it be kept? That depends on the code that computes it, the *kernel*. A *fused* kernel, such as
+# FlashAttention, works on small pieces of the matrix and forgets them. PyTorch's plain one, called *math*, makes the
+# whole matrix and keeps it. The shipped model with both:
 
 # %% tags=["nbval-check-output"]
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -343,19 +349,20 @@ ax.legend()
 plots.show(fig, "1.3")
 
 # %% [markdown]
-# So "memory grows with the square of the length" is true of one kernel and false of the other. On newer GPUs you get a fused one. A T4
-# has no FlashAttention, and newer models save memory by letting several query heads share their keys and values ([grouped-query attention](../GLOSSARY.md#grouped-query-attention)).
-# With such a model, plain transformers falls back to math on a T4. The `t4` gear of this course avoids that;
-# [lesson 5](05_will_it_fit.ipynb) shows both, measured.
+# So "memory grows with the square of the length" is true of one kernel and false of the other. On newer GPUs you get a
+# fused one. A T4 has no FlashAttention, and newer models save memory by letting several query heads share their keys
+# and values ([grouped-query attention](../GLOSSARY.md#grouped-query-attention)). With such a model, plain transformers
+# falls back to math on a T4. The `t4` gear of this course avoids that; [lesson 5](05_will_it_fit.ipynb) shows both,
+# measured.
 #
-# *[Gradient checkpointing](../GLOSSARY.md#gradient-checkpointing)* goes further. It keeps only the input of each layer, and computes the rest again in the backward
-# pass. That takes less memory and more time.
+# *[Gradient checkpointing](../GLOSSARY.md#gradient-checkpointing)* goes further. It keeps only the input of each layer,
+# and computes the rest again in the backward pass. That takes less memory and more time.
 #
 # ## The whole run
 #
-# So what does a training run take, all in all? The course has a predictor. Here is its answer for QLoRA on Llama-3.1-8B, one
-# sequence of 2,048 tokens at rank 16, on an RTX 4090. [Lesson 5](05_will_it_fit.ipynb) builds it from the terms of this
-# lesson, and holds it against measured runs.
+# So what does a training run take, all in all? The course has a predictor. Here is its answer for QLoRA on
+# Llama-3.1-8B, one sequence of 2,048 tokens at rank 16, on an RTX 4090. [Lesson 5](05_will_it_fit.ipynb) builds it from
+# the terms of this lesson, and holds it against measured runs.
 
 # %% tags=["nbval-check-output"]
 from qlora_helpers.memory import find_shape, predict
@@ -368,13 +375,15 @@ show_table(["part", "GB"], rows, formats=["", ".2f"])
 print(f"at the peak, in torch's tensors: {whole.peak_allocated_bytes / GB:.2f} GB")
 
 # %% [markdown]
-# The peak comes on the way back through the last layer. Only what is there at that moment counts: no adapter has a gradient yet. Two
-# parts of the table are not in the peak, since they lie outside of what torch allocates: *paged* optimizer states, which may move to the computer's main memory, and the CUDA context, which every program on an NVIDIA GPU takes.
+# The peak comes on the way back through the last layer. Only what is there at that moment counts: no adapter has a
+# gradient yet. Two parts of the table are not in the peak, since they lie outside of what torch allocates: *paged*
+# optimizer states, which may move to the computer's main memory, and the CUDA context, which every program on an NVIDIA
+# GPU takes.
 #
 # ## Move the bits yourself
 #
-# Run the cell, then move the slider. It shows what the weights alone would take. 4.127 is QLoRA's true number of bits, if
-# everything were in it.
+# Run the cell, then move the slider. It shows what the weights alone would take. 4.127 is QLoRA's true number of bits,
+# if everything were in it.
 
 # %%
 from qlora_helpers.course.widgets import memory_slider
@@ -384,9 +393,10 @@ memory_slider({name: meta_model(config).num_parameters() for name, config in KNO
 # %% [markdown]
 # ## Exercise 1.1: which shrinks most?
 #
-# *Predict · easy · about 5 minutes.* QLoRA makes the weights of Llama-3.1-8B 2.8 times smaller than 16 bits do. Mistral-7B has linear layers of exactly the same
-# shape. Llama-3.2-1B is much smaller. Put the three in order, beginning with the one that shrinks by the largest factor. Think
-# first; the functions of this lesson may then check you.
+# *Predict · easy · about 5 minutes.* QLoRA makes the weights of Llama-3.1-8B 2.8 times smaller than 16 bits do.
+# Mistral-7B has linear layers of exactly the same shape. Llama-3.2-1B is much smaller. Put the three in order,
+# beginning with the one that shrinks by the largest factor. Think first; the functions of this lesson may then check
+# you.
 
 # %% tags=["exercise"]
 shrinks_most_first = [..., ..., ...]  # "Llama-3.2-1B", "Llama-3.1-8B" and "Mistral-7B" in your order
@@ -429,8 +439,8 @@ exercises.some_layers.check(lora_parameters_of)
 # %% [markdown]
 # ## Exercise 1.3: room on the card
 #
-# *Build · easy · about 5 minutes.* Write `leaves_room(s, card_gib)`: whether a card of `card_gib` GiB has at least 2 GiB left once it holds
-# the weights of a model under QLoRA.
+# *Build · easy · about 5 minutes.* Write `leaves_room(s, card_gib)`: whether a card of `card_gib` GiB has at least 2
+# GiB left once it holds the weights of a model under QLoRA.
 
 # %% tags=["exercise"]
 def leaves_room(s: dict, card_gib: float) -> bool:
@@ -446,8 +456,9 @@ exercises.room.check(leaves_room)
 # %% [markdown]
 # ## Exercise 1.4: a run that takes too much
 #
-# *Run · medium · about 15 minutes.* A colleague trains the shipped model with LoRA of rank 16 on all linear layers. The function below makes one step of a real run, and
-# counts what training adds to the frozen model. By the formula that is 4.2 MB. Their run takes more than three times as much:
+# *Run · medium · about 15 minutes.* A colleague trains the shipped model with LoRA of rank 16 on all linear layers. The
+# function below makes one step of a real run, and counts what training adds to the frozen model. By the formula that is
+# 4.2 MB. Their run takes more than three times as much:
 
 # %% tags=["nbval-check-output"]
 def bytes_of_a_step(config: LoraConfig) -> dict[str, int]:
@@ -468,8 +479,8 @@ their_config = exercises.config_of_a_colleague()
 print(f"their run     {sum(bytes_of_a_step(their_config).values()) / 1e6:.1f} MB")
 
 # %% [markdown]
-# Find out what is trained that should not be, and why. Then write a `LoraConfig` that takes what the formula says, with the
-# same rank and on the same layers.
+# Find out what is trained that should not be, and why. Then write a `LoraConfig` that takes what the formula says, with
+# the same rank and on the same layers.
 
 # %% tags=["exercise"]
 repaired = ...
@@ -487,8 +498,8 @@ exercises.too_much.check(repaired)
 
 # %% [markdown]
 # ## You have
-# - computed weights, gradients and optimizer states, and seen why full fine-tuning of 8B needs 96.4 GB and QLoRA 6.4 GB,
-#   before activations;
+# - computed weights, gradients and optimizer states, and seen why full fine-tuning of 8B needs 96.4 GB and QLoRA 6.4
+#   GB, before activations;
 # - told GB from GiB, float16 from bfloat16, and found 39.52 GB for 70B where half a byte per parameter gives 35;
 # - counted LoRA's parameters by formula and by PEFT, 41,943,040 both times;
 # - seen that activations grow linearly with the length of a text if the attention kernel is a fused one;

@@ -1,15 +1,16 @@
 # %% [markdown]
 # # 2 · NF4 against int4: which sixteen values?
 #
-# Four bits can tell 16 values apart, and no more. A weight that is stored in 4 bits becomes one of them. Which 16 should
-# they be?
+# Four bits can tell 16 values apart, and no more. A weight that is stored in 4 bits becomes one of them. Which 16
+# should they be?
 #
 # You will
 # - see how a block of weights becomes codes and a scale, and how much is lost;
 # - see that the weights of a trained model are nearly normally distributed, and which ones are not;
 # - build NF4 from scratch and get bitsandbytes' values and bytes, bit for bit;
 # - compare NF4 with INT4, FP4 and the codebook of least squares: the codes they use, the error they make;
-# - measure how much of what a real model knows survives each format, and repair a quantiser that loses nearly all of it.
+# - measure how much of what a real model knows survives each format, and repair a quantiser that loses nearly all of
+#   it.
 #
 # Takes about {{seconds}} seconds and {{gigabytes}} GB of memory on two processor cores. No GPU is needed.
 
@@ -40,10 +41,11 @@ print("torch", torch.__version__.split("+")[0])
 # %% [markdown]
 # ## One block of weights
 #
-# To *quantise* weights is to replace each by the nearest of a few values. The few values are the *[codebook](../GLOSSARY.md#codebook)*: here 16
-# numbers from -1 to 1. Weights are not as large as that, so they are scaled first, in *[blocks](../GLOSSARY.md#block)* of 64: each block is divided by its
-# largest absolute value, its *[absmax](../GLOSSARY.md#absmax)*. What is stored is the absmax, and for each weight the number of its value in the codebook,
-# its *code*. To get the weights back, look each code up and multiply by the absmax.
+# To *quantise* weights is to replace each by the nearest of a few values. The few values are the
+# *[codebook](../GLOSSARY.md#codebook)*: here 16 numbers from -1 to 1. Weights are not as large as that, so they are
+# scaled first, in *[blocks](../GLOSSARY.md#block)* of 64: each block is divided by its largest absolute value, its
+# *[absmax](../GLOSSARY.md#absmax)*. What is stored is the absmax, and for each weight the number of its value in the
+# codebook, its *code*. To get the weights back, look each code up and multiply by the absmax.
 
 # %%
 plots.show(diagrams.block_and_codebook(), "2.1")
@@ -51,10 +53,12 @@ plots.show(diagrams.block_and_codebook(), "2.1")
 # %% [markdown]
 # ## Weights are nearly normal
 #
-# A good codebook has its values where the weights are. Where are they? Take the model that comes with the course: a Llama of 3 million parameters that was trained to know facts about invented
-# people ([its card](../data/tiny-llama/README.md) tells how). Two numbers say how near each of its matrices is to
-# a normal distribution, the bell curve. The *QQ correlation* compares the sorted weights with those that a bell curve would give; 1 is perfect. The *excess
-# kurtosis* is 0 for a bell curve and grows with heavy tails, that is, with weights far from the rest.
+# A good codebook has its values where the weights are. Where are they? Take the model that comes with the course: a
+# Llama of 3 million parameters that was trained to know facts about invented people
+# ([its card](../data/tiny-llama/README.md) tells how). Two numbers say how near each of its matrices is to a normal
+# distribution, the bell curve. The *QQ correlation* compares the sorted weights with those that a bell curve would
+# give; 1 is perfect. The *excess kurtosis* is 0 for a bell curve and grows with heavy tails, that is, with weights far
+# from the rest.
 
 # %% tags=["nbval-check-output"]
 model = load_model(quantization=None, hardware=cpu)
@@ -65,8 +69,8 @@ some = [(name, qq, kurtosis) for kurtosis, qq, name in rows[:2] + rows[-4:]]
 show_table(["matrix", "QQ", "excess kurtosis"], some, formats=["", ".4f", ".2f"])
 
 # %% [markdown]
-# Most matrices are as normal as one could wish. The exception is the last layer's `down_proj` with an excess kurtosis of
-# 9.78: a few large weights. Larger models have such matrices too. "Weights are normally distributed" is a good
+# Most matrices are as normal as one could wish. The exception is the last layer's `down_proj` with an excess kurtosis
+# of 9.78: a few large weights. Larger models have such matrices too. "Weights are normally distributed" is a good
 # approximation, not a law.
 
 # %%
@@ -88,9 +92,10 @@ plots.show(fig, "2.2")
 # %% [markdown]
 # ## NF4 from scratch
 #
-# If weights are normal, then values placed at equal steps of *probability* suit them better than values at equal steps of
-# *size*. A value that a given share of a bell curve lies below is called a *quantile*. NF4 ("4-bit NormalFloat") takes eight quantiles on the positive side, seven on the negative side and an exact zero, and divides by the
-# largest. (The constant 0.9677083 is the outermost probability that its authors chose.)
+# If weights are normal, then values placed at equal steps of *probability* suit them better than values at equal steps
+# of *size*. A value that a given share of a bell curve lies below is called a *quantile*. NF4 ("4-bit NormalFloat")
+# takes eight quantiles on the positive side, seven on the negative side and an exact zero, and divides by the largest.
+# (The constant 0.9677083 is the outermost probability that its authors chose.)
 
 # %% tags=["nbval-check-output"]
 def tail(count: int) -> list[float]:
@@ -106,8 +111,8 @@ check("equal to bitsandbytes' NF4", nf4, bnb.get_4bit_type("nf4", device="cpu"),
 # %% [markdown]
 # ## Quantising block by block, from scratch
 #
-# What the diagram shows, in six lines: cut the weights into blocks of 64, divide by the absmax, find the nearest value. A
-# weight's nearest value changes in the middle between two values, so the code is the number of middles below it.
+# What the diagram shows, in six lines: cut the weights into blocks of 64, divide by the absmax, find the nearest value.
+# A weight's nearest value changes in the middle between two values, so the code is the number of middles below it.
 
 # %%
 def quantize_by_hand(weight: torch.Tensor, values: torch.Tensor, block_size: int = 64):
@@ -122,8 +127,8 @@ def dequantize_by_hand(codes: torch.Tensor, absmax: torch.Tensor, values: torch.
     return values[codes] * absmax
 
 # %% [markdown]
-# Is that what bitsandbytes does? It puts two codes into one byte, the first into the high half. Every byte, every
-# scale and every decoded value must be equal.
+# Is that what bitsandbytes does? It puts two codes into one byte, the first into the high half. Every byte, every scale
+# and every decoded value must be equal.
 
 # %% tags=["nbval-check-output"]
 weight = weights["layers.1.mlp.up_proj"]
@@ -136,8 +141,8 @@ by_hand = dequantize_by_hand(codes, absmax, nf4).view_as(weight)
 check("decoded values", by_hand, bnb.dequantize_4bit(packed, state), exact=True)
 
 # %% [markdown]
-# The course's `qlora_helpers.quantize` is the same, with the cases that the six lines leave out: blocks of zeros, a last
-# block that is not full, 16-bit input, other formats.
+# The course's `qlora_helpers.quantize` is the same, with the cases that the six lines leave out: blocks of zeros, a
+# last block that is not full, 16-bit input, other formats.
 
 # %% tags=["nbval-check-output"]
 q = quantize(weight, NF4, block_size=64, double_quant=False)
@@ -147,8 +152,9 @@ print(f"{q.bits_per_parameter} bits per parameter: 4 for the code, 0.5 for its s
 # %% [markdown]
 # ## Where the values lie
 #
-# Three rivals. `INT4` has 16 values at equal steps. `INT4 symmetric` has 15, from -7 to 7 with a zero, divided by 7. `FP4` is a tiny floating point number.
-# bitsandbytes has NF4 and FP4 for 4-bit layers, and no INT4; so INT4 is built here by rounding to its values and back.
+# Three rivals. `INT4` has 16 values at equal steps. `INT4 symmetric` has 15, from -7 to 7 with a zero, divided by 7.
+# `FP4` is a tiny floating point number. bitsandbytes has NF4 and FP4 for 4-bit layers, and no INT4; so INT4 is built
+# here by rounding to its values and back.
 
 # %%
 gaussian = torch.randn(16384, 64, generator=torch.Generator().manual_seed(0))
@@ -162,12 +168,14 @@ fig.suptitle("NF4 spends its values where the weights are", fontweight="bold")
 plots.show(fig, "2.3")
 
 # %% [markdown]
-# These are random weights from a bell curve, each divided by the absmax of its block. The thin bars at -1 and 1 are the absmax themselves.
+# These are random weights from a bell curve, each divided by the absmax of its block. The thin bars at -1 and 1 are the
+# absmax themselves.
 #
 # ## Which codes are used
 #
-# Is each code used equally often, then? It would be if weights were scaled by their standard deviation. They are
-# scaled by the largest of 64, so it is not. Count. The *entropy* says how many bits of information a code carries: 4 if all 16 are used equally.
+# Is each code used equally often, then? It would be if weights were scaled by their standard deviation. They are scaled
+# by the largest of 64, so it is not. Count. The *entropy* says how many bits of information a code carries: 4 if all 16
+# are used equally.
 
 # %% tags=["nbval-check-output"]
 def code_shares(book: Codebook, data: torch.Tensor) -> torch.Tensor:
@@ -226,8 +234,9 @@ ax.legend(ncols=3, loc="upper left")
 plots.show(fig, "2.5")
 
 # %% [markdown]
-# At block size 64 NF4's relative error is 0.0920; that of symmetric INT4 is 0.1077. This compares *amplitudes*: the error is 9 % as large as the
-# weights. In *power*, that is, in squares, it is less than a hundredth. Both are in use, so always ask which one is meant.
+# At block size 64 NF4's relative error is 0.0920; that of symmetric INT4 is 0.1077. This compares *amplitudes*: the
+# error is 9 % as large as the weights. In *power*, that is, in squares, it is less than a hundredth. Both are in use,
+# so always ask which one is meant.
 
 # %% tags=["nbval-check-output"]
 error = errors["NF4"][1]
@@ -240,8 +249,8 @@ check("FP4, block 64", errors["FP4"][1], 0.1219, rel=0.005)
 # %% [markdown]
 # ## Best in which sense?
 #
-# NF4 is not the codebook with the least squared error. That one is found by the *Lloyd-Max* algorithm: round all weights, move each
-# value to the mean of what was rounded to it, and repeat.
+# NF4 is not the codebook with the least squared error. That one is found by the *Lloyd-Max* algorithm: round all
+# weights, move each value to the mean of what was rounded to it, and repeat.
 
 # %% tags=["nbval-check-output"]
 def lloyd_max(data: torch.Tensor, values: torch.Tensor, rounds: int = 10) -> torch.Tensor:
@@ -259,13 +268,14 @@ check("its squared error over NF4's", (better / error) ** 2, at_least=0.9, at_mo
 print(f"its value nearest to zero: {least_squares.values[least_squares.values.abs().argmin()]:.3f}")
 
 # %% [markdown]
-# So NF4 could err a little less. It keeps an exact zero instead, and needs no data to be made: the same 16 values serve every model. More is to be
-# gained elsewhere: the absmax is not the best scale of a block, as exercise 2.2 shows.
+# So NF4 could err a little less. It keeps an exact zero instead, and needs no data to be made: the same 16 values serve
+# every model. More is to be gained elsewhere: the absmax is not the best scale of a block, as the second exercise
+# shows.
 #
-# "INT4" is also the name of something else. GPTQ and AWQ store INT4 codes too, but they choose codes or scales with
-# the help of *calibration* texts, so that the results of each layer change least. The figures above are about rounding each
-# weight to its nearest value. They do not say that NF4 is better than those. QLoRA's way needs no
-# texts, and is done while the model is loaded.
+# "INT4" is also the name of something else. GPTQ and AWQ store INT4 codes too, but they choose codes or scales with the
+# help of *calibration* texts, so that the results of each layer change least. The figures above are about rounding each
+# weight to its nearest value. They do not say that NF4 is better than those. QLoRA's way needs no texts, and is done
+# while the model is loaded.
 #
 # ## One outlier, one block
 #
@@ -292,9 +302,9 @@ outlier_slider()
 # %% [markdown]
 # ## What the model still knows
 #
-# Weight errors are a means. What counts is the model. *Recall* is the share of 2,000 facts ("You can visit Henry Coldford
-# in …") whose right word is the model's first choice. The shipped model is densely filled: it holds 0.36 bits of fact in each parameter of its linear layers. So
-# rounding has something to destroy.
+# Weight errors are a means. What counts is the model. *Recall* is the share of 2,000 facts ("You can visit Henry
+# Coldford in …") whose right word is the model's first choice. The shipped model is densely filled: it holds 0.36 bits
+# of fact in each parameter of its linear layers. So rounding has something to destroy.
 
 # %%
 tokenizer = load_tokenizer()
@@ -320,8 +330,8 @@ for book in books:
 scores["NF4 + double quant", 64] = recall_with(lambda w: dequantize(quantize(w, NF4, 64, double_quant=True)))
 
 # %% [markdown]
-# Double quantisation is [lesson 3](03_double_quantisation.ipynb). The same for blocks of 256 takes as long again. It was measured by
-# `data/scripts/measure/tiny_llama.py`, which the tests repeat:
+# Double quantisation is [lesson 3](03_double_quantisation.ipynb). The same for blocks of 256 takes as long again. It
+# was measured by `data/scripts/measure/tiny_llama.py`, which the tests repeat:
 
 # %%
 measured = json.loads(data_path("tiny-llama", "scores.json").read_text(encoding="utf-8"))["recall"]
@@ -358,17 +368,17 @@ with_double_quant = scores["NF4 + double quant", 64]
 check("double quantisation costs nothing here", scores["NF4", 64] - with_double_quant, at_most=0.005)
 
 # %% [markdown]
-# At blocks of 64 the order of the errors is the order of the recall. (At 256 symmetric INT4 and FP4 are level.) It shows
-# because this model is so full of facts. In a model with room to spare, 4-bit formats hardly differ in what
-# they know. So what do 4 bits cost? 9 % of error in the weights became 1 % of the facts here. One article promises
+# At blocks of 64 the order of the errors is the order of the recall. (At 256 symmetric INT4 and FP4 are level.) It
+# shows because this model is so full of facts. In a model with room to spare, 4-bit formats hardly differ in what they
+# know. So what do 4 bits cost? 9 % of error in the weights became 1 % of the facts here. One article promises
 # "performance nearly identical to a 16-bit fine-tuned model"; that is about a model after training, and
 # [lesson 7](07_does_it_cost_quality.ipynb) measures it.
 #
 # ## Exercise 2.1: what happens to the error?
 #
-# *Predict · medium · about 5 minutes.* Something is done to the random weights in `gaussian` before they are quantised to NF4 in
-# blocks of 64. Does the relative error get "larger" or "smaller", or does it stay "the same" (within a twentieth)? Predict first, then measure with
-# `relative_error` if you like.
+# *Predict · medium · about 5 minutes.* Something is done to the random weights in `gaussian` before they are quantised
+# to NF4 in blocks of 64. Does the relative error get "larger" or "smaller", or does it stay "the same" (within 5 %)?
+# Predict first, then measure with `relative_error` if you like.
 #
 # 1. All weights are multiplied by 1000.
 # 2. All weights are shuffled, across all blocks.
@@ -392,10 +402,11 @@ exercises.changed_weights.check(predicted)
 # %% [markdown]
 # ## Exercise 2.2: a better scale
 #
-# *Build · hard · about 20 minutes.* The absmax makes sure that no weight is cut off. But it is a single weight, and a smaller scale gives
-# the other 63 finer steps. Write `quantize_better(blocks, values)`. It takes blocks of weights, (blocks, 64), and the sorted values of a codebook,
-# and returns the codes, (blocks, 64), and a scale for each block, (blocks, 1). Its error must be at least 2 % less than with
-# the absmax: choose each block's scale so that the block errs least. A block may also be all zeros.
+# *Build · hard · about 20 minutes.* The absmax makes sure that no weight is cut off. But it is a single weight, and a
+# smaller scale gives the other 63 finer steps. Write `quantize_better(blocks, values)`. It takes blocks of weights,
+# (blocks, 64), and the sorted values of a codebook, and returns the codes, (blocks, 64), and a scale for each block,
+# (blocks, 1). Its error must be at least 2 % less than with the absmax: choose each block's scale so that the block
+# errs least. A block may also be all zeros.
 
 # %% tags=["exercise"]
 def quantize_better(blocks: torch.Tensor, values: torch.Tensor):
@@ -420,8 +431,8 @@ exercises.better_scale.check(quantize_better)
 # %% [markdown]
 # ## Exercise 2.3: a faulty quantiser
 #
-# *Run · medium · about 15 minutes.* Someone rounded the shipped model's weights to NF4 with this function, and concluded that 4 bits
-# destroy a model:
+# *Run · medium · about 15 minutes.* Someone rounded the shipped model's weights to NF4 with this function, and
+# concluded that 4 bits destroy a model:
 
 # %%
 def round_to(weight: torch.Tensor, values: torch.Tensor, block_size: int = 64) -> torch.Tensor:

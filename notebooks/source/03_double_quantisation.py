@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 3 · Double quantisation: quantise the scales, too
 #
-# In [lesson 2](02_nf4_vs_int4.ipynb) each block of 64 weights got a scale, its [absmax](../GLOSSARY.md#absmax). Scales take memory, too. So QLoRA
-# quantises them once more.
+# In [lesson 2](02_nf4_vs_int4.ipynb) each block of 64 weights got a scale, its [absmax](../GLOSSARY.md#absmax). Scales
+# take memory, too. So QLoRA quantises them once more.
 #
 # You will
 # - see what the scales of a 4-bit weight cost, for each block size;
@@ -43,9 +43,9 @@ rows = [(block_size, 32 / block_size) for block_size in (32, 64, 128, 256, 1024,
 show_table(["block size", "bits per parameter for scales"], rows, formats=["", ".5f"])
 
 # %% [markdown]
-# Small blocks make small errors (lesson 2), but at 64 the scales cost half a bit: an eighth of the weight itself. Larger
-# blocks would be cheaper and worse. *Double quantisation* keeps the small blocks and makes their scales cheap: it treats the scales as weights, and
-# quantises them to 8 bits, with a scale of their own for every 256 of them.
+# Small blocks make small errors (lesson 2), but at 64 the scales cost half a bit: an eighth of the weight itself.
+# Larger blocks would be cheaper and worse. *Double quantisation* keeps the small blocks and makes their scales cheap:
+# it treats the scales as weights, and quantises them to 8 bits, with a scale of their own for every 256 of them.
 
 # %%
 plots.show(diagrams.two_levels(), "3.1")
@@ -63,10 +63,12 @@ scales = single.absmax
 print(f"{scales.numel():,} scales, mean {scales.mean():.4f}, standard deviation {scales.std():.4f}")
 
 # %% [markdown]
-# So the mean is subtracted first; it is kept as the *offset*. What is left lies around zero. It is cut into blocks of 256, each block is divided by its absmax, and for each scale an
-# 8-bit code is stored. The absmax of 256 scales is kept in float32.
+# So the mean is subtracted first; it is kept as the *offset*. What is left lies around zero. It is cut into blocks of
+# 256, each block is divided by its absmax, and for each scale an 8-bit code is stored. The absmax of 256 scales is kept
+# in float32.
 #
-# Which 256 values should the codes stand for? The paper says "FP8". bitsandbytes has a table of its own, called *dynamic*:
+# Which 256 values should the codes stand for? The paper says "FP8". bitsandbytes has a table of its own, called
+# *dynamic*:
 
 # %% tags=["nbval-check-output"]
 table = dynamic_map_values()
@@ -76,7 +78,8 @@ print(f"{len(table)} values; the smallest above zero is {table[table > 0].min():
 print(f"{(size < 0.1).float().mean():.0%} are below 0.1 in size, {(size > 0.9).float().mean():.0%} above 0.9")
 
 # %% [markdown]
-# Half of its values lie below 0.1, and they get denser and denser towards zero. Exercise 3.1 asks what that is good for.
+# Half of its values lie below 0.1, and they get denser and denser towards zero. The first exercise asks what that is
+# good for.
 
 # %%
 def second_level(scales: torch.Tensor):
@@ -91,8 +94,8 @@ codes, absmax2, offset = second_level(scales)
 decoded_scales = (table[codes] * absmax2).flatten() + offset
 
 # %% [markdown]
-# How near is that to bitsandbytes? The offset and the second-level scales are equal. A few codes may be one step off: on
-# a CPU bitsandbytes looks the nearest code up in a coarse table instead of searching. The helpers do as it does, and
+# How near is that to bitsandbytes? The offset and the second-level scales are equal. A few codes may be one step off:
+# on a CPU bitsandbytes looks the nearest code up in a coarse table instead of searching. The helpers do as it does, and
 # agree in every byte.
 
 # %% tags=["nbval-check-output"]
@@ -128,7 +131,8 @@ check("bits, double", quantize(large, NF4, 64, True).bits_per_parameter, 4.12695
 
 # %% [markdown]
 # You may read of 0.34 or 0.4 bits instead. One comes from a second level of 16 blocks, the other from rounding;
-# [CLAIMS.md](../CLAIMS.md#A40.1) has both. What does it save in a real model? Only the linear layers are quantised, so only they count:
+# [CLAIMS.md](../CLAIMS.md#A40.1) has both. What does it save in a real model? Only the linear layers are quantised, so
+# only they count:
 
 # %% tags=["nbval-check-output"]
 rows, saved = [], {}
@@ -185,7 +189,8 @@ show_table(["", "bits", "relative error"], rows, formats=["", ".3f", ".4f"])
 #
 # ## What is really stored
 #
-# Bits per parameter leave out what each matrix needs whatever its size: two tables of values, and the offset. In a small matrix they show.
+# Bits per parameter leave out what each matrix needs whatever its size: two tables of values, and the offset. In a
+# small matrix they show.
 
 # %% tags=["nbval-check-output"]
 tiny = quantize(weight[:1], NF4, 64, double_quant=True)
@@ -198,9 +203,10 @@ show_table(["weights", "bytes", "bits each, tables included"], rows, formats=[""
 # %% [markdown]
 # ## Exercise 3.1: two tables for the scales
 #
-# *Predict · medium · about 5 minutes.* The 8-bit codes of the scales could also stand for 256 values at equal steps from -1 to 1. Which table makes the smaller error in the scales,
-# "dynamic" or "equal steps"? Predict it for two matrices: first for the scales above, then for the same scales after the
-# weights of the first block were made 100 times as large (count the other scales only). Then measure, if you like.
+# *Predict · medium · about 5 minutes.* The 8-bit codes of the scales could also stand for 256 values at equal steps
+# from -1 to 1. Which table makes the smaller error in the scales, "dynamic" or "equal steps"? Predict it for two
+# matrices: first for the scales above, then for the same scales after the weights of the first block were made 100
+# times as large (count the other scales only). Then measure, if you like.
 
 # %% tags=["exercise"]
 predicted = [..., ...]  # for the scales above; with one huge block among them
@@ -229,8 +235,8 @@ exercises.tables.check(predicted)
 # %% [markdown]
 # ## Exercise 3.2: a weight from its bytes
 #
-# *Build · hard · about 20 minutes.* Write `decode(packed, state)`: the weight in float32, from bitsandbytes' bytes and numbers alone. `packed`
-# has two codes in each byte, the first in the high half. `state` has:
+# *Build · hard · about 20 minutes.* Write `decode(packed, state)`: the weight in float32, from bitsandbytes' bytes and
+# numbers alone. `packed` has two codes in each byte, the first in the high half. `state` has:
 #
 # - `code`: the 16 values, `blocksize`, and the `shape` of the weight;
 # - `absmax`: an 8-bit code for each block's scale; `offset`: the mean of all scales;
@@ -257,8 +263,8 @@ exercises.from_bytes.check(decode)
 # %% [markdown]
 # ## Exercise 3.3: where did the saving go?
 #
-# *Run · medium · about 15 minutes.* Here is the shipped model, loaded without and with double quantisation, and the bytes of the constants in its linear
-# layers. Per parameter that saves less than the 0.373 bits of the bill:
+# *Run · medium · about 15 minutes.* Here is the shipped model, loaded without and with double quantisation, and the
+# bytes of the constants in its linear layers. Per parameter that saves less than the 0.373 bits of the bill:
 
 # %% tags=["nbval-check-output"]
 cpu = detect("cpu")
@@ -271,9 +277,9 @@ fewer = sum(constants[False].values()) - sum(constants[True].values())
 print(f"{fewer:,} bytes saved: {8 * fewer / 2_359_296:.3f} bits per parameter")
 
 # %% [markdown]
-# Something must cost each matrix the same, however large it is. Find out how many bytes double quantisation adds to each matrix whatever its size, and with it the answer to a second question:
-# how many weights must a matrix have at least, in blocks of 64, for double quantisation to save any bytes at all?
-# Work with the loaded layers (`layer.weight.quant_state`), or with `quantize` and `nbytes`.
+# Some bytes are added to every matrix, however large it is. How many are they? And how many weights must a matrix have
+# at least, in full blocks of 64, so that double quantisation saves anything at all? Work with the loaded layers
+# (`layer.weight.quant_state`), or with `quantize` and `nbytes`.
 
 # %% tags=["exercise"]
 bytes_added = ...
