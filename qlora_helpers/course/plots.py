@@ -63,7 +63,7 @@ COLOURS = [BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW]
 FORMAT_COLOURS = {
     "NF4": BLUE,
     "INT4": ORANGE,
-    "INT4 symmetric": YELLOW,
+    "INT4 symmetric": GREEN,  # yellow is for areas: as a thin line it can hardly be seen on white
     "FP4": RED,
     "INT3": PURPLE,
     "16 bit": "#555555",
@@ -171,6 +171,7 @@ def weights_and_levels(ax: Axes, weights: torch.Tensor, levels: torch.Tensor, na
     ax.hist(weights.flatten().numpy(), bins=120, range=(-1, 1), density=True, color="#BBBBBB")
     ax.vlines(levels.numpy(), -0.28, -0.06, color=FORMAT_COLOURS.get(name, BLUE), linewidth=2)
     ax.set_ylim(bottom=-0.32)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda density, _: f"{density:g}" if density >= 0 else ""))
     ax.set_xlabel("weight / absmax of its block")
     ax.set_ylabel("density of weights")
     ax.set_title(name)

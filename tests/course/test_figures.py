@@ -138,6 +138,26 @@ def test_faults_of_boxes_and_arrows_are_found():
     assert faults_of(fig) == ["'wider than its box' crosses the edge of its box", "an arrow crosses 'in the way'"]
 
 
+def test_hidden_and_faint_lines_are_found():
+    fig, ax = plots.figure()
+    ax.plot([0, 1, 2], [0, 1, 4], color=plots.YELLOW, label="faint")
+    ax.plot([0, 1, 2], [1, 2, 3], color=plots.BLUE, label="under")
+    ax.plot([0, 1, 2], [1, 2, 3.01], color=plots.RED, label="over")
+    assert faults_of(fig) == ["the line 'faint' can hardly be seen", "the line 'under' lies under 'over'"]
+
+
+def test_each_format_has_a_line_of_its_own_that_can_be_seen():
+    fig, ax = plots.figure()
+    for height, (name, colour) in enumerate(plots.FORMAT_COLOURS.items()):
+        ax.plot([0, 1, 2], [height] * 3, color=colour, label=name)
+    assert faults_of(fig) == [] and len(set(plots.FORMAT_COLOURS.values())) == len(plots.FORMAT_COLOURS)
+
+
+def test_no_density_is_negative():
+    for ax in levels().axes:
+        assert ax.yaxis.get_major_formatter()(-0.25) == "" and ax.yaxis.get_major_formatter()(0.5) == "0.5"
+
+
 def test_a_label_beyond_the_axis_is_no_fault_since_it_is_not_drawn():
     fig, ax = plots.figure()
     ax.set_xticks([0, 1, 50], ["0", "1", "far away"])

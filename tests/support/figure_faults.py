@@ -1,12 +1,15 @@
 """What is wrong with a figure as its renderer draws it: texts cut off, on top of each other, or crossed by an edge."""
 
 from itertools import combinations
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
-from matplotlib.patches import FancyArrowPatch, Rectangle
+from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 from matplotlib.path import Path
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
@@ -46,7 +49,8 @@ def faults_of(fig: Figure, data: bool = True) -> list[str]:
     - a text that reaches beyond the figure;
     - two texts on top of each other;
     - a text that is crossed by the edge of a box or by an arrow;
-    - a legend on top of what is drawn (`data=False`: not asked).
+    - a line that can hardly be seen on its ground;
+    - a legend on top of what is drawn, or a line under another one (`data=False`: not asked).
     """
     texts = _drawn_texts(fig)
     page = fig.bbox
@@ -63,12 +67,14 @@ def faults_of(fig: Figure, data: bool = True) -> list[str]:
         if not ax.axison:  # a canvas of boxes
             for patch in ax.patches:
                 found += _crossed(patch, own)
+        found += _faint(ax)
         if data:
             found += _hidden_by_legend(ax)
+            found += _hidden_by_others(ax)
     return found
 
 
-def _crossed(patch, texts: list[tuple[str, Bbox]]) -> list[str]:
+def _crossed(patch: Patch, texts: list[tuple[str, Bbox]]) -> list[str]:
     if isinstance(patch, FancyArrowPatch):
         line = Path(patch.axes.transData.transform(patch._posA_posB))  # arrows of diagrams are straight
         return [
@@ -89,7 +95,43 @@ def _crossed(patch, texts: list[tuple[str, Bbox]]) -> list[str]:
     ]
 
 
-def _hidden_by_legend(ax) -> list[str]:
+def _luminance(colour: Any) -> float:
+    """How bright a colour is, from 0 to 1 (WCAG 2's relative luminance)."""
+    channels = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+    return float(np.dot([0.2126, 0.7152, 0.0722], channels))
+
+
+def _faint(ax: Axes) -> list[str]:
+    """The lines whose contrast to the ground is below 1.5; 1 would be the ground itself."""
+    ground = _luminance(ax.get_facecolor())
+    found = []
+    for line in ax.lines:
+        bright, dark = sorted((ground, _luminance(line.get_color())), reverse=True)
+        if line.get_linestyle() != "None" and (bright + 0.05) / (dark + 0.05) < 1.5:
+            found.append(f"the line {line.get_label()!r} can hardly be seen")
+    return found
+
+
+def _hidden_by_others(ax: Axes) -> list[str]:
+    """The curves of which nearly everything lies under a curve that is drawn later and is no thinner."""
+    curves = []
+    for line in ax.lines:
+        points = line.get_transform().transform(line.get_xydata())
+        points = points[np.isfinite(points).all(axis=1)]
+        if line.get_linestyle() == "-" and len(points) > 2:
+            places = np.linspace(0, len(points) - 1, 500)
+            whole = np.arange(len(points))
+            dense = np.stack([np.interp(places, whole, points[:, side]) for side in (0, 1)], axis=1)
+            curves.append((line, dense))
+    found = []
+    for (under, a), (over, b) in combinations(curves, 2):
+        apart = np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1)).min(1)
+        if over.get_linewidth() >= under.get_linewidth() and (apart < 2).mean() > 0.9:
+            found.append(f"the line {under.get_label()!r} lies under {over.get_label()!r}")
+    return found
+
+
+def _hidden_by_legend(ax: Axes) -> list[str]:
     """The lines, bars and marks that run through the texts of the axes' legend."""
     legend = ax.get_legend()
     if not isinstance(legend, Legend):
