@@ -380,13 +380,13 @@ check("double quantisation costs nothing here", scores["NF4", 64] - with_double_
 # to NF4 in blocks of 64. Does the relative error get "larger" or "smaller", or does it stay "the same" (within 5 %)?
 # Predict first, then measure with `relative_error` if you like.
 #
-# 1. All weights are multiplied by 1000.
-# 2. All weights are shuffled, across all blocks.
-# 3. All weights are sorted, from the smallest to the largest.
-# 4. The first weight of each block is set to 10.
+# - All weights are multiplied by 1000.
+# - All weights are shuffled, across all blocks.
+# - All weights are sorted, from the smallest to the largest.
+# - The first weight of each block is set to 10.
 
 # %% tags=["exercise"]
-predicted = [..., ..., ..., ...]
+predicted = [..., ..., ..., ...]  # in the order of the list
 
 # %% tags=["solution"]
 order = torch.randperm(gaussian.numel(), generator=torch.Generator().manual_seed(1))
