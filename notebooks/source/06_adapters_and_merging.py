@@ -330,13 +330,13 @@ rows = {r["way"]: r for r in measured["rows"]}
 
 def peak(r):
     most = max(r.get("base_peak_bytes", 0), r.get("merge_peak_bytes", 0))
-    return f"{most / GB:.2f}" if most else "–"
+    return most / GB if most else None
 
 
 table = [[way, r["same_choice"], r["mean"], peak(r), r["ms_per_token"]]
          for way, r in rows.items() if "mean" in r]
 columns = ["", "same choice", "mean", "peak GB", "ms/token"]
-show_table(columns, table, formats=["", ".1%", ".3f", "", ".1f"])
+show_table(columns, table, formats=["", ".1%", ".3f", ".2f", ".1f"])
 none = rows["no adapter"]["mean"]
 check("into 4 bits: mean over that of no adapter at all", rows["4bit"]["mean"] / none, at_least=0.9)
 check("16 bit, then 4 bit: the same", rows["16bit, then 4bit"]["mean"] / none, at_most=0.1)
