@@ -92,6 +92,7 @@ def measure(row: dict, settings_more: dict | None = None) -> dict:
 
     if row["gear"] == "t4":
         as_on_a_t4(math_kernel=False)
+        torch.cuda.set_per_process_memory_fraction(1.0)  # the budget is the limit here, not a T4's memory
     hardware = detect("t4" if row["gear"] == "t4" else "ampere")
     if row["gear"] == "t4":
         hardware = replace(hardware, capability=(7, 5))  # its kernels are those of a T4
@@ -216,7 +217,11 @@ def main(arguments: list[str] | None = None) -> int:
         content = {"command": "python -m data.scripts.measure.budgets", "seed": SEED, "rows": rows}
         TABLE.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         return 0
-    rows = json.loads(args.drawn.read_text(encoding="utf-8")) if args.drawn else draw()
+    if args.drawn:
+        rows = json.loads(args.drawn.read_text(encoding="utf-8"))
+    elif not args.compared:
+        with multiprocessing.get_context("fork").Pool(1) as process:  # drawing predicts, which initialises CUDA
+            rows = process.apply(draw)
     with tempfile.TemporaryDirectory(prefix="budgets-") as made:
         folder = Path(made)
         speed_process.prepare_environment(folder)
