@@ -135,7 +135,8 @@ check("the loss of this run over the table's", loss_again / table_loss, at_least
 # the first values of their adapters. Part of their luck is therefore the same, and it cancels out if we subtract seed by
 # seed. This is a [paired comparison](../GLOSSARY.md#paired-comparison). We take the five differences, and look whether the
 # 95 % interval of their mean contains zero. If it does, the difference may be noise. With five seeds the interval is 2.776
-# [standard errors](../GLOSSARY.md#standard-error) wide on either side (Student's t).
+# [standard errors](../GLOSSARY.md#standard-error) wide on either side (Student's t). The bars in the figure above know
+# nothing of pairs: they may overlap although the paired difference is real.
 #
 # ## Exercise 7.1: which of the two is noise?
 #
@@ -306,8 +307,8 @@ check("attention at rank 64 minus all layers at rank 16", only_attention, at_mos
 
 # %% [markdown]
 # At one learning rate, rank 64 looks far worse than rank 16. At about half the rate it is as good. From rank 16 on, more
-# rank buys nothing here; below, it costs. And all linear layers beat attention alone, even with fewer numbers. (The bars of
-# attention alone are wide, some from only three seeds: do not read an order of its ranks into them.)
+# rank buys nothing here; below, it costs. And all linear layers beat attention alone, even with fewer numbers. (Some rates
+# were tried with only three seeds, and their bars are wide: do not read an order of the ranks on attention alone into them.)
 #
 # So the paper's advice holds: adapt all linear layers. That the rank does not matter holds from some rank on. Which one
 # depends on how much there is to learn.

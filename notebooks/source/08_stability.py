@@ -627,7 +627,7 @@ ax.invert_yaxis()
 ax.grid(axis="y", visible=False)
 ax.set_xlabel("answers to test questions that … (%)")
 ax.set_title("The loss fell in every one of these runs", x=-0.6)
-ax.legend(loc="upper left", bbox_to_anchor=(0, -0.15), ncols=3)
+ax.legend(loc="upper left", bbox_to_anchor=(-0.6, -0.15), ncols=3)
 plots.show(fig, "8.6")
 
 # %% tags=["nbval-check-output"]
@@ -654,9 +654,10 @@ fig, all_axes = plots.figure(1, 3, sharey=True)
 for ax, (letter, losses) in zip(all_axes, curves.items()):
     ax.plot(range(1, 61), rows["as it should be"]["losses"], color="#BBBBBB", label="healthy")
     ax.plot(range(1, 61), losses, color=plots.BLUE, label="this run")
-    ax.set(xlabel="step", title=letter, ylim=(0, None))
-all_axes[0].set_ylabel("loss as logged")
+    ax.set(xlabel="step", title=letter, ylim=(0, 6.5))
+all_axes[0].set_ylabel("loss as logged (nats per token)")
 all_axes[0].legend()
+fig.suptitle("Three runs: which of them would you stop?")
 plots.show(fig, "8.7")
 
 # %% tags=["exercise"]

@@ -60,7 +60,9 @@ def _fault_of_one_of_two(answer: Callable[..., Any]) -> str:
             return f"{case} gives {shown(got)}, and not an A and a B."
         A, B = (torch.as_tensor(part, dtype=torch.float32) for part in got)
         if A.ndim != 2 or B.ndim != 2 or B.shape[1] != A.shape[0]:
-            return f"{case} gives an A of shape {tuple(A.shape)} and a B of shape {tuple(B.shape)}, which have no B @ A."
+            return (
+                f"{case} gives an A of shape {tuple(A.shape)} and a B of shape {tuple(B.shape)}, which have no B @ A."
+            )
         if (B.shape[0], A.shape[1]) != (B_1.shape[0], A_1.shape[1]):
             shape = (B.shape[0], A.shape[1])
             return f"{case} gives a B @ A of shape {shape}, which is not that of the layer's weight."

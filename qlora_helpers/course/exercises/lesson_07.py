@@ -34,7 +34,12 @@ noise = Exercise(
     ),
     fault=choice(
         _more_than_noise,
-        {"A and B": ["AB", "A, B", "A & B", "A/B"], "C and D": ["CD", "C, D", "C & D", "C/D"], "both": [], "neither": []},
+        {
+            "A and B": ["AB", "A, B", "A & B", "A/B"],
+            "C and D": ["CD", "C, D", "C & D", "C/D"],
+            "both": [],
+            "neither": [],
+        },
     ),
 )
 

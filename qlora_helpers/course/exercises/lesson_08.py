@@ -54,9 +54,7 @@ _STEPS_AT_THE_END, _LOW_ENOUGH = 3, 2.5
 _FIXED = ("optimizer", "steps", "batch_size")
 
 
-def _fault_of_cure(
-    answer: Any, sick: Settings, losses_of: Callable[[Settings], Sequence[tuple[int, float]]]
-) -> str:
+def _fault_of_cure(answer: Any, sick: Settings, losses_of: Callable[[Settings], Sequence[tuple[int, float]]]) -> str:
     if not isinstance(answer, Settings):
         return f"your answer is {shown(answer)}, and no Settings: write replace(sick, …) with what you change."
     mine, given = asdict(answer), asdict(sick)
@@ -64,7 +62,9 @@ def _fault_of_cure(
         return f"you have changed {changed[0]}, which is to stay as it is."
     losses = [loss for _, loss in losses_of(answer)]
     if len(losses) < answer.steps:
-        return f"your run broke off: it has {len(losses)} losses instead of {answer.steps}, so it diverged or did not log."
+        return (
+            f"your run broke off: it has {len(losses)} losses instead of {answer.steps}, so it diverged or did not log."
+        )
     end = statistics.mean(losses[-_STEPS_AT_THE_END:])
     if end <= _LOW_ENOUGH:
         return ""
@@ -135,7 +135,7 @@ fault_in_a_row = Exercise(
 _CURVES = {  # letter: the row of data/measured/stability.json, and what its curve shows
     "A": ("5 times the rate, no warm-up", "rate too high"),
     "B": ("the end outside of the mark", "looks healthy"),
-    "C": ("loss on the question, too", "question learnt"),
+    "C": ("collator, a pad of its own", "question learnt"),  # its collator learns all tokens
 }
 _CAUSES = {
     "rate too high": ["too high", "high rate"],

@@ -117,8 +117,8 @@ def in_order(ids, labels, first, closing):
 def by_a_table(ids, labels, first, closing):
     faults = {
         "two first tokens": sum(token == first for token in ids) > 1,
-        "the end is not learnt": not labels[-1] == closing,
-        "the question is learnt": not labels[0] == -100,
+        "the end is not learnt": labels[-1] != closing,
+        "the question is learnt": labels[0] != -100,
     }
     return next((name for name, found in faults.items() if found), "")
 
