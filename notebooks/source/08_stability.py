@@ -657,7 +657,7 @@ for ax, (letter, losses) in zip(all_axes, curves.items()):
     ax.set(xlabel="step", title=letter, ylim=(0, 6.5))
 all_axes[0].set_ylabel("loss as logged (nats per token)")
 all_axes[0].legend()
-fig.suptitle("Three runs: which of them would you stop?")
+fig.suptitle("Which of these runs would you stop?")
 plots.show(fig, "8.7")
 
 # %% tags=["exercise"]
