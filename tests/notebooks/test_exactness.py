@@ -53,7 +53,6 @@ DECIDED = {
         "the run was stopped": "text",
         "is the end learnt?": "count",
         "first tokens": "count",
-        "faults in five rows": "text",
     },
     "09_out_of_memory": {
         "phases in order": "text",
