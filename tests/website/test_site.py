@@ -68,7 +68,8 @@ def small(tmp_path_factory) -> Path:
     (course / "colab").mkdir()
     (course / "colab" / "repository.json").write_text('{"github": ""}', encoding="utf-8")
     (course / "README.md").write_text(
-        "# The course\n\nSee [it](notebooks/01_one.ipynb#you-have) and [that](#A1.2).\n\n| line |\n|---|\n| <a id=\"A1.2\"></a>3 |\n\n![A dot](dot.svg)\n", encoding="utf-8"
+        '# The course\n\nSee [it](notebooks/01_one.ipynb#you-have) and [that](#A1.2).\n\n| line |\n|---|\n| <a id="A1.2"></a>3 |\n\n![A dot](dot.svg)\n',
+        encoding="utf-8",
     )
     (course / "dot.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>', encoding="utf-8")
     return course
