@@ -68,7 +68,9 @@ def test_the_losses_are_those_of_the_plain_run(options, gear, plain, tmp_path, c
     assert apart(plain(gear, PLAIN), found) < allowed
     if gear == "ampere":
         slow = replace(PLAIN, learning_rate=1e-6)
-        assert apart(plain(gear, slow), trained(tmp_path / "slow", replace(slow, **options), gear)) < 2e-3
+        # compiled layers round to bfloat16 once where single operations do after each; in float16 it cannot be told
+        allowed = 5e-3 if "compile_layers" in options else 2e-3
+        assert apart(plain(gear, slow), trained(tmp_path / "slow", replace(slow, **options), gear)) < allowed
     said = capsys.readouterr().out
     assert "cannot be compiled" not in said and "does not work here" not in said
     if "memory_budget" in options:

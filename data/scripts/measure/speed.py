@@ -116,7 +116,7 @@ README = {
     "8b bf16 8x1024 mixed unsloth packed": "mixed lengths, rows of 1,024 packed by Unsloth",
     "8b t4 4x2048 full ours compiled in-14GiB": 'float16, a T4\'s kernels: `compile_layers`, `memory_budget="14GiB"`',
     "8b t4 4x2048 full unsloth": "float16, a T4's kernels: Unsloth",
-    "8b t4 1x32768 full ours offloaded liger": "the same, 32,768 tokens: `activation_offloading`, `liger_layers`",
+    "8b t4 1x32768 full ours offloaded liger": "float16, a T4's kernels, 32,768 tokens: `activation_offloading`, `liger_layers`",
 }
 
 
