@@ -178,7 +178,8 @@ def names_in(sentence: str) -> list[str]:
 # Why a number written in a block's own sentence is not a claim; matched around the number, which is marked by «».
 NOT_CLAIMS = {
     "the number of a lesson": r"^«\d+» · |esson «\d+»|LESSON=«\d+»",
-    "the number of an exercise": r"^Exercise «\d+»$",
+    "the number of an exercise": r"^Exercise «\d+(?:\.\d+)?»(?:$|: )",
+    "the minutes of an exercise, bound by test_exercises": r"^\*\w+ · \w+ · about «\d+» minutes?\.\*$",
     "a model by its size": r"«[\d.]+[BM]»",
     "a model by its version": r"Gemma «3»",
     "a format by its bits": r"«(?:2|3|4|8|16|32)»[- ]bits?\b",
