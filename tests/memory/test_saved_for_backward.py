@@ -18,7 +18,9 @@ def test_a_graph_that_is_held_grows_and_one_that_is_let_go_does_not():
     once = most_saved(squares, 1, True)
     assert once.result == 1 and once.most_bytes >= 4000
     assert most_saved(squares, 5, True).most_bytes >= 5 * 4000
-    assert most_saved(squares, 5, False).most_bytes <= once.most_bytes * 2  # the next one is made before the last is gone
+    assert (
+        most_saved(squares, 5, False).most_bytes <= once.most_bytes * 2
+    )  # the next one is made before the last is gone
 
 
 def test_an_operation_that_keeps_its_output_is_let_go_too():
