@@ -185,7 +185,7 @@ check("holes, as a share of what torch holds", holes, at_most=0.1)
 # %% tags=["nbval-check-output"]
 needs = predict(shape, settings_of(death)).peak_reserved_bytes / GIB
 without_cap = rows["forward: price"]["peak_reserved_bytes"] / GIB
-print(f"cap {death['cap_bytes'] / GIB:.0f} GiB; needed: {without_cap:.1f} GiB, predicted {needs:.1f}")
+print(f"cap {death['cap_bytes'] / GIB:.0f} GiB, needed {without_cap:.1f}, predicted {needs:.1f}")
 check("predicted, in GiB", needs, without_cap, rel=0.03)
 
 # %% [markdown]
@@ -227,7 +227,8 @@ deaths = {label: row for label, row in rows.items() if row["outcome"] == "out of
 show_table(
     ["run", "cap, GiB", "asked for, MiB", "it died in"],
     [[label.removesuffix(": death"), row["cap_bytes"] / GIB,
-      read_message(row["message"]).asked_bytes / MIB, row["place"]] for label, row in deaths.items()],
+      read_message(row["message"]).asked_bytes / MIB, row["place"]]
+     for label, row in deaths.items()],
     formats=["", ".1f", ",.1f", ""],
 )
 same = sum(row["place"] == row["place_by_traceback"] for row in deaths.values())
@@ -240,7 +241,8 @@ check("places that the traceback tells right", same, len(deaths), exact=True)
 # %% tags=["nbval-check-output"]
 row = rows["float32 copies: death"]
 copies = read_message(row["message"])
-print(f"{copies.allocated_bytes / GIB:.2f} GiB in tensors, {copies.unallocated_bytes / GIB:.2f} in holes")
+sizes = copies.allocated_bytes / GIB, copies.unallocated_bytes / GIB
+print("{:.2f} GiB in tensors, {:.2f} in holes".format(*sizes))
 said = predict(shape, settings_of(row)).phases["loss"] / GIB
 check("GiB predicted until the loss, in tensors", said, at_most=row["cap_bytes"] / GIB)
 
@@ -325,15 +327,17 @@ words = {"load": ("load", "load in 4 bits"), "forward": ("forward", "gradient ch
 branches = []
 for group, (place, cure) in words.items():
     before, after, speed = prices[group]
-    branches.append((place, f"{cure}\n{before:.1f} → {after:.1f} GiB, {speed:.2f} times the tokens/s"))
+    sizes = f"{before:.1f} → {after:.1f} GiB"
+    branches.append((place, f"{cure}\n{sizes}, {speed:.2f} times the tokens/s"))
 before, after = (rows[f"evaluation: {what}"]["peak_allocated_bytes"] / GIB
                  for what in ("price", "cure, best words"))
-branches.append(("evaluation", f"keep the best words, not the logits\n{before:.1f} → {after:.1f} GiB"))
+sizes = f"{before:.1f} → {after:.1f} GiB"
+branches.append(("evaluation", f"keep the best words, not the logits\n{sizes}"))
 branches.append(("saving", "not the GPU: main memory or disk"))
 merged = json.loads(data_path("measured", "merging.json").read_text(encoding="utf-8"))["rows"][-1]
-files, decoded = merged["host_peak_bytes"] / GIB, rows["merging: price"]["peak_allocated_bytes"] / GIB
-from_files = f"from file to file (lesson 6)\n{decoded:.1f} → 0 GiB, and {files:.1f} GiB of main memory"
-branches.append(("merging", from_files))
+files, decoded = merged["host_peak_bytes"], rows["merging: price"]["peak_allocated_bytes"]
+sizes = f"{decoded / GIB:.1f} → 0 GiB, and {files / GIB:.1f} GiB of main memory"
+branches.append(("merging", f"from file to file (lesson 6)\n{sizes}"))
 fig, ax = plots.figure(figsize=(7.2, 6))
 plots.decision_tree(ax, "Where did\nit die?", branches)
 ax.set_title("From the place to the cheapest cure, measured with 8B")
@@ -362,8 +366,9 @@ for group in ("forward", "backward, batch"):
 # %% tags=["nbval-check-output"]
 for group, plan in plans.items():
     settings, taken = plan.chosen.settings, plan.chosen.prediction.device_bytes
-    check(f"{group}: chats in a step", settings.batch_size * settings.accumulation, 4, exact=True)
-    check(f"{group}: share of the budget that is used", taken / plan.budget, at_least=0.9, at_most=0.96)
+    in_a_step, used = settings.batch_size * settings.accumulation, taken / plan.budget
+    check(f"{group}: chats in a step", in_a_step, 4, exact=True)
+    check(f"{group}: share of the budget that is used", used, at_least=0.9, at_most=0.96)
 layers = plans["forward"].chosen.settings.checkpointed_layers
 check("forward: layers of 32 that are checkpointed", layers, at_least=24, at_most=28)
 
@@ -383,7 +388,7 @@ except ValueError as error:
 print(textwrap.fill(refused, 100))
 
 # %% tags=["nbval-check-output"]
-check("refused", "is too little: the least that the run can do with is" in refused, True, exact=True)
+check("refused", "is too little: the least that the run can do with" in refused, True, exact=True)
 
 # %% [markdown]
 # That one needs states in 8 bits, as the tree says. [Lesson 11](11_where_the_time_goes.ipynb) shows how a budget weighs
@@ -439,7 +444,7 @@ table = []
 for kernel, sizes in curves.items():
     doubled = [sizes[lengths.index(n)] for n in (1024, 2048, 4096, 8192)]
     table.append([kernel, *doubled])
-show_table(["GiB", "1,024", "2,048", "4,096", "8,192"], table, formats=["", ".2f", ".2f", ".2f", ".2f"])
+show_table(["GiB", "1,024", "2,048", "4,096", "8,192"], table, formats=["", *[".2f"] * 4])
 for kernel, label in (("eager", "price"), ("sdpa", "cure, sdpa")):
     measured = rows[f"eager attention: {label}"]["peak_allocated_bytes"] / GIB
     check(f"{kernel} at 8,192 tokens, in GiB", curves[kernel][-1], measured, rel=0.02)
@@ -456,8 +461,8 @@ for label in ("backward, batch: death", "backward, batch: still dead, empty_cach
 table = []
 for label in ("holes: as it is", "holes: expandable segments"):
     row = rows[label]
-    sizes = [row[name] / GIB for name in ("cap_bytes", "peak_allocated_bytes", "peak_reserved_bytes")]
-    table.append([label.removeprefix("holes: "), row["outcome"], *sizes])
+    sizes = (row["cap_bytes"], row["peak_allocated_bytes"], row["peak_reserved_bytes"])
+    table.append([label.removeprefix("holes: "), row["outcome"], *(size / GIB for size in sizes)])
 headings = ["", "outcome", "cap, GiB", "tensors, GiB", "held, GiB"]
 show_table(headings, table, formats=["", "", ".2f", ".2f", ".2f"])
 
@@ -471,9 +476,10 @@ show_table(headings, table, formats=["", "", ".2f", ".2f", ".2f"])
 
 # %% tags=["nbval-check-output"]
 def paged_share(model: str, rank: int) -> float:
-    """Share of LoRA's numbers, on all linear layers, that lie in tensors large enough to be paged."""
-    linears = find_shape(model).linears
-    sizes = [rank * side for linear in linears for side in (linear.in_features, linear.out_features)]
+    """Share of LoRA's numbers, on all linear layers, in tensors large enough to be paged."""
+    sizes = []
+    for linear in find_shape(model).linears:
+        sizes += [rank * linear.in_features, rank * linear.out_features]
     return sum(size for size in sizes if size >= 100_000) / sum(sizes)
 
 
@@ -507,9 +513,10 @@ for rank in (16, 64):
         row = rows[f"paging: rank {rank}, {optimizer}"]
         exact = predict(shape, settings_of(row)).parts["optimizer (paged)"]
         print(f"rank {rank}, {optimizer}: {exact / MIB:,.1f} MiB of states")
-        check("bytes in managed memory, predicted and counted", exact, row["paged_bytes"], exact=True)
-        outside, pieces = row["outside"]["after step 4"] - plain, -(-exact // (128 * MIB))
-        check("MiB on the card outside of torch", outside / MIB, pieces * 128, abs=32)
+        counted, pieces = row["paged_bytes"], -(-exact // (128 * MIB))
+        check("bytes in managed memory, predicted and counted", exact, counted, exact=True)
+        outside = (row["outside"]["after step 4"] - plain) / MIB
+        check("MiB on the card outside of torch", outside, pieces * 128, abs=32)
 
 # %% [markdown]
 # So under a cap a paged optimizer hides what it does not save. The run that died in the optimizer step survives with
@@ -522,7 +529,8 @@ for name in ("price", "cure, paged, 32 bits", "cure, 8 bits"):
     row = rows[f"optimizer: {name}"]
     card = row["peak_reserved_bytes"] + row["outside"]["after step 4"]
     table.append([row["optimizer"], row["peak_reserved_bytes"] / GIB, card / GIB])
-show_table(["optimizer", "torch holds, GiB", "the card holds, GiB"], table, formats=["", ".2f", ".2f"])
+headings = ["optimizer", "torch holds, GiB", "the card holds, GiB"]
+show_table(headings, table, formats=["", ".2f", ".2f"])
 
 # %% [markdown]
 # For the same reason `torch.cuda.memory_allocated()` shows less than `nvidia-smi`: it counts tensors only. The card also
@@ -534,7 +542,8 @@ tensors, held = row["peak_allocated_bytes"], row["peak_reserved_bytes"]
 parts = {"in tensors": tensors, "held beside them": held - tensors,
          "outside of torch": row["outside"]["after step 4"]}
 show_table(["", "MiB"], [[name, size / MIB] for name, size in parts.items()], formats=["", ",.0f"])
-check("share of the card that memory_allocated does not show", 1 - tensors / sum(parts.values()), at_least=0.1)
+hidden = 1 - tensors / sum(parts.values())
+check("share of the card that memory_allocated does not show", hidden, at_least=0.1)
 
 # %% [markdown]
 # ## Evaluation, saving, merging
@@ -544,15 +553,16 @@ check("share of the card that memory_allocated does not show", 1 - tensors / sum
 
 # %% tags=["nbval-check-output"]
 logits = 2048 * shape.vocab_size * 4
-print(f"logits of one sequence of 2,048 tokens: {logits / GIB:.2f} GiB, of eight: {8 * logits / GIB:.2f}")
+print(f"logits of 2,048 tokens: {logits / GIB:.2f} GiB; of eight times that: {8 * logits / GIB:.2f}")
 table = []
 for label, row in rows.items():
     if row["what"] == "evaluation":
         cap = f"{row['cap_bytes'] / GIB:.0f} GiB" if row["cap_bytes"] else "none"
         ran = row["outcome"] == "ran"
-        peak = f"{row['peak_allocated_bytes'] / GIB:.2f} GiB, {row['work_seconds']:.1f} s" if ran else "died"
-        table.append([label.removeprefix("evaluation: "), cap, peak])
-show_table(["evaluation", "cap", "peak and time"], table)
+        peak = f"{row['peak_allocated_bytes'] / GIB:.2f} GiB" if ran else "died"
+        seconds = f"{row['work_seconds']:.1f} s" if ran else ""
+        table.append([label.removeprefix("evaluation: "), cap, peak, seconds])
+show_table(["evaluation", "cap", "peak", "took"], table)
 
 # %% [markdown]
 # Eight is the default of `per_device_eval_batch_size`, whatever the training batch. A batch of 1 alone does not help: all
@@ -583,7 +593,8 @@ check("MiB of the GPU that saving took", more / MIB, at_most=1)
 # and one weight at a time.
 
 # %% tags=["nbval-check-output"]
-ways = {"decoded as a whole": ("dequantised", "price"), "into 4 bits": ("4bit", "cure, into 4 bits")}
+ways = {"decoded as a whole": ("dequantised", "price"),
+        "into 4 bits": ("4bit", "cure, into 4 bits")}
 table = []
 for way, (name, _) in ways.items():
     models = [find_shape(f"meta-llama/Llama-3.1-{size}") for size in ("8B", "70B")]
@@ -597,15 +608,17 @@ for name, label in ways.values():
 # ## Exercise 9.1: where will it die?
 #
 # *Predict · medium · about 8 minutes.* Four runs of Llama-3.1-8B, and a card on which tensors may take 11 GiB. Each of
-# them needs more. Look at the figure of three runs again, and say for each where it dies: in `"forward"` (the loss
+# them needs more. Look at figure 9.2 again, and say for each where it dies: in `"forward"` (the loss
 # included), in `"backward"`, or in the `"optimizer step"`. Do not compute it yet.
 
 # %%
 runs = {
-    "A": replace(one, batch_size=8),  # 8 x 2,048 tokens, checkpointing, paged AdamW in 8 bits
+    # 8 x 2,048 tokens, checkpointing, rank 16, paged AdamW in 8 bits
+    "A": replace(one, batch_size=8),
     "B": replace(one, batch_size=8, gradient_checkpointing=False),
-    "C": replace(one, max_length=512, rank=256, optimizer="adamw_torch"),  # one sequence of 512 tokens
-    "D": replace(one, batch_size=4, rank=256, optimizer="adamw_torch"),  # the same, 4 x 2,048 tokens
+    # one sequence of 512 tokens, and then four of 2,048
+    "C": replace(one, max_length=512, rank=256, optimizer="adamw_torch"),
+    "D": replace(one, batch_size=4, rank=256, optimizer="adamw_torch"),
 }
 
 # %% tags=["exercise"]
@@ -692,7 +705,7 @@ seven = find_shape("Qwen/Qwen2.5-7B")
 run = replace(GPU_RUN, compute_dtype="float16", batch_size=8, rank=64, optimizer="adamw_torch",
               upcast_fp32=True, gradient_checkpointing=False)
 needed = predict(seven, run, "t4")
-print(f"needs {needed.device_bytes / GIB:.0f} GiB, {-needed.spare_bytes / GIB:.0f} more than there are")
+print(f"needs {needed.device_bytes / GIB:.0f} GiB, {-needed.spare_bytes / GIB:.0f} too much")
 
 # %% tags=["exercise"]
 fitted = ...
