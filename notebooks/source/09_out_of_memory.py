@@ -164,12 +164,12 @@ print(textwrap.fill(death["message"], 100))
 # | Tried to allocate | the one request that failed: the last straw, not the load |
 # | total capacity | what the card has |
 # | is free | what nobody has taken of the card; under a cap it may be plenty, and no use |
-# | this process has | what it has taken, with its CUDA context: the driver's own memory for a program |
+# | this process has | what it has taken, with its [CUDA context](../GLOSSARY.md#cuda-context) |
 # | allowed | the cap; without one these words are not there |
 # | allocated by PyTorch | what lies in tensors |
 # | reserved but unallocated | what torch holds in holes too small for the request |
 #
-# `read_message` reads them, and says how much was missing for this request:
+# How much was missing for this request?
 
 # %% tags=["nbval-check-output"]
 message = read_message(death["message"])
@@ -179,8 +179,8 @@ check("held and asked for, less what torch may hold: more than nothing", missing
 check("holes, as a share of what torch holds", holes, at_most=0.1)
 
 # %% [markdown]
-# Only a few MiB were missing, it seems. But the run was not at its peak yet. How much it really needs, only a prediction
-# or the same run without a cap can tell:
+# Only a few MiB, it seems. But the run was not at its peak yet. What it really needs, only a prediction tells, or the same
+# run without a cap:
 
 # %% tags=["nbval-check-output"]
 needs = predict(shape, settings_of(death)).peak_reserved_bytes / GIB
@@ -192,9 +192,8 @@ check("predicted, in GiB", needs, without_cap, rel=0.03)
 # ## Where did it die?
 #
 # The traceback under the message is long, but a few functions in it tell the place: `from_pretrained`, `compute_loss`,
-# `backward`, `step`, `evaluate`. The outermost of them decides, since a layer that is computed again for its gradients is
-# part of the backward pass. `place_of` finds it. Here two runs of the shipped model ask for 2⁵⁰ bytes, which no machine
-# has, one on its way forward and one on its way back:
+# `backward`, `step`, `evaluate`. The outermost of them decides, and `place_of` finds it. Here two runs of the shipped
+# model ask for 2⁵⁰ bytes, which no machine has, one on its way forward and one on its way back:
 
 # %% tags=["nbval-check-output"]
 def ask_for_too_much(*_) -> None:
@@ -218,8 +217,7 @@ for where in ("forward", "backward"):
     check(f"a run made to die on its way {where}, by its traceback", place, where, exact=True)
 
 # %% [markdown]
-# On the H200 runs of 8B were made to die under a cap in every place but one (saving, see below). Both the phase that the
-# script was in and the traceback were kept:
+# On the H200 runs of 8B were made to die under a cap in every place but one (saving, see below):
 
 # %% tags=["nbval-check-output"]
 deaths = {label: row for label, row in rows.items() if row["outcome"] == "out of memory"
@@ -235,8 +233,8 @@ same = sum(row["place"] == row["place_by_traceback"] for row in deaths.values())
 check("places that the traceback tells right", same, len(deaths), exact=True)
 
 # %% [markdown]
-# One of them surprises: the run with float32 copies of its 16-bit weights should have passed the loss. Its tensors would
-# have fitted. But what counts is what torch *holds*, and there it held more than a GiB in holes.
+# One of them surprises. By its tensors, the run with float32 copies should have passed the loss. But what counts is what
+# torch *holds*, and it held more than a GiB in holes:
 
 # %% tags=["nbval-check-output"]
 row = rows["float32 copies: death"]
@@ -258,8 +256,8 @@ check("GiB predicted until the loss, in tensors", said, at_most=row["cap_bytes"]
 #   [accumulation](../GLOSSARY.md#gradient-accumulation): several small passes make one step, and it learns the same.
 # - **optimizer step**: states, gradients, adapters. States in 8 bits; a lower rank.
 #
-# Which of them is the cheapest that is *enough* depends on the limit. `cures` of lesson 5 asks the predictor. The cap
-# becomes a card on which torch may hold as much:
+# Which of them is the cheapest that is *enough* depends on the limit, so `cures` of lesson 5 asks the predictor. The cap
+# becomes a card of that size:
 
 # %%
 def card_of(row: dict):
@@ -282,8 +280,8 @@ for group in groups:
     check("the cure that was tried on the GPU is this one", same, True, exact=True)
 
 # %% [markdown]
-# Each cure was tried under the cap under which the run before had died. What it saves is the difference to the same run
-# without a cap. What it costs in time shows in the tokens per second:
+# Each cure was tried under the cap under which the run had died. What it saves is the difference to the same run without
+# a cap; what it costs shows in the tokens per second:
 
 # %% tags=["nbval-check-output"]
 def price_of(group: str) -> dict:
@@ -304,9 +302,9 @@ headings = ["GiB", "cap", "needed", "cured", "saved", "predicted", "tokens/s bef
 show_table(headings, table, formats=["", ".1f", ".2f", ".2f", ".2f", ".2f", ",.0f", ",.0f"])
 
 # %% [markdown]
-# Checkpointing is often said to take a third more time. On this GPU it took more. And four bits are not free: the weights
-# are decoded in every product, which LoRA on 16-bit weights need not do. The other cures cost little time, or even save
-# it. (Speeds are of one run each, two steps on an H200 with random weights; another card has others.)
+# Checkpointing is often said to take a third more time. On this GPU it took more. Four bits are not free either: the
+# weights are decoded in every product. The other cures cost little time, or even save it. (Speeds are of one run each,
+# two steps; another card has others.)
 
 # %% tags=["nbval-check-output"]
 for group in ("forward", "load"):
@@ -346,10 +344,9 @@ plots.show(fig, "9.3")
 # %% [markdown]
 # ## A budget chooses for you
 #
-# You need not look for a cure if you say how much memory there is. With a **memory budget** the course's trainer keeps the
-# chats of a step, and chooses how many go through the model at once, how many layers are checkpointed, and whether their
-# inputs wait in main memory. `plan_for` shows the choice without a run. Here are the runs that died on their way forward
-# and back, with the same limits as before:
+# You need not look for a cure if you say how much memory there is. With a **memory budget** the trainer keeps the chats of
+# a step, and chooses how many go through the model at once, how many layers are checkpointed, and whether their inputs
+# wait in main memory. `plan_for` shows the choice without a run. Here are two of the runs that died, under the same limits:
 
 # %%
 plans = {}
@@ -359,9 +356,9 @@ for group in ("forward", "backward, batch"):
     print(f"died in: {death['place']}\n{plans[group]}\n")
 
 # %% [markdown]
-# The first plan is finer than the cure above. `cures` had switched checkpointing on for all layers, with much room to
-# spare. The plan leaves some layers as they are and fills the room, so the run is faster. Both keep a part of the budget
-# free, since predictions are a few per cent off.
+# The first plan is finer than the cure above, which checkpointed all layers and left much room. The plan leaves some
+# layers as they are and fills the room, so the run is faster. A part of the budget stays free, since predictions are a few
+# per cent off.
 
 # %% tags=["nbval-check-output"]
 for group, plan in plans.items():
@@ -373,10 +370,9 @@ layers = plans["forward"].chosen.settings.checkpointed_layers
 check("forward: layers of 32 that are checkpointed", layers, at_least=24, at_most=28)
 
 # %% [markdown]
-# In a run of your own it is one setting: `Settings(memory_budget="auto")` takes what is free, `"16GiB"` so much. The run
-# is then held to it. Should a step need more all the same, it is made again with the next safer choice. What a budget
-# leaves alone is all that would change what you train: precision, optimizer, attention kernel, rank, length. A run that
-# is too large for another reason is refused, and the message says what it would need:
+# In a run of your own it is one setting: `Settings(memory_budget="auto")` takes what is free, `"16GiB"` so much. Should a
+# step need more all the same, it is made again with the next safer choice. A budget leaves alone what it was not asked to
+# change: precision, optimizer, attention kernel, rank, length. A run that is too large because of these is refused:
 
 # %%
 death = rows["optimizer: death"]
@@ -425,7 +421,7 @@ curves = {}
 for kernel in ("eager", "math", "sdpa"):
     each = [predict(shape, replace(one, max_length=n, attention=kernel)) for n in lengths]
     curves[kernel] = [prediction.peak_allocated_bytes / GIB for prediction in each]
-styles = {"eager": {"color": plots.RED}, "math": {"color": plots.ORANGE, "linestyle": "--"},
+styles = {"eager": {"color": plots.RED}, "math": {"color": "black", "linestyle": ":"},
           "sdpa": {"color": plots.BLUE}}
 fig, ax = plots.figure()
 for kernel, sizes in curves.items():
@@ -450,10 +446,9 @@ for kernel, label in (("eager", "price"), ("sdpa", "cure, sdpa")):
     check(f"{kernel} at 8,192 tokens, in GiB", curves[kernel][-1], measured, rel=0.02)
 
 # %% [markdown]
-# `torch.cuda.empty_cache()` gives back what torch holds and does not use. torch does that by itself before it raises the
-# error, and counts it as a retry. So the run that died in the backward pass dies with the call in every step, too. What
-# helps against holes are segments of memory that can grow: with `PYTORCH_ALLOC_CONF=expandable_segments:True` the same
-# run lives under a cap under which it dies without.
+# What of `torch.cuda.empty_cache()`? torch does the same by itself before it raises the error, and counts it as a retry. So
+# the run that died in the backward pass dies with the call in every step, too. Against holes segments of memory that can
+# grow do help: with `PYTORCH_ALLOC_CONF=expandable_segments:True` a run lives under a cap under which it dies without.
 
 # %% tags=["nbval-check-output"]
 for label in ("backward, batch: death", "backward, batch: still dead, empty_cache"):
@@ -470,7 +465,7 @@ show_table(headings, table, formats=["", "", ".2f", ".2f", ".2f"])
 # ## Paging: what it can save
 #
 # A [paged optimizer](../GLOSSARY.md#paged-optimizer) keeps its states in memory that the driver may move to main memory
-# when the card is full. "This way the GPU never throws an out-of-memory error", writes the first article. But the runs
+# when the card is full. "This way the GPU never throws an out-of-memory error", writes the first article. But most runs
 # above had one, and died. Weights, activations, gradients and logits are not paged, and of the states only tensors with
 # at least 100,000 numbers (bitsandbytes, `optim/optimizer.py`). LoRA's tensors are small:
 
@@ -503,8 +498,7 @@ headings = ["run", "optimizer", "can be paged, GiB", "of what the card holds"]
 show_table(headings, table, formats=["", "", ".2f", ".1%"])
 
 # %% [markdown]
-# There is a trap in it: torch does not see paged memory. It counts neither as allocated nor against a cap. The card sees
-# it, in pieces of 128 MiB:
+# There is a trap in it. torch does not count paged memory, nor does a cap. The card does, in pieces of 128 MiB:
 
 # %% tags=["nbval-check-output"]
 for rank in (16, 64):
@@ -519,8 +513,8 @@ for rank in (16, 64):
         check("MiB on the card outside of torch", outside, pieces * 128, abs=32)
 
 # %% [markdown]
-# So under a cap a paged optimizer hides what it does not save. The run that died in the optimizer step survives with
-# `paged_adamw_32bit`, and the card then holds more than the cap that it was to stay below. States in 8 bits really save:
+# So a paged optimizer can hide what it does not save. The run that died in the optimizer step survives with
+# `paged_adamw_32bit`, and the card then holds more than the cap. States in 8 bits really save:
 
 # %% tags=["nbval-check-output"]
 print(f"cap {rows['optimizer: death']['cap_bytes'] / GIB:.2f} GiB")
@@ -533,8 +527,8 @@ headings = ["optimizer", "torch holds, GiB", "the card holds, GiB"]
 show_table(headings, table, formats=["", ".2f", ".2f"])
 
 # %% [markdown]
-# For the same reason `torch.cuda.memory_allocated()` shows less than `nvidia-smi`: it counts tensors only. The card also
-# holds what torch keeps in reserve, the CUDA context, and paged states:
+# For the same reason `torch.cuda.memory_allocated()` shows less than `nvidia-smi`. It counts tensors only, and not what
+# torch keeps in reserve, the CUDA context, and paged states:
 
 # %% tags=["nbval-check-output"]
 row = rows["paging: rank 64, paged_adamw_32bit"]
@@ -553,7 +547,7 @@ check("share of the card that memory_allocated does not show", hidden, at_least=
 
 # %% tags=["nbval-check-output"]
 logits = 2048 * shape.vocab_size * 4
-print(f"logits of 2,048 tokens: {logits / GIB:.2f} GiB; of eight times that: {8 * logits / GIB:.2f}")
+print(f"logits of 2,048 tokens: {logits / GIB:.2f} GiB; eight times that: {8 * logits / GIB:.2f}")
 table = []
 for label, row in rows.items():
     if row["what"] == "evaluation":
@@ -578,8 +572,8 @@ kept = (best["peak_allocated_bytes"] - best["before_bytes"]) / logits
 check("best words only: those of one batch in 4 bytes, and in 2", kept, 1.5, rel=0.05)
 
 # %% [markdown]
-# **Saving** a checkpoint writes adapter and optimizer states tensor by tensor. On the H200 the cap was set to what torch
-# held already, and the checkpoint was written all the same: a death while saving is one of main memory or of disk.
+# **Saving** a checkpoint goes tensor by tensor. With a cap at what torch held already, it was written all the same. A death
+# while saving is one of main memory or of disk.
 
 # %% tags=["nbval-check-output"]
 saving = rows["saving: a checkpoint"]
@@ -588,9 +582,8 @@ check("MiB of the GPU that saving took", more / MIB, at_most=1)
 
 # %% [markdown]
 # **Merging** into 16 bits needs the model in 16 bits: 2 bytes for each parameter. If it is made from the 4-bit one on the
-# GPU (`model.dequantize()`), both are there until the end. Merging into the 4-bit layers goes layer by layer and fits, but
-# it takes a part of the adapter away, or all of it ([lesson 6](06_adapters_and_merging.ipynb)). `merge_files` needs no GPU
-# and one weight at a time.
+# GPU, both are there until the end. Merging into the 4-bit layers goes layer by layer and fits, but it takes a part of the
+# adapter away, or all of it. `merge_files` of [lesson 6](06_adapters_and_merging.ipynb) needs no GPU.
 
 # %% tags=["nbval-check-output"]
 ways = {"decoded as a whole": ("dequantised", "price"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from qlora_helpers.chats import Chat, read_file, tokenized
@@ -14,7 +15,7 @@ __all__ = ["in_time", "marks", "mended", "usable"]
 
 def _usable(answer: Any, *, file: str | PathLike, tokenizer: Any) -> str:
     kept = read_file(file, tokenizer, on_bad="drop")
-    lines = [str(line) for line in range(1, kept.rows[-1] + len(kept.rows) + 1)]
+    lines = [str(line) for line, _ in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1)]
     if isinstance(answer, str):
         answer = [part for part in answer.replace(",", " ").split() if part]
     return choice({str(line) for line in kept.rows}, lines)(answer)
@@ -70,7 +71,9 @@ def _marks(answer: Any, *, tokenizer: Any) -> str:
             return f"{case} gives {len(got)} marks for {len(want)} tokens."
         if got != want:
             more = sum(got) - sum(want)
-            which = f"{abs(more)} too {'many' if more > 0 else 'few'}" if more else "as many as it should, but elsewhere"
+            which = (
+                f"{abs(more)} too {'many' if more > 0 else 'few'}" if more else "as many as it should, but elsewhere"
+            )
             return f"{case} marks {which}."
     return ""
 
