@@ -164,9 +164,9 @@ show_table(headings, table, formats=["", ".0f", ".1%"])
 del model, inputs, counter
 chats = read_chats(data_path("chats", "train.jsonl"))[:500]
 tokenizer, folder = load_tokenizer(), new_run_folder("lesson-11")
-trainer = build_trainer(load_model(hardware=cpu), tokenizer, chats, folder, Settings(steps=15), cpu)
+trainer = build_trainer(load_model(hardware=cpu), tokenizer, chats, folder, Settings(steps=14), cpu)
 trainer.remove_callback(PrinterCallback)
-profile = profile_step(trainer, warm_up=11, profiled=4)
+profile = profile_step(trainer, warm_up=11, profiled=3)
 del trainer
 print(f"a step takes {profile['step_seconds'] * 1000:.0f} ms")
 found = profile["groups"] | profile["parts"]
@@ -193,7 +193,8 @@ recorded = json.loads(data_path("measured", "cpu_profile.json").read_text(encodi
 table = []
 for row in recorded["rows"]:
     groups = recorded["profiles"].get(row["way"], {"groups": {}})["groups"]
-    table.append([row["way"], row["of_plain"], groups.get("decoding 4-bit weights", {}).get("share")])
+    decoding = groups.get("decoding 4-bit weights", {})
+    table.append([row["way"], row["of_plain"], decoding.get("share")])
 show_table(["way", "time, of plain", "of it decoding"], table, formats=["", ".1%", ".1%"])
 
 # %% [markdown]
@@ -351,7 +352,7 @@ table = []
 for way, packing in (("padded", False), ("packed", True)):
     some = [off[row["label"]] for row in ran if row["options"]["packing"] == packing]
     table.append([way, len(some), min(some), max(some)])
-headings = ["runs", "how many", "peak, least off", "most off"]
+headings = ["runs", "how many", "peak off by", "to"]
 show_table(headings, table, formats=["", "", "+.1%", "+.1%"])
 
 # %%

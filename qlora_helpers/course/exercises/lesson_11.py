@@ -149,7 +149,9 @@ def _fault_of_batch(batch: Mapping[str, Any], chats: Sequence[Sequence[int]], mo
     if batch["input_ids"].flatten().tolist() != tokens:
         return "the row has not all tokens of the chats, in their order."
     labels = batch["labels"].flatten().tolist()
-    if len(labels) != len(tokens) or any(label not in (-100, token) for label, token in zip(labels, tokens, strict=True)):
+    if len(labels) != len(tokens) or any(
+        label not in (-100, token) for label, token in zip(labels, tokens, strict=True)
+    ):
         return "a label is neither its token nor -100."
     ends, start = [], 0
     for ids in chats:
