@@ -110,9 +110,8 @@ print(read_file(two, form="question-answer").said)
 # ## What the model will see
 #
 # Look at your data before you pay for a run on it. The model sees [tokens](../GLOSSARY.md#token): pieces of text, each with a
-# number. Which of them count in the [loss](../GLOSSARY.md#loss), what the run makes smaller, is said by a
-# [loss mask](../GLOSSARY.md#loss-mask). Here the answers count, not the questions. The report reads every row, and marks
-# what counts:
+# number. A [loss mask](../GLOSSARY.md#loss-mask) says which of them count in the [loss](../GLOSSARY.md#loss), which the run makes
+# smaller. Here the answers count, and not the questions. The report reads every row, and marks what counts:
 
 # %%
 chats = table.chats + alpaca.chats
@@ -491,8 +490,8 @@ exercises.marks.check(marks, tokenizer=tokenizer)
 # %% [markdown]
 # ## Exercise 10.3: mend a row
 #
-# *Build · medium · about 12 minutes.* `on_bad="drop"` leaves rows out that could be mended. Write `mend(row)`: it gets a row of
-# ShareGPT, such as `{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}`, and gives back a
+# *Build · medium · about 12 minutes.* Some rows that `on_bad="drop"` leaves out could be mended. Write `mend(row)`: it gets a
+# row of ShareGPT, such as `{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}`, and gives back a
 # chat with the roles user and assistant. Answers before the first question are left out, and so are questions after the last
 # answer. If a turn is empty or blank, or is from anybody else than human and gpt, the row is useless: give back `None`. The
 # same if nothing is left.
@@ -521,7 +520,8 @@ exercises.mended.check(mend)
 #
 # *Run · medium · about 15 minutes.* Somebody trains on 24 rows with the settings below. They would make all of their 150
 # steps, and learn the rows by heart. Choose what is missing, so that rows are held out and the run stops by itself: not
-# before it has learnt something, and not long after its best step. Then make the run (some seconds), and look at its curves.
+# before it has learnt something, and not long after its best step. Then make the run with `train`, as above, in a folder
+# of its own; that takes some seconds. `stopped` is what `train` gives back.
 
 # %%
 careless = Settings(steps=150, batch_size=4, learning_rate=1.5e-3, warmup_steps=4, log_steps=10)
@@ -529,18 +529,11 @@ rows = chats[:24]
 
 # %% tags=["exercise"]
 careful = ...
+stopped = ...
 
 # %% tags=["solution"]
 careful = replace(careless, validation=0.25, eval_steps=5, patience=4)
-
-# %%
-stopped = ...
-if careful is not ...:
-    stopped = train(load_model(), tokenizer, rows, new_run_folder("lesson-10-stop"), careful)
-    fig, alt = plots.loss_curves(
-        stopped.history, stopped.validation_history, stopped.best_step, careful.steps
-    )
-    plots.show(fig, alt=alt)
+stopped = train(load_model(), tokenizer, rows, new_run_folder("lesson-10-stop"), careful)
 
 # %% tags=["nbval-check-output"]
 exercises.in_time.check(stopped, steps=careless.steps)
