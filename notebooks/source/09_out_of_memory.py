@@ -35,6 +35,7 @@ from qlora_helpers.training.run_folder import new_run_folder
 from qlora_helpers.training.trainer import build_trainer
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback
 
 GIB, MIB = 2**30, 2**20
@@ -657,9 +658,10 @@ exercises.in_parts.check(split_step)
 
 # %%
 ids = [torch.tensor(row["input_ids"]) for row in tokenized(chats, tokenizer)]
-model, padding = load_model(), {"batch_first": True, "padding_value": tokenizer.pad_token_id}
-batches = [torch.nn.utils.rnn.pad_sequence(ids[start : start + 8], **padding).to(model.device)
-           for start in range(0, 64, 8)]
+model, padding = load_model(), tokenizer.pad_token_id
+eights = [ids[start : start + 8] for start in range(0, 64, 8)]
+batches = [pad_sequence(eight, batch_first=True, padding_value=padding).to(model.device)
+           for eight in eights]
 
 
 def evaluation(model, batches) -> float:

@@ -202,8 +202,9 @@ show_table(["way", "time, of plain", "of it decoding"], table, formats=["", ".1%
 #
 # The same run on an H200, made in many ways: Llama-3.1-8B in its real shape, rank 16, bfloat16. Each row is a process of its
 # own, alone on the GPU. `4x2048` is four chats of 2,048 tokens at once. "compiled" is `compile_layers=True`, "16-of-32" is
-# `checkpointed_layers=16`, and "in-24GiB" is `memory_budget="24GiB"`. The last column says in which of three calls
-# of the machine a row was measured: a small difference between two calls may be one of the machines.
+# `checkpointed_layers=16`, and "in-24GiB" is `memory_budget="24GiB"`. "Bound by" says which of the two the other waits for,
+# the GPU or the CPU. The last column says in which of three calls of the machine a row was measured: a small difference
+# between two calls may be one of the machines.
 
 # %% tags=["nbval-check-output"]
 measured = json.loads(data_path("measured", "speed.json").read_text(encoding="utf-8"))["rows"]
@@ -234,8 +235,8 @@ plots.show(fig, "11.2")
 #
 # ### Compiling
 #
-# `torch.compile` makes one kernel, a program on the GPU, of many small operations. It has to be made first, so the first step
-# is long. After how many steps does it pay?
+# `torch.compile` makes one [kernel](../GLOSSARY.md#kernel) of many small operations. It has to be made first, so the first
+# step is long. After how many steps does it pay?
 
 # %% tags=["nbval-check-output"]
 def first_and_usual(name: str) -> tuple[float, float]:
@@ -402,13 +403,15 @@ def loss_of(logits: torch.Tensor, ids: torch.Tensor) -> float:
 
 
 chat = row[0, begin:end]
-packed = {"input_ids": row, "position_ids": positions}
+ones = torch.ones_like(row)
 with torch.no_grad():
     alone = loss_of(model(input_ids=chat[None]).logits[0], chat)
     ways = {
-        "as the course does it": model(**packed, use_cache=False),
-        "with the default cache": model(**packed),
-        "with a mask": model(**packed, attention_mask=torch.ones_like(row), use_cache=False),
+        "as the course does it": model(input_ids=row, position_ids=positions, use_cache=False),
+        "with the default cache": model(input_ids=row, position_ids=positions),
+        "with a mask": model(
+            input_ids=row, position_ids=positions, attention_mask=ones, use_cache=False
+        ),
     }
 off = {name: abs(loss_of(out.logits[0, begin:end], chat) - alone) for name, out in ways.items()}
 exact = off.pop("as the course does it")
@@ -504,8 +507,11 @@ batch = leaking(five)
 begin = len(five[0])
 second = torch.tensor(five[1])
 with torch.no_grad():
-    together = model(**batch, use_cache=False).logits[0, begin : begin + len(second)]
+    row = model(
+        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+    ).logits[0]
     apart = model(input_ids=second[None]).logits[0]
+together = row[begin : begin + len(second)]
 losses = loss_of(together, second), loss_of(apart, second)
 print("loss of the second chat: {:.2f} in the row, {:.2f} alone".format(*losses))
 

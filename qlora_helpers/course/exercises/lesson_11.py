@@ -162,8 +162,9 @@ def _fault_of_batch(batch: Mapping[str, Any], chats: Sequence[Sequence[int]], mo
     if any(label == -100 for begin, end in ends for label in labels[begin + 1 : end]):
         return "tokens that should count have no label."
     with torch.no_grad():
-        inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
-        logits = model(**inputs, use_cache=False).logits[0].float()
+        ids, positions = (batch[name].to(model.device) for name in ("input_ids", "position_ids"))
+        mask = batch["attention_mask"].to(model.device) if "attention_mask" in batch else None
+        logits = model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits[0].float()
         for number, (begin, end) in enumerate(ends, 1):
             ids = torch.tensor(tokens[begin:end], device=model.device)
             alone = model(input_ids=ids[None], use_cache=False).logits[0].float()
