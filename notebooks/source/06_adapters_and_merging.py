@@ -202,8 +202,8 @@ exercises.one_of_two.check(one_of_two)
 # ## Merging, measured
 #
 # After a QLoRA run there are three bases to merge into. The first is the 4-bit base that the run was trained on. The second
-# is the same base [dequantised](../GLOSSARY.md#dequantisation): its weights are decoded once and kept in 16 bits. The third is
-# the original 16-bit base, which the run has never seen. A fourth way is to quantise the third result again.
+# is the same base [dequantised](../GLOSSARY.md#dequantisation): its weights are decoded once and kept in 16 bits. The third
+# is the original 16-bit base, which the run has never seen. A fourth way is to quantise the third result again.
 #
 # (One of the articles behind this course says that a 4-bit model "can't be merged directly". PEFT does it, and warns that
 # answers may change. Another article says that one dequantises first, and its code then loads the original base.)

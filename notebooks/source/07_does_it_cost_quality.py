@@ -261,7 +261,8 @@ plots.show(fig, "7.2")
 # ## Rank, and which layers
 #
 # The paper says that the [rank](../GLOSSARY.md#rank) hardly matters once *all* linear layers are adapted; others call a
-# rank of 32 to 128 the sweet spot. First all ranks at one learning rate, then each at the best of the rates that were tried for it:
+# rank of 32 to 128 the sweet spot. First all ranks at one learning rate, then each at the best of the rates that were
+# tried for it:
 
 # %% tags=["nbval-check-output"]
 def at_rank(rank: int, layers: str) -> dict[str, list[float]]:

@@ -175,6 +175,8 @@ def limit(before: list[float]) -> float:
 exercises.limit.check(limit)
 
 # %% [markdown]
+# `qlora_helpers/training/spikes.py` has the rule with its reasons, and says what becomes of a spike that lasts.
+#
 # ## No warm-up
 #
 # In a [warm-up](../GLOSSARY.md#warm-up), the learning rate grows from zero to its full height over the first steps. Many
@@ -471,8 +473,8 @@ cut = first_row({"messages": chats[0]}, assistant_only_loss=True, max_length=16)
 check("is the end learnt?", tokenizer.eos_token_id in cut["labels"], False, exact=True)
 
 # %% [markdown]
-# It also happens unasked: whoever passes `TrainingArguments`, which has no `max_length`, gets TRL's own limit of 1,024 tokens.
-# **Cure: set `max_length`, and count: `read_chats(file, tokenizer, max_length)` names each chat that would be cut.**
+# It also happens unasked: whoever passes `TrainingArguments`, which has no `max_length`, gets TRL's own limit of 1,024
+# tokens. **Cure: set `max_length`, and count: `read_chats(file, tokenizer, max_length)` names each chat that would be cut.**
 #
 # ## Pad = end: the model that never stops
 #
