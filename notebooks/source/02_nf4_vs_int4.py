@@ -242,8 +242,8 @@ plots.show(fig, "2.5")
 
 # %% [markdown]
 # At block size 64 NF4's relative error is 0.0920; that of symmetric INT4 is 0.1077. This compares *amplitudes*: the
-# error is 9 % as large as the weights. In *power*, that is, in squares, it is less than a hundredth. Both are in use,
-# so always ask which one is meant.
+# error is 9 % as large as the weights. In *power*, that is, in squares, it is 0.85 %. Both are in use, so always ask
+# which one is meant.
 
 # %% tags=["nbval-check-output"]
 error = errors["NF4"][1]
