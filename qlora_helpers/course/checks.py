@@ -110,8 +110,10 @@ def check(
             raise ValueError(f"check({name!r}): want={want!r} has no numbers near it: pass exact=True, or a bound")
         holds = _holds(lambda: math.fabs(got - want) <= allowed)  # false for NaN
         held = f"within {check_lines.shown(abs)}" if abs is not None else f"within {rel * 100:g} %"
-        said = f"{check_lines.rounded(want, allowed)}, {held}"
-        measured = check_lines.rounded(got, allowed) if holds else ""
+        wanted = check_lines.rounded(want, allowed)
+        said = f"{wanted}, {held}"
+        if holds and (found := check_lines.rounded(got, allowed)) != wanted:
+            measured = found
     if not holds:
         wanted = held if bounded else f"{check_lines.shown(want)}, {held}"
         raise CheckFailed(f"{name}: got {check_lines.shown(got)}, want {wanted}")
