@@ -379,6 +379,7 @@ COMMANDS = {
     "attack": "random inputs of every kind, kills at every file operation, tampered checkpoints, full disks",
     "mutants": "200 small changes of the helpers, one at a time, each of which their tests should notice",
     "notebooks LESSON=03": "one lesson built and executed anew, all editions; without LESSON all of them",
+    "site": "the course as a website, from the stored outputs: pages, links and anchors checked",
 }
 
 
