@@ -334,7 +334,7 @@ HELPERS = {
     "02_nf4_vs_int4": ("quantize", "models/weights"),
     "03_double_quantisation": ("quantize",),
     "04_qlora_run": ("training/run", "training/trainer", "chats/files", "evaluation/answers"),
-    "05_will_it_fit": ("memory/prediction", "memory/layers", "memory/search", "memory/measurement"),
+    "05_will_it_fit": ("memory/prediction", "memory/search", "memory/measurement", "models/in_4_bits"),
     "06_adapters_and_merging": ("adapters/files", "adapters/merge", "adapters/file_merge", "adapters/drift"),
     "07_does_it_cost_quality": ("statistics", "evaluation/answers"),
     "08_stability": ("training/spikes", "training/faulty_runs", "training/callbacks"),

@@ -34,6 +34,7 @@ from qlora_helpers.settings import GPU_RUN, Settings
 from qlora_helpers.training.run_folder import new_run_folder
 from qlora_helpers.training.trainer import build_trainer
 
+# %%
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, Qwen3MoeConfig
 from transformers.utils import logging
