@@ -1,2 +1,3 @@
-"""What the lessons are built with: `checks` of numbers and exercises, figures (`plots`), sliders (`widgets`), and the
+"""What the lessons are built with: `checks` of numbers and exercises, figures (`plots`), sliders (`widgets`), a `quiz`
+for each, and the
 troubleshooting page."""
