@@ -21,6 +21,7 @@ from nbval.plugin import IPyNbCell, IPyNbFile, NbCellError, find_comment_markers
 
 from notebooks.scripts import forking
 from notebooks.scripts.running import code_cells, in_one_kernel, peak_bytes
+from qlora_helpers.course.check_lines import compared
 
 ROOT = Path(__file__).resolve().parent
 
@@ -76,6 +77,11 @@ class Cell(IPyNbCell):
             if self.parent.kernel.is_alive():
                 self.user_properties.append(("peak_bytes", peak_bytes(self.parent.kernel.km.provisioner.pid)))
 
+    def sanitize(self, s):
+        """nbval calls this with the stored and the new output before it compares them."""
+        text = super().sanitize(s)
+        return compared(text) if isinstance(text, str) else text
+
     def format_output_compare(self, key, left, right):
         """nbval calls this with the stored and the new output if they differ."""
         if not (isinstance(left, str) and isinstance(right, str)):
@@ -112,7 +118,7 @@ class Cell(IPyNbCell):
 
 
 class Notebook(IPyNbFile):
-    """A notebook as it is: each cell is run, and the outputs of tagged cells are compared.
+    """A notebook as it is: each cell is run, and the outputs of tagged cells are compared, but for what checks measured.
 
     Its runs have their own folder, since a lesson continues an unfinished run that it finds. Kernels see no GPU, since
     the stored outputs were made in the cpu gear. Those of the Colab editions run without AVX-512: the checked numbers

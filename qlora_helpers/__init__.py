@@ -7,7 +7,7 @@
 - `adapters`: adapters as files, and merging them;
 - `evaluation`: how well a model does, and what it has forgotten;
 - `memory`: predict what a run takes, and measure it;
-- `course`: the lessons' checks, figures and sliders, and the troubleshooting page;
+- `course`: the lessons' checks, exercises, tables, figures and sliders, and the troubleshooting page;
 - `commands`: what `python -m qlora_helpers` runs.
 
 Importing the package loads no library. It prepares two things that must be there before the libraries are: how torch's

@@ -31,9 +31,9 @@ SHOWN = ("Python", "torch", "memory", "GPU", "gear")  # which of the doctor's fa
 NOTEBOOKS = COURSE / "notebooks"
 NEEDED = {"pytest": "pytest", "nbval": "nbval", "xdist": "pytest-xdist", "jupytext": "jupytext", "nbformat": "nbformat"}
 NOT_CHECKED = (
-    "Not checked: figures (only that they are drawn), cells that are not compared (they only have to run), the solved and the "
-    "Colab editions, the helpers' own tests, what runs on a GPU (the lessons run in the cpu gear here). For these there are "
-    "make test, make test-all and make test-colab."
+    "Not checked: figures (only that they are drawn), cells that are not compared (they only have to run), values in brackets "
+    "such as (measured 0.91), which differ between machines, the solved and the Colab editions, the helpers' own tests, what "
+    "runs on a GPU (the lessons run in the cpu gear here). For these there are make test, make test-all and make test-colab."
 )
 
 

@@ -1,7 +1,8 @@
 """Checks for the numbers in a lesson, and for what a learner computes in an exercise.
 
-`check` raises when a number is not what the lesson says. Otherwise it prints one line that is the same on every machine:
-for an exact quantity its value, for a measured or trained one the bound, never digits that vary.
+`check` raises when a number is not what the lesson says. Otherwise it prints one line: for an exact quantity its value;
+for a measured or trained one the bound, or the wanted value with its tolerance, and in brackets what was measured here.
+All of it but the brackets is the same on every machine.
 """
 
 from __future__ import annotations
@@ -13,18 +14,13 @@ from typing import Any
 import torch
 
 from qlora_helpers import validation
+from qlora_helpers.course import check_lines
 
 __all__ = ["CheckFailed", "check", "exercise"]
 
 
 class CheckFailed(AssertionError):
     """A number is not what the lesson says."""
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.10g}"
 
 
 def _exactly_equal(name: str, got: Any, want: Any) -> bool:
@@ -97,25 +93,29 @@ def check(
                 f"check({name!r}): {word}={bound!r} must be a finite number: it would hold always or never"
             )
 
+    measured = ""
     if exact:
         holds, held = _exactly_equal(name, got, want), "exactly"
-        said = "equal, bit for bit" if isinstance(want, torch.Tensor) else _text(want)
+        said = "equal, bit for bit" if isinstance(want, torch.Tensor) else check_lines.shown(want)
     elif bounded:
         holds = _holds(lambda: (at_least is None or got >= at_least) and (at_most is None or got <= at_most))
-        parts = [f"at least {_text(at_least)}"] * (at_least is not None)
-        parts += [f"at most {_text(at_most)}"] * (at_most is not None)
+        parts = [f"at least {check_lines.shown(at_least)}"] * (at_least is not None)
+        parts += [f"at most {check_lines.shown(at_most)}"] * (at_most is not None)
         said = held = " and ".join(parts)
+        if holds:
+            measured = check_lines.beside(got, *(bound for bound in (at_least, at_most) if bound is not None))
     else:
         allowed = abs if abs is not None else rel * math.fabs(want) if _is_finite(want) else math.inf
         if not (_is_finite(want) and _is_finite(allowed)):
             raise ValueError(f"check({name!r}): want={want!r} has no numbers near it: pass exact=True, or a bound")
         holds = _holds(lambda: math.fabs(got - want) <= allowed)  # false for NaN
-        held = f"within {_text(abs)}" if abs is not None else f"within {rel * 100:g} %"
-        said = f"{_text(want)}, {held}"
+        held = f"within {check_lines.shown(abs)}" if abs is not None else f"within {rel * 100:g} %"
+        said = f"{check_lines.rounded(want, allowed)}, {held}"
+        measured = check_lines.rounded(got, allowed) if holds else ""
     if not holds:
-        wanted = held if bounded else f"{_text(want)}, {held}"
-        raise CheckFailed(f"{name}: got {_text(got)}, want {wanted}")
-    print(f"✓ {name}: {said}")
+        wanted = held if bounded else f"{check_lines.shown(want)}, {held}"
+        raise CheckFailed(f"{name}: got {check_lines.shown(got)}, want {wanted}")
+    print(f"✓ {name}: {said}{measured and f' (measured {measured})'}")
 
 
 def exercise(name: str, answer: Any, right: Callable[[Any], str] | Any, hint: str = "", rel: float = 1e-6) -> None:
@@ -159,5 +159,5 @@ def _difference(answer: Any, right: Any, rel: float) -> str:
         if isinstance(answer, bool) or not isinstance(answer, int | float):
             return f"expected a number, and got {answer!r}."
         close = math.isclose(answer, right, rel_tol=rel)
-        return "" if close else f"expected {_text(right)}, and got {_text(answer)}."
+        return "" if close else f"expected {check_lines.shown(right)}, and got {check_lines.shown(answer)}."
     return "" if answer == right else f"expected {right!r}, and got {answer!r}."

@@ -15,6 +15,7 @@ from IPython.display import HTML, DisplayHandle, display
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from qlora_helpers.course import figure_texts
 from qlora_helpers.memory import phases
 from qlora_helpers.units import GIB
 
@@ -105,23 +106,39 @@ def figure(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Axe
     return fig, fig.subplots(rows, columns, **of_axes)
 
 
-def _as_html(fig: Figure, alt: str) -> HTML:
+def _as_html(fig: Figure, alt: str, caption: str = "") -> HTML:
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png")
     data = base64.b64encode(buffer.getvalue()).decode()
     width = int(fig.get_size_inches()[0] * 100)
-    return HTML(f'<img alt="{html.escape(alt)}" width="{width}" src="data:image/png;base64,{data}">')
+    image = f'<img alt="{html.escape(alt)}" width="{width}" src="data:image/png;base64,{data}">'
+    if not caption:
+        return HTML(image)
+    return HTML(f'<figure style="margin: 0">{image}<figcaption>{html.escape(caption)}</figcaption></figure>')
 
 
-def show(fig: Figure, alt: str) -> None:
-    """Display a figure with alt text.
+def show(fig: Figure, number: str = "", alt: str = "") -> None:
+    """Display a figure with alt text: one of the lessons' by its number, with the number below it; or one of one's own.
+
+    Args:
+        number: such as "2.1", of a lesson's figure, whose alt text is in `alt_texts`. A text that is no such number is
+            taken as the alt text.
+        alt: the alt text of a figure without a number, or of one whose text is made from what was computed.
 
     Raises:
-        ValueError: the alt text is empty.
+        ValueError: there is no alt text, or there are two.
     """
+    if number and not figure_texts.is_number(number):
+        if alt:
+            raise ValueError(f"number={number!r}: must be a figure's number, such as '2.1', if there is alt= as well")
+        number, alt = "", number
+    if number and alt and number in figure_texts.texts_of_lesson(int(number.partition(".")[0])):
+        raise ValueError(f"figure {number} has an alt text in alt_texts already: leave out alt=, or remove that text")
+    if number and not alt:
+        alt = figure_texts.alt_text(number)
     if not alt.strip():
         raise ValueError("alt='': say in words what the figure shows, for those who cannot see it")
-    display(_as_html(fig, alt))
+    display(_as_html(fig, alt, f"Figure {number}" if number else ""))
 
 
 def stacked_bars(ax: Axes, names: Sequence[str], parts: Mapping[str, Sequence[float]], unit: str) -> None:

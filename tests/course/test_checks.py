@@ -22,23 +22,29 @@ def printed(capsys):
 @pytest.mark.parametrize(
     ("got", "want", "way", "line"),
     [
-        (0.0919, 0.0917, {"rel": 0.01}, "✓ n: 0.0917, within 1 %\n"),
-        (-1010, -1000, {"rel": 0.01}, "✓ n: -1,000, within 1 %\n"),
-        (4.12695, 4.127, {"abs": 1e-4}, "✓ n: 4.127, within 0.0001\n"),
-        (1e-9, 0, {"abs": 1e-8}, "✓ n: 0, within 1e-08\n"),
+        (0.0919, 0.0917, {"rel": 0.01}, "✓ n: 0.0917, within 1 % (measured 0.0919)\n"),
+        (9.51234567, 9.60693264, {"rel": 0.03}, "✓ n: 9.61, within 3 % (measured 9.51)\n"),
+        (5_700_000_000, 5_703_281_152, {"rel": 0.005}, "✓ n: 5,703,000,000, within 0.5 % (measured 5,700,000,000)\n"),
+        (-1010, -1000, {"rel": 0.01}, "✓ n: -1,000, within 1 % (measured -1,010)\n"),
+        (4.12695, 4.127, {"abs": 1e-4}, "✓ n: 4.127, within 0.0001 (measured 4.12695)\n"),
+        (1e-9, 0, {"abs": 1e-8}, "✓ n: 0, within 1e-08 (measured 1e-09)\n"),
+        (0, 0, {"rel": 0.1}, "✓ n: 0, within 10 % (measured 0)\n"),
+        (torch.tensor(2.0), 2.0, {"rel": 0.1}, "✓ n: 2, within 10 % (measured 2)\n"),
         (12345678, 12345678, {"exact": True}, "✓ n: 12,345,678\n"),
         (4.5, 4.5, {"exact": True}, "✓ n: 4.5\n"),
         ("Easthaven", "Easthaven", {"exact": True}, "✓ n: Easthaven\n"),
         (True, True, {"exact": True}, "✓ n: True\n"),
         (None, None, {"exact": True}, "✓ n: None\n"),
         ((16, 64), (16, 64), {"exact": True}, "✓ n: (16, 64)\n"),
-        (0.93, None, {"at_least": 0.9}, "✓ n: at least 0.9\n"),
-        (0.9, None, {"at_least": 0.9}, "✓ n: at least 0.9\n"),
-        (2e9, None, {"at_most": 4_000_000_000}, "✓ n: at most 4,000,000,000\n"),
-        (0.5, None, {"at_least": 0, "at_most": 1}, "✓ n: at least 0 and at most 1\n"),
+        (0.9312345, None, {"at_least": 0.9}, "✓ n: at least 0.9 (measured 0.931)\n"),
+        (0.9, None, {"at_least": 0.9}, "✓ n: at least 0.9 (measured 0.9)\n"),
+        (2e9, None, {"at_most": 4_000_000_000}, "✓ n: at most 4,000,000,000 (measured 2,000,000,000)\n"),
+        (0.5, None, {"at_least": 0, "at_most": 1}, "✓ n: at least 0 and at most 1 (measured 0.5)\n"),
+        (torch.tensor(0.25), None, {"at_least": 0}, "✓ n: at least 0 (measured 0.25)\n"),
+        (INFINITY, None, {"at_least": 0}, "✓ n: at least 0 (measured inf)\n"),
     ],
 )
-def test_what_holds_prints_one_line_without_the_digits_that_vary(got, want, way, line, capsys):
+def test_what_holds_prints_one_line_with_what_was_measured_in_brackets(got, want, way, line, capsys):
     check("n", got, want, **way)
     assert printed(capsys) == line
 

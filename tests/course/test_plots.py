@@ -1,10 +1,12 @@
 """Figures are shown with alt text, and the live plot keeps up with the run."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
-from qlora_helpers.course import plots
+from qlora_helpers.course import figure_texts, plots
 from qlora_helpers.memory import phases
 from qlora_helpers.memory.timeline import Timeline
 
@@ -38,6 +40,46 @@ def test_a_figure_without_alt_text_is_refused(shown):
     fig, _ = plots.figure()
     with pytest.raises(ValueError, match="say in words what the figure shows"):
         plots.show(fig, " ")
+    assert not shown
+
+
+@pytest.fixture
+def alt_texts(tmp_path, monkeypatch):
+    monkeypatch.setattr(figure_texts, "FOLDER", tmp_path)
+    (tmp_path / "02.json").write_text(json.dumps({"2.1": "Bars, one < two."}), encoding="utf-8")
+
+
+def test_a_numbered_figure_has_its_alt_text_and_its_number_below_it(shown, alt_texts):
+    plots.show(plots.figure()[0], "2.1")
+    assert '<img alt="Bars, one &lt; two."' in shown[0]
+    assert shown[0].startswith("<figure") and shown[0].endswith("<figcaption>Figure 2.1</figcaption></figure>")
+
+
+def test_a_numbered_figure_may_have_an_alt_text_that_was_computed(shown, alt_texts):
+    plots.show(plots.figure()[0], "2.2", alt="best at 3e-4")
+    assert '<img alt="best at 3e-4"' in shown[0] and "Figure 2.2" in shown[0]
+
+
+def test_a_figure_of_one_s_own_has_no_number(shown, alt_texts):
+    for arguments in ({"alt": "my own losses"}, {"number": "my own losses"}):
+        plots.show(plots.figure()[0], **arguments)
+    assert len(shown) == 2 and shown[0][:40] == shown[1][:40] and "Figure" not in shown[0] + shown[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("2.2",), "figure 2.2: it has no alt text in .*02.json, which has 2.1"),
+        (("3.1",), "figure 3.1: it has no alt text"),
+        (("2.1", "another text"), "figure 2.1 has an alt text in alt_texts already"),
+        (("Bars", "another text"), "number='Bars': must be a figure's number"),
+        (("2.2", " "), "alt='': say in words"),
+        ((), "alt='': say in words"),
+    ],
+)
+def test_a_figure_without_an_alt_text_or_with_two_is_refused(shown, alt_texts, arguments, told):
+    with pytest.raises(ValueError, match=f"^{told}"):
+        plots.show(plots.figure()[0], *arguments)
     assert not shown
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from notebooks.scripts import build
+from qlora_helpers.course import check_lines
 
 CASES = [(name, "colab", "t4") for name in build.lessons()] + [
     (name, "solutions", "ampere") for name in build.lessons()
@@ -16,7 +17,7 @@ CASES = [(name, "colab", "t4") for name in build.lessons()] + [
 def compared(notebook) -> dict[str, str]:
     """By cell id, the output of cells that print the same on every machine; without cells that query the gear."""
     return {
-        cell.id: "".join(output.text for output in cell.outputs if output.output_type == "stream")
+        cell.id: check_lines.compared("".join(o.text for o in cell.outputs if o.output_type == "stream"))
         for cell in notebook.cells
         if "nbval-check-output" in cell.metadata.get("tags", [])
         and not any(word in cell.source for word in (".gear", "SHIPPED_MODEL"))

@@ -4,8 +4,9 @@
     python -m tests.notebooks.number_bindings 03 README    # some of them
     python -m tests.notebooks.number_bindings --propose 03 # blocks for new and changed sentences, to check and paste
 
-The texts are the lessons' Markdown and the words in their figures, the questions of the quiz and all that its options say,
-the lessons' summaries, README.md, and the cards of the shipped model and adapter. Each has a file of bindings, `tests/notebooks/numbers/NAME.txt`. A block in it is a
+The texts are the lessons' Markdown, the words in their figures and the figures' alt texts, the questions of the quiz and
+all that their options say, the lessons' summaries, README.md, and the cards of the shipped model and adapter. Each has a
+file of bindings, `tests/notebooks/numbers/NAME.txt`. A block in it is a
 sentence, followed by a line for each of its numbers:
 
     > So 70B in 16 bits takes {a.2} GB: no single card that one can rent cheaply holds it.
@@ -54,6 +55,8 @@ import nbformat
 
 from notebooks.scripts import quiz_cells
 from notebooks.scripts.running import has_tag
+from qlora_helpers.course import figure_texts
+from qlora_helpers.course.check_lines import without_measured
 from qlora_helpers.course.quiz import Question, read_quiz
 from tests import ROOT
 
@@ -182,7 +185,8 @@ def names_in(sentence: str) -> list[str]:
 # Why a number written in a block's own sentence is not a claim; matched around the number, which is marked by «».
 NOT_CLAIMS = {
     "the number of a lesson": r"^«\d+» · |esson «\d+»|LESSON=«\d+»",
-    "the number of an exercise": r"^Exercise «\d+»$",
+    "the number of an exercise": r"^Exercise «\d+(?:\.\d+)?»(?:$|: )",
+    "the minutes of an exercise, bound by test_exercises": r"^\*\w+ · \w+ · about «\d+» minutes?\.\*$",
     "a model by its size": r"«[\d.]+[BM]»",
     "a model by its version": r"Gemma «3»",
     "a format by its bits": r"«(?:2|3|4|8|16|32)»[- ]bits?\b",
@@ -246,12 +250,21 @@ class Text:
         return known | {path.name for path in (*ROOT.glob("data/*"), *ROOT.glob("data/measured/*"))}
 
 
-def figure_texts(source: str) -> list[str]:
-    """The literal titles, labels and alt texts in a cell's code; strings that are built by code are left out."""
+def words_of_figures(source: str) -> list[str]:
+    """The literal titles, labels and alt texts in a cell's code; figures' numbers and strings built by code are left out."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     named = [node for node in calls if isinstance(node.func, ast.Attribute) and node.func.attr in WORDS_OF_FIGURES]
     arguments = [argument for node in named for argument in node.args]
-    return [a.value for a in arguments if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+    arguments += [keyword.value for node in named for keyword in node.keywords if keyword.arg == "alt"]
+    words = [a.value for a in arguments if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+    return [text for text in words if not figure_texts.is_number(text)]
+
+
+def alt_texts(lesson: str) -> list[tuple[str, str]]:
+    """Places and alt texts of a lesson's numbered figures. Those of diagrams are held by `tests/course/test_diagrams.py`."""
+    path = figure_texts.FOLDER / f"{lesson[:2]}.json"
+    entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return [(f"alt text of figure {number}", entry) for number, entry in entries.items() if isinstance(entry, str)]
 
 
 def lesson_names() -> list[str]:
@@ -264,8 +277,8 @@ def text_of(name: str) -> Text:
         cells = jupytext.read(LESSONS / f"{name}.py").cells
         parts = [(f"cell {i}", cell.source) for i, cell in enumerate(cells) if cell.cell_type == "markdown"]
         code_cells = [(i, cell.source) for i, cell in enumerate(cells) if cell.cell_type == "code"]
-        parts += [(f"figure of cell {i}", text) for i, source in code_cells for text in figure_texts(source)]
-        return Text(name, parts, name)
+        parts += [(f"figure of cell {i}", text) for i, source in code_cells for text in words_of_figures(source)]
+        return Text(name, parts + alt_texts(name), name)
     if name == "quiz":
         questions = [question for lesson in lesson_names() for question in read_quiz(lesson[:2])]
         return Text(name, [(f"question {question.number}", _all_of(question)) for question in questions])
@@ -308,10 +321,10 @@ def _squeezed(text: str) -> str:
 
 @functools.cache
 def printed(lesson: str) -> tuple[str, ...]:
-    """The lines that a lesson's cells print in both editions, without duplicates."""
+    """The lines that a lesson's cells print in both editions, without duplicates and without what checks measured."""
     outputs = [output for cell in _cells(lesson) for output in cell.outputs]
     texts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs]
-    lines = [_squeezed(line) for text in texts for line in text.splitlines()]
+    lines = [_squeezed(line) for text in texts for line in without_measured(text).splitlines()]
     return tuple(dict.fromkeys(line for line in lines if line))
 
 
@@ -324,7 +337,7 @@ def code(lesson: str) -> tuple[str, ...]:
     sources = []
     for cell in _cells(lesson):
         source = cell.source
-        for words in figure_texts(source):
+        for words in words_of_figures(source):
             source = source.replace(words, "")
         sources.append(_squeezed(source))
     return tuple(dict.fromkeys(sources))
@@ -332,6 +345,8 @@ def code(lesson: str) -> tuple[str, ...]:
 
 @functools.cache
 def _file(path: str) -> str:
+    if (ROOT / path).parent == figure_texts.FOLDER:
+        raise NoEvidence(f"{path} has words of figures: a number bound to its own words would always be right")
     return (ROOT / path).read_text(encoding="utf-8")
 
 

@@ -7,10 +7,12 @@ import re
 
 import nbformat
 import pytest
-from nbval.plugin import IPyNbFile, coalesce_streams
+from nbval.plugin import coalesce_streams
 
+from conftest import Notebook
 from notebooks.scripts import build
 from notebooks.scripts.running import code_cells, has_tag, in_one_kernel
+from qlora_helpers.course.check_lines import compared
 from tests import ROOT
 
 NOTEBOOKS = [(name, edition) for name in build.lessons() for edition in build.EDITIONS]
@@ -72,9 +74,9 @@ def test_at_least_three_cells_are_compared(name, edition):
 
 @every_notebook
 def test_changing_one_digit_of_a_compared_output_goes_red(name, edition, request):
-    """nbval's own comparison, with the stored outputs as the run and a mutated copy as the reference."""
+    """The comparison of conftest.py, with the stored outputs as the run and a mutated copy as the reference."""
     path = build.EDITIONS[edition] / f"{name}.ipynb"
-    file = IPyNbFile.from_parent(request.session, path=path)
+    file = Notebook.from_parent(request.session, path=path)
     mutated = 0
     for item in file.collect():
         if not item.options["check"]:
@@ -94,9 +96,10 @@ def test_changing_one_digit_of_a_compared_output_goes_red(name, edition, request
 
 
 def shown(cell) -> list:
-    """What nbval compares in a cell: its streams, each in one piece, and the data that is not an image."""
+    """What is compared in a cell: its streams, each in one piece, and the data that is not an image."""
     made = coalesce_streams(copy.deepcopy(cell.outputs))
-    return [output.get("text") or {k: v for k, v in output.data.items() if "image" not in k} for output in made]
+    texts = [compared(output.get("text", "")) for output in made]
+    return [text or {k: v for k, v in o.data.items() if "image" not in k} for text, o in zip(texts, made, strict=True)]
 
 
 @every_lesson

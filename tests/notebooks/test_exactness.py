@@ -2,7 +2,7 @@
 
 A GPU adds in a different order from a CPU, so their floats differ in the last bits. These tests follow each lesson's
 source from what depends on the gear (a model loaded for it, and everything made from it) to what is checked exactly: by
-`check(..., exact=True)`, or as the answer to an exercise. Whatever gets there must be in `DECIDED`. Everything else is
+`check(..., exact=True)`, or as the answer to an exercise, which goes by its name in `qlora_helpers/course/exercises`. Whatever gets there must be in `DECIDED`. Everything else is
 computed on the CPU in every gear; the notebook tests check on two processor instruction sets that it is exact.
 """
 
@@ -15,6 +15,8 @@ import nbformat
 import pytest
 
 from notebooks.scripts import build
+from tests.course.exercises.test_answers import ROOM
+from tests.course.exercises.test_answers import of_lesson as exercises_of
 
 # The results of these depend on the gear, unless an argument names the CPU.
 OF_THE_GEAR = {
@@ -23,7 +25,8 @@ OF_THE_GEAR = {
 }  # fmt: skip
 
 # "count": a whole number or a truth value that does not depend on floats; "text": words, tokens, names and dtypes;
-# "same": floats from the same operations on the same device, or what follows from them.
+# "same": floats from the same operations on the same device, or what follows from them; "bound": the answer to an exercise
+# that is judged by a bound or a tolerance which is far wider than what the last bits can move.
 DECIDED = {
     "04_qlora_run": {
         "bytes of 4-bit weights": "count",
@@ -118,6 +121,9 @@ class Lesson:
                 case ast.Attribute(value=ast.Name(id=owner), attr="append" | "update" | "add" | "extend") if depends:
                     self.names.add(owner)
             exact = any(keyword.arg == "exact" for keyword in call.keywords)
+            match call.func:
+                case ast.Attribute(value=ast.Attribute(value=ast.Name(id="exercises"), attr=name), attr="check"):
+                    self.held[name] = self.held.get(name, False) or depends
             if isinstance(call.func, ast.Name) and (call.func.id == "exercise" or (call.func.id == "check" and exact)):
                 said = call.args[0]
                 name = said.value if isinstance(said, ast.Constant) else ast.unparse(said)
@@ -167,8 +173,13 @@ def test_a_decided_kind_is_what_the_lesson_prints(name):
     notebook = nbformat.read(build.EDITIONS["solutions"] / f"{name}.ipynb", as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     printed = "\n".join(output.text for cell in cells for output in cell.outputs if output.output_type == "stream")
+    exercises = exercises_of(name[:2]) if (ROOM / f"lesson_{name[:2]}.py").exists() else {}
     for held, kind in DECIDED[name].items():
-        assert kind in ("count", "text", "same")
+        assert kind in ("count", "text", "same", "bound")
+        if held in exercises:  # whose answer is not printed
+            assert re.search(rf"^✓ Exercise {exercises[held].number}, .*: right!$", printed, re.M), held
+            continue
+        assert kind != "bound", "a check with a bound is not exact"
         value = re.search(rf"^✓ {as_printed(held)}: (.+)$", printed, re.M)
         assert value, f"{held} is not printed"
         if kind != "same" and value[1] != "right!":  # an exercise, whose answer is not printed
@@ -210,6 +221,7 @@ EXACT = "check('n', got, want, exact=True)"
 )
 def test_what_depends_on_the_gear_is_followed(source):
     assert Lesson(f"{source}\n{EXACT}").held == {"n": True}
+    assert Lesson(f"{source}\nexercises.loss.check(got, rank=8)").held == {"loss": True}
 
 
 @pytest.mark.parametrize(

@@ -316,3 +316,26 @@ def test_the_command_says_what_is_wrong_and_its_status_too(of_lesson_3, monkeypa
     said = capsys.readouterr().out
     assert f"{text.name}, cell 5: “It saves 0.126953 bits.”\n    0.126953 is bound to `printed" in said
     assert "which gives 0.373047\nCure: correct the number in the text" in said
+
+
+# ---------------------------------------------------------------------------------------- alt texts in their files
+
+
+def test_numbers_in_alt_texts_are_bound_but_not_to_themselves(tmp_path, monkeypatch):
+    monkeypatch.setattr(bindings.figure_texts, "FOLDER", tmp_path)
+    texts = {"3.1": {"diagram": "two_levels"}, "3.2": "Bars of 0.7654 bits.", "3.3": "Lines."}
+    (tmp_path / "03.json").write_text(json.dumps(texts), encoding="utf-8")
+    (lesson,) = (name for name in bindings.lesson_names() if name.startswith("03"))
+    wrong = [problem for problem in bindings.problems_of(bindings.text_of(lesson)) if "0.7654" in problem]
+    assert len(wrong) == 1 and wrong[0].startswith(f"{lesson}, alt text of figure 3.2: “Bars of 0.7654 bits.”")
+    monkeypatch.setattr(bindings, "ROOT", tmp_path)
+    for evidence in ("text 03.json: Bars of <#> bits", "json 03.json: 3.2"):
+        with pytest.raises(bindings.NoEvidence, match="bound to its own words"):
+            bindings.evaluate(evidence, lesson)
+
+
+def test_the_number_of_a_figure_is_no_word_of_it_and_its_words_are_found():
+    source = (
+        "plots.show(fig, '2.1')\nplots.show(fig, '2.2', alt='Bars')\nplots.show(fig, 'Lines')\nax.set_title('7 bars')"
+    )
+    assert sorted(bindings.words_of_figures(source)) == ["7 bars", "Bars", "Lines"]

@@ -226,6 +226,25 @@ def test_an_error_is_told_with_its_line(faulty):
     assert f"notebooks/solutions/{LONG}.ipynb, cell [3], line 2: ZeroDivisionError: division by zero" in faulty.output
 
 
+def checked(folder: Path, stored: str) -> Ran:
+    """The run of a lesson whose cell prints the line of a check, with another line stored."""
+    source = "print('✓ recall: at least 0.85 (measured 0.912)')"
+    write(
+        folder / "notebooks" / f"{SHORT}.ipynb",
+        [code(TELL.replace("LESSON", SHORT)), code(source, "nbval-check-output", stored)],
+    )
+    return Ran(folder, "-q", f"notebooks/{SHORT}.ipynb")
+
+
+def test_what_a_check_measured_is_not_compared_and_its_bound_is(tmp_path):
+    folder = small_course(tmp_path)
+    for same in ("✓ recall: at least 0.85 (measured 0.907)\n", "✓ recall: at least 0.85\n"):
+        assert checked(folder, same).code == 0
+    for other in ("✓ recall: at least 0.86 (measured 0.912)\n", "✗ recall: at least 0.85 (measured 0.912)\n"):
+        ran = checked(folder, other)
+        assert ran.code == 1 and "the cell now gives '✓ recall: at least 0.85'" in ran.output, ran.output
+
+
 def test_a_failure_is_shown_when_it_happens(faulty):
     shown = faulty.output.index("cell [2]: the notebook stores")
     assert shown < faulty.output.index("ZeroDivisionError") < faulty.output.index("= FAILURES =")

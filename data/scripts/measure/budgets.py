@@ -41,6 +41,7 @@ MODELS = {
     "qwen2.5-0.5b": 1, "qwen2.5-1.5b": 3, "llama-3.2-3b": 2, "llama-3.1-8b": 3, "mistral-7b": 1,
 }  # fmt: skip
 WORDS = 4_096
+LONGEST = 32_768  # positions of the models: a default window may be shorter than a drawn length
 
 
 def draw() -> list[dict]:
@@ -95,7 +96,8 @@ def measure(row: dict, settings_more: dict | None = None) -> dict:
     if row["gear"] == "t4":
         hardware = replace(hardware, capability=(7, 5))  # its kernels are those of a T4
     dtype = str(hardware.compute_dtype).removeprefix("torch.")
-    about = {"config": CONFIGS[row["model"]], "method": "qlora", "compute_dtype": dtype, "double_quant": True}
+    config = CONFIGS[row["model"]] | {"max_position_embeddings": LONGEST}
+    about = {"config": config, "method": "qlora", "compute_dtype": dtype, "double_quant": True}
     model = build_model(about | {"attention": "sdpa", "t4_kernels": row["gear"] == "t4"}, False)
     usual = {"max_length": row["max_length"], "steps": STEPS, "warmup_steps": 1, "learning_rate": 1e-4, "log_steps": 1}
     budget = {"memory_budget": f"{row['budget']}GiB"} if settings_more is None else {}

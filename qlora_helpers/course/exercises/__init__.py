@@ -1,0 +1,1 @@
+"""The exercises: `asking` has what all of them share, and `lesson_01` to `lesson_11` have those of each lesson."""
