@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from IPython.display import HTML, DisplayHandle, display
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from qlora_helpers.course import figure_texts
 from qlora_helpers.memory import phases
@@ -63,7 +63,7 @@ COLOURS = [BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW]
 FORMAT_COLOURS = {
     "NF4": BLUE,
     "INT4": ORANGE,
-    "INT4 symmetric": YELLOW,
+    "INT4 symmetric": GREEN,  # yellow is for areas: as a thin line it can hardly be seen on white
     "FP4": RED,
     "INT3": PURPLE,
     "16 bit": "#555555",
@@ -171,6 +171,7 @@ def weights_and_levels(ax: Axes, weights: torch.Tensor, levels: torch.Tensor, na
     ax.hist(weights.flatten().numpy(), bins=120, range=(-1, 1), density=True, color="#BBBBBB")
     ax.vlines(levels.numpy(), -0.28, -0.06, color=FORMAT_COLOURS.get(name, BLUE), linewidth=2)
     ax.set_ylim(bottom=-0.32)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda density, _: f"{density:g}" if density >= 0 else ""))
     ax.set_xlabel("weight / absmax of its block")
     ax.set_ylabel("density of weights")
     ax.set_title(name)
@@ -287,8 +288,13 @@ def _draw_losses(ax: Axes, history: History, validation_history: History) -> Non
     ax.set_yscale("log")
     plain = FuncFormatter(lambda loss, _: f"{loss:g}")  # 3 and not 3 x 10^0
     ax.yaxis.set_major_formatter(plain)
-    if ax.get_ylim()[1] < 30 * ax.get_ylim()[0]:  # with more powers of ten, their labels are enough
-        ax.yaxis.set_minor_formatter(plain)
+    lowest, highest = ax.get_ylim()
+    if highest < 30 * lowest:  # with more powers of ten, their labels are enough
+        few = highest > 4 * lowest  # 0.9 would lie on top of 1
+        ax.yaxis.set_minor_formatter(
+            FuncFormatter(lambda loss, _: "" if few and f"{loss:e}"[0] not in "235" else f"{loss:g}")
+        )
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no step 0.25
     ax.set_xlabel("step")
     ax.set_ylabel("loss (nats per answer token)")
 

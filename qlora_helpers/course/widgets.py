@@ -19,7 +19,7 @@ from qlora_helpers.memory import GPU_RUN, find_gpu, find_shape, known_gpus, pred
 from qlora_helpers.memory.catalogue import predicted_models
 from qlora_helpers.memory.trained import OPTIMIZERS
 from qlora_helpers.quantize import INT4, NF4, dequantize, quantize
-from qlora_helpers.units import GIB
+from qlora_helpers.units import GB, GIB
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,24 +27,47 @@ if TYPE_CHECKING:
 __all__ = ["chat_widget", "fit_explorer", "memory_slider", "outlier_slider"]
 
 
+CARDS = {"T4": "t4", "RTX 4090": "4090", "A100": "a100-80"}  # on the slider of lesson 1: their names, the predictor's
+
+
 def memory_slider(parameters: Mapping[str, int]) -> ipywidgets.Widget:
-    """Move the bits per weight and the model; see the bytes of the weights against three cards.
+    """Move the bits per weight and the model; see the bytes of the weights against what torch can use of three cards.
 
     Args:
         parameters: their number in each model, by its name.
     """
+    cards = sorted((find_gpu(name).usable_bytes / GB, card) for card, name in CARDS.items())
 
     def draw(model: str, bits: float):
-        gigabytes = parameters[model] * bits / 8 / 1e9
-        fig, ax = plots.figure(figsize=(7.2, 1.9))
+        gigabytes = parameters[model] * bits / 8 / GB
+        most = max(90, gigabytes * 1.05)
+        fig, ax = plots.figure(figsize=(7.2, 2.2))
         ax.barh([model], [gigabytes], color=plots.BLUE)
-        for card, size in (("T4, 16 GB", 16), ("RTX 4090, 24 GB", 24), ("A100, 80 GB", 80)):
-            ax.axvline(size, color=plots.RED, linestyle="--")
-            ax.text(size, 0.45, f" {card}", color=plots.RED, fontsize=8)
-        ax.set_xlim(0, max(90, gigabytes * 1.05))
-        ax.set_xlabel("weights (GB)")
+        # each name beside the top of its own line, the smallest card's highest: so no line runs through a name
+        for row, (size, card) in enumerate(reversed(cards)):
+            top = 0.68 + 0.32 * row
+            ax.plot([size, size], [-0.5, top], color=plots.RED, linestyle="--")
+            is_left = size > most / 2
+            ax.annotate(
+                f"{card}: {size:.1f} GB",
+                (size, top),
+                xytext=(-4 if is_left else 4, 0),
+                textcoords="offset points",
+                ha="right" if is_left else "left",
+                va="center",
+                color=plots.RED,
+                fontsize=9,
+            )
+        ax.set(xlim=(0, most), ylim=(-0.5, 0.68 + 0.32 * len(cards)))
+        ax.grid(axis="y", visible=False)
+        ax.set_xlabel("weights (GB); dashed: what torch can use of a card")
         ax.set_title(f"{parameters[model]:,} parameters x {bits} bits = {gigabytes:.1f} GB")
-        plots.show(fig, f"{model} at {bits} bits per weight takes {gigabytes:.1f} GB for its weights alone.")
+        hold = [f"{card} ({size:.1f})" for size, card in cards if size >= gigabytes]
+        plots.show(
+            fig,
+            f"{model} at {bits} bits per weight takes {gigabytes:.1f} GB for its weights alone. "
+            f"Cards that can hold them: {', '.join(hold) or 'none of the three'}.",
+        )
 
     return ipywidgets.interactive(
         draw,
@@ -60,15 +83,17 @@ def outlier_slider() -> ipywidgets.Widget:
     def draw(outlier: float, block_size: int):
         changed = weights.clone()
         changed[100] = outlier
-        fig, ax = plots.figure()
-        for codebook in (NF4, INT4):
+        # a panel for each, since one curve would hide the other
+        fig, axes = plots.figure(1, 2, figsize=(7.2, 3.2), sharey=True)
+        for ax, codebook in zip(axes, (NF4, INT4), strict=True):
             error = (dequantize(quantize(changed, codebook, block_size, False)) - changed).abs()
-            ax.plot(error[:1024], color=plots.FORMAT_COLOURS[codebook.name], label=codebook.name, linewidth=0.8)
-        ax.set_ylim(0, 1.5)
-        ax.set_xlabel("position of the weight")
-        ax.set_ylabel("absolute error")
-        ax.set_title(f"An outlier of {outlier:g} spoils the {block_size} weights of its block")
-        ax.legend()
+            colour = plots.FORMAT_COLOURS[codebook.name]
+            ax.plot(error[:1024], color=colour, label=codebook.name, linewidth=0.8)
+            ax.set_xlabel("position of the weight")
+            ax.set_title(codebook.name, fontsize=10, fontweight="normal")
+        axes[0].set(ylim=(0, 1.5), ylabel="absolute error")
+        title = f"An outlier of {outlier:g} spoils the {block_size} weights of its block"
+        fig.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         plots.show(fig, f"Error of 1,024 weights with an outlier of {outlier:g}, block size {block_size}.")
 
     return ipywidgets.interactive(

@@ -146,6 +146,9 @@ def test_the_figure_of_a_run_says_what_it_shows():
     assert plain.get_title(loc="left") == "The loss during the run" and plain.get_legend() is None
     assert plain.get_xlim() == (0, 6) and drawn(HISTORY, steps=12).get_xlim() == (0, 12)
     assert [plain.yaxis.get_minor_formatter()(value) for value in (2.0, 0.5)] == ["2", "0.5"]
+    assert all(step == int(step) for step in drawn([(1, 5.0), (2, 4.0)]).get_xticks())
+    wide = drawn([(1, 9.0), (2, 0.6)]).yaxis.get_minor_formatter()
+    assert [wide(value) for value in (0.9, 2.0, 4.0, 5.0)] == ["", "2", "", "5"]  # 0.9 would lie on 1
 
 
 def test_a_figure_of_no_losses_or_of_a_step_without_one_is_refused():

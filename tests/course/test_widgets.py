@@ -14,7 +14,8 @@ from qlora_helpers.memory import GPU_RUN, find_gpu, find_shape, predict
 from qlora_helpers.models.loading import load_model
 from qlora_helpers.paths import data_path
 from qlora_helpers.quantize import INT4, NF4
-from qlora_helpers.units import GIB
+from qlora_helpers.units import GB, GIB
+from tests.support.figure_faults import faults_of
 
 LLAMA = "meta-llama/Llama-3.1-8B"
 
@@ -28,7 +29,11 @@ def draw(monkeypatch):
     def move(slider, *values):
         shown.clear()  # a new slider draws itself
         slider.f(*values)
-        return (shown[0][0], shown[0][0].get_title(loc="left"), shown[0][1]) if shown else None
+        if not shown:
+            return None
+        ax, said = shown[0]
+        assert faults_of(ax.figure) == []
+        return ax, ax.figure.get_suptitle() or ax.get_title(loc="left"), said
 
     return move
 
@@ -42,10 +47,33 @@ def test_weights_take_their_bits_over_eight(draw):
     ax, title, said = draw(slider, "Llama-3.1-8B", 16)
     assert ax.patches[0].get_width() == pytest.approx(16.060522496)
     assert title == "8,030,261,248 parameters x 16 bits = 16.1 GB"
-    assert said == "Llama-3.1-8B at 16 bits per weight takes 16.1 GB for its weights alone."
-    assert [line.get_xdata()[0] for line in ax.lines] == [16, 24, 80] and ax.get_xlim() == (0, 90)
-    assert [text.get_text() for text in ax.texts] == [" T4, 16 GB", " RTX 4090, 24 GB", " A100, 80 GB"]
-    assert draw(slider, "large", 16)[0].get_xlim() == (0, 147)
+    assert said == (
+        "Llama-3.1-8B at 16 bits per weight takes 16.1 GB for its weights alone. "
+        "Cards that can hold them: RTX 4090 (25.2), A100 (85.0)."
+    )
+    usable = [line.get_xdata()[0] * GB for line in ax.lines]  # in the unit of the weights
+    assert usable == pytest.approx([find_gpu(name).usable_bytes for name in ("a100-80", "4090", "t4")])
+    assert [text.get_text() for text in ax.texts] == ["A100: 85.0 GB", "RTX 4090: 25.2 GB", "T4: 15.6 GB"]
+    assert ax.get_xlim() == (0, 90)
+    ax, _, said = draw(slider, "large", 16)
+    assert ax.get_xlim() == (0, 147) and said.endswith("none of the three.")
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8, 4.5, 4.127, 4])
+def test_no_card_hides_another_or_the_title(draw, bits):
+    slider = widgets.memory_slider(
+        {"small": 494_032_768, "Llama-3.1-8B": 8_030_261_248, "Llama-3.1-70B": 70_553_706_496}
+    )
+    for model in ("small", "Llama-3.1-8B", "Llama-3.1-70B"):
+        ax, _, _ = draw(slider, model, bits)  # which looks at every text
+        names = [text.get_window_extent() for text in ax.texts]
+        for line in ax.lines:
+            x, y = ax.transData.transform(line.get_xydata()).T
+            assert not any(name.x0 < x[0] < name.x1 and name.y0 < max(y) for name in names)
+
+
+def test_the_slider_of_bits_begins_with_16_bits():
+    slider = widgets.memory_slider({"Llama-3.1-8B": 8_030_261_248})
     assert [control.value for control in controls(slider).values()] == ["Llama-3.1-8B", 16]
 
 
@@ -54,7 +82,7 @@ def test_an_outlier_spoils_the_weights_of_its_block_alone(draw):
     errors = []
     for outlier in (1.0, 30.0):
         ax, title, said = draw(slider, outlier, 64)
-        errors.append({line.get_label(): line.get_ydata() for line in ax.lines})
+        errors.append({line.get_label(): line.get_ydata() for panel in ax.figure.axes for line in panel.lines})
     assert title == "An outlier of 30 spoils the 64 weights of its block" and "an outlier of 30, block size 64" in said
     for name in (NF4.name, INT4.name):
         calm, spoilt = (np.asarray(error[name]) for error in errors)
