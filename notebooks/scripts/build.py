@@ -330,6 +330,7 @@ def map_table() -> str:
 COMMANDS = {
     "run": "the full QLoRA run, with a report",
     "preflight": "the machine; every lesson as learners get it: its text against its source, each cell run, outputs compared",
+    "teaching": "slides, handouts and quizzes of all lessons from their stored outputs, and a zip for learners; LESSON=03 for one",
     "test": "ruff; every test of the helpers, the data and this project; each lesson once, with its exercises unsolved and solved",
     "test-all": "everything: all three editions of each lesson as they are, the 16-bit and the shuffled control, 20 killed runs",
     "test-colab": "the Colab editions under Colab's versions, beside what else Colab has",

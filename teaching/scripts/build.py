@@ -48,7 +48,7 @@ def materials(name: str) -> dict[str, str]:
     return {
         f"slides/{name}{slides.ENDING}": slides.page(name),
         f"handouts/{name}{handouts.ENDING}": handouts.page(name),
-        f"quiz/{name}.gift.txt": quizzes.gift(f"QLoRA course/{title}", questions),
+        f"quiz/{name}.gift.txt": quizzes.gift(title, questions),
         f"quiz/{name}.questions.html": quizzes.printable(title, questions),
         f"quiz/{name}.answers.html": quizzes.answer_key(title, questions),
     }
@@ -83,8 +83,11 @@ def learners_zip(into: Path) -> Path:
 
 
 def fill_guide() -> None:
-    """Fill the tables of teaching/README.md."""
-    guide.PAGE.write_text(fill(guide.PAGE.read_text(encoding="utf-8"), guide.tables()), encoding="utf-8")
+    """Fill the tables of teaching/README.md, if they are not those of today's lessons."""
+    page = guide.PAGE.read_text(encoding="utf-8")
+    filled = fill(page, guide.tables())
+    if filled != page:
+        guide.PAGE.write_text(filled, encoding="utf-8")
 
 
 def main() -> int:

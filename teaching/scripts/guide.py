@@ -79,7 +79,9 @@ def extent(name: str, seconds: int) -> Extent:
     headings = re.findall(r"^## Exercise \S+.*$", whole, re.M)
     minutes = [int(number) for number in re.findall(r"about (\d+) minutes?\.\*", whole)]
     if len(minutes) > len(headings):
-        raise ValueError(f"lesson {name}: {len(minutes)} lines say how many minutes one of {len(headings)} exercises takes")
+        raise ValueError(
+            f"lesson {name}: {len(minutes)} lines say how many minutes one of {len(headings)} exercises takes"
+        )
     minutes += [UNSTATED] * (len(headings) - len(minutes))
     return Extent(
         name,
@@ -136,7 +138,10 @@ def minutes_of(path: str, found: dict[str, Extent]) -> int:
 
 def paths_table(found: dict[str, Extent]) -> str:
     """The paths, with the lessons of each and its minutes."""
-    table = ["| path | lessons in class (bold: with exercises) | in class, without breaks | left to work alone |", "|---|---|---|---|"]
+    table = [
+        "| path | lessons in class (bold: with exercises) | in class, without breaks | left to work alone |",
+        "|---|---|---|---|",
+    ]
     for path, parts in PATHS.items():
         total = minutes_of(path, found)
         names = ", ".join(f"**{part[:-1]}**" if part.endswith("*") else part for part in parts)

@@ -5,6 +5,7 @@ scripts from other servers (RequireJS, MathJax, Mermaid, reveal.js); these have 
 """
 
 import copy
+import html
 import re
 
 import nbformat
@@ -62,22 +63,25 @@ def anchors(page: str) -> str:
     """A page whose headings can be linked to as on GitHub: in lower case, with hyphens."""
 
     def lowered(heading: re.Match) -> str:
-        words = re.sub(r"<[^>]*>", "", heading[3])
+        words = html.unescape(re.sub(r"<[^>]*>", "", heading[3]))
         place = re.sub(r"[^\w\- ]", "", words.strip().lower()).replace(" ", "-")
         return f'<h{heading[1]} id="{place}"{heading[2]}>{heading[3]}</h{heading[1]}>'
 
-    return re.sub(r'<h([1-6]) id="[^"]*"([^>]*)>(.*?)</h\1>', lowered, page, flags=re.S)
+    return re.sub(r'<h([1-6])(?: id="[^"]*")?([^>]*)>(.*?)</h\1>', lowered, page, flags=re.S)
 
 
 def code_colours() -> str:
     """The style of highlighted code, for a light page and a dark one."""
     light, dark = (
-        HtmlFormatter(style=style, nobackground=True).get_style_defs(".highlight") for style in ("default", "github-dark")
+        HtmlFormatter(style=style, nobackground=True).get_style_defs(".highlight")
+        for style in ("default", "github-dark")
     )
     return f"{light}\n@media (prefers-color-scheme: dark) {{ @media screen {{\n{dark}\n}} }}"
 
 
-def exported(notebook: NotebookNode, template: str, exporter: type[HTMLExporter] = HTMLExporter, **resources: str) -> str:
+def exported(
+    notebook: NotebookNode, template: str, exporter: type[HTMLExporter] = HTMLExporter, **resources: str
+) -> str:
     """A notebook as one page.
 
     Args:

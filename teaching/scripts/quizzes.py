@@ -11,6 +11,7 @@ from qlora_helpers.course.quiz import Question, as_markdown
 from teaching.scripts import pages
 
 SIGNS = "\\~=#{}:"  # the backslash first
+COURSE = "QLoRA course"
 INTRODUCTION = "Choose one answer for each question."
 
 
@@ -26,7 +27,7 @@ def gift(title: str, questions: tuple[Question, ...]) -> str:
     Args:
         title: of the lesson, which names the category.
     """
-    blocks = [f"// {title}: made from the course by  make teaching", f"$CATEGORY: {title.replace('/', '//')}"]
+    blocks = [f"// {title}: made from the course by  make teaching", f"$CATEGORY: {COURSE}/{title.replace('/', '//')}"]
     for question in questions:
         lines = [f"::Quiz {_escaped(question.number)}::[markdown]{_escaped(question.text)} {{"]
         for option in question.options:

@@ -99,7 +99,9 @@ def marked(notebook: NotebookNode, lesson: int) -> NotebookNode:
         is_text, lines = cell.cell_type == "markdown", _lines(cell)
         heading = re.match(r"##? (.*)", cell.source) if is_text else None
         # a text begins a step, unless it concludes the one before it
-        is_step = has_code and (_is_figure(cell) or (is_text and following is not None and following.cell_type == "code"))
+        is_step = has_code and (
+            _is_figure(cell) or (is_text and following is not None and following.cell_type == "code")
+        )
         if heading or not slides:
             kind, where = "slide", heading[1] if heading else ""
         elif has_tag(cell, "new-slide") or is_step or (height > 3 and height + lines > FULL):

@@ -5,7 +5,7 @@
     python -m tests.notebooks.number_bindings --propose 03 # blocks for new and changed sentences, to check and paste
 
 The texts are the lessons' Markdown, the words in their figures and the figures' alt texts, the questions of the quiz and
-all that their options say, the lessons' summaries, README.md, and the cards of the shipped model and adapter. Each has a
+all that their options say, the lessons' summaries, README.md, teaching/README.md, and the cards of the shipped model and adapter. Each has a
 file of bindings, `tests/notebooks/numbers/NAME.txt`. A block in it is a
 sentence, followed by a line for each of its numbers:
 
@@ -60,7 +60,7 @@ from qlora_helpers.course.check_lines import without_measured
 from qlora_helpers.course.quiz import Question, read_quiz
 from tests import ROOT
 
-PAGES = {"README": "README.md"}
+PAGES = {"README": "README.md", "teaching": "teaching/README.md"}
 BINDINGS = ROOT / "tests" / "notebooks" / "numbers"
 LESSONS = ROOT / "notebooks" / "source"
 
@@ -184,7 +184,7 @@ def names_in(sentence: str) -> list[str]:
 
 # Why a number written in a block's own sentence is not a claim; matched around the number, which is marked by «».
 NOT_CLAIMS = {
-    "the number of a lesson": r"^«\d+» · |esson «\d+»|LESSON=«\d+»",
+    "the number of a lesson": r"^\[?«\d+» · |esson «\d+»|LESSON=«\d+»",
     "the number of an exercise": r"^Exercise «\d+(?:\.\d+)?»(?:$|: )",
     "the minutes of an exercise, bound by test_exercises": r"^\*\w+ · \w+ · about «\d+» minutes?\.\*$",
     "a model by its size": r"«[\d.]+[BM]»",
@@ -272,7 +272,7 @@ def lesson_names() -> list[str]:
 
 
 def text_of(name: str) -> Text:
-    """A lesson, `quiz`, `lessons` (their summaries), `README`, or the card `tiny-llama` or `adapters`."""
+    """A lesson, `quiz`, `lessons` (their summaries), `README`, `teaching`, or the card `tiny-llama` or `adapters`."""
     if name in lesson_names():
         cells = jupytext.read(LESSONS / f"{name}.py").cells
         parts = [(f"cell {i}", cell.source) for i, cell in enumerate(cells) if cell.cell_type == "markdown"]
