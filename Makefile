@@ -16,7 +16,7 @@ export OMP_WAIT_POLICY := passive
 
 help:
 	@echo "make run        the full QLoRA run on this machine, about two minutes after the first set-up"
-	@echo "make lab        JupyterLab in notebooks/"
+	@echo "make lab        JupyterLab, open on notebooks/"
 	@echo "make preflight  before class: the machine, and every lesson as learners get it; LESSON=03 for one"
 	@echo "make teaching   slides, handouts, quizzes and a zip for learners, in dist/teaching; LESSON=03 for one"
 	@echo "make test       every test of the helpers, and each lesson once"
@@ -75,8 +75,19 @@ mutants: $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/support/mutants.requirements.txt
 	@$(BIN)/python -m tests.support.mutants
 
+# The root is this folder, so that the lessons' links to files above notebooks/ open. The settings in notebooks/scripts/
+# keep JupyterLab from asking about news and looking for updates: nothing here needs the network, and versions are pinned.
+LAB := $(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
+lab: export JUPYTER_CONFIG_PATH := $(CURDIR)/notebooks/scripts/jupyter$(if $(JUPYTER_CONFIG_PATH),:$(JUPYTER_CONFIG_PATH))
+AS_ROOT := You are root, so what a notebook runs may change every file of this machine. In a container that is usual; \
+	elsewhere stop this with Ctrl-C, and run  make lab  as yourself.
 lab: $(READY)
-	@cd notebooks && ../$(BIN)/jupyter lab
+	@if [ "$$(id -u)" = 0 ]; then \
+		echo "$(AS_ROOT)"; \
+		$(LAB) --allow-root; \
+	else \
+		$(LAB); \
+	fi
 
 notebooks: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m notebooks.scripts.build $(LESSON)

@@ -1,4 +1,7 @@
-"""Hide five harmless messages of the libraries, each recognised by its words, and a log; all others are shown."""
+"""Hide five harmless messages of the libraries, each recognised by its words, and a log; and bars that nobody can read.
+
+All other messages are shown.
+"""
 
 import logging
 import os
@@ -6,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["quieten", "silenced"]
+__all__ = ["quieten", "silenced", "without_short_bars"]
 
 # bitsandbytes at import, on a CPU with AVX512-BF16: an optional package that this course does not use.
 _BITSANDBYTES = "Failed to load CPU gemm_4bit_forward"
@@ -45,6 +48,28 @@ def quieten() -> None:
         if not any(isinstance(old, _Drop) and old.beginning == beginning for old in filters):
             logging.getLogger(logger).addFilter(_Drop(beginning))
     warnings.filterwarnings("ignore", message=_RENAMED, category=FutureWarning)
+
+
+_SOON_DONE = 10**8  # bytes of weights that are read or written in less than a second
+
+
+@contextmanager
+def without_short_bars(size: int) -> Iterator[None]:
+    """Hide the progress bars of transformers while a small model is loaded or saved: they would stay behind as clutter.
+
+    Args:
+        size: of the weights in bytes. With 0.1 GB or more, which take longer, the bars are shown.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    hide = size < _SOON_DONE and transformers_logging.is_progress_bar_enabled()
+    if hide:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hide:
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

@@ -16,7 +16,10 @@ from transformers.integrations.bitsandbytes import dequantize_and_replace
 from transformers.utils import logging as transformers_logging
 
 from qlora_helpers import library_messages
+from qlora_helpers.models.loading import load_model, load_tokenizer
+from qlora_helpers.models.saving import save_model
 from qlora_helpers.training.trainer import SFTConfig
+from tests.support.short_runs import CPU
 
 import bitsandbytes as bnb  # isort: skip (qlora_helpers quietens it first)
 
@@ -150,3 +153,40 @@ def test_the_profiler_says_nothing_unless_the_user_has_set_its_log():
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, encoding="utf-8"
         )
         assert done.returncode == 0 and (words in done.stderr if words else done.stderr == "")
+
+
+# ---- Progress bars
+
+
+def saves_and_loads(folder) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    tokenizer = load_tokenizer()
+    save_model(transformers.AutoModelForCausalLM.from_config(config), tokenizer, folder)
+    load_model(str(folder), quantization=None, hardware=CPU)
+
+
+def test_a_small_model_is_saved_and_loaded_without_bars_that_would_stay_on_the_page(tmp_path, capfd, monkeypatch):
+    transformers_logging.enable_progress_bar()
+    saves_and_loads(tmp_path / "small")
+    assert "%|" not in capfd.readouterr().err
+    assert transformers_logging.is_progress_bar_enabled()
+    monkeypatch.setattr(library_messages, "_SOON_DONE", 0)  # as if it were large
+    saves_and_loads(tmp_path / "large")
+    shown = capfd.readouterr().err
+    assert "Writing model shards: 100%|" in shown and "Loading weights: 100%|" in shown
+
+
+def test_bars_that_a_user_has_switched_off_stay_off_and_an_error_switches_them_on_again():
+    with pytest.raises(KeyError), library_messages.without_short_bars(1):
+        assert not transformers_logging.is_progress_bar_enabled()
+        raise KeyError
+    assert transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with library_messages.without_short_bars(1):
+            pass
+        assert not transformers_logging.is_progress_bar_enabled()
+    finally:
+        transformers_logging.enable_progress_bar()

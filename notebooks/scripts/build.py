@@ -33,6 +33,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import jupytext
+import matplotlib
 import nbformat
 from nbclient import NotebookClient
 
@@ -41,11 +42,13 @@ from data.scripts.measure import memory_errors, speed
 from notebooks.scripts import ROOT, quiz_cells
 from notebooks.scripts.running import code_cells, has_tag, in_one_kernel, peak_bytes
 from qlora_helpers import suggestions
+from qlora_helpers.course import diagrams
 from qlora_helpers.units import GIB
 
 SOURCES = ROOT / "notebooks" / "source"
 TIMINGS = ROOT / "notebooks" / "scripts" / "timings.json"
 EDITIONS = {"learner": ROOT / "notebooks", "solutions": ROOT / "notebooks" / "solutions", "colab": ROOT / "colab"}
+MAP = "course_map.svg"  # beside the lessons
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -59,17 +62,33 @@ def lessons() -> list[str]:
     return sorted(path.stem for path in SOURCES.glob("[0-9][0-9]_*.py"))
 
 
+def repository_and_version() -> tuple[str, str]:
+    """The course's `owner/name` on GitHub, empty if it has none, and its version, whose tag the Colab editions take."""
+    repository = json.loads((ROOT / "colab" / "repository.json").read_text(encoding="utf-8"))["github"]
+    return repository, tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+
+
+def links_for_colab(text: str) -> str:
+    """A lesson's text with links that work in Colab, where a notebook stands alone: to other lessons in Colab, else to GitHub.
+
+    Without a repository there is nothing to link to: links stay as they are, which is right beside the course's files.
+    """
+    repository, version = repository_and_version()
+    if not repository:
+        return text
+    text = text.replace("](../", f"](https://github.com/{repository}/blob/v{version}/")
+    lesson = rf"\]\(((?:{'|'.join(lessons())})\.ipynb)"
+    return re.sub(lesson, rf"](https://colab.research.google.com/github/{repository}/blob/v{version}/colab/\1", text)
+
+
 def colab_cells(name: str) -> list:
     """The badge and the set-up cell at the top of a lesson's Colab edition."""
-    repository = json.loads((ROOT / "colab" / "repository.json").read_text(encoding="utf-8"))["github"]
+    repository, version = repository_and_version()
     link, how = f"github/{repository}/blob/main/colab/{name}.ipynb", ""
     if not repository:  # there is nothing to link to: use Colab's upload page
         link = "#upload=true"
         how = "\n\nUpload this notebook there, and the course's `qlora-course.zip` beside it (in Colab: the folder at the left)."
     badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/{link})"
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
-        "version"
-    ]  # its tag is what is fetched
     set_up = (ROOT / "colab" / "setup_cell.py").read_text(encoding="utf-8").rstrip()
     set_up = set_up.replace("GITHUB_REPOSITORY", repository).replace("COURSE_VERSION", version)
     return [
@@ -88,6 +107,8 @@ def build_edition(name: str, edition: str, timings: dict) -> nbformat.NotebookNo
         if cell.cell_type == "markdown":
             if edition == "solutions":  # one folder further down
                 cell.source = cell.source.replace("](../", "](../../")
+            if edition == "colab":
+                cell.source = links_for_colab(cell.source)
             for key, value in measured.items():
                 cell.source = cell.source.replace("{{" + key + "}}", str(value))
     cells = quiz_cells.put_in(cells, int(name[:2]), edition)
@@ -248,16 +269,25 @@ def readme_tables() -> dict[str, str]:
     ):  # fmt: skip
         results.append(f"| {label} | {before[base] * 100:.1f} % | {after[base] * 100:.1f} % |")
     results.append(f"| none: always the commonest answer | | {scores['commonest_answer_rate'] * 100:.1f} % |")
+    texts = ROOT / "qlora_helpers" / "course" / "alt_texts" / "diagrams.json"
+    alt_texts = json.loads(texts.read_text(encoding="utf-8"))
     return {
         "lessons": "\n".join(table),
         "results": "\n".join(results),
         "commands": commands_table(),
+        "course": f"![{alt_texts['course_map']}](notebooks/{MAP})",
         "map": map_table(),
         "t4": t4_table(),
         "memory": memory_errors.markdown_table(),
         "speed": speed.markdown_table(),
         "suggestions": suggestions_table(),
     }
+
+
+def write_map(path: Path) -> None:
+    """The map of the course as a picture for README.md: paths instead of letters, so that it looks the same everywhere."""
+    with matplotlib.rc_context({"svg.hashsalt": "map", "svg.fonttype": "path"}):
+        diagrams.course_map().savefig(path, metadata={"Date": None})
 
 
 def suggestions_table() -> str:
@@ -409,6 +439,7 @@ def main() -> None:
     if set(timings) == set(lessons()):
         readme = ROOT / "README.md"
         readme.write_text(fill(readme.read_text(encoding="utf-8"), readme_tables()), encoding="utf-8")
+        write_map(EDITIONS["learner"] / MAP)
 
 
 if __name__ == "__main__":

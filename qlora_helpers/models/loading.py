@@ -11,11 +11,11 @@ import bitsandbytes as bnb
 import jinja2
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
-from transformers.utils import logging as transformers_logging
 
 from qlora_helpers import validation
 from qlora_helpers.chats.templates import has_marks
 from qlora_helpers.hardware import Hardware, detect, given_or_detected
+from qlora_helpers.library_messages import without_short_bars
 from qlora_helpers.models.attention import REPEATED_KV
 from qlora_helpers.models.cpu_faults import make_safe_on_cpu
 from qlora_helpers.models.fingerprint import KEPT, fingerprint
@@ -42,7 +42,6 @@ __all__ = [
 ]
 
 SHIPPED_MODEL = "tiny-llama"
-SMALL = 10**8  # bytes
 
 
 def folder_of(name: str, weights: bool = True) -> Path:
@@ -152,24 +151,17 @@ def load_model(
             bnb_4bit_compute_dtype=hardware.compute_dtype,
         )
     folder = folder_of(name)
-    bars = transformers_logging.is_progress_bar_enabled()
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    if size < SMALL:  # loaded in less than a second: no bar
-        transformers_logging.disable_progress_bar()
-    try:
-        with no_own_code(name):
-            model = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=hardware.compute_dtype,
-                device_map={"": 0 if hardware.device == "cuda" else "cpu"},
-                attn_implementation=REPEATED_KV if hardware.gear == "t4" else "sdpa",
-                local_files_only=True,
-                trust_remote_code=False,
-                **options,
-            )
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
+    with without_short_bars(size), no_own_code(name):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=hardware.compute_dtype,
+            device_map={"": 0 if hardware.device == "cuda" else "cpu"},
+            attn_implementation=REPEATED_KV if hardware.gear == "t4" else "sdpa",
+            local_files_only=True,
+            trust_remote_code=False,
+            **options,
+        )
     setattr(model, KEPT, fingerprint(folder))
     if quantization or saved:
         _check_4_bits(model, name, quantization or saved, None if saved else double_quant)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qlora_helpers.library_messages import without_short_bars
 from qlora_helpers.safe_folders import whole_folder
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def save_model(
     quantised = getattr(model, "is_quantized", False)
     if dtype is not None and quantised:
         raise ValueError(f"dtype={dtype}: the model is 4-bit. Dequantise it first, or leave dtype out")
-    with whole_folder(folder, overwrite) as part:
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    with whole_folder(folder, overwrite) as part, without_short_bars(size):
         if dtype is None:
             model.save_pretrained(part)
         else:

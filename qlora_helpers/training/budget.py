@@ -40,7 +40,14 @@ def plan_of(model: PreTrainedModel | PeftModel, settings: Settings, hardware: Ha
         print("memory_budget: there is no GPU whose memory could be used, so the settings stay as they are.")
         return None
     gpu = measured_gpu(hardware.gpu_name, hardware.gpu_bytes, hardware.capability)
-    budget = budget_bytes(settings, gpu, free_for_a_run(gpu))
+    free = free_for_a_run(gpu)
+    budget = budget_bytes(settings, gpu, free)
+    if budget > free:
+        print(
+            f"memory_budget is {in_words(budget)}, and only {in_words(free)} of the GPU's memory are free now: the run is "
+            "planned for these."
+        )
+        budget = free
     dtype = str(hardware.compute_dtype).removeprefix("torch.")
     plan = plan_for(shape_of(model), replace(settings, compute_dtype=dtype), gpu, budget)
     print(plan)

@@ -30,6 +30,8 @@ MULTIPLE = 8
 # chat may differ from one alone by rounding, since kernels for other shapes add in another order: in bfloat16 the largest
 # difference of an 8B model's logits was 0.14, so that their root mean square is compared.
 LEAKED, ROUNDED = 1e-3, 0.1
+# Tokens of a chat that are compared: the logits of all tokens of long chats would take more memory than a step of the run.
+COMPARED = 64
 
 
 def rows_for(lengths: Sequence[int], most: int) -> list[list[int]]:
@@ -111,7 +113,7 @@ class PackingCollator:
 def check_packing(model: PreTrainedModel, chats: Sequence[dict[str, Any]], pad_token_id: int) -> tuple[float, float]:
     """Make sure that a chat's logits do not depend on the chat before it in its row.
 
-    Two things are tried with the two shortest chats: whether the second one's logits change with the tokens of the first,
+    Two things are tried with the first tokens of the two shortest chats: whether the second one's logits change with the tokens of the first,
     and whether both have the logits that they have alone, at positions of their own.
 
     Args:
@@ -125,10 +127,8 @@ def check_packing(model: PreTrainedModel, chats: Sequence[dict[str, Any]], pad_t
     Raises:
         ValueError: the logits depend on the other chat.
     """
-    short = sorted((chat["input_ids"] for chat in chats), key=len)[
-        1::-1
-    ]  # as they come in the row: the longer one first
-    first, second = map(list, short)
+    shortest = sorted((chat["input_ids"] for chat in chats), key=len)[:2]
+    second, first = (list(ids[:COMPARED]) for ids in shortest)  # as they come in the row: the longer one first
     device, was_training = next(model.parameters()).device, model.training
 
     def in_a_row(*ids: list[int]) -> torch.Tensor:

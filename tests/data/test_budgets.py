@@ -2,8 +2,6 @@
 
 import json
 
-import pytest
-
 from data.scripts.measure import budgets
 from qlora_helpers.units import GIB
 
@@ -18,13 +16,13 @@ def test_the_runs_that_were_measured_are_those_that_the_seed_draws():
 
 
 def test_no_run_died_of_memory_and_none_took_more_than_its_budget():
-    died = [row["error"] for row in ROWS if row["outcome"] != "ran"]
-    assert len(died) == 1 and "max_position_embeddings" in died[0]  # the script built a model with too short a window
     for row in ROWS:
-        if row["outcome"] == "ran":
-            assert not row["fell_back"]
-            assert row["peak_allocated"] < row["budget"] * GIB
-            assert row["peak_allocated"] / row["predicted_peak_allocated"] == pytest.approx(1, abs=0.1)
+        assert row["outcome"] == "ran" and not row["fell_back"], row["label"]
+        assert row["peak_allocated"] < row["budget"] * GIB
+        off = row["peak_allocated"] / row["predicted_peak_allocated"] - 1
+        assert -0.1 < off < 0.04  # more than predicted by no more than the margin
+        if not row["options"]["packing"] and not row["options"]["compile_layers"]:
+            assert -0.04 < off < 0.025, row["label"]
 
 
 def test_runs_side_by_side_are_all_returned_and_an_error_is_one_of_them(monkeypatch, tmp_path):

@@ -118,3 +118,22 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     out = tmp_path / "rows.jsonl"
     out.write_text('{"label": "a", "outcome": "failed"}\n{"label": "a", "outcome": "ran"}\n{"label": "b", "outc')
     assert speed.read_results(out) == {"a": {"label": "a", "outcome": "ran"}}
+
+
+def test_rows_that_are_collected_get_the_next_call_and_the_others_stay(tmp_path):
+    table, out = tmp_path / "speed.json", tmp_path / "rows.jsonl"
+    for pace, labels in ((10, "ab"), (20, "bc")):
+        lines = [{"label": label, "outcome": "ran", "variant": "trl", "config": {}, "pace": pace} for label in labels]
+        out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        speed.collect([out], table)
+    rows = {row["label"]: (row["call"], row["pace"]) for row in json.loads(table.read_text())["rows"]}
+    assert rows == {"a": (1, 10), "b": (2, 20), "c": (2, 20)}
+
+
+def test_the_budgets_are_as_fast_as_the_readme_says():
+    rows = {row["label"]: row for row in json.loads(speed.TABLE.read_text())["rows"]}
+    unsloth = rows["8b bf16 4x2048 full unsloth"]
+    for size, times in (("14.3GiB", 1.0), ("24GiB", 1.05), ("48GiB", 1.3)):
+        row = rows[f"8b bf16 4x2048 full ours compiled in-{size}"]
+        assert row["call"] == unsloth["call"]
+        assert row["tokens_per_second"] > times * unsloth["tokens_per_second"], size

@@ -14,6 +14,8 @@ from qlora_helpers.training.run import train
 from qlora_helpers.units import GIB, MIB
 
 PLAIN = Settings(steps=12, batch_size=8, accumulation=2, warmup_steps=3, log_steps=1)
+# The same run, whose steps are added up in another order: what rounding alone makes of its losses.
+IN_ANOTHER_ORDER = replace(PLAIN, batch_size=4, accumulation=4)
 OPTIONS = [
     {"gradient_checkpointing": True},
     {"gradient_checkpointing": True, "checkpointed_layers": 2},
@@ -36,23 +38,39 @@ def trained(folder, settings, gear):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A function that gives the run of a gear without options, made once."""
+    """A function that gives the run of a gear with settings and without options, made once."""
     made = {}
 
-    def of(gear):
-        if gear not in made:
-            made[gear] = trained(tmp_path_factory.mktemp(gear) / "run", PLAIN, gear)
-        return made[gear]
+    def of(gear, settings):
+        if (gear, settings) not in made:
+            made[gear, settings] = trained(tmp_path_factory.mktemp(gear) / "run", settings, gear)
+        return made[gear, settings]
 
     return of
+
+
+def apart(losses, others):
+    """The largest difference between the losses of two runs, relative to losses of more than 1."""
+    pairs = zip(losses.step_losses, others.step_losses, strict=True)
+    return max(abs(one - other) / max(1, one) for (_, one), (_, other) in pairs)
 
 
 @pytest.mark.parametrize("gear", ["t4", "ampere"])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options))
 def test_the_losses_are_those_of_the_plain_run(options, gear, plain, tmp_path, capsys):
+    """While the adapters hardly move, within 2e-3. While they learn, no further off than rounding alone takes a run.
+
+    bfloat16 has eight bits, so that a sum in another order is already another run after a few steps of this small model,
+    whose loss falls by a third in them.
+    """
     found = trained(tmp_path / "run", replace(PLAIN, **options), gear)
-    for (step, one), (_, other) in zip(plain(gear).step_losses, found.step_losses, strict=True):
-        assert other == pytest.approx(one, abs=2e-3 * max(1, one)), step
+    allowed = max(2e-3, 2 * apart(plain(gear, PLAIN), plain(gear, IN_ANOTHER_ORDER)) if gear == "ampere" else 0)
+    assert apart(plain(gear, PLAIN), found) < allowed
+    if gear == "ampere":
+        slow = replace(PLAIN, learning_rate=1e-6)
+        # compiled layers round to bfloat16 once where single operations do after each; in float16 it cannot be told
+        allowed = 5e-3 if "compile_layers" in options else 2e-3
+        assert apart(plain(gear, slow), trained(tmp_path / "slow", replace(slow, **options), gear)) < allowed
     said = capsys.readouterr().out
     assert "cannot be compiled" not in said and "does not work here" not in said
     if "memory_budget" in options:

@@ -103,6 +103,7 @@ def test_new_texts_are_taken_over_without_running_anything(small_course, monkeyp
     for edition in build.EDITIONS:
         assert "Takes 5 seconds" in (small_course / edition / "01_one.ipynb").read_text()
     assert (small_course / "README.md").read_text() == "<!-- lessons -->\n| a table |\n<!-- end of lessons -->\n"
+    assert (small_course / "learner" / build.MAP).read_text().startswith("<?xml")
 
 
 def test_new_code_is_not_taken_over_without_running_it(small_course, monkeypatch):
@@ -111,6 +112,33 @@ def test_new_code_is_not_taken_over_without_running_it(small_course, monkeypatch
     with pytest.raises(ValueError, match="build without --no-execute"):
         call(monkeypatch, "--no-execute")
     assert {edition: (small_course / edition / "01_one.ipynb").read_bytes() for edition in build.EDITIONS} == before
+
+
+WITH_LINKS = """# %% [markdown]
+# A [block](../GLOSSARY.md#block), [lesson 1](01_one.ipynb), [a page](https://example.org/../x), [a part](#part)
+"""
+
+
+def built_with_links(small_course, repository: str) -> dict[str, str]:
+    """The text of each edition of a lesson with links, in a course with this repository."""
+    (small_course / "source" / "01_one.py").write_text(WITH_LINKS)
+    (small_course / "colab" / "repository.json").write_text(json.dumps({"github": repository}))
+    return {edition: build.build_edition("01_one", edition, {}).cells[-1].source for edition in build.EDITIONS}
+
+
+def test_links_of_a_colab_edition_lead_out_of_colab_s_empty_folder(small_course):
+    version = importlib.metadata.version("qlora-helpers")
+    text = built_with_links(small_course, "someone/course")["colab"]
+    assert f"[block](https://github.com/someone/course/blob/v{version}/GLOSSARY.md#block)" in text
+    lesson = f"https://colab.research.google.com/github/someone/course/blob/v{version}/colab/01_one.ipynb"
+    assert f"[lesson 1]({lesson})" in text
+    assert "[a page](https://example.org/../x), [a part](#part)" in text
+
+
+def test_links_within_the_course_s_files_are_relative(small_course):
+    texts = built_with_links(small_course, "someone/course") | {"none": built_with_links(small_course, "")["colab"]}
+    for edition, up in (("learner", "../"), ("solutions", "../../"), ("none", "../")):
+        assert f"[block]({up}GLOSSARY.md#block), [lesson 1](01_one.ipynb)" in texts[edition]
 
 
 @pytest.fixture

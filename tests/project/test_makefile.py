@@ -1,5 +1,6 @@
 """What the Makefile and .ci/run guard against, tested with a Python, a pip and a ruff that only log their calls."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,11 +13,11 @@ from tests import ROOT
 
 pytestmark = pytest.mark.skipif(not shutil.which("make"), reason="there is no make here")
 
-# Replaces python3, .venv/bin/python and .venv/bin/ruff. What FAILS names fails; VERSION is Python's version. A venv
+# Replaces python3, .venv/bin/python, ruff and jupyter. What FAILS names fails; VERSION is Python's version. A venv
 # that fails already has a Python but no pip, as on Debian without python3-venv.
 TOOL = """#!/bin/sh
 echo "$(basename $0) $*" >> "$LOG"
-env | grep -E '^(HF_HUB_OFFLINE|OMP_NUM_THREADS|OMP_WAIT_POLICY|QLORA_RUNS)=' > "$LOG.env"
+env | grep -E '^(HF_HUB_OFFLINE|OMP_NUM_THREADS|OMP_WAIT_POLICY|QLORA_RUNS|JUPYTER_CONFIG_PATH)=' > "$LOG.env"
 case "$*" in
     "-c import sys;"*) exec "$REAL" -ISc "import sys; sys.version_info = tuple(map(int, '$VERSION'.split('.'))); \\
 sys.version = '$VERSION (main)'; exec(sys.argv[1])" "$2" ;;
@@ -27,7 +28,7 @@ fi
 if [ "$1 $2" = "-m pip" ] && ! [ -e "$(dirname $0)/pip" ]; then exit 1; fi
 case "$(basename $0) $*" in *"$FAILS"*) exit 1 ;; esac
 if [ "$1 $2" = "-m venv" ]; then
-    cp "$0" "$3/bin/pip" && cp "$0" "$3/bin/ruff"
+    for name in pip ruff jupyter; do cp "$0" "$3/bin/$name"; done
 fi
 """
 
@@ -55,7 +56,7 @@ class Course:
         environment = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(("OMP", "HF", "QLORA", "MAKE", "PYTHON"))
+            if not name.startswith(("OMP", "HF", "QLORA", "MAKE", "PYTHON", "JUPYTER"))
         }
         environment |= {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "LOG": str(self.log)}
         environment |= {"FAILS": fails, "VERSION": version, "REAL": sys.executable}
@@ -154,6 +155,45 @@ def test_a_fault_ends_the_target_and_is_its_status(course, target, fault, last):
     assert course.make(target).returncode == 0
     assert course.make(target, fails=fault).returncode
     assert course.asked[-1] == last
+
+
+LAB = "jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks"
+
+
+@pytest.mark.parametrize(("user", "allowed"), [("1000", ""), ("0", " --allow-root")])
+def test_lab_opens_on_the_lessons_with_the_whole_repository_and_root_is_told_what_that_means(course, user, allowed):
+    course.put("id", f'#!/bin/sh\n[ "$*" = -u ] && echo {user}\n')
+    done = course.make("lab")
+    assert done.returncode == 0 and course.asked[-1] == LAB + allowed
+    assert ("You are root, so what a notebook runs may change every file of this machine." in done.stdout) == bool(
+        allowed
+    )
+    assert course.make("lab", fails="jupyter lab").returncode
+
+
+def test_lab_has_the_course_s_settings_and_keeps_those_that_are_set(course):
+    course.make("lab")
+    mine = str(course.folder / "notebooks" / "scripts" / "jupyter")
+    assert course.seen()["JUPYTER_CONFIG_PATH"] == mine
+    course.call("env", "JUPYTER_CONFIG_PATH=/theirs", "make", "lab")
+    assert course.seen()["JUPYTER_CONFIG_PATH"] == f"{mine}:/theirs"
+
+
+def test_jupyterlab_has_the_options_and_settings_that_lab_gives_it():
+    """A name that it does not know would be ignored, and the question about news would come."""
+    from jupyter_server.serverapp import ServerApp
+    from jupyterlab.labapp import LabApp
+
+    for option in LAB.split()[2:]:
+        name = option.removeprefix("--").partition("=")[0]
+        owner, trait = name.split(".")
+        assert trait in {"ServerApp": ServerApp, "LabApp": LabApp}[owner].class_traits(config=True), name
+    settings = ROOT / "notebooks" / "scripts" / "jupyter" / "labconfig" / "default_setting_overrides.json"
+    for plugin, values in json.loads(settings.read_text(encoding="utf-8")).items():
+        schema = Path(LabApp().schemas_dir, *plugin.split(":")).with_suffix(".json")
+        known = json.loads(schema.read_text(encoding="utf-8"))["properties"]
+        assert values.keys() <= known.keys()
+        assert values["fetchNews"] in [choice["const"] for choice in known["fetchNews"]["oneOf"]]
 
 
 def test_ci_runs_every_suite_and_stops_at_the_first_that_fails(course):

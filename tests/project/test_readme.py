@@ -163,6 +163,17 @@ def test_the_environment_variables_of_the_readme_are_those_that_the_package_read
     assert set(re.findall(r"^\| `(QLORA_[A-Z]+)`", README, re.M)) == read >= {"QLORA_GEAR", "QLORA_RUNS"}
 
 
+def test_the_map_in_the_readme_is_today_s(tmp_path):
+    """Its texts stand in it as comments; the letters are paths, which another version of matplotlib may draw otherwise."""
+    build.write_map(tmp_path / "map.svg")
+    shown, today = (
+        re.findall(r"<!-- (.+?) -->", path.read_text(encoding="utf-8"))
+        for path in (build.EDITIONS["learner"] / build.MAP, tmp_path / "map.svg")
+    )
+    assert shown == today and len(today) > 20, "run: make notebooks"
+    assert f"](notebooks/{build.MAP})" in README and (ROOT / "notebooks" / build.MAP).exists()
+
+
 def test_every_lesson_has_a_summary():
     assert list(json.loads((ROOT / "notebooks" / "scripts" / "lessons.json").read_text())) == build.lessons()
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, FalconH1Config, GPT2Config, Llama
 from qlora_helpers.chats import tokenized
 from qlora_helpers.models.loading import load_model
 from qlora_helpers.settings import Settings
-from qlora_helpers.training.packing import PackingCollator, check_packing, rows_for
+from qlora_helpers.training.packing import COMPARED, PackingCollator, check_packing, rows_for
 from tests.support.short_runs import CHATS, CPU, SHORT, TOKENIZER, assert_learnt_the_same, run, trainer_of
 
 ROWS = [{"input_ids": row["input_ids"]} for row in tokenized(CHATS, TOKENIZER)]
@@ -194,3 +194,11 @@ def test_a_run_of_a_model_that_cannot_be_packed_is_refused_before_it_begins(tmp_
     monkeypatch.setattr("qlora_helpers.training.trainer.check_packing", other)
     with pytest.raises(ValueError, match="packing=True: no"):
         run(tmp_path, Settings(steps=1, packing=True))
+
+
+def test_the_check_does_not_take_the_logits_of_long_chats():
+    """Two chats of 1,024 tokens and a vocabulary of 150,000: their logits alone would be more than a gigabyte."""
+    model, tokens = built(TINY), []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: tokens.append(output.shape[1]))
+    check_packing(model, chats_of(100, 90, 95), pad_token_id=0)
+    assert max(tokens) == 2 * COMPARED < 90 + 95

@@ -127,6 +127,20 @@ def test_a_run_is_held_to_its_budget_and_a_limit_from_before_stays(monkeypatch):
         assert limits[-1] == 0.5
 
 
+def test_a_budget_beyond_what_is_free_is_planned_for_what_is_free(monkeypatch, capsys):
+    gpu, asked = find_gpu("t4"), []
+    monkeypatch.setattr(budget, "measured_gpu", lambda *_: gpu)
+    monkeypatch.setattr(budget, "free_for_a_run", lambda gpu: 6 * GIB)
+    monkeypatch.setattr(budget, "shape_of", lambda model: None)
+    monkeypatch.setattr(budget, "plan_for", lambda shape, settings, gpu, budget: asked.append(budget))
+    hardware = replace(CPU, gear="t4")
+    for wanted, words in (("8GiB", "only 6.00 GiB of the GPU's memory are free now"), ("5GiB", None), ("auto", None)):
+        budget.plan_of(None, replace(SHORT, memory_budget=wanted), hardware)
+        said = capsys.readouterr().out
+        assert words in said if words else "free now" not in said
+    assert asked == [6 * GIB, 5 * GIB, 6 * GIB]
+
+
 def planned_as(monkeypatch, rows, passes):
     """Runs on this CPU as if a budget had split their steps so."""
     chosen = replace(PLAN.chosen, settings=replace(PLAN.chosen.settings, batch_size=rows, accumulation=passes))

@@ -9,8 +9,8 @@ A run's model, longest chat, chats of a step, budget, gear and options are drawn
 the least demanding choice is predicted to take, with the margin that is left free, and three times that. Every run has at
 least one step whose chats are all of the full length, since that is what a budget has to stand.
 
-`--compared` makes five runs again, alone on the GPU: as chosen, and by the fastest of the other ways that were predicted to
-fit. The pace is that of steps of full length, after one to warm up.
+`--compared` makes five runs again, alone on the GPU and in turns, each twice: as chosen, and by the fastest of the other
+ways that were predicted to fit. The pace is that of the quickest step of full length, after one to warm up.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import random
+import re
 import sys
 import tempfile
 import time
@@ -36,7 +37,7 @@ TABLE = ROOT / "data" / "measured" / "budgets.json"
 SEED = 16
 COUNT = 30
 AT_ONCE, STEPS = 6, 4
-COMPARED = 5  # the first so many of those that had a choice
+COMPARED, TURNS, COMPARED_STEPS = 5, 2, 8  # the first so many of those that had a choice
 MODELS = {
     "qwen2.5-0.5b": 1, "qwen2.5-1.5b": 3, "llama-3.2-3b": 2, "llama-3.1-8b": 3, "mistral-7b": 1,
 }  # fmt: skip
@@ -92,6 +93,7 @@ def measure(row: dict, settings_more: dict | None = None) -> dict:
 
     if row["gear"] == "t4":
         as_on_a_t4(math_kernel=False)
+        torch.cuda.set_per_process_memory_fraction(1.0)  # the budget is the limit here, not a T4's memory
     hardware = detect("t4" if row["gear"] == "t4" else "ampere")
     if row["gear"] == "t4":
         hardware = replace(hardware, capability=(7, 5))  # its kernels are those of a T4
@@ -99,14 +101,15 @@ def measure(row: dict, settings_more: dict | None = None) -> dict:
     config = CONFIGS[row["model"]] | {"max_position_embeddings": LONGEST}
     about = {"config": config, "method": "qlora", "compute_dtype": dtype, "double_quant": True}
     model = build_model(about | {"attention": "sdpa", "t4_kernels": row["gear"] == "t4"}, False)
-    usual = {"max_length": row["max_length"], "steps": STEPS, "warmup_steps": 1, "learning_rate": 1e-4, "log_steps": 1}
+    steps = COMPARED_STEPS if row.get("full") else STEPS
+    usual = {"max_length": row["max_length"], "steps": steps, "warmup_steps": 1, "learning_rate": 1e-4, "log_steps": 1}
     budget = {"memory_budget": f"{row['budget']}GiB"} if settings_more is None else {}
     settings = Settings(**usual | row["options"] | budget | (settings_more or {}))
     chats_of_a_step = row["options"]["batch_size"] * row["options"]["accumulation"]
     # the first half of the steps have full chats, the other half any
     drawn = random.Random(row["label"])
-    full = [row["max_length"]] * (chats_of_a_step * STEPS)
-    lengths = full if settings_more is not None or row.get("full") else [
+    full = [row["max_length"]] * (chats_of_a_step * steps)
+    lengths = full if row.get("full") else [
         row["max_length"] if place < len(full) // 2 else drawn.randint(8, row["max_length"]) for place in range(len(full))
     ]  # fmt: skip
     words = min(model.config.vocab_size, WORDS)
@@ -206,6 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--drawn", type=Path, help="the runs as --draw printed them, to save the time of predicting")
     parser.add_argument("--compared", action="store_true")
     parser.add_argument("--only", type=int, default=COUNT, help="the first so many")
+    parser.add_argument("--rows", default="", help="a regular expression, searched in the labels")
     parser.add_argument("--collect", type=Path, nargs="+", metavar="FILE")
     args = parser.parse_args(arguments)
     if args.draw:
@@ -216,16 +220,21 @@ def main(arguments: list[str] | None = None) -> int:
         content = {"command": "python -m data.scripts.measure.budgets", "seed": SEED, "rows": rows}
         TABLE.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         return 0
-    rows = json.loads(args.drawn.read_text(encoding="utf-8")) if args.drawn else draw()
+    if args.drawn:
+        rows = json.loads(args.drawn.read_text(encoding="utf-8"))
+    elif not args.compared:
+        with multiprocessing.get_context("fork").Pool(1) as process:  # drawing predicts, which initialises CUDA
+            rows = process.apply(draw)
     with tempfile.TemporaryDirectory(prefix="budgets-") as made:
         folder = Path(made)
         speed_process.prepare_environment(folder)
         speed_process.import_libraries(False)
         log = str(args.out.with_suffix(".log"))
         if args.compared:
-            return compare(args.out, log)
+            return compare(args.out, log, args.rows)
+        jobs = [(row, None) for row in rows[: args.only] if re.search(args.rows, row["label"])]
         with args.out.open("a", encoding="utf-8") as out:
-            for found in in_processes([(row, None) for row in rows[: args.only]], log, AT_ONCE):
+            for found in in_processes(jobs, log, AT_ONCE):
                 out.write(json.dumps(found) + "\n")
                 out.flush()
                 show(found)
@@ -242,22 +251,23 @@ def show(found: dict) -> None:
           f"{', FELL BACK' if found.get('fell_back') else ''}", flush=True)  # fmt: skip
 
 
-def compare(out: Path, log: str) -> int:
+def compare(out: Path, log: str, pattern: str) -> int:
     """Five of the runs beside the fastest of the other choices that would have fitted, each alone on the GPU."""
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    with_a_choice = [row for row in rows if row["outcome"] == "ran" and row.get("others_that_fit")]
+    with_a_choice = [row for row in rows if row["outcome"] == "ran" and row.get("others_that_fit")][:COMPARED]
     names = ("label", "model", "gear", "max_length", "budget", "options")
     with out.with_name(out.stem + "_compared.jsonl").open("a", encoding="utf-8") as compared:
-        for row in with_a_choice[:COMPARED]:
-            for place, settings in enumerate([row["chosen"], *row["others_that_fit"][:2]]):
-                job = {name: row[name] for name in names} | {
-                    "full": True,
-                    "compared": "chosen" if not place else "other",
-                }
-                (found,) = in_processes([(job, settings)], log, 1)
-                compared.write(json.dumps(found) + "\n")
-                compared.flush()
-                show(found)
+        for row in with_a_choice:
+            if not re.search(pattern, row["label"]):
+                continue
+            ways = {"chosen": row["chosen"], "other": row["others_that_fit"][0]}
+            for turn in range(TURNS):
+                for compared_as, settings in ways.items():
+                    job = {name: row[name] for name in names} | {"full": True, "compared": compared_as, "turn": turn}
+                    (found,) = in_processes([(job, settings)], log, 1)
+                    compared.write(json.dumps(found) + "\n")
+                    compared.flush()
+                    show(found)
     return 0
 
 

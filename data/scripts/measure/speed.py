@@ -74,15 +74,24 @@ def show(row: dict) -> str:
 
 
 def collect(files: list[Path], table: Path) -> dict:
-    """Bring results into the plan's order, add predictions, and write the table."""
+    """Bring results into the table, with predictions and in the plan's order.
+
+    Rows of the table that were not measured again stay. Those of the files get the number of the next `call`: rows of one
+    call were measured on the same card, one after the other.
+    """
     results: dict[str, dict] = {}
     for file in files:
         if not file.is_file():
             raise SystemExit(f"--collect: there is no file {file}")
         results |= read_results(file)
+    there = json.loads(table.read_text(encoding="utf-8"))["rows"] if table.is_file() else []
+    call = max((row["call"] for row in there), default=0) + 1
+    rows = {row["label"]: row for row in there} | {
+        label: predicted(row) | {"call": call} for label, row in results.items()
+    }
     places = {row["label"]: place for place, row in enumerate(speed_plan.rows())}
-    found = sorted(results.values(), key=lambda row: places.get(row["label"], len(places)))
-    content = {"command": "python -m data.scripts.measure.speed", "rows": [predicted(row) for row in found]}
+    found = sorted(rows.values(), key=lambda row: places.get(row["label"], len(places)))
+    content = {"command": "python -m data.scripts.measure.speed", "rows": found}
     table.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return content
 
@@ -100,9 +109,14 @@ README = {
     "8b bf16 4x2048 full ours compiled in-14.3GiB": '`compile_layers`, `memory_budget="14.3GiB"`',
     "8b bf16 4x2048 full ours compiled in-24GiB": '`compile_layers`, `memory_budget="24GiB"`',
     "8b bf16 4x2048 full ours compiled in-48GiB": '`compile_layers`, `memory_budget="48GiB"`',
+    "8b bf16 4x2048 full ours compiled in-auto": '`compile_layers`, `memory_budget="auto"`',
     "8b bf16 32x1024 mixed ours": "mixed lengths, 32 chats padded",
     "8b bf16 12x1024x8 mixed ours packed compiled": "mixed lengths, 96 chats packed, `compile_layers`",
     "8b bf16 12x1024x8 mixed ours packed compiled none-checkpointed": "the same, no layer checkpointed",
+    "8b bf16 8x1024 mixed unsloth packed": "mixed lengths, rows of 1,024 packed by Unsloth",
+    "8b t4 4x2048 full ours compiled in-14GiB": 'float16, a T4\'s kernels: `compile_layers`, `memory_budget="14GiB"`',
+    "8b t4 4x2048 full unsloth": "float16, a T4's kernels: Unsloth",
+    "8b t4 1x32768 full ours offloaded liger": "float16, a T4's kernels, 32,768 tokens: `activation_offloading`, `liger_layers`",
 }
 
 
