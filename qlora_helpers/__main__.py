@@ -1,4 +1,4 @@
-"""python -m qlora_helpers run | data | chat | ask | memory | doctor | preflight"""
+"""python -m qlora_helpers run | data | chat | ask | memory | doctor | preflight | progress"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-from qlora_helpers.commands import ask, chat, data, doctor, memory, preflight, run
+from qlora_helpers.commands import ask, chat, data, doctor, memory, preflight, progress, run
 from qlora_helpers.commands.typed_options import as_typed, typed_options
 from qlora_helpers.streams import take_any_character
 
@@ -21,6 +21,7 @@ COMMANDS = {
     "memory": (memory, "will a run fit on a GPU, what takes the memory, and what helps"),
     "doctor": (doctor, "what this machine has, and what is wrong with it; or what an error means"),
     "preflight": (preflight, "before class: is this machine ready, and do the lessons hold here"),
+    "progress": (progress, "which exercises are solved, by what notebooks store: of one person, or of a class"),
 }
 
 

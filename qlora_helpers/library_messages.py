@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["quieten", "silenced", "without_short_bars"]
+__all__ = ["printed", "quieten", "silenced", "without_short_bars"]
 
 # bitsandbytes at import, on a CPU with AVX512-BF16: an optional package that this course does not use.
 _BITSANDBYTES = "Failed to load CPU gemm_4bit_forward"
@@ -86,3 +86,27 @@ def silenced() -> Iterator[None]:
             yield
         finally:
             logging.disable(before)
+
+
+@contextmanager
+def printed(logger: str, beginning: str) -> Iterator[None]:
+    """Print what a library's logger warns of, as lines of the page, and not on the terminal.
+
+    Args:
+        logger: its name, such as "trl.trainer.sft_trainer".
+        beginning: what each line begins with.
+    """
+
+    class OnThePage(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            print(beginning, record.getMessage())
+
+    log, handler = logging.getLogger(logger), OnThePage()
+    before = log.propagate
+    log.addHandler(handler)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.propagate = before

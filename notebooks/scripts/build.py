@@ -152,8 +152,23 @@ class _Client(NotebookClient):
         pass
 
 
-def execute(notebook: nbformat.NotebookNode, folder: Path) -> dict:
-    """Run all cells in `folder`; keep the outputs. Returns the seconds and the peak memory it took."""
+def progress_bars(notebook: nbformat.NotebookNode) -> list[str]:
+    """The progress bars that learners would see, which are not stored, by cell; those of the plain run belong to it."""
+    return [
+        f"{output.data['text/plain'].partition(':')[0]!r} in the cell {cell.source[:60]!r}"
+        for cell in code_cells(notebook)
+        if not has_tag(cell, "plain-run")
+        for output in cell.outputs
+        if WIDGET in output.get("data", {}) and re.search(r"%\||/s\]", output.data.get("text/plain", ""))
+    ]
+
+
+def execute(notebook: nbformat.NotebookNode, folder: Path, with_bars: bool = True) -> dict:
+    """Run all cells in `folder`; keep the outputs. Returns the seconds and the peak memory it took.
+
+    Raises:
+        ValueError: a cell shows a progress bar although `with_bars` is off: it would stay on the page as clutter.
+    """
     client = _Client(
         notebook,
         timeout=900,
@@ -166,6 +181,11 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> dict:
             client.execute_cell(cell, index)
         peak = peak_bytes(client.km.provisioner.pid)
     seconds = time.perf_counter() - started
+    if not with_bars and (bars := progress_bars(notebook)):
+        raise ValueError(
+            f"progress bars that would stay on the page: {'; '.join(bars)}. Cure: load and save with the helpers, or "
+            "transformers.utils.logging.disable_progress_bar()"
+        )
     for cell in notebook.cells:
         # a stored widget has no state to show, so keep only its figure
         cell.outputs = (
@@ -191,7 +211,7 @@ def execute_all_editions(name: str) -> tuple[dict[str, nbformat.NotebookNode], d
     set_up = nbformat.v4.new_notebook(cells=[copy.deepcopy(code_cells(editions["colab"])[0])])
     with tempfile.TemporaryDirectory() as folder:  # a new one: a lesson continues an unfinished run that it finds
         os.environ["QLORA_RUNS"] = folder
-        measured = execute(lesson, EDITIONS["learner"])
+        measured = execute(lesson, EDITIONS["learner"], with_bars=False)
         execute(set_up, EDITIONS["colab"])
     outputs = {
         edition: [cell.outputs for (who, _), cell in zip(runs, lesson.cells, strict=True) if edition in who]

@@ -1,22 +1,28 @@
 # %% [markdown]
 # # 3 · Double quantisation: quantise the scales, too
 #
+# In [lesson 2](02_nf4_vs_int4.ipynb) each block of 64 weights got a scale, its [absmax](../GLOSSARY.md#absmax). Scales
+# take memory, too. So QLoRA quantises them once more.
+#
 # You will
 # - see what the scales of a 4-bit weight cost, for each block size;
 # - build the second level from scratch and get bitsandbytes' bytes, bit for bit;
-# - compute what it saves: 0.373047 bits per parameter, not 0.34 and not 0.4 as articles say, and find their slips;
-# - measure the error that it adds.
+# - compute what it saves: 0.373047 bits per parameter;
+# - measure the error that it adds;
+# - decode a weight from its bytes alone, and find out why a small model saves less.
 #
 # Takes about {{seconds}} seconds and {{gigabytes}} GB of memory on two processor cores. No GPU is needed.
 
 # %%
-from qlora_helpers.course import plots
-from qlora_helpers.course.checks import check, exercise
+from qlora_helpers.course import diagrams, plots
+from qlora_helpers.course.checks import check
+from qlora_helpers.course.exercises import lesson_03 as exercises
+from qlora_helpers.course.tables import show_table
 from qlora_helpers.hardware import detect
 from qlora_helpers.memory import known_config
 from qlora_helpers.models.loading import load_model
 from qlora_helpers.models.meta import meta_model
-from qlora_helpers.models.weights import linear_layers
+from qlora_helpers.models.weights import constant_bytes, linear_layers
 from qlora_helpers.quantize import NF4, dequantize, dynamic_map_values, quantize
 
 import torch
@@ -33,33 +39,47 @@ print("torch", torch.__version__.split("+")[0])
 # Each block has one float32 scale. Spread over the weights of the block, that is 32 bits divided by the block size.
 
 # %% tags=["nbval-check-output"]
-for block_size in (32, 64, 128, 256, 1024, 4096):
-    print(f"blocks of {block_size:4}: {32 / block_size:.5f} bits per parameter for the scales")
+rows = [(block_size, 32 / block_size) for block_size in (32, 64, 128, 256, 1024, 4096)]
+show_table(["block size", "bits per parameter for scales"], rows, formats=["", ".5f"])
 
 # %% [markdown]
-# Small blocks make small errors (lesson 2), but at 64 the scales cost half a bit: an eighth of the weight itself. Larger
-# blocks would be cheaper and worse. Double quantisation keeps the small blocks and makes their scales cheap.
-#
+# Small blocks make small errors (lesson 2), but at 64 the scales cost half a bit: an eighth of the weight itself.
+# Larger blocks would be cheaper and worse. *Double quantisation* keeps the small blocks and makes their scales cheap:
+# it treats the scales as weights, and quantises them to 8 bits, with a scale of their own for every 256 of them.
+
+# %%
+plots.show(diagrams.two_levels(), "3.1")
+
+# %% [markdown]
 # ## The second level
 #
-# The scales are positive and lie close together. Look at those of one matrix:
+# All scales are positive, and most lie close together. Look at those of one matrix:
 
 # %% tags=["nbval-check-output"]
 model = load_model(quantization=None, hardware=detect("cpu"))
 weight = dict(linear_layers(model))["model.layers.1.mlp.up_proj"].weight.detach()
 single = quantize(weight, NF4, 64, double_quant=False)
-print(f"{single.absmax.numel():,} scales, mean {single.absmax.mean():.4f}, standard deviation {single.absmax.std():.4f}")
+scales = single.absmax
+print(f"{scales.numel():,} scales, mean {scales.mean():.4f}, standard deviation {scales.std():.4f}")
 
 # %% [markdown]
-# So: subtract the mean (the *offset*), cut the scales into blocks of 256, divide each block by its absmax, and store an
-# 8-bit code for each scale. The absmax of 256 scales is kept in float32. The paper says "FP8" for the codes;
-# bitsandbytes uses an 8-bit table of its own, called dynamic, with most of its values near the ends and some very near
-# zero.
+# So the mean is subtracted first; it is kept as the *offset*. What is left lies around zero. It is cut into blocks of
+# 256, each block is divided by its absmax, and for each scale an 8-bit code is stored. The absmax of 256 scales is kept
+# in float32.
+#
+# Which 256 values should the codes stand for? The paper says "FP8". bitsandbytes has a table of its own, called
+# *dynamic*:
 
 # %% tags=["nbval-check-output"]
 table = dynamic_map_values()
 check("equal to bitsandbytes' table", table, bnb.create_dynamic_map(), exact=True)
+size = table.abs()
 print(f"{len(table)} values; the smallest above zero is {table[table > 0].min():.1e}")
+print(f"{(size < 0.1).float().mean():.0%} are below 0.1 in size, {(size > 0.9).float().mean():.0%} above 0.9")
+
+# %% [markdown]
+# Half of its values lie below 0.1, and they get denser and denser towards zero. The first exercise asks what that is
+# good for.
 
 # %%
 def second_level(scales: torch.Tensor):
@@ -70,12 +90,12 @@ def second_level(scales: torch.Tensor):
     return nearest.abs().argmin(-1), absmax, offset
 
 
-codes, absmax2, offset = second_level(single.absmax)
+codes, absmax2, offset = second_level(scales)
 decoded_scales = (table[codes] * absmax2).flatten() + offset
 
 # %% [markdown]
-# How near is that to bitsandbytes? The offset and the second-level scales are equal. A few codes may be one step off: on
-# a CPU bitsandbytes looks the nearest code up in a coarse table instead of searching. The helpers imitate the table, and
+# How near is that to bitsandbytes? The offset and the second-level scales are equal. A few codes may be one step off:
+# on a CPU bitsandbytes looks the nearest code up in a coarse table instead of searching. The helpers do as it does, and
 # agree in every byte.
 
 # %% tags=["nbval-check-output"]
@@ -110,38 +130,31 @@ check("bits, single", quantize(large, NF4, 64, False).bits_per_parameter, 4.5, e
 check("bits, double", quantize(large, NF4, 64, True).bits_per_parameter, 4.126953125, exact=True)
 
 # %% [markdown]
-# ### Where 0.34 and 0.4 come from
-#
-# One article computes `8/64 + 32/1024`, as if 16 blocks shared a second-level scale. It is 256 blocks. Another rounds
-# the saving to 0.4 bits, multiplies by 70 billion and divides by 1024³, which gives GiB, and prints it as GB.
+# You may read of 0.34 or 0.4 bits instead. One comes from a second level of 16 blocks, the other from rounding;
+# [CLAIMS.md](../CLAIMS.md#A40.1) has both. What does it save in a real model? Only the linear layers are quantised, so
+# only they count:
 
 # %% tags=["nbval-check-output"]
-print(f"8/64 + 32/1024  = {8 / 64 + 32 / 1024:.5f} bits, a saving of {0.5 - (8 / 64 + 32 / 1024):.5f}")
-print(f"0.4 bits x 70e9 = {0.4 * 70e9 / 8 / GB:.2f} GB = {0.4 * 70e9 / 8 / GIB:.2f} GiB")
-print(f"the true saving = {(without - with_second_level) * 70e9 / 8 / GB:.2f} GB for 70e9 parameters")
-
-# %% [markdown]
-# The printed "3.26 GB" is right by luck: two errors cancel. But not all 70 billion parameters are quantised. The real
-# saving counts the linear layers only:
-
-# %% tags=["nbval-check-output"]
-saved = {}
-for name, model in {"Llama-3.1-8B": "meta-llama/Llama-3.1-8B", "Llama-2-70B": "meta-llama/Llama-2-70b-hf"}.items():
-    linear = sum(layer.weight.numel() for _, layer in linear_layers(meta_model(known_config(model))))
+rows, saved = [], {}
+for name, model_id in (("Llama-3.1-8B", "meta-llama/Llama-3.1-8B"), ("Llama-2-70B", "meta-llama/Llama-2-70b-hf")):
+    linear = sum(layer.weight.numel() for _, layer in linear_layers(meta_model(known_config(model_id))))
     saved[name] = linear * (without - with_second_level) / 8
-    print(f"{name:13} {linear:,} parameters: {saved[name] / GB:.2f} GB = {saved[name] / GIB:.2f} GiB saved")
+    rows.append((name, linear, saved[name] / GB, saved[name] / GIB))
+show_table(["model", "4-bit parameters", "GB saved", "GiB saved"], rows, formats=["", ",d", ".2f", ".2f"])
 
 # %%
 block_sizes = (32, 64, 128, 256, 512, 1024)
+two_levels = [8 / b + 32 / (256 * b) for b in block_sizes]
 fig, ax = plots.figure()
 ax.plot(block_sizes, [32 / b for b in block_sizes], marker="o", color=plots.ORANGE, label="float32 scales")
-ax.plot(block_sizes, [8 / b + 32 / (256 * b) for b in block_sizes], marker="o", color=plots.BLUE, label="double quantisation")
+ax.plot(block_sizes, two_levels, marker="s", color=plots.BLUE, label="double quantisation")
 ax.set_xscale("log", base=2)
+ax.set_xticks(block_sizes, map(str, block_sizes))
 ax.set_xlabel("block size")
 ax.set_ylabel("bits per parameter for scales")
 ax.set_title("Double quantisation makes small blocks affordable")
 ax.legend()
-plots.show(fig, "Bits per parameter spent on scales against block size: with float32 scales one bit at block 32 and half a bit at 64; with double quantisation about a quarter of that everywhere.")
+plots.show(fig, "3.2")
 
 # %% [markdown]
 # ## What it costs in accuracy
@@ -165,58 +178,134 @@ check("added by double quantisation, as a share", two / one - 1, at_most=0.005)
 
 # %% tags=["nbval-check-output"]
 cheap = quantize(weight, NF4, 256, double_quant=False)
-print(f"blocks of 256, float32 scales: {cheap.bits_per_parameter} bits, error {relative_error(dequantize(cheap), weight):.4f}")
-print(f"blocks of 64, 8-bit scales:    {double.bits_per_parameter:.3f} bits, error {two:.4f}")
+rows = [
+    ("blocks of 256, float32 scales", cheap.bits_per_parameter, relative_error(dequantize(cheap), weight)),
+    ("blocks of 64, 8-bit scales", double.bits_per_parameter, two),
+]
+show_table(["", "bits", "relative error"], rows, formats=["", ".3f", ".4f"])
 
 # %% [markdown]
 # Almost the same bits, and a clearly smaller error. That is what double quantisation is for.
 #
 # ## What is really stored
 #
-# bits per parameter leave out what is constant per matrix: two tables and the offset. For a small matrix they show.
+# Bits per parameter leave out what each matrix needs whatever its size: two tables of values, and the offset. In a
+# small matrix they show.
 
 # %% tags=["nbval-check-output"]
 tiny = quantize(weight[:1], NF4, 64, double_quant=True)
-for name, q in (("256 weights", tiny), (f"{weight.numel():,} weights", double), ("4,194,304 weights", quantize(large))):
+rows = []
+for q in (tiny, double, quantize(large)):
     count = q.codes.numel()
-    print(f"{name:18} {q.nbytes:10,} bytes = {8 * q.nbytes / count:.3f} bits each, tables included")
+    rows.append((f"{count:,}", q.nbytes, 8 * q.nbytes / count))
+show_table(["weights", "bytes", "bits each, tables included"], rows, formats=["", ",d", ".3f"])
 
 # %% [markdown]
-# ## Exercise 1
+# ## Exercise 3.1: two tables for the scales
 #
-# How many bits per parameter would double quantisation cost with blocks of 32 weights (and 256 scales per second-level
-# scale)? Count code, scale and second-level scale.
+# *Predict · medium · about 5 minutes.* The 8-bit codes of the scales could also stand for 256 values at equal steps
+# from -1 to 1. Which table makes the smaller error in the scales, "dynamic" or "equal steps"? Predict it for two
+# matrices: first for the scales above, then for the same scales after the weights of the first block were made 100
+# times as large (count the other scales only). Then measure, if you like.
 
 # %% tags=["exercise"]
-bits_at_32 = ...
+predicted = [..., ...]  # for the scales above; with one huge block among them
 
 # %% tags=["solution"]
-bits_at_32 = 4 + 8 / 32 + 32 / (32 * 256)
+def error_with(values: torch.Tensor, first_block: float) -> float:
+    changed = scales.clone()
+    changed[0] *= first_block
+    offset = changed.mean()
+    blocks = (changed - offset).view(-1, 256)
+    absmax = blocks.abs().amax(dim=1, keepdim=True)
+    codes = torch.bucketize(blocks / absmax, (values[:-1] + values[1:]) / 2)
+    decoded = (values[codes] * absmax).flatten() + offset
+    return relative_error(decoded[1:], changed[1:])
+
+
+tables = {"dynamic": table, "equal steps": torch.linspace(-1, 1, 256)}
+predicted = []
+for factor in (1, 100):  # one huge scale leaves the others near zero, where the dynamic table is dense
+    found = {name: error_with(values, factor) for name, values in tables.items()}
+    predicted.append(min(found, key=found.get))
 
 # %% tags=["nbval-check-output"]
-exercise("bits at block size 32", bits_at_32, 4.25390625, hint="the same three terms as above, with 32 in place of 64.")
+exercises.tables.check(predicted)
 
 # %% [markdown]
-# ## Exercise 2
+# ## Exercise 3.2: a weight from its bytes
 #
-# Decode the scales yourself. You have `double.absmax` (8-bit codes) and `double.nested` with `.absmax`, `.offset` and
-# `.values`. The result is a float32 scale for each block.
+# *Build · hard · about 20 minutes.* Write `decode(packed, state)`: the weight in float32, from bitsandbytes' bytes and
+# numbers alone. `packed` has two codes in each byte, the first in the high half. `state` has:
+#
+# - `code`: the 16 values, `blocksize`, and the `shape` of the weight;
+# - `absmax`: an 8-bit code for each block's scale; `offset`: the mean of all scales;
+# - `state2`: the second level, with its own `code` (256 values), `absmax` and `blocksize`.
+#
+# The last group of scales need not be full. Do not call bitsandbytes.
 
 # %% tags=["exercise"]
-my_scales = ...
+def decode(packed: torch.Tensor, state) -> torch.Tensor:
+    return ...
 
 # %% tags=["solution"]
-blocks = double.nested.values[double.absmax.long()].view(-1, 256)
-my_scales = (blocks * double.nested.absmax.unsqueeze(1)).flatten() + double.nested.offset
+def decode(packed: torch.Tensor, state) -> torch.Tensor:
+    level2 = state.state2
+    groups = torch.arange(state.absmax.numel()) // level2.blocksize
+    scales = level2.code[state.absmax.long()] * level2.absmax[groups] + state.offset
+    flat = packed.flatten()
+    codes = torch.stack([flat >> 4, flat & 15], dim=1).flatten().long()
+    return (state.code[codes].view(-1, state.blocksize) * scales.unsqueeze(1)).view(state.shape)
 
 # %% tags=["nbval-check-output"]
-exercise("the scales", my_scales, double.scales(), hint="table[code] * absmax of its 256 scales + offset.")
+exercises.from_bytes.check(decode)
+
+# %% [markdown]
+# ## Exercise 3.3: where did the saving go?
+#
+# *Run · medium · about 15 minutes.* Here is the shipped model, loaded without and with double quantisation, and the
+# bytes of the constants in its linear layers. Per parameter that saves less than the 0.373 bits of the bill:
+
+# %% tags=["nbval-check-output"]
+cpu = detect("cpu")
+loaded = {double_quant: load_model(double_quant=double_quant, hardware=cpu) for double_quant in (False, True)}
+constants = {
+    double_quant: {name: constant_bytes(layer.weight.quant_state) for name, layer in linear_layers(each)}
+    for double_quant, each in loaded.items()
+}
+fewer = sum(constants[False].values()) - sum(constants[True].values())
+print(f"{fewer:,} bytes saved: {8 * fewer / 2_359_296:.3f} bits per parameter")
+
+# %% [markdown]
+# Some bytes are added to every matrix, however large it is. How many are they? And how many weights must a matrix have
+# at least, in full blocks of 64, so that double quantisation saves anything at all? Work with the loaded layers
+# (`layer.weight.quant_state`), or with `quantize` and `nbytes`.
+
+# %% tags=["exercise"]
+bytes_added = ...
+fewest_weights = ...
+
+# %% tags=["solution"]
+quant_state = dict(linear_layers(loaded[True]))["model.layers.0.mlp.up_proj"].weight.quant_state
+bytes_added = quant_state.state2.code.nbytes + quant_state.offset.nbytes  # a table of 256 values, and the mean
+
+
+def saves(count: int) -> bool:
+    weights = torch.ones(count)
+    return quantize(weights, double_quant=True).nbytes < quantize(weights, double_quant=False).nbytes
+
+
+fewest_weights = next(count for count in range(64, 10**6, 64) if saves(count))
+
+# %% tags=["nbval-check-output"]
+exercises.fixed_cost.check([bytes_added, fewest_weights])
 
 # %% [markdown]
 # ## You have
 # - seen that scales cost half a bit per parameter at block size 64, and 0.126953 bits after the second level;
 # - built that second level, equal to bitsandbytes;
 # - computed the saving: 0.373047 bits, which is 3.19 GB for Llama-2-70B;
-# - measured that the weights' error hardly grows.
+# - measured that the weights' error hardly grows;
+# - decoded a weight from its bytes, and found what makes a small matrix save less.
 #
 # Next: [lesson 4](04_qlora_run.ipynb) puts everything together and trains.

@@ -24,8 +24,13 @@ def figures_of(name: str) -> list[Figure]:
     from IPython.core.interactiveshell import InteractiveShell
 
     shown: list[Figure] = []
-    original = plots.show
-    plots.show = lambda fig, *args, **named: shown.append(fig)
+    original = plots._as_html  # through which every figure goes, that of a running training, too
+
+    def noting(fig: Figure, *args: str):
+        shown.append(fig)
+        return original(fig, *args)
+
+    plots._as_html = noting
     shell = InteractiveShell.instance()
     try:
         for cell in code_cells(jupytext.read(build.SOURCES / f"{name}.py")):
@@ -33,7 +38,7 @@ def figures_of(name: str) -> list[Figure]:
                 done = shell.run_cell(cell.source, silent=True)
                 done.raise_error()
     finally:
-        plots.show = original
+        plots._as_html = original
     return shown
 
 
@@ -61,7 +66,7 @@ def main() -> int:
     for number, fig in enumerate(figures_of(name), 1):
         faults = faults_of(fig)
         bad += bool(faults)
-        print(f"{int(name[:2])}.{number} {_title(fig)}: {'; '.join(faults) or 'fine'}")
+        print(f"figure {int(name[:2])}.{number}, {_title(fig)}: {'; '.join(faults) or 'fine'}")
         if given.save:
             given.save.mkdir(parents=True, exist_ok=True)
             _save(fig, given.save / f"{name[:2]}-{number}.png")

@@ -68,6 +68,22 @@ def test_outputs_of_other_code_are_refused():
         build.outputs_into(copy.deepcopy(ONE), never_run)
 
 
+SHOWS_A_BAR = """from IPython.display import display
+display({"application/vnd.jupyter.widget-view+json": {}, "text/plain": "Writing shards:   0%|   | 0/1 [00:00<?, ?it/s]"}, raw=True)"""
+SHOWS_A_SLIDER = """from IPython.display import display
+display({"application/vnd.jupyter.widget-view+json": {}, "text/plain": "VBox(children=(IntSlider(),))"}, raw=True)"""
+
+
+def test_a_progress_bar_that_would_stay_on_a_learner_s_page_is_refused(tmp_path):
+    plain = code(SHOWS_A_BAR, metadata={"tags": ["plain-run"]})
+    build.execute(notebook(code(SHOWS_A_SLIDER), plain), tmp_path, with_bars=False)
+    build.execute(notebook(code(SHOWS_A_BAR)), tmp_path)
+    with pytest.raises(
+        ValueError, match=r"^progress bars that would stay on the page: 'Writing shards' in the cell 'from IPy"
+    ):
+        build.execute(notebook(code(SHOWS_A_BAR)), tmp_path, with_bars=False)
+
+
 @pytest.fixture
 def small_course(tmp_path, monkeypatch):
     """A course of one lesson, built and marked as executed, instead of the real one."""

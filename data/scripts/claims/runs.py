@@ -28,7 +28,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as CollatorOfTRL
 
-from data.scripts.claims.quality import loss, losses_without_warm_up, stability, standard_errors
+from data.scripts.claims.quality import higher_loss, is_worse, loss, losses_without_warm_up, stability
 from data.scripts.claims.rules import NOWHERE, Finding, by_setting, claim, parts, refusal
 from data.scripts.claims.size import of_merging
 from qlora_helpers import evaluation
@@ -303,9 +303,10 @@ def pad_as_eos_is_harmless() -> Finding:
 def rendered_text_begins_once() -> Finding:
     begin = tokenizer().bos_token_id
     counts = [trainer.train_dataset[0]["input_ids"].count(begin) for trainer in (text_trainer(), chat_trainer())]
-    one = "loss on the question, too"
-    losses = [f"{loss(name):.3f}" for name in (one, f"{one}; two first tokens")]
-    return by_setting(*(count == 1 for count in counts), value=f"{counts[0]} and {counts[1]}", shown=losses)
+    one, two = "loss on the question, too", "loss on the question, too; two first tokens"
+    cost = higher_loss(two, one)
+    shown = [*(f"{loss(name):.3f}" for name in (one, two)), f"{cost.mean:.3f}", f"{cost.half:.3f}"]
+    return by_setting(*(count == 1 for count in counts), value=f"{counts[0]} and {counts[1]}", shown=shown)
 
 
 @claim("A133.1")
@@ -468,7 +469,7 @@ def the_authors_schedule_warms_up_or_decays() -> Finding:
     worse, losses = losses_without_warm_up()
     constant = "the paper's: constant, clipped at 0.3"
     return by_setting(
-        len(rates["constant"]) > 1, *worse, standard_errors(constant, "as it should be") > 2,
+        len(rates["constant"]) > 1, *worse, is_worse(constant, "as it should be"),
         value=f"test loss {losses[0]} without, {losses[1]} with it", shown=[*losses, f"{loss(constant):.3f}"],
     )  # fmt: skip
 
