@@ -5,7 +5,9 @@ themselves, whenever a notebook is put together.
 """
 
 import contextlib
+import copy
 import io
+import re
 
 import nbformat
 from nbformat import NotebookNode
@@ -42,12 +44,21 @@ def cells_of(lesson: int, edition: str) -> list[NotebookNode]:
 
 
 def put_in(cells: list[NotebookNode], lesson: int, edition: str) -> list[NotebookNode]:
-    """A lesson's cells with its quiz, if it has one, before "You have"; at the end if there is no such heading."""
+    """A lesson's cells with its quiz, if it has one, before "You have"; at the end if there is no such heading.
+
+    A text that stands above the heading in the same cell becomes a cell of its own.
+    """
     if not quiz.has_quiz(lesson):
         return cells
-    last = [at for at, cell in enumerate(cells) if cell.cell_type == "markdown" and cell.source.startswith(BEFORE)]
-    at = last[-1] if last else len(cells)
-    return [*cells[:at], *cells_of(lesson, edition), *cells[at:]]
+    made = cells_of(lesson, edition)
+    for at in reversed(range(len(cells))):
+        if cells[at].cell_type == "markdown" and (heading := re.search(rf"^{BEFORE}", cells[at].source, re.M)):
+            above, end = cells[at].source[: heading.start()].strip(), cells[at].source[heading.start() :]
+            tags = cells[at].metadata
+            before = [nbformat.v4.new_markdown_cell(above, metadata=copy.deepcopy(tags))] if above else []
+            after = nbformat.v4.new_markdown_cell(end, metadata=tags)
+            return [*cells[:at], *before, *made, after, *cells[at + 1 :]]
+    return [*cells, *made]
 
 
 def run(notebook: NotebookNode) -> None:

@@ -99,6 +99,13 @@ def test_a_quiz_that_is_new_to_a_lesson_needs_no_execution(one_lesson):
     assert len(made.cells) == 5 and made.cells[3].outputs[0].text == "○ Quiz 1.1: not answered yet\n"
 
 
+def test_a_text_above_the_end_stays_above_the_quiz(one_lesson):
+    text = "So it is.\n\n## You have\n- seen."
+    made = quiz_cells.put_in([nbformat.v4.new_markdown_cell(text, metadata={"tags": ["x"]})], 1, "learner")
+    assert [made[0].source, made[1].source[:7], made[-1].source] == ["So it is.", "## Quiz", "## You have\n- seen."]
+    assert len(made) == 5 and made[0].metadata.tags == made[-1].metadata.tags == ["x"]
+
+
 def test_a_lesson_without_an_end_has_its_quiz_at_the_end(one_lesson):
     cells = [nbformat.v4.new_code_cell("a = 1")]
     assert [has_tag(cell, quiz_cells.TAG) for cell in quiz_cells.put_in(cells, 1, "learner")] == [
