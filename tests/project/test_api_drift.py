@@ -40,7 +40,6 @@ METHODS = {
     "sum": "torch.Tensor.sum",
     "normal_": "torch.Tensor.normal_",
     "repeat_interleave": "torch.Tensor.repeat_interleave",
-    "sum": "torch.Tensor.sum",
     "load_state_dict": "torch.nn.Module.load_state_dict",
     "zero_grad": "torch.optim.Optimizer.zero_grad",
     "tokenizer": "transformers.PreTrainedTokenizerFast.__call__",
