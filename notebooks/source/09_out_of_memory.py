@@ -2,11 +2,11 @@
 # # 9 · Out of memory
 #
 # You will
-# - see where memory goes within one training step, on this machine and as recorded on a large GPU;
-# - read every number of an out-of-memory message, and find out from its traceback where a run died;
+# - see where memory goes within one training step, on this machine and on a large GPU;
+# - read every number of an out-of-memory message, and tell from its traceback where a run died;
 # - go from that place to the cheapest cure, with its price predicted and measured;
-# - compute what paging can save, and what it cannot;
-# - test advice that is often given: shorter sequences, `empty_cache()`, paged optimizers.
+# - give a run a memory budget, which chooses for you, and see what it cannot cure;
+# - find out what paged optimizers save, and test advice that is often given.
 #
 # Takes about {{seconds}} seconds and {{gigabytes}} GB of memory on two processor cores. No GPU is needed: runs were
 # made to die on one, an H200, and `data/measured/oom.json` has what they said.
@@ -16,13 +16,17 @@ import json
 import textwrap
 from dataclasses import fields, replace
 
-from qlora_helpers.chats import read_chats
+from qlora_helpers.chats import read_chats, tokenized
 from qlora_helpers.course import plots
-from qlora_helpers.course.checks import check, exercise
+from qlora_helpers.course.checks import check
+from qlora_helpers.course.exercises import lesson_09 as exercises
+from qlora_helpers.course.tables import show_table
 from qlora_helpers.hardware import detect
 from qlora_helpers.memory import cures, find_gpu, find_shape, predict, predict_merge
+from qlora_helpers.memory.budget import plan_for
 from qlora_helpers.memory.out_of_memory import place_of, read_message
 from qlora_helpers.memory.phases import IN_A_STEP
+from qlora_helpers.memory.saved_for_backward import most_saved
 from qlora_helpers.memory.timeline import Timeline, record_step
 from qlora_helpers.models.loading import load_model, load_tokenizer
 from qlora_helpers.paths import data_path
@@ -31,26 +35,32 @@ from qlora_helpers.training.run_folder import new_run_folder
 from qlora_helpers.training.trainer import build_trainer
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback
 
 GIB, MIB = 2**30, 2**20
-hardware = detect()
+hardware, tokenizer = detect(), load_tokenizer()
 print("torch", torch.__version__.split("+")[0])
 
 # %% [markdown]
 # ## One step, on this machine
 #
-# A step has four phases: **forward** through the decoder, the **loss** in the output head, **backward**, and the
-# **optimizer step**. `record_step` trains, and notes during the last step how many bytes lie in tensors at each moment.
-# On a GPU it asks the history that torch's allocator keeps. On a CPU torch keeps none; there every tensor is counted
-# from the operation that makes it until it is freed.
+# A training step has four phases. **Forward**: the chats go through the decoder layers. **Loss**: the output head makes
+# [logits](../GLOSSARY.md#logits), a score for each word of the vocabulary. **Backward**: gradients are computed, from the
+# last layer to the first. **Optimizer step**: the trained weights move. `record_step` trains, and notes during the last
+# step how many bytes lie in tensors at each moment.
+#
+# We look at it twice: as it is, and with
+# [gradient checkpointing](../GLOSSARY.md#gradient-checkpointing), which forgets what a layer has computed and computes it
+# again when its gradients are due.
 
 # %%
 chats = read_chats(data_path("chats", "train.jsonl"))[:64]
 live = {}
 for name, checkpointing in (("with checkpointing", True), ("without", False)):
     settings = Settings(steps=2, gradient_checkpointing=checkpointing)
-    trainer = build_trainer(load_model(), load_tokenizer(), chats, new_run_folder("lesson-09"), settings, hardware)
+    folder = new_run_folder("lesson-09")
+    trainer = build_trainer(load_model(), tokenizer, chats, folder, settings, hardware)
     trainer.remove_callback(PrinterCallback)
     live[name] = record_step(trainer)
 
@@ -61,14 +71,16 @@ for ax, (name, line) in zip(axes, live.items()):
     ax.set_title(name, fontsize=10, fontweight="normal")
 axes[0].set(ylabel="MiB in tensors", ylim=(0, None))
 axes[0].legend(fontsize=9)
-fig.suptitle("One step of the shipped model: the output head is its mountain", x=0.01, ha="left", fontsize=12, fontweight="bold")
-plots.show(fig, "Memory of one training step of the shipped model against time, in two panels. With gradient checkpointing the forward pass stays flat and the backward pass shows one hump for each of four layers; without it memory climbs through the forward pass and falls through the backward pass. In both a tower stands in the middle, the loss and the beginning of the backward pass.")
+title = "One step of the shipped model: the output head is its mountain"
+fig.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+plots.show(fig, "9.1")
 
 # %% [markdown]
-# Without checkpointing memory climbs through the forward pass, since each layer keeps what its gradients need, and falls
-# again on the way back. With it the climb is gone, and on the way back each of the four layers is computed again: four
-# humps, and a longer step. The tower is the output head: it works on tiles of 32,768 words, and this model is so small
-# that one tile is larger than all the rest.
+# Without checkpointing memory climbs through the forward pass: each layer keeps its
+# [activations](../GLOSSARY.md#activations), which its gradients need. On the way back it falls again. With checkpointing
+# the climb is gone, and each of the four layers is computed again on the way back: four humps, and a longer step. The
+# tower in the middle is the output head. It works on tiles of 32,768 words, and this model is so small that one tile is
+# larger than all the rest.
 
 # %% tags=["nbval-check-output"]
 most = {name: {phase: line.most_in(phase) for phase in IN_A_STEP} for name, line in live.items()}
@@ -77,76 +89,69 @@ if hardware.gear == "cpu":
     check("forward pass with checkpointing, as a share of without", saved, at_most=0.6)
 else:  # the libraries' own workspace is in both
     print(f"forward pass with checkpointing, as a share of without: {saved:.0%}")
-check("phases in order", [name for name, _ in live["without"].marks][-4:], list(IN_A_STEP), exact=True)
+order = [name for name, _ in live["without"].marks][-4:]
+check("phases in order", order, list(IN_A_STEP), exact=True)
 
 # %% [markdown]
 # ## One step of 8B
 #
-# The same was recorded for Llama-3.1-8B in its real shape, from the allocator's history: one sequence of 2,048 tokens with
-# and without checkpointing, and one of 512 tokens at rank 256 with torch's own AdamW.
+# The same was recorded on an H200 for Llama-3.1-8B in its real shape: one sequence of 2,048 tokens with and without
+# checkpointing, and one of 512 tokens at rank 256 with torch's own AdamW.
 
 # %%
-recorded = json.loads(data_path("measured", "oom.json").read_text())
+recorded = json.loads(data_path("measured", "oom.json").read_text(encoding="utf-8"))
 rows = {row["label"]: row for row in recorded["rows"]}
 shape = find_shape("meta-llama/Llama-3.1-8B")
 
 
 def settings_of(row: dict) -> Settings:
     """The settings of a recorded run."""
-    return Settings(**{field.name: row[field.name] for field in fields(Settings) if field.name in row})
+    return Settings(**{f.name: row[f.name] for f in fields(Settings) if f.name in row})
 
 # %%
-steps = {name: rows[f"timeline: {name}"] for name in ("checkpointing", "no checkpointing", "rank 256, adamw_torch")}
+names = ("checkpointing", "no checkpointing", "rank 256, adamw_torch")
+steps = {name: rows[f"timeline: {name}"] for name in names}
 fig, axes = plots.figure(3, 1, figsize=(7.2, 6.6))
 for ax, (name, row) in zip(axes, steps.items()):
     plots.memory_timeline(ax, Timeline.from_json(row["timeline"]), GIB)
     ax.axhline(row["loaded_bytes"] / GIB, color="black", linewidth=0.8, linestyle=":")
-    ax.set_title(f"{row['batch_size']} x {row['max_length']:,} tokens, {name}", fontsize=10, fontweight="normal")
+    tokens = f"{row['batch_size']} x {row['max_length']:,} tokens"
+    ax.set_title(f"{tokens}, {name}", fontsize=10, fontweight="normal")
     ax.set_ylabel("GiB")
 axes[1].legend(fontsize=9)
 axes[2].set_xlabel("seconds within the step")
-fig.suptitle("Three runs, three places for the peak", x=0.01, ha="left", fontsize=12, fontweight="bold")
-plots.show(fig, "Memory of one step of Llama-3.1-8B against time for three runs, each above a dotted line at the 5.3 GiB of the loaded model. With checkpointing the peak is at the beginning of the backward pass; without it where forward ends and backward begins, at more than three times as much; at rank 256 with AdamW it is in the optimizer step.")
+title = "Three runs, three places for the peak"
+fig.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+plots.show(fig, "9.2")
 
 # %% [markdown]
-# The dotted line is the loaded model. What stands above it decides where a run dies: a run dies where its mountain first
-# reaches the limit, which need not be the top. The predictor of lesson 5 knows these phases, too:
+# The dotted line is the loaded model. What stands above it decides where a run dies: where it *first* reaches the limit,
+# which need not be at its top. The predictor of [lesson 5](05_will_it_fit.ipynb) knows these phases, too:
 
 # %% tags=["nbval-check-output"]
-print(f"{'GiB, predicted / measured':26}{'to the loss':>16}{'backward':>16}{'optimizer step':>16}")
+compared, off = [], {}
 for name, row in steps.items():
     phases, line = predict(shape, settings_of(row)).phases, Timeline.from_json(row["timeline"])
-    said = [phases["loss"], max(size for phase, size in phases.items() if "backward" in phase), phases["optimizer step"]]
-    seen = [max(line.most_in("forward"), line.most_in("loss")), line.most_in("backward"), line.most_in("optimizer step")]
-    print(f"{name:26}" + "".join(f"{p / GIB:9.2f} /{m / GIB:5.2f}" for p, m in zip(said, seen)))
-    check("largest error of a phase", max(abs(p / m - 1) for p, m in zip(said, seen)), at_most=0.02)
+    backward = max(size for phase, size in phases.items() if "backward" in phase)
+    to_the_loss = max(line.most_in("forward"), line.most_in("loss"))
+    pairs = {
+        "to the loss": (phases["loss"], to_the_loss),
+        "backward": (backward, line.most_in("backward")),
+        "optimizer step": (phases["optimizer step"], line.most_in("optimizer step")),
+    }
+    compared += [[name, phase, said / GIB, seen / GIB] for phase, (said, seen) in pairs.items()]
+    off[name] = max(abs(said / seen - 1) for said, seen in pairs.values())
+headings = ["run", "phase", "predicted, GiB", "measured, GiB"]
+show_table(headings, compared, formats=["", "", ".2f", ".2f"])
+for name in steps:
+    check(f"largest error of a phase, {name}", off[name], at_most=0.02)
 
 # %% [markdown]
 # ## The message
 #
-# A cap makes a large card small: `torch.cuda.set_per_process_memory_fraction` limits what torch may hold, and a run that
-# reaches it fails as on a card of that size, with no harm to anybody else on the machine. Here are four sequences of 2,048
-# tokens without checkpointing, under a cap. With a GPU you can provoke one yourself:
-
-# %%
-def provoke(limit: int) -> str:
-    """The message of a harmless out-of-memory error: torch may hold `limit` bytes, and is asked for more."""
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + limit) / total)
-    try:
-        kept = [torch.empty(limit // 4, dtype=torch.int8, device="cuda") for _ in range(5)]
-        return f"no error, {len(kept)} tensors"
-    except torch.OutOfMemoryError as error:
-        return str(error)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-if hardware.device == "cuda":
-    print(read_message(provoke(GIB)))
-else:
-    print("No GPU here: the recorded message follows.")
+# To make a large card small, torch can be given a **cap**, the most that it may hold
+# (`torch.cuda.set_per_process_memory_fraction`). A run that reaches it fails as on a card of that size. Here are four
+# sequences of 2,048 tokens without checkpointing, under a cap:
 
 # %% tags=["nbval-check-output"]
 death = rows["forward: death"]
@@ -159,50 +164,49 @@ print(textwrap.fill(death["message"], 100))
 # |---|---|
 # | Tried to allocate | the one request that failed: the last straw, not the load |
 # | total capacity | what the card has |
-# | is free | what nobody has taken of the card. Under a cap it may be plenty, and no use |
-# | this process has | what it has taken of the card, with its CUDA context; other processes have lines of their own |
+# | is free | what nobody has taken of the card; under a cap it may be plenty, and no use |
+# | this process has | what it has taken, with its [CUDA context](../GLOSSARY.md#cuda-context) |
 # | allowed | the cap; without one these words are not there |
 # | allocated by PyTorch | what lies in tensors |
 # | reserved but unallocated | what torch holds in holes too small for the request |
 #
-# `read_message` reads them, and says how much was missing for this request:
+# How much was missing for this request?
 
 # %% tags=["nbval-check-output"]
 message = read_message(death["message"])
 print(message)
-check("held and asked for, less what torch may hold: more than nothing", message.missing_bytes, at_least=1)
-check("holes, as a share of what torch holds", message.unallocated_bytes / message.reserved_bytes, at_most=0.1)
+missing, holes = message.missing_bytes, message.unallocated_bytes / message.reserved_bytes
+check("held and asked for, less what torch may hold: more than nothing", missing, at_least=1)
+check("holes, as a share of what torch holds", holes, at_most=0.1)
 
 # %% [markdown]
-# Only a few MiB were missing, it seems. But the run was not at its peak yet. How much it really needs, only a prediction or
-# the same run without a cap can tell:
+# Only a few MiB, it seems. But the run was not at its peak yet. What it really needs, only a prediction tells, or the same
+# run without a cap:
 
 # %% tags=["nbval-check-output"]
-needs = predict(shape, settings_of(death)).peak_reserved_bytes
-without_cap = rows["forward: price"]["peak_reserved_bytes"]
-print(f"cap {death['cap_bytes'] / GIB:.0f} GiB; needed: predicted {needs / GIB:.1f} GiB, measured {without_cap / GIB:.1f} GiB")
-check("predicted, in GiB", needs / GIB, without_cap / GIB, rel=0.03)
+needs = predict(shape, settings_of(death)).peak_reserved_bytes / GIB
+without_cap = rows["forward: price"]["peak_reserved_bytes"] / GIB
+print(f"cap {death['cap_bytes'] / GIB:.0f} GiB, needed {without_cap:.1f}, predicted {needs:.1f}")
+check("predicted, in GiB", needs, without_cap, rel=0.03)
 
 # %% [markdown]
 # ## Where did it die?
 #
 # The traceback under the message is long, but a few functions in it tell the place: `from_pretrained`, `compute_loss`,
-# `backward`, `step`, `evaluate`. The outermost of them decides, since a layer that is computed again for its gradients is
-# part of the backward pass. `place_of` looks for them, in a caught error or in a pasted traceback.
-#
-# No machine has 2⁵⁰ bytes. So a layer that asks for as much gives a real out-of-memory error, on a CPU, too:
+# `backward`, `step`, `evaluate`. The outermost of them decides, and `place_of` finds it. Here two runs of the shipped
+# model ask for 2⁵⁰ bytes, which no machine has, one on its way forward and one on its way back:
 
 # %% tags=["nbval-check-output"]
-def die(*_) -> None:
+def ask_for_too_much(*_) -> None:
     torch.empty(2**50, dtype=torch.int8, device=hardware.device)
 
 
 def killed_run(where: str):
-    model = load_model()
-    settings = Settings(steps=1, gradient_checkpointing=True)
-    trainer = build_trainer(model, load_tokenizer(), chats, new_run_folder("lesson-09"), settings, hardware)
+    folder, settings = new_run_folder("lesson-09"), Settings(steps=1, gradient_checkpointing=True)
+    trainer = build_trainer(load_model(), tokenizer, chats, folder, settings, hardware)
     layer = trainer.model.get_base_model().model.layers[0]
-    layer.register_forward_hook(die) if where == "forward" else layer.register_full_backward_hook(die)
+    hook = {"forward": layer.register_forward_hook, "backward": layer.register_full_backward_hook}
+    hook[where](ask_for_too_much)
     try:
         trainer.train()
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
@@ -210,32 +214,36 @@ def killed_run(where: str):
 
 
 for where in ("forward", "backward"):
-    check(f"a run made to die on its way {where}, by its traceback", killed_run(where), where, exact=True)
+    place = killed_run(where)
+    check(f"a run made to die on its way {where}, by its traceback", place, where, exact=True)
 
 # %% [markdown]
-# On the H200 runs were made to die under a cap in every place but one (saving, see below), and both the phase that the script was in and the
-# traceback were kept.
+# On the H200 runs of 8B were made to die under a cap in every place but one (saving, see below):
 
 # %% tags=["nbval-check-output"]
-deaths = {label: row for label, row in rows.items() if row["outcome"] == "out of memory" and row["role"] == "death"}
-for label, row in deaths.items():
-    asked = read_message(row["message"]).asked_bytes
-    print(f"{label:42}cap {row['cap_bytes'] / GIB:4.1f} GiB, asked for {asked / MIB:8,.1f} MiB in: {row['place']}")
+deaths = {label: row for label, row in rows.items() if row["outcome"] == "out of memory"
+          and row["role"] == "death"}
+show_table(
+    ["run", "cap, GiB", "asked for, MiB", "it died in"],
+    [[label.removesuffix(": death"), row["cap_bytes"] / GIB,
+      read_message(row["message"]).asked_bytes / MIB, row["place"]]
+     for label, row in deaths.items()],
+    formats=["", ".1f", ",.1f", ""],
+)
 same = sum(row["place"] == row["place_by_traceback"] for row in deaths.values())
 check("places that the traceback tells right", same, len(deaths), exact=True)
 
 # %% [markdown]
-# Two of them are worth a second look. A load dies with its first request: transformers asks for all weights in one piece
-# before it reads the first, so nothing is wasted on a load that cannot end well. And the run with `float32 copies` was
-# meant to die in the backward pass, where its tensors pass the cap. It died before, in the forward pass: what counts is
-# what torch *holds*, and there it held more than a GiB in holes.
+# One of them surprises. By its tensors, the run with float32 copies should have passed the loss. But what counts is what
+# torch *holds*, and it held more than a GiB in holes:
 
 # %% tags=["nbval-check-output"]
-print("first request of the load:", f"{read_message(rows['load: death']['message']).asked_bytes / GIB:.2f} GiB")
-copies = read_message(rows["float32 copies: death"]["message"])
-print(f"float32 copies: {copies.allocated_bytes / GIB:.2f} GiB in tensors, {copies.unallocated_bytes / GIB:.2f} GiB in holes")
-said = predict(shape, settings_of(rows["float32 copies: death"])).phases
-check("GiB predicted until the loss, in tensors", said["loss"] / GIB, at_most=rows["float32 copies: death"]["cap_bytes"] / GIB)
+row = rows["float32 copies: death"]
+copies = read_message(row["message"])
+sizes = copies.allocated_bytes / GIB, copies.unallocated_bytes / GIB
+print("{:.2f} GiB in tensors, {:.2f} in holes".format(*sizes))
+said = predict(shape, settings_of(row)).phases["loss"] / GIB
+check("GiB predicted until the loss, in tensors", said, at_most=row["cap_bytes"] / GIB)
 
 # %% [markdown]
 # ## From the place to the cure
@@ -245,11 +253,12 @@ check("GiB predicted until the loss, in tensors", said["loss"] / GIB, at_most=ro
 # - **load**: the weights. Load in 4 bits; there is no cure in the training settings.
 # - **forward** or **loss**: what the layers keep. Checkpointing; an attention kernel that stores no matrix; no float32
 #   copies.
-# - **backward**: the layer at work. Fewer sequences at a time, with accumulation; fewer tokens.
+# - **backward**: the layer at work. Fewer sequences at a time, with
+#   [accumulation](../GLOSSARY.md#gradient-accumulation): several small passes make one step, and it learns the same.
 # - **optimizer step**: states, gradients, adapters. States in 8 bits; a lower rank.
 #
-# Which of them is the cheapest that is *enough* depends on the limit. `cures` of lesson 5 asks the predictor. The cap
-# becomes a card on which torch may hold as much:
+# Which of them is the cheapest that is *enough* depends on the limit, so `cures` of lesson 5 asks the predictor. The cap
+# becomes a card of that size:
 
 # %%
 def card_of(row: dict):
@@ -265,41 +274,46 @@ chosen = {}
 for group in groups:
     death = rows[f"{group}: death"]
     cheapest = cures(shape, settings_of(death), card_of(death))[0]
-    chosen[group] = next(row for row in rows.values() if row.get("group") == group and row["role"] == "cure")
-    print(f"{group:26}{cheapest.what}\n{'':26}price: {cheapest.price}")
-    check("the cure that was tried on the GPU is this one", settings_of(chosen[group]) == cheapest.settings, True, exact=True)
+    tried = [row for row in rows.values() if row.get("group") == group and row["role"] == "cure"]
+    chosen[group] = tried[0]
+    print(f"{group:18}{cheapest.what}\n{'':18}price: {cheapest.price}")
+    same = settings_of(chosen[group]) == cheapest.settings
+    check("the cure that was tried on the GPU is this one", same, True, exact=True)
 
 # %% [markdown]
-# Each cure was tried under the cap under which the run before had died. What it saves is the difference to the same run
-# without a cap, and what it costs in time is seen in the tokens per second:
+# Each cure was tried under the cap under which the run had died. What it saves is the difference to the same run without
+# a cap; what it costs shows in the tokens per second:
 
 # %% tags=["nbval-check-output"]
 def price_of(group: str) -> dict:
     """The run that died, as it is without a cap."""
-    return rows.get(f"{group}: price") or rows["forward: cure, checkpointing"]  # the same run as that of "backward, batch"
+    # the run that died in the backward pass is the one that cured the forward pass
+    return rows.get(f"{group}: price") or rows["forward: cure, checkpointing"]
 
 
-prices = {}
-print(f"{'GiB':18}{'cap':>5}{'needed':>9}{'cured':>8}{'predicted':>11}{'saved':>8}   tokens/s before and after")
+prices, table = {}, []
 for group, cure in chosen.items():
-    before, after = price_of(group), predict(shape, settings_of(cure)).peak_allocated_bytes
-    sizes = [cure["cap_bytes"], before["peak_allocated_bytes"], cure["peak_allocated_bytes"], after]
-    sizes.append(sizes[1] - sizes[2])
-    speeds = before["tokens_per_second"], cure["tokens_per_second"]
-    prices[group] = sizes[1] / GIB, sizes[2] / GIB, speeds[1] / speeds[0]
-    print(f"{group:18}" + "{:5.1f}{:9.2f}{:8.2f}{:11.2f}{:8.2f}".format(*(size / GIB for size in sizes)), "  {:6,} →{:6,}".format(*speeds))
+    before, speed = price_of(group), cure["tokens_per_second"]
+    sizes = [row["peak_allocated_bytes"] / GIB for row in (before, cure)]
+    prices[group] = *sizes, speed / before["tokens_per_second"]
+    after = predict(shape, settings_of(cure)).peak_allocated_bytes / GIB
+    sizes += [sizes[0] - sizes[1], after]
+    table.append([group, cure["cap_bytes"] / GIB, *sizes, before["tokens_per_second"], speed])
+headings = ["GiB", "cap", "needed", "cured", "saved", "predicted", "tokens/s before", "after"]
+show_table(headings, table, formats=["", ".1f", ".2f", ".2f", ".2f", ".2f", ",.0f", ",.0f"])
 
 # %% [markdown]
-# Checkpointing is often said to take a third more time. It took more, on this GPU at least. And four bits are not free: the
-# weights are decoded in every product, which LoRA on 16-bit weights need not do. The other cures cost little time, or even
-# save it. (Speeds are of one run each, two steps on an H200 with random weights; another card has others.)
+# Checkpointing is often said to take a third more time. On this GPU it took more. Four bits are not free either: the
+# weights are decoded in every product. The other cures cost little time, or even save it. (Speeds are of one run each,
+# two steps; another card has others.)
 
 # %% tags=["nbval-check-output"]
 for group in ("forward", "load"):
     print(f"{group}: {1 / prices[group][2]:.2f} times as long for each token")
 for group, cure in chosen.items():
     assert cure["outcome"] == "ran", f"{group} died all the same"
-    said, saved = (predict(shape, settings_of(row)).peak_allocated_bytes for row in (price_of(group), cure))
+    pair = [settings_of(row) for row in (price_of(group), cure)]
+    said, saved = (predict(shape, settings).peak_allocated_bytes for settings in pair)
     measured = price_of(group)["peak_allocated_bytes"] - cure["peak_allocated_bytes"]
     check(f"GiB saved by the cure of: {group}", (said - saved) / GIB, measured / GIB, rel=0.03)
 
@@ -309,76 +323,183 @@ words = {"load": ("load", "load in 4 bits"), "forward": ("forward", "gradient ch
          "float32 copies": ("forward,\nfloat32 copies", "no prepare_model_for_kbit_training"),
          "backward, batch": ("backward", "half the batch, 2 steps of accumulation"),
          "optimizer": ("optimizer step", "states in 8 bits")}
-branches = [
-    (place, f"{cure}\n{prices[group][0]:.1f} → {prices[group][1]:.1f} GiB, {prices[group][2]:.2f} times the tokens/s")
-    for group, (place, cure) in words.items()
-]
-sizes = [rows[f"evaluation: {what}"]["peak_allocated_bytes"] / GIB for what in ("price", "cure, best words")]
-branches.append(("evaluation", f"keep the best words, not the logits\n{sizes[0]:.1f} → {sizes[1]:.1f} GiB"))
+branches = []
+for group, (place, cure) in words.items():
+    before, after, speed = prices[group]
+    sizes = f"{before:.1f} → {after:.1f} GiB"
+    branches.append((place, f"{cure}\n{sizes}, {speed:.2f} times the tokens/s"))
+before, after = (rows[f"evaluation: {what}"]["peak_allocated_bytes"] / GIB
+                 for what in ("price", "cure, best words"))
+sizes = f"{before:.1f} → {after:.1f} GiB"
+branches.append(("evaluation", f"keep the best words, not the logits\n{sizes}"))
 branches.append(("saving", "not the GPU: main memory or disk"))
-files = json.loads(data_path("measured", "merging.json").read_text())["rows"][-1]["host_peak_bytes"] / GIB
-decoded = rows["merging: price"]["peak_allocated_bytes"] / GIB
-branches.append(("merging", f"from file to file (lesson 6)\n{decoded:.1f} → 0 GiB, and {files:.1f} GiB of main memory"))
+merged = json.loads(data_path("measured", "merging.json").read_text(encoding="utf-8"))["rows"][-1]
+files, decoded = merged["host_peak_bytes"], rows["merging: price"]["peak_allocated_bytes"]
+sizes = f"{decoded / GIB:.1f} → 0 GiB, and {files / GIB:.1f} GiB of main memory"
+branches.append(("merging", f"from file to file (lesson 6)\n{sizes}"))
 fig, ax = plots.figure(figsize=(7.2, 6))
 plots.decision_tree(ax, "Where did\nit die?", branches)
 ax.set_title("From the place to the cheapest cure, measured with 8B")
-plots.show(fig, "A tree from the question where a run died to nine places and the cheapest cure of each: at load 4 bits, in the forward pass gradient checkpointing, with eager attention sdpa, with float32 copies none of them, in the backward pass half the batch with accumulation, in the optimizer step states in 8 bits, in an evaluation keeping the best words instead of logits, when saving more main memory or disk, when merging from file to file. Beside each the measured GiB before and after, and the change in speed.")
+plots.show(fig, "9.3")
 
 # %% [markdown]
+# ## A budget chooses for you
+#
+# You need not look for a cure if you say how much memory there is. With a **memory budget** the trainer keeps the chats of
+# a step, and chooses how many go through the model at once, how many layers are checkpointed, and whether their inputs
+# wait in main memory. `plan_for` shows the choice without a run. Here are two of the runs that died, under the same limits:
+
+# %%
+plans = {}
+for group in ("forward", "backward, batch"):
+    death, card = rows[f"{group}: death"], card_of(rows[f"{group}: death"])
+    plans[group] = plan_for(shape, settings_of(death), card, card.usable_bytes)
+    print(f"died in: {death['place']}\n{plans[group]}\n")
+
+# %% [markdown]
+# The first plan is finer than the cure above, which checkpointed all layers and left much room. The plan leaves some
+# layers as they are and fills the room, so the run is faster. A part of the budget stays free, since predictions are a few
+# per cent off.
+
+# %% tags=["nbval-check-output"]
+for group, plan in plans.items():
+    settings, taken = plan.chosen.settings, plan.chosen.prediction.device_bytes
+    in_a_step, used = settings.batch_size * settings.accumulation, taken / plan.budget
+    check(f"{group}: chats in a step", in_a_step, 4, exact=True)
+    check(f"{group}: share of the budget that is used", used, at_least=0.9, at_most=0.96)
+layers = plans["forward"].chosen.settings.checkpointed_layers
+check("forward: layers of 32 that are checkpointed", layers, at_least=24, at_most=28)
+
+# %% [markdown]
+# In a run of your own it is one setting: `Settings(memory_budget="auto")` takes what is free, `"16GiB"` so much. Should a
+# step need more all the same, it is made again with the next safer choice. A budget leaves alone what it was not asked to
+# change: precision, optimizer, attention kernel, rank, length. A run that is too large because of these is refused:
+
+# %%
+death = rows["optimizer: death"]
+card = card_of(death)
+try:
+    plan_for(shape, settings_of(death), card, card.usable_bytes)
+except ValueError as error:
+    refused = str(error)
+print(textwrap.fill(refused, 100))
+
+# %% tags=["nbval-check-output"]
+check("refused", "is too little: the least that the run can do with" in refused, True, exact=True)
+
+# %% [markdown]
+# That one needs states in 8 bits, as the tree says. [Lesson 11](11_where_the_time_goes.ipynb) shows how a budget weighs
+# memory against time.
+#
 # ## Knobs that are turned first
 #
-# "Reduce the sequence length", "decrease the rank": the second article names both among its first cures. Half the tokens
-# save as much as half the batch with accumulation, and cut off what is longer, while accumulation changes nothing in the
-# result. The rank hardly matters, unless it is very high and its states are in 32 bits. All cures of two deaths, and one
-# run at several ranks:
+# Shorter sequences and a lower rank are usual advice. Half the tokens save as much as half the batch with accumulation,
+# but they cut off what is longer, while accumulation changes nothing in the result. The rank hardly matters, unless it is
+# very high and its states are in 32 bits:
 
 # %% tags=["nbval-check-output"]
 for group in ("backward, batch", "optimizer"):
-    print(f"{group}: needed {price_of(group)['peak_allocated_bytes'] / GIB:.2f} GiB")
-    for label, row in rows.items():
-        if row.get("group") == group and row["role"] == "cure":
-            print(f"    {label.partition('cure, ')[2]:22}{row['peak_allocated_bytes'] / GIB:7.2f} GiB")
+    tried = [[label.partition("cure, ")[2], row["peak_allocated_bytes"] / GIB]
+             for label, row in rows.items() if row.get("group") == group and row["role"] == "cure"]
+    tried.insert(0, ["as it was", price_of(group)["peak_allocated_bytes"] / GIB])
+    show_table([f"died in: {rows[f'{group}: death']['place']}", "GiB"], tried, formats=["", ".2f"])
+    print()
 usual = replace(GPU_RUN, batch_size=4, adapter_dtype="bfloat16")
-ranks = {rank: predict(shape, replace(usual, rank=rank)).peak_allocated_bytes / GIB for rank in (8, 16, 64, 256)}
-print("4 x 2,048 tokens, by rank:", ", ".join(f"r={rank} {size:.2f} GiB" for rank, size in ranks.items()))
+ranks = {rank: predict(shape, replace(usual, rank=rank)).peak_allocated_bytes / GIB
+         for rank in (8, 16, 64, 256)}
+table = [[str(rank), size] for rank, size in ranks.items()]
+show_table(["rank, with 4 x 2,048 tokens", "GiB"], table, formats=["", ".2f"])
 check("GiB that rank 8 saves where it was 64", ranks[64] - ranks[8], at_most=0.5)
+
+# %% [markdown]
+# And is it true that memory grows with the square of the length? Only where attention stores its matrix of scores: in
+# `eager` attention, and in torch's math kernel.
+
+# %%
+lengths = range(1024, 8193, 1024)
+one = replace(GPU_RUN, adapter_dtype="bfloat16")
+curves = {}
+for kernel in ("eager", "math", "sdpa"):
+    each = [predict(shape, replace(one, max_length=n, attention=kernel)) for n in lengths]
+    curves[kernel] = [prediction.peak_allocated_bytes / GIB for prediction in each]
+styles = {"eager": {"color": plots.RED}, "math": {"color": "black", "linestyle": ":"},
+          "sdpa": {"color": plots.BLUE}}
+fig, ax = plots.figure()
+for kernel, sizes in curves.items():
+    ax.plot(lengths, sizes, label=f"{kernel}, predicted", **styles[kernel])
+for label, colour in (("price", plots.RED), ("cure, sdpa", plots.BLUE)):
+    row = rows[f"eager attention: {label}"]
+    ax.plot(row["max_length"], row["peak_allocated_bytes"] / GIB, "o", color=colour)
+ax.set_xticks(lengths, labels=[f"{n:,}" for n in lengths])
+ax.set(xlabel="tokens in the sequence", ylabel="peak (GiB)", ylim=(0, None))
+ax.set_title("Quadratic only where the scores are stored (8B, points measured)")
+ax.legend()
+plots.show(fig, "9.4")
+
+# %% tags=["nbval-check-output"]
+table = []
+for kernel, sizes in curves.items():
+    doubled = [sizes[lengths.index(n)] for n in (1024, 2048, 4096, 8192)]
+    table.append([kernel, *doubled])
+show_table(["GiB", "1,024", "2,048", "4,096", "8,192"], table, formats=["", *[".2f"] * 4])
+for kernel, label in (("eager", "price"), ("sdpa", "cure, sdpa")):
+    measured = rows[f"eager attention: {label}"]["peak_allocated_bytes"] / GIB
+    check(f"{kernel} at 8,192 tokens, in GiB", curves[kernel][-1], measured, rel=0.02)
+
+# %% [markdown]
+# What of `torch.cuda.empty_cache()`? torch does the same by itself before it raises the error, and counts it as a retry. So
+# the run that died in the backward pass dies with the call in every step, too. Against holes segments of memory that can
+# grow do help: with `PYTORCH_ALLOC_CONF=expandable_segments:True` a run lives under a cap under which it dies without.
+
+# %% tags=["nbval-check-output"]
+for label in ("backward, batch: death", "backward, batch: still dead, empty_cache"):
+    check(f"{label}, retries of torch itself", rows[label]["allocator_retries"], at_least=1)
+table = []
+for label in ("holes: as it is", "holes: expandable segments"):
+    row = rows[label]
+    sizes = (row["cap_bytes"], row["peak_allocated_bytes"], row["peak_reserved_bytes"])
+    table.append([label.removeprefix("holes: "), row["outcome"], *(size / GIB for size in sizes)])
+headings = ["", "outcome", "cap, GiB", "tensors, GiB", "held, GiB"]
+show_table(headings, table, formats=["", "", ".2f", ".2f", ".2f"])
 
 # %% [markdown]
 # ## Paging: what it can save
 #
-# A paged optimizer keeps its states in managed memory, which the driver may move to main memory when the card is full.
-# "This way the GPU never throws an out-of-memory error", writes the first article, and the third calls it "error-free".
-# But weights, activations, gradients and logits are not paged, and of the states only tensors with at least 100,000
-# numbers (bitsandbytes, `optim/optimizer.py`). LoRA's tensors are small. The share that can be paged, from their exact
-# shapes:
+# A [paged optimizer](../GLOSSARY.md#paged-optimizer) keeps its states in memory that the driver may move to main memory
+# when the card is full. "This way the GPU never throws an out-of-memory error", writes the first article. But most runs
+# above had one, and died. Weights, activations, gradients and logits are not paged, and of the states only tensors with
+# at least 100,000 numbers (bitsandbytes, `optim/optimizer.py`). LoRA's tensors are small:
 
 # %% tags=["nbval-check-output"]
 def paged_share(model: str, rank: int) -> float:
-    """Share of LoRA's numbers, on all linear layers, that lie in tensors large enough to be paged."""
-    sizes = [rank * side for linear in find_shape(model).linears for side in (linear.in_features, linear.out_features)]
+    """Share of LoRA's numbers, on all linear layers, in tensors large enough to be paged."""
+    sizes = []
+    for linear in find_shape(model).linears:
+        sizes += [rank * linear.in_features, rank * linear.out_features]
     return sum(size for size in sizes if size >= 100_000) / sum(sizes)
 
 
-names = ["meta-llama/Llama-3.2-1B", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-7B", "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-70B"]
-print(f"{'rank':28}" + "".join(f"{rank:>8}" for rank in (4, 8, 16, 32, 64)))
-for name in names:
-    print(f"{name:28}" + "".join(f"{paged_share(name, rank):8.1%}" for rank in (4, 8, 16, 32, 64)))
+names = ["Llama-3.2-1B", "Llama-3.1-8B", "Llama-3.1-70B"]
+of_rank = (4, 8, 16, 32, 64)
+table = [[name, *(paged_share(f"meta-llama/{name}", rank) for rank in of_rank)] for name in names]
+show_table(["can be paged, at rank", *map(str, of_rank)], table, formats=["", *[".1%"] * 5])
 
 # %% [markdown]
-# And how much is that of a run? In bytes, for the settings of the second article (70B, rank 64, states in 32 bits) and for
-# the usual ones:
+# And how much is that of a run?
 
 # %% tags=["nbval-check-output"]
-for name, rank, optimizer in (("70B", 64, "paged_adamw_32bit"), ("8B", 64, "paged_adamw_32bit"), ("8B", 16, "paged_adamw_8bit")):
-    settings = replace(GPU_RUN, rank=rank, optimizer=optimizer, max_length=512, adapter_dtype="bfloat16")
+table = []
+for name, rank, optimizer in (("70B", 64, "paged_adamw_32bit"), ("8B", 64, "paged_adamw_32bit"),
+                              ("8B", 16, "paged_adamw_8bit")):
+    settings = replace(one, rank=rank, optimizer=optimizer, max_length=512)
     p = predict(find_shape(f"meta-llama/Llama-3.1-{name}"), settings)
     paged = p.parts["optimizer (paged)"]
-    print(f"{name}, rank {rank}, {optimizer:18}{paged / GIB:6.2f} GiB can be paged, {paged / p.device_bytes:6.1%} of what the card holds")
+    table.append([f"{name}, rank {rank}", optimizer, paged / GIB, paged / p.device_bytes])
+headings = ["run", "optimizer", "can be paged, GiB", "of what the card holds"]
+show_table(headings, table, formats=["", "", ".2f", ".1%"])
 
 # %% [markdown]
-# torch does not see managed memory. It counts neither as allocated nor against a cap. The card sees it: below is what the
-# card has in use beside torch's memory (`cudaMemGetInfo`), after four steps, less the same of a run whose optimizer is not
-# paged. The driver gives it out in pieces of 128 MiB.
+# There is a trap in it. torch does not count paged memory, nor does a cap. The card does, in pieces of 128 MiB:
 
 # %% tags=["nbval-check-output"]
 for rank in (16, 64):
@@ -386,46 +507,40 @@ for rank in (16, 64):
     for optimizer in ("paged_adamw_8bit", "paged_adamw_32bit"):
         row = rows[f"paging: rank {rank}, {optimizer}"]
         exact = predict(shape, settings_of(row)).parts["optimizer (paged)"]
-        pieces = -(-exact // (128 * MIB))
-        print(f"rank {rank}, {optimizer:18}{exact / MIB:7.1f} MiB of states, {pieces} pieces")
-        check("bytes in managed memory, predicted and counted", exact, row["paged_bytes"], exact=True)
-        check("MiB on the card outside of torch", (row["outside"]["after step 4"] - plain) / MIB, pieces * 128, abs=32)
+        print(f"rank {rank}, {optimizer}: {exact / MIB:,.1f} MiB of states")
+        counted, pieces = row["paged_bytes"], -(-exact // (128 * MIB))
+        check("bytes in managed memory, predicted and counted", exact, counted, exact=True)
+        outside = (row["outside"]["after step 4"] - plain) / MIB
+        check("MiB on the card outside of torch", outside, pieces * 128, abs=32)
 
 # %% [markdown]
-# So under a cap a paged optimizer hides what it does not save. The run that died in the optimizer step survives with
-# `paged_adamw_32bit`, and the card then holds more than the cap that it was to stay below:
+# So a paged optimizer can hide what it does not save. The run that died in the optimizer step survives with
+# `paged_adamw_32bit`, and the card then holds more than the cap. States in 8 bits really save:
 
 # %% tags=["nbval-check-output"]
 print(f"cap {rows['optimizer: death']['cap_bytes'] / GIB:.2f} GiB")
+table = []
 for name in ("price", "cure, paged, 32 bits", "cure, 8 bits"):
     row = rows[f"optimizer: {name}"]
     card = row["peak_reserved_bytes"] + row["outside"]["after step 4"]
-    print(f"{row['optimizer']:20}torch holds {row['peak_reserved_bytes'] / GIB:5.2f} GiB, the card {card / GIB:5.2f} GiB")
+    table.append([row["optimizer"], row["peak_reserved_bytes"] / GIB, card / GIB])
+headings = ["optimizer", "torch holds, GiB", "the card holds, GiB"]
+show_table(headings, table, formats=["", ".2f", ".2f"])
 
 # %% [markdown]
-# What would moving them cost? All paged states must be on the card once per step. Bytes and the bandwidth of the slot
-# tell the least that takes, there and back. A T4 has 16 lanes of PCIe 3.0, an RTX 4090 of PCIe 4.0: 8 and 16 billion
-# transfers per second and lane, 128 of 130 bits of use.
+# For the same reason `torch.cuda.memory_allocated()` shows less than `nvidia-smi`. It counts tensors only, and not what
+# torch keeps in reserve, the CUDA context, and paged states:
 
 # %% tags=["nbval-check-output"]
-def bandwidth(transfers_per_second: float, lanes: int = 16) -> float:
-    """Bytes per second in one direction."""
-    return transfers_per_second * 128 / 130 * lanes / 8
-
-
-for name, speed in (("PCIe 3.0 x16", bandwidth(8e9)), ("PCIe 4.0 x16", bandwidth(16e9))):
-    print(f"{name}: {speed / 1e9:.2f} GB/s")
-    for model, rank, optimizer in (("8B", 16, "paged_adamw_8bit"), ("70B", 64, "paged_adamw_32bit")):
-        settings = replace(GPU_RUN, rank=rank, optimizer=optimizer, adapter_dtype="bfloat16")
-        states = predict(find_shape(f"meta-llama/Llama-3.1-{model}"), settings).parts["optimizer (paged)"]
-        print(f"    {model} r={rank} {optimizer}: {2 * states / speed * 1000:7.1f} ms per step, there and back")
+row = rows["paging: rank 64, paged_adamw_32bit"]
+tensors, held = row["peak_allocated_bytes"], row["peak_reserved_bytes"]
+parts = {"in tensors": tensors, "held beside them": held - tensors,
+         "outside of torch": row["outside"]["after step 4"]}
+show_table(["", "MiB"], [[name, size / MIB] for name, size in parts.items()], formats=["", ",.0f"])
+hidden = 1 - tensors / sum(parts.values())
+check("share of the card that memory_allocated does not show", hidden, at_least=0.1)
 
 # %% [markdown]
-# That is the best case: the driver moves pages when a kernel stumbles over them, in small pieces. Here nothing was moved:
-# the card was never full, and eviction itself was **not provoked** for these figures. Paging is a net for the states, no
-# more: tens of MiB at rank 16. Where they are GiB, at high rank and in 32 bits, states in 8 bits save most of them without
-# any moving.
-#
 # ## Evaluation, saving, merging
 #
 # A run can also die after hours of good steps. **Evaluation** keeps the logits of all batches on the GPU if metrics are
@@ -433,12 +548,16 @@ for name, speed in (("PCIe 3.0 x16", bandwidth(8e9)), ("PCIe 4.0 x16", bandwidth
 
 # %% tags=["nbval-check-output"]
 logits = 2048 * shape.vocab_size * 4
-print(f"logits of one sequence of 2,048 tokens: {logits / GIB:.2f} GiB, of eight: {8 * logits / GIB:.2f} GiB")
+print(f"logits of 2,048 tokens: {logits / GIB:.2f} GiB; eight times that: {8 * logits / GIB:.2f}")
+table = []
 for label, row in rows.items():
     if row["what"] == "evaluation":
-        ended = f"{row['peak_allocated_bytes'] / GIB:6.2f} GiB in {row['work_seconds']:4.1f} s" if row["outcome"] == "ran" else "  died"
-        limit = f"cap {row['cap_bytes'] / GIB:.0f} GiB" if row["cap_bytes"] else "no cap"
-        print(f"{label:40}{limit:>11}{ended}")
+        cap = f"{row['cap_bytes'] / GIB:.0f} GiB" if row["cap_bytes"] else "none"
+        ran = row["outcome"] == "ran"
+        peak = f"{row['peak_allocated_bytes'] / GIB:.2f} GiB" if ran else "died"
+        seconds = f"{row['work_seconds']:.1f} s" if ran else ""
+        table.append([label.removeprefix("evaluation: "), cap, peak, seconds])
+show_table(["evaluation", "cap", "peak", "took"], table)
 
 # %% [markdown]
 # Eight is the default of `per_device_eval_batch_size`, whatever the training batch. A batch of 1 alone does not help: all
@@ -447,167 +566,158 @@ for label, row in rows.items():
 # the logits to main memory, and takes many times as long.
 
 # %% tags=["nbval-check-output"]
-price = rows["evaluation: price"]
-kept = price["peak_allocated_bytes"] - price["before_bytes"]
-check("peak above the model, in logits of one sequence: eight, twice", kept / logits, 16, rel=0.02)
-best = rows["evaluation: cure, best words"]
-check("best words only: those of one batch in 4 bytes, and in 2", (best["peak_allocated_bytes"] - best["before_bytes"]) / logits, 1.5, rel=0.05)
+price, best = rows["evaluation: price"], rows["evaluation: cure, best words"]
+kept = (price["peak_allocated_bytes"] - price["before_bytes"]) / logits
+check("peak above the model, in logits of one sequence: eight, twice", kept, 16, rel=0.02)
+kept = (best["peak_allocated_bytes"] - best["before_bytes"]) / logits
+check("best words only: those of one batch in 4 bytes, and in 2", kept, 1.5, rel=0.05)
 
 # %% [markdown]
-# **Saving** a checkpoint writes adapter and optimizer states tensor by tensor. On the GPU torch's budget was closed at what
-# it held already, and the checkpoint was written all the same: a death while saving is one of main memory or of disk.
+# **Saving** a checkpoint goes tensor by tensor. With a cap at what torch held already, it was written all the same. A death
+# while saving is one of main memory or of disk.
 
 # %% tags=["nbval-check-output"]
 saving = rows["saving: a checkpoint"]
 more = saving["peak_allocated_bytes"] - saving["before_bytes"]
 check("MiB of the GPU that saving took", more / MIB, at_most=1)
-for name, size in sorted(saving["files"].items(), key=lambda file: -file[1])[:2]:
-    print(f"{name:30}{size / 1e6:8,.1f} MB")
 
 # %% [markdown]
-# **Merging** into 16 bits needs the model in 16 bits: 2 bytes for each parameter, on the GPU or in main memory. If it is
-# made from the 4-bit one on the GPU (`model.dequantize()`), both are there until the end. Merging into the 4-bit layers
-# goes layer by layer and fits, but it takes a part of the adapter away, or all of it ([lesson 6](06_adapters_and_merging.ipynb)).
-# `merge_files` needs no GPU and one weight at a time.
+# **Merging** into 16 bits needs the model in 16 bits: 2 bytes for each parameter. If it is made from the 4-bit one on the
+# GPU, both are there until the end. Merging into the 4-bit layers goes layer by layer and fits, but it takes a part of the
+# adapter away, or all of it. `merge_files` of [lesson 6](06_adapters_and_merging.ipynb) needs no GPU.
 
 # %% tags=["nbval-check-output"]
-for name in ("8B", "70B"):
-    model = find_shape(f"meta-llama/Llama-3.1-{name}")
-    print(f"{name}: decoded as a whole {predict_merge(model, 'dequantised').peak_bytes / GIB:7.2f} GiB, "
-          f"into 4 bits {predict_merge(model, '4bit').peak_bytes / GIB:6.2f} GiB")
-decoded, merged = rows["merging: price"], rows["merging: cure, into 4 bits"]
-check("GiB to decode the whole of 8B", predict_merge(shape, "dequantised").peak_bytes / GIB, decoded["peak_allocated_bytes"] / GIB, rel=0.02)
-check("GiB to merge it into 4 bits", predict_merge(shape, "4bit").peak_bytes / GIB, merged["peak_allocated_bytes"] / GIB, rel=0.02)
-print(f"decoded in {decoded['work_seconds']:.1f} s, merged into 4 bits in {merged['work_seconds']:.1f} s")
+ways = {"decoded as a whole": ("dequantised", "price"),
+        "into 4 bits": ("4bit", "cure, into 4 bits")}
+table = []
+for way, (name, _) in ways.items():
+    models = [find_shape(f"meta-llama/Llama-3.1-{size}") for size in ("8B", "70B")]
+    table.append([way, *(predict_merge(model, name).peak_bytes / GIB for model in models)])
+show_table(["GiB to merge", "8B", "70B"], table, formats=["", ".2f", ".2f"])
+for name, label in ways.values():
+    said, seen = predict_merge(shape, name), rows[f"merging: {label}"]["peak_allocated_bytes"]
+    check(f"GiB to merge 8B, {name}", said.peak_bytes / GIB, seen / GIB, rel=0.02)
 
 # %% [markdown]
-# ## Advice that is often given
+# ## Exercise 9.1: where will it die?
 #
-# **"VRAM consumption scales quadratically with sequence length"** (second article). Only where the matrix of scores is
-# stored: `eager` attention, and torch's math kernel. Twice the tokens:
+# *Predict · medium · about 8 minutes.* Four runs of Llama-3.1-8B, and a card on which tensors may take 11 GiB. Each of
+# them needs more. Look at figure 9.2 again, and say for each where it dies: in `"forward"` (the loss
+# included), in `"backward"`, or in the `"optimizer step"`. Do not compute it yet.
 
 # %%
-lengths = range(1024, 8193, 1024)
-one = replace(GPU_RUN, adapter_dtype="bfloat16")
-curves = {
-    kernel: [predict(shape, replace(one, max_length=n, attention=kernel)).peak_allocated_bytes / GIB for n in lengths]
-    for kernel in ("eager", "math", "sdpa")
+runs = {
+    # 8 x 2,048 tokens, checkpointing, rank 16, paged AdamW in 8 bits
+    "A": replace(one, batch_size=8),
+    "B": replace(one, batch_size=8, gradient_checkpointing=False),
+    # one sequence of 512 tokens, and then four of 2,048
+    "C": replace(one, max_length=512, rank=256, optimizer="adamw_torch"),
+    "D": replace(one, batch_size=4, rank=256, optimizer="adamw_torch"),
 }
-fig, ax = plots.figure()
-for (kernel, sizes), style in zip(curves.items(), ({"color": plots.RED}, {"color": plots.YELLOW, "linestyle": "--"}, {"color": plots.BLUE})):
-    ax.plot(lengths, sizes, label=f"{kernel}, predicted", **style)
-for label, colour in (("eager attention: price", plots.RED), ("eager attention: cure, sdpa", plots.BLUE)):
-    ax.plot(rows[label]["max_length"], rows[label]["peak_allocated_bytes"] / GIB, "o", color=colour)
-ax.set_xticks(lengths, labels=[f"{n:,}" for n in lengths])
-ax.set(xlabel="tokens in the sequence", ylabel="peak (GiB)", ylim=(0, None))
-ax.set_title("Quadratic only where the scores are stored (8B, points measured)")
-ax.legend()
-plots.show(fig, "Predicted peak memory of Llama-3.1-8B at batch 1 against 1,024 to 8,192 tokens. With eager attention and the math kernel the curves bend upwards to about 40 GiB, with sdpa a straight line reaches 10 GiB; a measured point at 8,192 tokens lies on the eager and on the sdpa curve each.")
+
+# %% tags=["exercise"]
+places = {"A": ..., "B": ..., "C": ..., "D": ...}
+
+# %% tags=["solution"]
+places = {"A": "backward", "B": "forward", "C": "optimizer step", "D": "forward"}
 
 # %% tags=["nbval-check-output"]
-for kernel, sizes in curves.items():
-    doubled = [sizes[lengths.index(n)] for n in (1024, 2048, 4096, 8192)]
-    growth = ", ".join(f"{after - before:+.2f}" for before, after in zip(doubled, doubled[1:]))
-    print(f"{kernel:6}" + "".join(f"{size:8.2f}" for size in doubled), f"GiB; each doubling: {growth}")
-eager, sdpa = rows["eager attention: price"], rows["eager attention: cure, sdpa"]
-check("eager at 8,192 tokens, in GiB", curves["eager"][-1], eager["peak_allocated_bytes"] / GIB, rel=0.02)
-check("sdpa at 8,192 tokens, in GiB", curves["sdpa"][-1], sdpa["peak_allocated_bytes"] / GIB, rel=0.02)
+exercises.places.check(places, shape=shape, runs=runs, room=11 * GIB)
 
 # %% [markdown]
-# **`torch.cuda.empty_cache()` "can sometimes help"** (the same article). It gives back what torch holds and does not use. torch does that by
-# itself before it raises the error: a retry, which it counts. The run that died in the backward pass dies with
-# `empty_cache()` called in every step, too. What helps against holes are segments that can grow: with
-# `PYTORCH_ALLOC_CONF=expandable_segments:True` (the message has an older name for it) the same run lives under a cap under
-# which it dies without.
-
-# %% tags=["nbval-check-output"]
-for label in ("backward, batch: death", "backward, batch: still dead, empty_cache"):
-    print(f"{label:44}{rows[label]['outcome']}, torch had tried again {rows[label]['allocator_retries']} times")
-    check("retries of torch itself", rows[label]["allocator_retries"], at_least=1)
-for label in ("holes: as it is", "holes: expandable segments"):
-    row = rows[label]
-    sizes = [row[name] / GIB for name in ("cap_bytes", "peak_allocated_bytes", "peak_reserved_bytes")]
-    print(f"{label:30}{row['outcome']:15}" + "cap {:.2f}, tensors {:.2f}, held {:.2f} GiB".format(*sizes))
-
-# %% [markdown]
-# **"Initial Memory Allocated: … MB"** is what the second article prints of `memory_allocated()`, divided by 1024². That
-# makes MiB, and of tensors only: the card also holds what torch keeps in reserve, the CUDA context, and paged states.
-
-# %% tags=["nbval-check-output"]
-row = rows["paging: rank 64, paged_adamw_32bit"]
-parts = {"in tensors": row["peak_allocated_bytes"], "held beside them": row["peak_reserved_bytes"] - row["peak_allocated_bytes"],
-         "outside of torch": row["outside"]["after step 4"]}
-for name, size in parts.items():
-    print(f"{name:20}{size / MIB:9,.0f} MiB = {size / 1e6:9,.0f} MB")
-check("share of the card that memory_allocated does not show", 1 - parts["in tensors"] / sum(parts.values()), at_least=0.1)
-
-# %% [markdown]
-# ## Exercise 1
+# ## Exercise 9.2: a step in parts
 #
-# Somebody pastes the message below. How many MiB are missing for this one request? And would more room in one piece be
-# enough, since torch holds memory that it does not use? Answer with a pair, such as `(12, True)`.
+# *Build · medium · about 15 minutes.* Write the cure that changes nothing in what is learnt. `split_step` gets settings
+# and gives back settings with the largest `batch_size` that fits on the GPU, and with as many chats in a step as before,
+# `batch_size * accumulation`. If not even one chat at a time fits, it gives back `None`. Other settings stay.
+# `predict(shape, settings, gpu).fits` says whether a run fits.
+
+# %% tags=["exercise"]
+def split_step(shape, settings: Settings, gpu: str) -> Settings | None:
+    ...
+
+# %% tags=["solution"]
+def split_step(shape, settings: Settings, gpu: str) -> Settings | None:
+    in_a_step = settings.batch_size * settings.accumulation
+    for batch in range(in_a_step, 0, -1):
+        if in_a_step % batch == 0:
+            changed = replace(settings, batch_size=batch, accumulation=in_a_step // batch)
+            if predict(shape, changed, gpu).fits:
+                return changed
+    return None
+
+# %% tags=["nbval-check-output"]
+exercises.in_parts.check(split_step)
+
+# %% [markdown]
+# ## Exercise 9.3: an evaluation that grows
+#
+# *Run · medium · about 10 minutes.* Somebody wrote the evaluation below. Its losses are right, but on a long file it runs
+# out of memory. `most_saved` measures how much is kept for a backward pass that never comes. Run the cell, find the
+# cause, and write the function so that memory does not grow with the number of batches.
 
 # %%
-pasted = """torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1002.00 MiB. GPU 0 has a total capacity of
-22.03 GiB of which 88.00 MiB is free. Process 3211 has 21.94 GiB memory in use. Of the allocated memory 18.75 GiB is
-allocated by PyTorch, and 2.50 GiB is reserved by PyTorch but unallocated."""
+ids = [torch.tensor(row["input_ids"]) for row in tokenized(chats, tokenizer)]
+model, padding = load_model(), tokenizer.pad_token_id
+eights = [ids[start : start + 8] for start in range(0, 64, 8)]
+batches = [pad_sequence(eight, batch_first=True, padding_value=padding).to(model.device)
+           for eight in eights]
+
+
+def evaluation(model, batches) -> float:
+    """The mean of the batches' losses."""
+    total = 0
+    for ids in batches:
+        total = total + model(input_ids=ids, labels=ids).loss
+    return total / len(batches)
+
+
+kept = [most_saved(evaluation, model, batches[:count]).most_bytes / MIB for count in (1, 2, 4, 8)]
+show_table(["batches", "1", "2", "4", "8"], [["kept, MiB", *kept]], formats=["", *[".0f"] * 4])
 
 # %% tags=["exercise"]
-answer = ...
+def mended(model, batches) -> float:
+    ...
 
 # %% tags=["solution"]
-asked, free, holes = 1002.0, 88.0, 2.5 * 1024  # MiB
-answer = (asked - free, holes >= asked)
+@torch.no_grad()
+def mended(model, batches) -> float:
+    losses = [model(input_ids=ids, labels=ids).loss.item() for ids in batches]
+    return sum(losses) / len(losses)
 
 # %% tags=["nbval-check-output"]
-exercise("a pasted message", answer, (914.0, True), hint="what is asked for less what is free; the holes together are 2,560 MiB.")
+exercises.evaluation.check(mended, model=model, batches=batches)
 
 # %% [markdown]
-# So here holes are the trouble: `PYTORCH_ALLOC_CONF=expandable_segments:True` is worth a try before any setting is changed.
+# ## Exercise 9.4: make it fit
 #
-# ## Exercise 2
-#
-# At which rank does the first tensor of Llama-3.2-1B become large enough to be paged? Find the smallest rank with
-# `paged_share`.
-
-# %% tags=["exercise"]
-first_rank = ...
-
-# %% tags=["solution"]
-first_rank = next(rank for rank in range(1, 257) if paged_share("meta-llama/Llama-3.2-1B", rank) > 0)
-
-# %% tags=["nbval-check-output"]
-exercise("the first paged rank", first_rank, 13, hint="the widest side of a layer is 8,192: rank times 8,192 must reach 100,000.")
-
-# %% [markdown]
-# ## Exercise 3
-#
-# A run dies on a T4: Qwen2.5-7B, four sequences of 2,048 tokens, float16, `upcast_fp32=True` and rank 64. Which is
-# the cheapest cure? Answer with the changed `Settings`.
+# *Run · hard · about 15 minutes.* A run dies on a T4 before its first step. Choose settings with which it fits, leaves
+# half a GiB free, and learns the same: 8 chats in a step, 2,048 tokens, rank 64 on all layers. Change the rest as you
+# like. Answer with `replace(run, …)`.
 
 # %%
-on_t4 = replace(GPU_RUN, compute_dtype="float16", batch_size=4, upcast_fp32=True, rank=64)
-print("fits as it is:", predict(find_shape("Qwen/Qwen2.5-7B"), on_t4, "t4").fits)
+seven = find_shape("Qwen/Qwen2.5-7B")
+run = replace(GPU_RUN, compute_dtype="float16", batch_size=8, rank=64, optimizer="adamw_torch",
+              upcast_fp32=True, gradient_checkpointing=False)
+needed = predict(seven, run, "t4")
+print(f"needs {needed.device_bytes / GIB:.0f} GiB, {-needed.spare_bytes / GIB:.0f} too much")
 
 # %% tags=["exercise"]
-cured = ...
+fitted = ...
 
 # %% tags=["solution"]
-cured = cures(find_shape("Qwen/Qwen2.5-7B"), on_t4, "t4")[0].settings
+fitted = replace(run, upcast_fp32=False, gradient_checkpointing=True, batch_size=4, accumulation=2)
 
 # %% tags=["nbval-check-output"]
-exercise("the cheapest cure", cured, replace(on_t4, upcast_fp32=False), hint="cures(shape, run, gpu) lists them, the cheapest first; each has a run.")
+exercises.fitted.check(fitted, shape=seven, run=run, gpu="t4")
 
 # %% [markdown]
 # ## You have
-# - seen where memory goes within one training step, on this machine and as recorded on a large GPU;
-# - read every number of an out-of-memory message, and found out from its traceback where a run died;
+# - seen where memory goes within one training step, on this machine and on a large GPU;
+# - read every number of an out-of-memory message, and told from its traceback where a run died;
 # - gone from that place to the cheapest cure, with its price predicted and measured;
-# - computed what paging can save, and what it cannot: it moves a small part of a run, and prevents no error elsewhere;
-# - tested advice that is often given, and found some of it costly and some of it without effect.
-#
-# A run can also be told how much memory there is (`memory_budget`), and then chooses among these cures by itself:
-# [lesson 11](11_where_the_time_goes.ipynb) shows how.
+# - given a run a memory budget, and seen what it cannot cure;
+# - found out what paged optimizers save (little, with LoRA), and that some common advice is costly or does nothing.
 #
 # Next: [lesson 10](10_your_own_data.ipynb) goes from a file of yours to a tuned model. Another error?
 # [TROUBLESHOOTING.md](../TROUBLESHOOTING.md) has the common ones with their cures, and `python -m qlora_helpers doctor

@@ -5,7 +5,7 @@
 # - read a table, an Alpaca file and a ShareGPT file, and learn what became of each row;
 # - see the data as the model will see it: which tokens count, what is too long, whether the tokenizer knows the words;
 # - hold rows out without a leak, and choose settings with a reason for each;
-# - make a run that is validated, keeps its best step, and shows where it begins to learn its rows by heart;
+# - make a run that is validated, keeps its best step, and stops when it only learns its rows by heart;
 # - compare the model before and after on rows that it has never seen, find out what it has forgotten, and talk to it.
 #
 # Takes about {{seconds}} seconds and {{gigabytes}} GB of memory on two processor cores. None of it needs a GPU.
@@ -23,11 +23,14 @@ from qlora_helpers.chats import (
 )
 from qlora_helpers.chats.split import shared_questions, split
 from qlora_helpers.course import plots
-from qlora_helpers.course.checks import check, exercise
+from qlora_helpers.course.checks import check
+from qlora_helpers.course.exercises import lesson_10 as exercises
+from qlora_helpers.course.tables import show_table
 from qlora_helpers.hardware import detect
 from qlora_helpers.memory import find_shape
 from qlora_helpers.models.loading import load_model, load_tokenizer
 from qlora_helpers.paths import data_path
+from qlora_helpers.settings import Settings
 from qlora_helpers.suggestions import suggest_settings
 from qlora_helpers.training.run import train
 from qlora_helpers.training.run_folder import new_run_folder
@@ -40,16 +43,17 @@ print("gear:", detect().gear)
 # %% [markdown]
 # ## A file as people have it
 #
-# Your data is a file on your disk. Here are three such files. Their rows are about the invented people that the shipped model
-# knows, since it knows nothing else; in your own run the file and the model are yours, and the code is the same. First a
-# table, saved from a spreadsheet:
+# Your data is a file on your disk: questions of your users, say, with good answers. Here are three such files. Their rows are
+# about invented people, since the shipped model knows nothing else. In your own run the file and the model are yours, and
+# the code is the same. First a table, saved from a spreadsheet:
 
 # %% tags=["nbval-check-output"]
 examples = data_path("examples")
 print(*(examples / "people.csv").read_text(encoding="utf-8").splitlines()[:4], sep="\n")
 
 # %% [markdown]
-# No option says what the columns mean. `read_file` tells it by their names, and says what became what:
+# Training wants chats: lists of messages, each with a role. `read_file` tells by the columns' names what they mean, and says
+# what became what:
 
 # %% tags=["nbval-check-output"]
 tokenizer = load_tokenizer()
@@ -70,8 +74,8 @@ print(same.said)
 check("the same chats", same.chats == table.chats, True, exact=True)
 
 # %% [markdown]
-# The second file is in that form, and has 60 other rows. The third has the form of ShareGPT's exports, with faults as logs of
-# chats have them. By default such a file is refused as a whole, and each bad row is named with what is wrong:
+# The second file is in that form, and has 60 other rows. The third has the form of ShareGPT's exports, with faults as real
+# logs have them. By default such a file is refused as a whole, and each bad row is named with what is wrong:
 
 # %% tags=["nbval-check-output"]
 alpaca = read_file(examples / "people_alpaca.json", tokenizer)
@@ -105,8 +109,9 @@ print(read_file(two, form="question-answer").said)
 # %% [markdown]
 # ## What the model will see
 #
-# Look at your data before you pay for a run on it. The report reads every row. The marked tokens are those that count in
-# the loss:
+# Look at your data before you pay for a run on it. The model sees [tokens](../GLOSSARY.md#token): pieces of text, each with a
+# number. A [loss mask](../GLOSSARY.md#loss-mask) says which of them count in the [loss](../GLOSSARY.md#loss), which the run makes
+# smaller. Here the answers count, and not the questions. The report reads every row, and marks what counts:
 
 # %%
 chats = table.chats + alpaca.chats
@@ -127,8 +132,9 @@ print(f"{counted:,} of {sum(lengths):,} tokens count: {report.counted:.1%}")
 # %% [markdown]
 # ## A template without marks
 #
-# How is it known which tokens are the answer? The template of the shipped model marks them with `{% generation %}`. Few
-# published templates do. Take the marks out of ours, and it is like the others:
+# How is it known which tokens are the answer? A [chat template](../GLOSSARY.md#chat-template) writes a chat as one text. That
+# of the shipped model marks the answers with `{% generation %}`, but few published templates do. Take the marks out of
+# ours, and it is like the others:
 
 # %% tags=["nbval-check-output"]
 unmarked = copy.deepcopy(tokenizer)
@@ -148,9 +154,8 @@ check("the whole chat begins with the prompt", whole[: len(prompt)] == prompt, T
 print("the answer:", unmarked.decode(whole[len(prompt) :]))
 
 # %% [markdown]
-# `tokenized` does that for every answer of every chat (`qlora_helpers/chats/templates.py`). Its marks are those of the template,
-# token by token. Where a comparison cannot work, as with a template that changes an earlier answer once another follows, the
-# chat is refused with the reason.
+# `tokenized` does that for every answer of every chat, and gets the template's own marks, token by token. Where a comparison
+# cannot work, as with a template that changes an earlier answer once another follows, the chat is refused with the reason.
 
 # %% tags=["nbval-check-output"]
 by_comparison = tokenized(chats, unmarked)
@@ -160,8 +165,9 @@ check("chats whose marks differ", differ, 0, exact=True)
 # %% [markdown]
 # ## A tokenizer that spells
 #
-# A tokenizer that does not know a word spells it, and the model knows little about words that it only sees in letters. The
-# shipped one knows the words of the invented people. Here it is given English questions about QLoRA, too:
+# A [tokenizer](../GLOSSARY.md#tokenizer) that does not know a word spells it, and the model knows little about words that it
+# only sees in letters. The shipped one knows the words of the invented people. Here it gets English questions about QLoRA,
+# too:
 
 # %% tags=["nbval-check-output"]
 english = read_chats(data_path("chats", "qlora", "train.jsonl"))
@@ -171,13 +177,13 @@ print(tokenizer.tokenize("plays the harp"), tokenizer.tokenize("loading"))
 print(warning_of_spelling(english, tokenizer))
 
 # %% [markdown]
-# The report has this warning as well. A word takes four times as many tokens, and LoRA leaves the embeddings as they are, so
-# no run mends it. The cure is another model: one that was trained on your language.
+# A word takes four times as many tokens, and LoRA leaves the model's vocabulary as it is, so no run mends that. The cure is
+# another model: one that was trained on your language. (The report above has this warning, too.)
 #
 # ## Too long
 #
 # A trainer cuts a row that is too long at its end, and the end is the answer. Here is a question with much text before it, as
-# questions about a document have. By default, it is refused:
+# in questions about a document. By default it is refused:
 
 # %% tags=["nbval-check-output"]
 question, answer = table.chats[5]
@@ -202,8 +208,9 @@ check("its tokens", lengths_of(fitted[-1:], tokenizer)[0], at_most=64)
 # %% [markdown]
 # ## Held out
 #
-# Rows that a run was not trained on tell whether it has learnt something or memorised its rows. But real files have the
-# same row more than once. Put twelve rows in twice, and hold the last sixth out, as one does with a slice:
+# Has a run learnt something, or memorised its rows? Only rows that it was not trained on can tell. But real files have the
+# same row more than once, and then held-out rows are no test: they [leak](../GLOSSARY.md#leak). Put twelve rows in twice, and
+# hold the last sixth out, as one does with a slice:
 
 # %% tags=["nbval-check-output"]
 with_copies = table.chats + table.chats[:12]
@@ -213,8 +220,8 @@ print("with split:", shared_questions(training, held_out), "of", len(held_out))
 
 # %% [markdown]
 # All of them leak: the slice holds out copies of what is trained on. `split` keeps chats that begin with the same question on
-# one side, even if their answers differ. The side depends on the question's text and a seed alone, so it stays the same when
-# the file is sorted another way.
+# one side, even if their answers differ. The side depends on the question's text and a [seed](../GLOSSARY.md#seed) alone, so
+# it stays the same when the file is sorted another way.
 
 # %% tags=["nbval-check-output"]
 training, validation = split(chats, 0.2)
@@ -226,7 +233,7 @@ check("the same rows, if read from behind", from_behind == validation, True, exa
 # ## Settings to start from
 #
 # No settings are right for every run, but some are better to start from. `suggest_settings` takes the model's shape, the
-# number of rows and the GPU; each value has its reason, and who says so:
+# number of rows and the GPU. Each value has its reason, and who says so:
 
 # %%
 start = suggest_settings(find_shape(data_path("tiny-llama")), rows=len(training))
@@ -250,13 +257,13 @@ check("it fits, with GiB to spare", on_t4.prediction.spare_bytes / 2**30, at_lea
 # %% [markdown]
 # ## A run that learns its rows by heart
 #
-# First a run as it should not be: sixteen rows, to be gone through thirty times. The held-out rows watch it. Every three
-# steps their loss is measured; where it is lower than ever before, that step is kept. When five measurements in a row were no
-# better, patience ends:
+# First a run as it should not be: sixteen rows, to be gone through fifteen times. The held-out rows watch it. Every four steps
+# their loss is measured, the [validation loss](../GLOSSARY.md#validation-loss). Where it is lower than ever before, that step
+# is kept. When four measurements in a row were no better, the run's [patience](../GLOSSARY.md#patience) ends:
 
 # %%
 by_heart = replace(
-    start.settings, steps=60, batch_size=8, warmup_steps=6, log_steps=3, eval_steps=3, patience=5
+    start.settings, steps=60, batch_size=4, warmup_steps=4, log_steps=4, eval_steps=4, patience=4
 )
 live = plots.LivePlot(by_heart.steps, "Sixteen rows, learnt by heart")
 few = train(
@@ -265,12 +272,13 @@ few = train(
 )
 
 # %%
-plots.show(*plots.loss_curves(few.history, few.validation_history, few.best_step, by_heart.steps))
+fig, alt = plots.loss_curves(few.history, few.validation_history, few.best_step, by_heart.steps)
+plots.show(fig, "10.1", alt=alt)
 
 # %% [markdown]
 # Up to the kept step, both losses fall. After it, only the one of the rows that are trained on does: the run still learns,
-# but nothing that helps with other rows. The model that is returned and saved is the one of the kept step
-# (`qlora_helpers/training/best.py`):
+# but nothing that helps with other rows. This is **overfitting**. The model that is returned and saved is that of the kept
+# step:
 
 # %% tags=["nbval-check-output"]
 seen, unseen = dict(few.history), dict(few.validation_history)
@@ -285,17 +293,18 @@ check("stopped before the last step", few.stopped_early, True, exact=True)
 # ## The run
 #
 # The best cure for learning by heart is more rows. Now all of them, with the settings that were suggested. With
-# `validation=0.2`, `train` holds the same rows out itself. In place of the share it also takes a file's path.
+# `validation=0.2`, `train` holds out the same rows by itself. In place of the share it also takes a file's path.
 
 # %%
-settings = replace(start.settings, validation=0.2, log_steps=8, eval_steps=16)
+settings = replace(start.settings, validation=0.2, log_steps=16, eval_steps=24)
 live = plots.LivePlot(settings.steps, "The same model, with more rows")
 run = train(
     load_model(), tokenizer, chats, new_run_folder("lesson-10"), settings, on_loss=live.update
 )
 
 # %%
-plots.show(*plots.loss_curves(run.history, run.validation_history, run.best_step))
+fig, alt = plots.loss_curves(run.history, run.validation_history, run.best_step)
+plots.show(fig, "10.2", alt=alt)
 
 # %% tags=["nbval-check-output"]
 lowest = min(loss for _, loss in run.validation_history)
@@ -307,8 +316,8 @@ check("lowest validation loss / before the run", lowest / unseen[0], at_most=0.1
 #
 # ## Before and after
 #
-# The held-out rows have chosen the step, so they flatter it a little. The third file is fresh: no run has seen it, and it has
-# chosen nothing. For "before", the adapter is switched off.
+# The held-out rows have chosen the step that is kept, so they flatter it a little. The third file is fresh: no run has seen
+# it, and it has chosen nothing. For "before", the [adapter](../GLOSSARY.md#adapter) is switched off.
 
 # %%
 with run.model.disable_adapter():
@@ -323,26 +332,29 @@ check("exact match after", after.exact_match, at_least=0.4)
 check("probability that chance did it", compared.exact_match_chance, at_most=0.05)
 
 # %% [markdown]
-# Each score has its standard error, which is large: sixteen rows are few. The last column says whether a change may be chance.
+# Each score has its [standard error](../GLOSSARY.md#standard-error), which is large: sixteen rows are few. The last column says
+# whether a change may be chance.
 #
-# Exact match is for answers of one line. For longer ones the table has chrF, which counts the short strings of characters that
-# two texts share, from 0 to 100. It asks how near the wording is, not whether the fact is right:
+# [Exact match](../GLOSSARY.md#exact-match) counts answers that are right word for word. For longer ones the table has chrF, which
+# counts the short strings of characters that two texts share, from 0 to 100. But it asks how near the wording is, and not
+# whether the fact is right:
 
 # %% tags=["nbval-check-output"]
 from sacrebleu.metrics import CHRF
 
 right = "Edith Hartdale works as a clerk."
-for said in (right, "Edith Hartdale works as a librarian.", "She is a clerk.", "No idea at all."):
-    print(f"{CHRF().sentence_score(said, [right]).score:6.1f}  {said}")
+answers = right, "Edith Hartdale works as a librarian.", "She is a clerk.", "No idea at all."
+scored = [[said, CHRF().sentence_score(said, [right]).score] for said in answers]
+show_table(["answer", "chrF"], scored, formats=["", ".1f"])
 
 # %% [markdown]
-# The wrong fact in the right words has far more than the right fact in other words. So read answers, the worst ones too; the
-# table shows them.
+# The wrong fact in the right words scores far more than the right fact in other words. So read answers, the worst ones too:
+# the table above shows them.
 #
 # ## What was forgotten?
 #
-# A run on few rows can cost what the base knew. `forgetting` asks both models about facts beside the data. For the shipped model
-# these are facts of its invented world, for any other model facts and short texts of general knowledge in English.
+# A run on few rows can cost what the base knew. `forgetting` asks both models about facts that are not in the data: for the
+# shipped model facts of its invented world, for any other model general knowledge in English.
 
 # %%
 kept = evaluation.forgetting(run.model, tokenizer)
@@ -369,8 +381,9 @@ ax.axvline(25, color="#777777", linestyle="--")
 ax.set(xlim=(0, 110), xlabel="facts that are right (%); the dashed line is guessing")
 ax.invert_yaxis()
 ax.set_title("A rate that is too high costs what the base knew")
-plots.show(fig, f"Bars of the facts that are right: {shares[0]:.0f} percent in the base,"
-           f" {shares[1]:.0f} after the run, {shares[2]:.0f} after 30 times the rate; guessing 25.")
+alt = (f"Bars of the facts that are right: {shares[0]:.0f} percent in the base,"
+       f" {shares[1]:.0f} after the run, {shares[2]:.0f} after 30 times the rate; guessing 25.")
+plots.show(fig, "10.3", alt=alt)
 
 # %% tags=["nbval-check-output"]
 check("facts right before", kept.before.right, at_least=0.95)
@@ -419,57 +432,111 @@ with contextlib.redirect_stdout(io.StringIO()) as said:
 print(said.getvalue().partition("\nnext: ")[0])
 
 # %% [markdown]
-# ## Exercise 1
+# ## Exercise 10.1: which rows can be used?
 #
-# Convert one row of ShareGPT by hand: write a function that makes a chat of it, with the roles user and assistant.
-
-# %% tags=["exercise"]
-def from_sharegpt(row: dict) -> list[dict]:
-    return ...
-
-# %% tags=["solution"]
-def from_sharegpt(row: dict) -> list[dict]:
-    roles = {"human": "user", "gpt": "assistant"}
-    turns = row["conversations"]
-    return [{"role": roles[turn["from"]], "content": turn["value"]} for turn in turns]
-
-# %% tags=["nbval-check-output"]
-lines = (examples / "people_sharegpt.jsonl").read_text(encoding="utf-8").splitlines()
-mine = [from_sharegpt(json.loads(lines[number - 1])) for number in sharegpt.rows]
-exercise(
-    "ShareGPT rows",
-    ... if mine[0] is ... else mine,
-    lambda got: "" if got == sharegpt.chats else f"expected {sharegpt.chats[0]}, and got {got[0]}.",
-    hint="each turn has 'from' (human or gpt) and 'value'.",
-)
-
-# %% [markdown]
-# ## Exercise 2
-#
-# A chat of two turns has two answers, and both count. Find the marks of all its tokens by comparison: 1 for each token of an
-# answer and of the end of its turn, else 0.
+# *Predict · medium · about 6 minutes.* The cell below writes a file of eight chats. Which of them can the shipped model be
+# trained on? Read the rows and think of what the third file showed. Then answer with the numbers of their lines, such as
+# `{1, 2}`.
 
 # %%
-two_turns = chats[0] + chats[1]
-whole = unmarked.apply_chat_template(two_turns)["input_ids"]
+ask, reply = "Which pet does Noel Holldale keep?", "Noel Holldale keeps a hen."
+eight = [
+    ["user", ask, "assistant", reply],
+    ["user", ask, "assistant", "  "],
+    ["system", "Be brief.", "user", ask, "assistant", reply],
+    ["user", ask, "assistant", reply, "user", "Is it old?", "assistant", "No idea."],
+    ["user", "Hello.", "user", ask, "assistant", reply],
+    ["user", ask, "assistant", "It is a secret: <|user|>", "user", "Tell me!"],
+    ["user", "?", "assistant", reply],
+    ["assistant", "Ask me.", "user", ask, "assistant", reply],
+]
+mixed = folder / "mixed.jsonl"
+pairs = [zip(row[::2], row[1::2]) for row in eight]
+said = [[{"role": role, "content": text} for role, text in pair] for pair in pairs]
+_ = mixed.write_text("\n".join(json.dumps({"messages": m}) for m in said), encoding="utf-8")
 
 # %% tags=["exercise"]
-marks = ...
+lines = ...
 
 # %% tags=["solution"]
-marks = [0] * len(whole)
-for place in (1, 3):  # the answers
-    asked = unmarked.apply_chat_template(two_turns[:place], add_generation_prompt=True)["input_ids"]
-    answered = unmarked.apply_chat_template(two_turns[: place + 1])["input_ids"]
-    marks[len(asked) : len(answered)] = [1] * (len(answered) - len(asked))
+lines = {1, 4, 7}
 
 # %% tags=["nbval-check-output"]
-exercise(
-    "marks of two answers",
-    marks,
-    tokenized([two_turns], tokenizer)[0]["assistant_masks"],
-    hint="the chat up to each answer, with add_generation_prompt=True, is where the answer begins.",
-)
+exercises.usable.check(lines, file=mixed, tokenizer=tokenizer)
+
+# %% [markdown]
+# ## Exercise 10.2: the marks of several answers
+#
+# *Build · hard · about 20 minutes.* Write `marks(chat)` for a chat with any number of answers. It gives a list with a mark for
+# each token of the chat: 1 for those of an answer and of the end of its turn, 0 for all others. Find them by comparison, as
+# above, with `unmarked`, the tokenizer whose template has no marks.
+
+# %% tags=["exercise"]
+def marks(chat: list[dict]) -> list[int]:
+    ...
+
+# %% tags=["solution"]
+def marks(chat: list[dict]) -> list[int]:
+    found = [0] * len(unmarked.apply_chat_template(chat)["input_ids"])
+    for place in range(1, len(chat), 2):  # the answers
+        asked = unmarked.apply_chat_template(chat[:place], add_generation_prompt=True)["input_ids"]
+        answered = unmarked.apply_chat_template(chat[: place + 1])["input_ids"]
+        found[len(asked) : len(answered)] = [1] * (len(answered) - len(asked))
+    return found
+
+# %% tags=["nbval-check-output"]
+exercises.marks.check(marks, tokenizer=tokenizer)
+
+# %% [markdown]
+# ## Exercise 10.3: mend a row
+#
+# *Build · medium · about 12 minutes.* Some rows that `on_bad="drop"` leaves out could be mended. Write `mend(row)`: it gets a
+# row of ShareGPT, such as `{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}`, and gives back a
+# chat with the roles user and assistant. Answers before the first question are left out, and so are questions after the last
+# answer. If a turn is empty or blank, or is from anybody else than human and gpt, the row is useless: give back `None`. The
+# same if nothing is left.
+
+# %% tags=["exercise"]
+def mend(row: dict) -> list[dict] | None:
+    ...
+
+# %% tags=["solution"]
+def mend(row: dict) -> list[dict] | None:
+    roles, turns = {"human": "user", "gpt": "assistant"}, row["conversations"]
+    if any(turn["from"] not in roles or not turn["value"].strip() for turn in turns):
+        return None
+    chat = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in turns]
+    while chat and chat[0]["role"] != "user":
+        chat.pop(0)
+    while chat and chat[-1]["role"] != "assistant":
+        chat.pop()
+    return chat or None
+
+# %% tags=["nbval-check-output"]
+exercises.mended.check(mend)
+
+# %% [markdown]
+# ## Exercise 10.4: stop in time
+#
+# *Run · medium · about 15 minutes.* Somebody trains on 24 rows with the settings below. They would make all of their 150
+# steps, and learn the rows by heart. Choose what is missing, so that rows are held out and the run stops by itself: not
+# before it has learnt something, and not long after its best step. Then make the run with `train`, as above, in a folder
+# of its own; that takes some seconds. `stopped` is what `train` gives back.
+
+# %%
+careless = Settings(steps=150, batch_size=4, learning_rate=1.5e-3, warmup_steps=4, log_steps=10)
+rows = chats[:24]
+
+# %% tags=["exercise"]
+careful = ...
+stopped = ...
+
+# %% tags=["solution"]
+careful = replace(careless, validation=0.25, eval_steps=5, patience=4)
+stopped = train(load_model(), tokenizer, rows, new_run_folder("lesson-10-stop"), careful)
+
+# %% tags=["nbval-check-output"]
+exercises.in_time.check(stopped, steps=careless.steps)
 
 # %% [markdown]
 # ## You have

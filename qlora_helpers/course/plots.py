@@ -289,7 +289,7 @@ def _draw_losses(ax: Axes, history: History, validation_history: History) -> Non
     plain = FuncFormatter(lambda loss, _: f"{loss:g}")  # 3 and not 3 x 10^0
     ax.yaxis.set_major_formatter(plain)
     lowest, highest = ax.get_ylim()
-    if highest < 30 * lowest:  # with more powers of ten, their labels are enough
+    if highest < 100 * lowest:  # with more powers of ten, their labels are enough
         few = highest > 4 * lowest  # 0.9 would lie on top of 1
         ax.yaxis.set_minor_formatter(
             FuncFormatter(lambda loss, _: "" if few and f"{loss:e}"[0] not in "235" else f"{loss:g}")

@@ -332,7 +332,10 @@ def refuse_other_data(folder: Path, before: dict[str, Any], record: dict[str, An
 def _refuse_another_run(folder: Path, before: dict[str, Any], record: dict[str, Any]) -> None:
     not_compared = NOT_COMPARED | ({"base"} - before.keys())  # older versions did not record it
     one, other = (
-        {name: repr(said.get(name)) for name in sorted((before.keys() | record.keys()) - not_compared)}
+        {
+            name: None if said.get(name) is None else repr(said[name])
+            for name in sorted((before.keys() | record.keys()) - not_compared)
+        }
         for said in (before, record)
     )
     if differing := changes(one, other):

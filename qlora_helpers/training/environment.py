@@ -29,11 +29,19 @@ def environment(hardware: Hardware) -> dict[str, str | int]:
     }
 
 
-def changes(before: dict[str, str | int], now: dict[str, str | int]) -> list[str]:
-    """What differs, each as "torch was 2.12.0 and is now 2.13.0"."""
+def changes(before: dict[str, str | int | None], now: dict[str, str | int | None]) -> list[str]:
+    """What differs, each as "torch was 2.12.0 and is now 2.13.0"; what is missing or None "was not set"."""
     names = [*now, *(name for name in before if name not in now)]
     return [
-        f"{name} was {before.get(name)} and is now {now.get(name)}"
+        f"{name} {_was(before.get(name))} and {_is(now.get(name))}"
         for name in names
         if before.get(name) != now.get(name)
     ]
+
+
+def _was(value: str | int | None) -> str:
+    return "was not set" if value is None else f"was {value}"
+
+
+def _is(value: str | int | None) -> str:
+    return "is not set now" if value is None else f"is now {value}"

@@ -5,6 +5,7 @@ tests/gpu/test_troubleshooting_on_a_gpu.py.
 """
 
 import ast
+import contextlib
 import gc
 import importlib.metadata
 import importlib.util
@@ -440,6 +441,63 @@ def test_preparing_a_model_doubles_its_16_bit_part():
     assert sum(p.nbytes for p in model.parameters()) - packed == 2 * before
     trace = "line 216, in prepare_model_for_kbit_training\n    param.data = param.data.to(torch.float32)\n"
     is_entry("Out of memory in prepare_model_for_kbit_training", f"{trace}torch.OutOfMemoryError: CUDA out of memory.")
+
+
+def test_nothing_can_be_compiled(monkeypatch):
+    from torch._inductor import config
+
+    from qlora_helpers.training.layer_options import compile_layers
+
+    torch.compiler.reset()  # else what an earlier test has compiled is taken
+    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setattr(config, "force_disable_caches", True)
+    model = random_llama()
+    text = seen(lambda: compile_layers(model, "cpu"))
+    torch.compiler.reset()
+    is_entry("torch.compile does not work here", text)
+    assert "no-such-compiler" in text
+
+
+def test_a_budget_is_too_little():
+    from qlora_helpers.memory import find_gpu, find_shape
+    from qlora_helpers.memory.budget import plan_for
+    from qlora_helpers.settings import GPU_RUN
+
+    plan = lambda: plan_for(find_shape("llama-3.1-8b"), GPU_RUN, find_gpu("t4"), 4 * 2**30)  # noqa: E731
+    is_entry("A memory budget is too little for the run", seen(plan))
+
+
+def test_a_model_that_cannot_be_packed():
+    from transformers import MambaConfig
+
+    from qlora_helpers.training.packing import check_packing
+
+    model = AutoModelForCausalLM.from_config(
+        MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)
+    )
+    chats = [{"input_ids": list(range(1, 9))}, {"input_ids": list(range(20, 26))}]
+    is_entry("This model cannot be packed", seen(lambda: check_packing(model, chats, pad_token_id=0)))
+
+
+def test_a_step_is_made_again_with_less(tmp_path, monkeypatch):
+    """A CPU never runs out of GPU memory, so the error is made up, and so is the plan that allows a second try."""
+    from qlora_helpers.settings import Settings
+    from qlora_helpers.training import trainer as trainer_module
+    from tests.support.short_runs import trainer_of as course_trainer
+
+    plain = trainer_module._Trainer.compute_loss
+
+    def compute_loss(self, model, inputs, *args, **options):
+        if len(inputs["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+        return plain(self, model, inputs, *args, **options)
+
+    monkeypatch.setattr(trainer_module._Trainer, "compute_loss", compute_loss)
+    trainer = course_trainer(tmp_path, settings=Settings(steps=1, batch_size=4, rank=4, memory_budget="auto"))
+    trainer.plan = object()
+    monkeypatch.setattr(trainer_module, "kept_within", lambda plan: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    is_entry("Out of GPU memory in a step, which is made again", seen(trainer.train))
 
 
 def test_label_smoothing_needs_all_logits(tmp_path):

@@ -280,7 +280,7 @@ def test_validation_may_be_given_in_another_way_as_long_as_the_chats_are_the_sam
         ({"validation": 0.4}, r"chats was '\w+' and is now '\w+'; validation_chats was '\w+' and is now '\w+'"),
         ({"eval_steps": 3}, "eval_steps was 2 and is now 3"),
         ({"patience": 3}, "patience was 2 and is now 3"),
-        ({"patience": None}, "patience was 2 and is now None"),
+        ({"patience": None}, "patience was 2 and is not set now"),
     ],
 )
 def test_a_run_with_another_validation_is_not_resumed(changed, said, finished, tmp_path):
@@ -294,7 +294,9 @@ def test_other_validation_chats_alone_are_noticed(tmp_path):
     shutil.rmtree(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"begun differently: validation_chats was '\w+' and is now '\w+'\. Resume"):
         run(tmp_path, settings, TRAINING, validation_chats=HELD_OUT[1:], resume=True)
-    with pytest.raises(ValueError, match=r"begun differently: eval_steps was 1 and is now None; validation_chats was"):
+    with pytest.raises(
+        ValueError, match=r"begun differently: eval_steps was 1 and is not set now; validation_chats was"
+    ):
         run(tmp_path, settings, TRAINING, resume=True)
 
 

@@ -475,6 +475,8 @@ def test_a_folder_that_holds_a_run_is_refused_unless_it_is_to_be_resumed(left, t
     [
         (Settings(**{**vars(SHORT), "steps": 12}), CHATS, "steps was 6 and is now 12"),
         (Settings(**{**vars(SHORT), "seed": 1}), CHATS, "seed was 0 and is now 1"),
+        (Settings(**{**vars(SHORT), "packing": True}), CHATS, "packing was not set and is now True"),
+        (Settings(**{**vars(SHORT), "max_grad_norm": None}), CHATS, "max_grad_norm was 1.0 and is not set now"),
         (SHORT, CHATS[:-1], "chats was '[0-9a-f]{16}' and is now '[0-9a-f]{16}'"),
     ],
 )
