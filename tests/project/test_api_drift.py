@@ -40,7 +40,6 @@ METHODS = {
     "sum": "torch.Tensor.sum",
     "normal_": "torch.Tensor.normal_",
     "repeat_interleave": "torch.Tensor.repeat_interleave",
-    "sum": "torch.Tensor.sum",
     "load_state_dict": "torch.nn.Module.load_state_dict",
     "zero_grad": "torch.optim.Optimizer.zero_grad",
     "tokenizer": "transformers.PreTrainedTokenizerFast.__call__",
@@ -147,8 +146,6 @@ EXPANDED = {
     ("attention.py", "options"): lambda: (),
     ("trainer.py", "kwargs"): lambda: (),
     ("04_qlora_run.py", "copied | changes"): lambda: given_to_dict("notebooks/source/04_qlora_run.py", "copied"),
-    # a learner's answer, whose names PEFT checks
-    ("lesson_01.py", "answer"): lambda: (),
     # what the trainer's collator returns
     ("08_stability.py", "batch"): lambda: ("input_ids", "attention_mask", "labels"),
     ("faulty_runs.py", "options"): lambda: faulty_runs._common(".", Settings(), CPU),
