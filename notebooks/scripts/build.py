@@ -349,7 +349,6 @@ HELPERS = {
     "10_your_own_data": (
         "chats/files",
         "chats/report",
-        "chats/templates",
         "chats/lengths",
         "chats/split",
         "suggestions",
