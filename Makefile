@@ -1,5 +1,5 @@
-# Each command sets up .venv first, and installs nothing if it is up to date; test-colab has its own environment, and
-# zip needs only git. README.md has a table of what each covers and how long it takes.
+# Each command sets up .venv first, and installs nothing if it is up to date; test-colab and site have environments of
+# their own, and zip needs only git. README.md has a table of what each covers and how long it takes.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
@@ -12,18 +12,20 @@ export HF_HUB_OFFLINE := 1
 # Threads that wait by spinning make training several times slower as soon as another program needs a core.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help run lab preflight test test-all test-kills test-colab attack mutants notebooks lint zip
+.PHONY: help run lab preflight teaching test test-all test-kills test-colab attack mutants notebooks site lint zip
 
 help:
 	@echo "make run        the full QLoRA run on this machine, about two minutes after the first set-up"
 	@echo "make lab        JupyterLab, open on notebooks/"
 	@echo "make preflight  before class: the machine, and every lesson as learners get it; LESSON=03 for one"
+	@echo "make teaching   slides, handouts, quizzes and a zip for learners, in dist/teaching; LESSON=03 for one"
 	@echo "make test       every test of the helpers, and each lesson once"
 	@echo "make test-all   everything: all editions of the lessons, the long tests, 20 killed runs"
 	@echo "make test-colab the Colab editions under the versions that Colab has, in a separate environment"
 	@echo "make attack     random inputs, kills, full disks and tampered folders, against the package"
 	@echo "make mutants    200 small changes of the helpers, each of which their tests should notice"
 	@echo "make notebooks  rebuild and execute every edition of the lessons; LESSON=03 for one"
+	@echo "make site       the course as a website, in dist/site/"
 	@echo "make lint       ruff"
 	@echo "make zip        qlora-course.zip from the last commit, to upload to Colab or Kaggle"
 
@@ -46,13 +48,39 @@ LESSON ?=
 preflight: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m qlora_helpers.commands.preflight $(LESSON)
 
+teaching: $(READY)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m teaching.scripts.build $(LESSON)
+
+# The website has its own environment; the lessons need nothing of it. The stamps are copies, as above.
+SITE := .venv-site
+SITE_READY := $(SITE)/ready
+SITE_PIP := $(SITE)/bin/python -m pip install --quiet --disable-pip-version-check
+$(SITE_READY): website/requirements.txt
+	@if ! cmp -s website/requirements.txt $(SITE_READY); then \
+		set -e; \
+		[ -x $(SITE)/bin/pip ] || $(PYTHON) -m venv $(SITE); \
+		echo "Installing what builds the website into $(SITE) (once; half a minute)."; \
+		$(SITE_PIP) -r website/requirements.txt; \
+	fi
+	@cat website/requirements.txt > $(SITE_READY)
+
+# What opens the website in a browser, for test-all; only where there is one.
+SITE_BROWSER := $(SITE)/browser-ready
+$(SITE_BROWSER): tests/website/browser.requirements.txt $(SITE_READY)
+	@if command -v chromium chromium-browser google-chrome google-chrome-stable >/dev/null; then \
+		set -e; \
+		cmp -s tests/website/browser.requirements.txt $(SITE_BROWSER) \
+			|| $(SITE_PIP) -r tests/website/browser.requirements.txt; \
+		cat tests/website/browser.requirements.txt > $(SITE_BROWSER); \
+	fi
+
 # Two workers with one thread each: more threads than cores make every kernel several times slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 test: $(READY)
 	@$(BIN)/ruff check --quiet .
 	@$(PYTEST)
 
-test-all: $(READY)
+test-all: $(READY) $(SITE_READY) $(SITE_BROWSER)
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .
 	@$(PYTEST) --everything
 	@$(BIN)/python -m tests.support.kills
@@ -87,6 +115,9 @@ lab: $(READY)
 
 notebooks: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m notebooks.scripts.build $(LESSON)
+
+site: $(SITE_READY)
+	@$(SITE)/bin/python -m website.build
 
 lint: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

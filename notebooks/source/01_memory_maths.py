@@ -60,11 +60,11 @@ print(f"a card with 24 GiB holds {24 * GIB / GB:.2f} GB")
 # ## How many parameters?
 #
 # The numbers that a model learns are its *parameters*; most of them are the *weights* of matrices. The name says "8B",
-# 8 billion. The shape says it exactly. A Llama is a stack of *decoder layers*, each with seven matrices, called
-# linear layers: four for attention (q, k, v, o) and three for the part behind it, the MLP (gate, up, down). The model
-# reads text as *[tokens](../GLOSSARY.md#token)*, words or pieces of words. Before the stack stand the *embeddings*, a
-# row of numbers for each token that it knows; after it the *output head* (`lm_head`), which scores each of them as the
-# next one. Here is the whole count, by hand.
+# 8 billion. The shape says it exactly. A Llama is a stack of *decoder layers*, each with seven matrices, called linear
+# layers: four for attention (q, k, v, o) and three for the part behind it, the MLP (gate, up, down). The model reads
+# text as *[tokens](../GLOSSARY.md#token)*, words or pieces of words. Before the stack stand the *embeddings*, a row of
+# numbers for each token that it knows; after it the *output head* (`lm_head`), which scores each of them as the next
+# one. Here is the whole count, by hand.
 
 # %%
 KNOWN = {
@@ -90,7 +90,7 @@ print(f"linear layers of Llama-3.1-8B: {linear_parameters(LLAMA_3_1_8B):,}")
 
 # %% tags=["nbval-check-output"]
 def other_parameters(s: dict) -> int:
-    """Embeddings, output head (unless it shares the embeddings' weights) and norms: they stay in 16 bits."""
+    """What stays in 16 bits: embeddings, output head (unless it shares their weights) and norms."""
     h, layers = s["hidden_size"], s["num_hidden_layers"]
     tables = 1 if s["tie_word_embeddings"] else 2
     return tables * s["vocab_size"] * h + (2 * layers + 1) * h
@@ -135,7 +135,8 @@ rows = []
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     about = torch.finfo(dtype)
     rows.append((str(dtype).removeprefix("torch."), about.bits, about.max, about.eps))
-show_table(["dtype", "bits", "largest number", "step above 1"], rows, formats=["", "", ",.6g", ".2g"])
+headings = ["dtype", "bits", "largest number", "step above 1"]
+show_table(headings, rows, formats=["", "", ",.6g", ".2g"])
 
 # %% [markdown]
 # float16 is finer. bfloat16 is coarser, and reaches as far as float32. In training, range matters more: a number that
@@ -148,7 +149,8 @@ for dtype in (torch.float16, torch.bfloat16):
 
 # %% [markdown]
 # So bfloat16 is the choice where the GPU has it, which NVIDIA's cards do since Ampere (2020). A T4 is older: there it
-# must be float16, with some care ([lesson 8](08_stability.ipynb)). That is the main difference between the `t4` and `ampere` gears.
+# must be float16, with some care ([lesson 8](08_stability.ipynb)). That is the main difference between the `t4` and
+# `ampere` gears.
 #
 # ## Training needs more than weights
 #
@@ -241,8 +243,8 @@ for name in ("Llama-3.1-8B", "Llama-2-70B", "Llama-3.1-70B"):
 show_table(["model", "GB", "GiB"], rows, formats=["", ".2f", ".2f"])
 
 # %% [markdown]
-# So Llama-3.1-70B takes 39.52 GB rather than 35, and does not fit a card of 24 GiB (25.77 GB), whatever a title may
-# promise.
+# So Llama-3.1-70B takes 39.52 GB rather than 35, and does not fit a card of 24 GiB (25.77 GB), whatever the title of an
+# article may promise.
 #
 # A formula is a claim until something is measured. Below are the bytes that an H200 GPU held after loading these models
 # with bitsandbytes, the library that stores them in 4 bits (`data/measured/h200_peaks.json`).
@@ -251,9 +253,9 @@ show_table(["model", "GB", "GiB"], rows, formats=["", ".2f", ".2f"])
 measured = json.loads(data_path("measured", "h200_peaks.json").read_text(encoding="utf-8"))
 loaded = {run["model"]: run["loaded_bytes"] for run in measured if run["method"] == "qlora"}
 for name in ("Llama-3.1-8B", "Llama-3.1-70B"):
-    got = qlora_weight_bytes(KNOWN[name])
-    print(f"{name:14} formula {got:,.0f}  measured {loaded[name.lower()]:,}")
-    check(f"{name:14}", got, loaded[name.lower()], rel=0.005)
+    formula = qlora_weight_bytes(KNOWN[name])
+    print(f"{name:14} formula {formula:,.0f}  measured {loaded[name.lower()]:,}")
+    check(f"{name:14} in GB", loaded[name.lower()] / GB, formula / GB, rel=0.005)
 
 # %% [markdown]
 # With the course comes a small model, a Llama of 3 million parameters. It has the same parts. It is small, so its
@@ -283,7 +285,8 @@ parts = {
     "optimizer": [total_8b * 8, adapters * 8, adapters * 8],
 }
 fig, ax = plots.figure(figsize=(7.2, 2.8))
-plots.stacked_bars(ax, methods, {part: [v / GB for v in sizes] for part, sizes in parts.items()}, "GB")
+in_gb = {part: [v / GB for v in sizes] for part, sizes in parts.items()}
+plots.stacked_bars(ax, methods, in_gb, "GB")
 ax.set_title("8B without activations: QLoRA needs a fifteenth")
 plots.show(fig, "1.2")
 
@@ -369,7 +372,9 @@ plots.show(fig, "1.3")
 from qlora_helpers.memory import find_shape, predict
 from qlora_helpers.settings import Settings
 
-settings = Settings(batch_size=1, max_length=2048, rank=16, dropout=0.05, gradient_checkpointing=True)
+settings = Settings(
+    batch_size=1, max_length=2048, rank=16, dropout=0.05, gradient_checkpointing=True
+)
 whole = predict(find_shape("meta-llama/Llama-3.1-8B"), settings, "4090")
 rows = [(part, size / GB) for part, size in whole.parts.items()]
 show_table(["part", "GB"], rows, formats=["", ".2f"])
@@ -400,7 +405,7 @@ memory_slider({name: meta_model(config).num_parameters() for name, config in KNO
 # you.
 
 # %% tags=["exercise"]
-shrinks_most_first = [..., ..., ...]  # "Llama-3.2-1B", "Llama-3.1-8B" and "Mistral-7B" in your order
+shrinks_most_first = [..., ..., ...]  # their names, such as "Mistral-7B", in your order
 
 # %% tags=["solution"]
 def shrinks(name: str) -> float:
@@ -409,7 +414,8 @@ def shrinks(name: str) -> float:
 
 
 # the larger the share of a model that stays in 16 bits, the less it shrinks
-shrinks_most_first = sorted(["Llama-3.2-1B", "Llama-3.1-8B", "Mistral-7B"], key=shrinks, reverse=True)
+three = ["Llama-3.2-1B", "Llama-3.1-8B", "Mistral-7B"]
+shrinks_most_first = sorted(three, key=shrinks, reverse=True)
 
 # %% tags=["nbval-check-output"]
 exercises.shrinking.check(shrinks_most_first)

@@ -27,7 +27,8 @@ from qlora_helpers.hardware import detect
 from qlora_helpers.models.loading import load_model, load_tokenizer
 from qlora_helpers.models.weights import linear_layers
 from qlora_helpers.paths import data_path
-from qlora_helpers.quantize import FP4, INT3, INT4, INT4_SYMMETRIC, NF4, Codebook, dequantize, quantize
+from qlora_helpers.quantize import FP4, INT3, INT4, INT4_SYMMETRIC, NF4
+from qlora_helpers.quantize import Codebook, dequantize, quantize
 from qlora_helpers.statistics import excess_kurtosis, qq_correlation
 
 import torch
@@ -42,8 +43,8 @@ print("torch", torch.__version__.split("+")[0])
 # ## One block of weights
 #
 # To *quantise* weights is to replace each by the nearest of a few values. The few values are the
-# *[codebook](../GLOSSARY.md#codebook)*: here 16 numbers from -1 to 1. Weights are not as large as that, so they are
-# scaled first, in *[blocks](../GLOSSARY.md#block)* of 64: each block is divided by its largest absolute value, its
+# *[codebook](../GLOSSARY.md#codebook)*: here 16 numbers from -1 to 1. Weights have other sizes, so they are scaled
+# first, in *[blocks](../GLOSSARY.md#block)* of 64: each block is divided by its largest absolute value, its
 # *[absmax](../GLOSSARY.md#absmax)*. What is stored is the absmax, and for each weight the number of its value in the
 # codebook, its *code*. To get the weights back, look each code up and multiply by the absmax.
 
@@ -62,7 +63,9 @@ plots.show(diagrams.block_and_codebook(), "2.1")
 
 # %% tags=["nbval-check-output"]
 model = load_model(quantization=None, hardware=cpu)
-weights = {name.removeprefix("model."): layer.weight.detach() for name, layer in linear_layers(model)}
+weights = {
+    name.removeprefix("model."): layer.weight.detach() for name, layer in linear_layers(model)
+}
 rows = sorted((excess_kurtosis(w), qq_correlation(w), name) for name, w in weights.items())
 print(f"{len(rows)} matrices, median QQ correlation {statistics.median(q for _, q, _ in rows):.4f}")
 some = [(name, qq, kurtosis) for kurtosis, qq, name in rows[:2] + rows[-4:]]
@@ -77,7 +80,8 @@ show_table(["matrix", "QQ", "excess kurtosis"], some, formats=["", ".4f", ".2f"]
 fig, axes = plots.figure(1, 2, figsize=(7.2, 3))
 for ax, name in zip(axes, (rows[0][2], rows[-1][2])):
     w = weights[name] / weights[name].std()
-    ax.hist(w.flatten().numpy(), bins=100, range=(-12, 12), density=True, color="#BBBBBB", label="weights")
+    w = w.flatten().numpy()
+    ax.hist(w, bins=100, range=(-12, 12), density=True, color="#BBBBBB", label="weights")
     x = torch.linspace(-5, 5, 200)
     ax.plot(x, torch.exp(-x * x / 2) / (2 * torch.pi) ** 0.5, color=plots.BLUE, label="normal")
     ax.set_yscale("log")
@@ -152,9 +156,9 @@ print(f"{q.bits_per_parameter} bits per parameter: 4 for the code, 0.5 for its s
 # %% [markdown]
 # ## Where the values lie
 #
-# Three rivals. `INT4` has 16 values at equal steps. `INT4 symmetric` has 15, from -7 to 7 with a zero, divided by 7.
-# `FP4` is a tiny floating point number. bitsandbytes has NF4 and FP4 for 4-bit layers, and no INT4; so INT4 is built
-# here by rounding to its values and back.
+# Now to NF4's rivals. `INT4` has 16 values at equal steps. `INT4 symmetric` has 15, from -7 to 7 with a zero, divided
+# by 7. `FP4` is a tiny floating point number. `INT3` has 8 values, to show what one bit less does. bitsandbytes has NF4
+# and FP4 for 4-bit layers, and no INT4; so INT4 is built here by rounding to its values and back.
 
 # %%
 gaussian = torch.randn(16384, 64, generator=torch.Generator().manual_seed(0))
@@ -173,9 +177,9 @@ plots.show(fig, "2.3")
 #
 # ## Which codes are used
 #
-# Is each code used equally often, then? It would be if weights were scaled by their standard deviation. They are scaled
-# by the largest of 64, so it is not. Count. The *entropy* says how many bits of information a code carries: 4 if all 16
-# are used equally.
+# Is each code used equally often, then? It nearly would be if weights were scaled by their standard deviation. They are
+# scaled by the largest of 64, so it is not. Count. The *entropy* says how many bits of information a code carries: 4 if
+# all 16 are used equally.
 
 # %% tags=["nbval-check-output"]
 def code_shares(book: Codebook, data: torch.Tensor) -> torch.Tensor:
@@ -189,7 +193,8 @@ for book in (NF4, INT4, FP4):
     share = code_shares(book, gaussian)
     used = share[share > 0]
     entropy = -(used * used.log2()).sum().item()
-    print(f"{book.name:5} used {share.min():.1%} to {share.max():.1%} each, entropy {entropy:.2f} bits of 4")
+    used = f"used {share.min():.1%} to {share.max():.1%} each"
+    print(f"{book.name:5} {used}, entropy {entropy:.2f} bits of 4")
 
 # %%
 fig, axes = plots.figure(1, 3, figsize=(9, 3), sharey=True)
@@ -216,7 +221,9 @@ def relative_error(data: torch.Tensor, book: Codebook, block_size: int) -> float
 
 block_sizes = (32, 64, 128, 256, 1024, 4096)
 books = (NF4, INT4, INT4_SYMMETRIC, FP4, INT3)
-errors = {book.name: [relative_error(gaussian, book, size) for size in block_sizes] for book in books}
+errors = {
+    book.name: [relative_error(gaussian, book, size) for size in block_sizes] for book in books
+}
 rows = [(name, *row) for name, row in errors.items()]
 show_table(["block size", *map(str, block_sizes)], rows, formats=["", *[".4f"] * len(block_sizes)])
 
@@ -235,8 +242,8 @@ plots.show(fig, "2.5")
 
 # %% [markdown]
 # At block size 64 NF4's relative error is 0.0920; that of symmetric INT4 is 0.1077. This compares *amplitudes*: the
-# error is 9 % as large as the weights. In *power*, that is, in squares, it is less than a hundredth. Both are in use,
-# so always ask which one is meant.
+# error is 9 % as large as the weights. In *power*, that is, in squares, it is 0.85 %. Both are in use, so always ask
+# which one is meant.
 
 # %% tags=["nbval-check-output"]
 error = errors["NF4"][1]
@@ -249,8 +256,8 @@ check("FP4, block 64", errors["FP4"][1], 0.1219, rel=0.005)
 # %% [markdown]
 # ## Best in which sense?
 #
-# NF4 is not the codebook with the least squared error. That one is found by the *Lloyd-Max* algorithm: round all
-# weights, move each value to the mean of what was rounded to it, and repeat.
+# NF4 is not the codebook with the least squared error. The *Lloyd-Max* algorithm looks for that one: round all weights,
+# move each value to the mean of what was rounded to it, and repeat. A few rounds of it, beginning with NF4:
 
 # %% tags=["nbval-check-output"]
 def lloyd_max(data: torch.Tensor, values: torch.Tensor, rounds: int = 10) -> torch.Tensor:
@@ -285,8 +292,10 @@ print(f"its value nearest to zero: {least_squares.values[least_squares.values.ab
 # %% tags=["nbval-check-output"]
 spoiled = gaussian[:64].clone()
 spoiled[10, 20] = 12.0
-after = (dequantize(quantize(spoiled, NF4, 64, False)) - spoiled).square().mean(dim=1).sqrt()
-before = (dequantize(quantize(gaussian[:64], NF4, 64, False)) - gaussian[:64]).square().mean(dim=1).sqrt()
+before, after = (
+    (dequantize(quantize(data, NF4, 64, False)) - data).square().mean(dim=1).sqrt()
+    for data in (gaussian[:64], spoiled)
+)
 print(f"error in the outlier's block: {before[10]:.3f} before, {after[10]:.3f} after")
 others = torch.arange(64) != 10
 check("the 63 other blocks", after[others], before[others], exact=True)
@@ -312,11 +321,15 @@ facts = read_facts(data_path("recall.jsonl"))
 originals = {name: layer.weight.detach().clone() for name, layer in linear_layers(model)}
 
 
+def round_trip(weight: torch.Tensor, book: Codebook, double_quant: bool = False) -> torch.Tensor:
+    return dequantize(quantize(weight, book, 64, double_quant))
+
+
 @torch.no_grad()
-def recall_with(rounded, facts=facts) -> float:
+def recall_with(rounded, *options, facts=facts) -> float:
     """Recall with every linear weight put through a function, and then as it was."""
     for name, layer in linear_layers(model):
-        layer.weight.copy_(rounded(originals[name]))
+        layer.weight.copy_(rounded(originals[name], *options))
     score = recall(model, tokenizer, facts)
     for name, layer in linear_layers(model):
         layer.weight.copy_(originals[name])
@@ -326,8 +339,8 @@ def recall_with(rounded, facts=facts) -> float:
 full = recall(model, tokenizer, facts)
 scores = {}
 for book in books:
-    scores[book.name, 64] = recall_with(lambda w: dequantize(quantize(w, book, 64, double_quant=False)))
-scores["NF4 + double quant", 64] = recall_with(lambda w: dequantize(quantize(w, NF4, 64, double_quant=True)))
+    scores[book.name, 64] = recall_with(round_trip, book)
+scores["NF4 + double quant", 64] = recall_with(round_trip, NF4, True)
 
 # %% [markdown]
 # Double quantisation is [lesson 3](03_double_quantisation.ipynb). The same for blocks of 256 takes as long again. It
@@ -364,8 +377,8 @@ check("NF4 loses little", full - scores["NF4", 64], at_most=0.05)
 check("NF4 over symmetric INT4", scores["NF4", 64] - scores["INT4 symmetric", 64], at_least=0.005)
 check("NF4 over FP4", scores["NF4", 64] - scores["FP4", 64], at_least=0.01)
 check("INT3 is far below", full - scores["INT3", 64], at_least=0.2)
-with_double_quant = scores["NF4 + double quant", 64]
-check("double quantisation costs nothing here", scores["NF4", 64] - with_double_quant, at_most=0.005)
+lost = scores["NF4", 64] - scores["NF4 + double quant", 64]
+check("double quantisation costs nothing here", lost, at_most=0.005)
 
 # %% [markdown]
 # At blocks of 64 the order of the errors is the order of the recall. (At 256 symmetric INT4 and FP4 are level.) It
@@ -443,7 +456,7 @@ def round_to(weight: torch.Tensor, values: torch.Tensor, block_size: int = 64) -
     return (values[codes] * scales).view_as(weight)
 
 # %% tags=["nbval-check-output"]
-faulty = recall_with(lambda w: round_to(w, NF4.values), facts[:500])
+faulty = recall_with(round_to, NF4.values, facts=facts[:500])
 check("recall with the faulty quantiser", faulty, at_most=0.3)
 
 # %% [markdown]
@@ -463,7 +476,7 @@ def repaired(weight: torch.Tensor, values: torch.Tensor, block_size: int = 64) -
 
 
 for step, rounded in (("faulty", round_to), ("repaired", repaired)):
-    print(f"{step:9}{recall_with(lambda w: rounded(w, NF4.values), facts[:500]):.1%}")
+    print(f"{step:9}{recall_with(rounded, NF4.values, facts=facts[:500]):.1%}")
 
 # %% tags=["nbval-check-output"]
 exercises.faulty_quantiser.check(repaired)

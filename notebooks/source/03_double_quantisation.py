@@ -75,7 +75,8 @@ table = dynamic_map_values()
 check("equal to bitsandbytes' table", table, bnb.create_dynamic_map(), exact=True)
 size = table.abs()
 print(f"{len(table)} values; the smallest above zero is {table[table > 0].min():.1e}")
-print(f"{(size < 0.1).float().mean():.0%} are below 0.1 in size, {(size > 0.9).float().mean():.0%} above 0.9")
+near_zero, near_one = (size < 0.1).float().mean(), (size > 0.9).float().mean()
+print(f"{near_zero:.0%} are below 0.1 in size, {near_one:.0%} above 0.9")
 
 # %% [markdown]
 # Half of its values lie below 0.1, and they get denser and denser towards zero. The first exercise asks what that is
@@ -118,7 +119,8 @@ check("decoded weights", dequantize(double), bnb.dequantize_4bit(packed, state),
 # %% tags=["nbval-check-output"]
 without = 32 / 64
 with_second_level = 8 / 64 + 32 / (64 * 256)
-print(f"scales cost {without} bits, then {with_second_level:.6f}: {without - with_second_level:.6f} saved")
+saved = without - with_second_level
+print(f"scales cost {without} bits, then {with_second_level:.6f}: {saved:.6f} saved")
 print(f"a parameter costs {4 + without} bits, then {4 + with_second_level:.6f}")
 
 # %% [markdown]
@@ -135,18 +137,21 @@ check("bits, double", quantize(large, NF4, 64, True).bits_per_parameter, 4.12695
 # only they count:
 
 # %% tags=["nbval-check-output"]
-rows, saved = [], {}
-for name, model_id in (("Llama-3.1-8B", "meta-llama/Llama-3.1-8B"), ("Llama-2-70B", "meta-llama/Llama-2-70b-hf")):
-    linear = sum(layer.weight.numel() for _, layer in linear_layers(meta_model(known_config(model_id))))
-    saved[name] = linear * (without - with_second_level) / 8
-    rows.append((name, linear, saved[name] / GB, saved[name] / GIB))
-show_table(["model", "4-bit parameters", "GB saved", "GiB saved"], rows, formats=["", ",d", ".2f", ".2f"])
+rows = []
+for name in ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-2-70b-hf"):
+    model = meta_model(known_config(name))
+    linear = sum(layer.weight.numel() for _, layer in linear_layers(model))
+    saved_bytes = linear * saved / 8
+    rows.append((name, linear, saved_bytes / GB, saved_bytes / GIB))
+headings = ["model", "4-bit parameters", "GB saved", "GiB saved"]
+show_table(headings, rows, formats=["", ",d", ".2f", ".2f"])
 
 # %%
 block_sizes = (32, 64, 128, 256, 512, 1024)
 two_levels = [8 / b + 32 / (256 * b) for b in block_sizes]
 fig, ax = plots.figure()
-ax.plot(block_sizes, [32 / b for b in block_sizes], marker="o", color=plots.ORANGE, label="float32 scales")
+one_level = [32 / b for b in block_sizes]
+ax.plot(block_sizes, one_level, marker="o", color=plots.ORANGE, label="float32 scales")
 ax.plot(block_sizes, two_levels, marker="s", color=plots.BLUE, label="double quantisation")
 ax.set_xscale("log", base=2)
 ax.set_xticks(block_sizes, map(str, block_sizes))
@@ -178,8 +183,9 @@ check("added by double quantisation, as a share", two / one - 1, at_most=0.005)
 
 # %% tags=["nbval-check-output"]
 cheap = quantize(weight, NF4, 256, double_quant=False)
+of_cheap = relative_error(dequantize(cheap), weight)
 rows = [
-    ("blocks of 256, float32 scales", cheap.bits_per_parameter, relative_error(dequantize(cheap), weight)),
+    ("blocks of 256, float32 scales", cheap.bits_per_parameter, of_cheap),
     ("blocks of 64, 8-bit scales", double.bits_per_parameter, two),
 ]
 show_table(["", "bits", "relative error"], rows, formats=["", ".3f", ".4f"])
@@ -225,7 +231,7 @@ def error_with(values: torch.Tensor, first_block: float) -> float:
 
 tables = {"dynamic": table, "equal steps": torch.linspace(-1, 1, 256)}
 predicted = []
-for factor in (1, 100):  # one huge scale leaves the others near zero, where the dynamic table is dense
+for factor in (1, 100):  # a huge scale leaves the others near zero, where "dynamic" is dense
     found = {name: error_with(values, factor) for name, values in tables.items()}
     predicted.append(min(found, key=found.get))
 
@@ -268,31 +274,33 @@ exercises.from_bytes.check(decode)
 
 # %% tags=["nbval-check-output"]
 cpu = detect("cpu")
-loaded = {double_quant: load_model(double_quant=double_quant, hardware=cpu) for double_quant in (False, True)}
-constants = {
-    double_quant: {name: constant_bytes(layer.weight.quant_state) for name, layer in linear_layers(each)}
-    for double_quant, each in loaded.items()
-}
-fewer = sum(constants[False].values()) - sum(constants[True].values())
+plain = load_model(double_quant=False, hardware=cpu)
+nested = load_model(double_quant=True, hardware=cpu)
+single_bytes, double_bytes = (
+    sum(constant_bytes(layer.weight.quant_state) for _, layer in linear_layers(model))
+    for model in (plain, nested)
+)
+fewer = single_bytes - double_bytes
 print(f"{fewer:,} bytes saved: {8 * fewer / 2_359_296:.3f} bits per parameter")
 
 # %% [markdown]
 # Some bytes are added to every matrix, however large it is. How many are they? And how many weights must a matrix have
-# at least, in full blocks of 64, so that double quantisation saves anything at all? Work with the loaded layers
-# (`layer.weight.quant_state`), or with `quantize` and `nbytes`.
+# at least, in full blocks of 64, so that double quantisation saves anything at all? Work with the layers of `plain` and
+# `nested` (`layer.weight.quant_state`), or with `quantize` and `nbytes`.
 
 # %% tags=["exercise"]
 bytes_added = ...
 fewest_weights = ...
 
 # %% tags=["solution"]
-quant_state = dict(linear_layers(loaded[True]))["model.layers.0.mlp.up_proj"].weight.quant_state
-bytes_added = quant_state.state2.code.nbytes + quant_state.offset.nbytes  # a table of 256 values, and the mean
+quant_state = dict(linear_layers(nested))["model.layers.0.mlp.up_proj"].weight.quant_state
+# a table of 256 values, and the mean of the scales
+bytes_added = quant_state.state2.code.nbytes + quant_state.offset.nbytes
 
 
 def saves(count: int) -> bool:
-    weights = torch.ones(count)
-    return quantize(weights, double_quant=True).nbytes < quantize(weights, double_quant=False).nbytes
+    single, double = (quantize(torch.ones(count), double_quant=way).nbytes for way in (False, True))
+    return double < single
 
 
 fewest_weights = next(count for count in range(64, 10**6, 64) if saves(count))

@@ -35,6 +35,7 @@ from qlora_helpers.settings import Settings
 from qlora_helpers.training.run import train
 from qlora_helpers.training.run_folder import new_run_folder, unfinished_run_folder
 
+# %%
 # after the helpers, which keep one harmless message off the page
 import bitsandbytes as bnb
 import peft
@@ -763,7 +764,7 @@ copied = dict(
     logging_steps=2, save_strategy="no", disable_tqdm=True,
 )
 
-
+# %%
 def short_run(**changes) -> SFTTrainer:
     base = AutoModelForCausalLM.from_pretrained(
         model_name, quantization_config=quantization, dtype=dtype,

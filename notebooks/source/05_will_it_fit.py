@@ -34,6 +34,7 @@ from qlora_helpers.settings import GPU_RUN, Settings
 from qlora_helpers.training.run_folder import new_run_folder
 from qlora_helpers.training.trainer import build_trainer
 
+# %%
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, Qwen3MoeConfig
 from transformers.utils import logging
@@ -72,8 +73,8 @@ check("weights by hand, in GB, against the measured ones", weights / GB, loaded 
 # ## What is trained
 #
 # Only the [adapters](../GLOSSARY.md#adapter) are trained. Plain TRL makes those of a 4-bit model bfloat16: 2 bytes for each
-# number, and 2 for its gradient. The [optimizer](../GLOSSARY.md#optimizer) remembers two things about each number, its
-# states; in 8 bits they take one byte each, and a float32 scale per block of 256.
+# number, and 2 for its gradient. The optimizer remembers two things about each number, the
+# [optimizer states](../GLOSSARY.md#optimizer-states). In 8 bits they take one byte each, and a float32 scale per block of 256.
 
 # %% tags=["nbval-check-output"]
 sides = [side for linear in shape.linears for side in (linear.in_features, linear.out_features)]

@@ -126,7 +126,7 @@ one_word = [len(text.split()) == 1 for text in together]
 check("words per answer", one_word, [False, True] * 4, exact=True)
 
 # %% [markdown]
-# This saves memory. Serve two fine-tuned models of 8B as two 16-bit copies, or as one 4-bit base with two adapters:
+# This saves memory. Two fine-tuned models of 8B can be served as two 16-bit copies, or as one 4-bit base with two adapters:
 
 # %% tags=["nbval-check-output"]
 copies = 2 * predict_merge(shape, "16bit").merged_bytes
@@ -180,12 +180,12 @@ theirs = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_st
 check("one layer merged into 4 bits", theirs, rounded(decoded[name] + deltas[name]), exact=True)
 
 # %% [markdown]
-# ## Exercise 6.1: one adapter of two
+# ## Exercise 6.1: one adapter from two
 #
 # *Build · medium · about 15 minutes.* You have two adapters for the same layer. You want the sum of their differences in
 # *one* adapter, which any server can load. Write `one_of_two`: it takes `A`, `B` and the scale (`alpha / rank`) of each,
 # and returns an `A` and a `B` for which `B @ A` is the sum of the two scaled differences. The ranks of the two may differ.
-# The result must be exact, and its rank no larger than both ranks together.
+# The result must be exact, and its rank no larger than the two ranks together.
 
 # %% tags=["exercise"]
 def one_of_two(A_1, B_1, scale_1, A_2, B_2, scale_2):
@@ -202,14 +202,15 @@ exercises.one_of_two.check(one_of_two)
 # ## Merging, measured
 #
 # After a QLoRA run there are three bases to merge into. The first is the 4-bit base that the run was trained on. The second
-# is the same base [dequantised](../GLOSSARY.md#dequantisation): its weights are decoded once and kept in 16 bits. The third is
-# the original 16-bit base, which the run has never seen. A fourth way is to quantise the third result again.
+# is the same base [dequantised](../GLOSSARY.md#dequantisation): its weights are decoded once and kept in 16 bits. The third
+# is the original 16-bit base, which the run has never seen. A fourth way is to quantise the third result again.
 #
 # (One of the articles behind this course says that a 4-bit model "can't be merged directly". PEFT does it, and warns that
 # answers may change. Another article says that one dequantises first, and its code then loads the original base.)
 #
 # What does each way change? [Logits](../GLOSSARY.md#logits) are the scores that a model gives to all possible next tokens.
-# We compare them with those of the unmerged model, and count how often the best-scored token stays the same.
+# The table shows how far they are from those of the unmerged model, at most and on average, and how often the token with
+# the best score is still the same ("same choice").
 
 # %%
 from qlora_helpers.adapters.drift import drift, logits
@@ -251,8 +252,8 @@ check("16 bit, then 4 bit: exact match against unmerged", lost, at_least=-0.05)
 # %% [markdown]
 # - **Dequantised** is the model that was trained, apart from rounding: almost none in the CPU's float32, more in a GPU's 16
 #   bits. It takes 16 bits for each weight, and it is faster, since nothing has to be decoded.
-# - **16bit** is another model. Its logits move far. Here its answers get *better*: this base knows its facts best in 16
-#   bits, and the adapter asks for them just as well. That is no law. For some models the same step makes nonsense
+# - **16bit** is a different model. Its logits move far. Here its answers get *better*: this base knows its facts best in 16
+#   bits, and the adapter asks for them just as well. That is no law. For some models the same step produces nonsense
 #   (Falcon-H1 is one on record, unslothai/unsloth-zoo #810). Measure it on test questions of your own.
 # - **4bit** keeps the size and loses answers. Why?
 #
@@ -320,8 +321,9 @@ exercises.two_halves.check(in_two_halves, decoded=decoded, deltas=deltas)
 # %% [markdown]
 # ## The same at full size
 #
-# On an H200, with the shape of Llama-3.1-8B: 40 steps at a learning rate of 2e-4, then each of the four ways. The weights
-# are random, since the machine had no real ones. So the logits stand for no real model's; memory and time do.
+# On an H200, with the shape of Llama-3.1-8B: 40 steps at a learning rate of 2e-4, then each of the four ways. The row `no
+# adapter` is the bare base, for comparison. The weights are random, since the machine had no real ones. So the logits stand
+# for no real model's; memory and time do.
 
 # %% tags=["nbval-check-output"]
 measured = json.loads(data_path("measured", "merging.json").read_text(encoding="utf-8"))
@@ -350,13 +352,13 @@ check("16 bit, then 4 bit: the same", rows["16bit, then 4bit"]["mean"] / none, a
 #
 # ## The memory that a merge needs
 #
-# `predict_merge` tells it in advance. Here are its predictions for 8B beside the peaks that were measured:
+# `predict_merge` tells it in advance. Here are its predictions for 8B, each with the peak that was measured:
 
 # %% tags=["nbval-check-output"]
 for into in ("4bit", "dequantised", "16bit"):
     at_peak = max(rows[into]["base_peak_bytes"], rows[into]["merge_peak_bytes"]) / GB
     predicted = predict_merge(shape, into).peak_bytes / GB
-    check(f"8B, {into}: predicted peak in GB against measured", predicted, at_peak, rel=0.01)
+    check(f"8B, {into}: peak in GB, as predicted", at_peak, predicted, rel=0.01)
 
 # %% [markdown]
 # Dequantising needs the most: transformers keeps the 4-bit weights until the last layer has been decoded. And for 70B:
@@ -413,7 +415,7 @@ except WrongBase as error:
     print(str(error).replace(str(sentences), "…/sentences"))
 
 # %% [markdown]
-# ## Exercise 6.3: adapters without effect
+# ## Exercise 6.3: adapters that do nothing
 #
 # *Run · medium · about 15 minutes.* Two colleagues have sent you an adapter each. Both are meant to be the adapter
 # `sentences`. Both load without a complaint, and with either the model answers as if it had no adapter. One of the two was

@@ -38,8 +38,8 @@ print("torch", torch.__version__.split("+")[0])
 # %% [markdown]
 # ## The question
 #
-# "Nearly identical to 16 bits", "less than 1 % behind full fine-tuning": so articles sum up QLoRA. Equal on which task,
-# after which run? And how sure is that?
+# "Nearly identical to 16 bits", "less than 1 % behind full fine-tuning": this is how articles sum up QLoRA. Equal on which
+# task, after which run? And how sure is that?
 #
 # We can ask our small model, with everything else held equal: its 4,800 training chats, 200 steps of 8 chats, 500 test
 # questions. Only full fine-tuning has a learning rate of its own, which it needs. Every run was made with five
@@ -127,7 +127,8 @@ table_loss = runs["16 bit, 100 steps"][0]["loss"]
 check("the loss of this run over the table's", loss_again / table_loss, at_least=0.7, at_most=1.4)
 
 # %% [markdown]
-# One run is no measurement: by luck of the seed it says 60 % or 87 %. Twice the steps calm it.
+# One run is no measurement: by luck of the seed it says 60 % or 87 %. With twice as many steps the
+# seeds differ less.
 #
 # ## Difference or noise?
 #
@@ -184,7 +185,7 @@ def paired(one: list[float], other: list[float]) -> tuple[float, float]:
 exercises.paired.check(paired)
 
 # %% [markdown]
-# ## What is a difference here
+# ## Which differences are real?
 #
 # `difference` does the same, and adds the interval:
 
@@ -218,7 +219,7 @@ check("4 bits make a difference", not nf4_cost.is_noise, True, exact=True)
 #
 # ## The learning rate
 #
-# The largest effect of all is no format. Here are full fine-tuning and QLoRA at five or six
+# The largest effect of all does not come from the format. Here are full fine-tuning and QLoRA at five or six
 # [learning rates](../GLOSSARY.md#learning-rate):
 
 # %% tags=["nbval-check-output"]
@@ -254,12 +255,14 @@ plots.show(fig, "7.2")
 # (Schulman and others, 2025) reports a factor of about 10 between the two methods' best rates. Here it is 7.5, on a grid
 # whose steps are about two.
 #
-# **So a comparison of methods at one shared learning rate says nothing.** Many in blog posts are of this kind.
+# **So a comparison of methods at one shared learning rate says nothing.** Many comparisons in blog posts are of
+# this kind.
 #
 # ## Rank, and which layers
 #
 # The paper says that the [rank](../GLOSSARY.md#rank) hardly matters once *all* linear layers are adapted; others call a
-# rank of 32 to 128 the sweet spot. First all ranks at one learning rate, then each at its own best of those tried:
+# rank of 32 to 128 the sweet spot. First all ranks at one learning rate, then each at the best of the rates that were
+# tried for it:
 
 # %% tags=["nbval-check-output"]
 def at_rank(rank: int, layers: str) -> dict[str, list[float]]:

@@ -105,7 +105,8 @@ brief = replace(right, steps=12, batch_size=4, warmup_steps=2)
 too_high = losses_of(replace(brief, learning_rate=50 * right.learning_rate))
 
 # %%
-uniform, knows_nothing = math.log(tokenizer.vocab_size), f"knows nothing: ln {tokenizer.vocab_size:,}"
+uniform = math.log(tokenizer.vocab_size)
+knows_nothing = f"knows nothing: ln {tokenizer.vocab_size:,}"
 fig, (left, other) = plots.figure(1, 2, figsize=(7.2, 4.2))
 left.plot(*zip(*too_high), color=plots.RED, label="50 times the rate")
 left.plot(*zip(*healthy.history[:12]), color=plots.BLUE, label="as it should be")
@@ -135,7 +136,8 @@ check("loss at the end", too_high[-1][1], at_least=4)
 #
 # ### NaN
 #
-# Higher still, and the loss is no number any more (NaN, "not a number"). Then `train` stops, before such weights are saved:
+# Raise it further, and the loss is no longer a number (NaN, "not a number"). Then `train` stops, before such weights are
+# saved:
 
 # %%
 beyond = replace(right, steps=3, warmup_steps=1, learning_rate=1e20)
@@ -173,6 +175,8 @@ def limit(before: list[float]) -> float:
 exercises.limit.check(limit)
 
 # %% [markdown]
+# `qlora_helpers/training/spikes.py` has the rule with its reasons, and says what becomes of a spike that lasts.
+#
 # ## No warm-up
 #
 # In a [warm-up](../GLOSSARY.md#warm-up), the learning rate grows from zero to its full height over the first steps. Many
@@ -299,9 +303,9 @@ check("largest float16", torch.finfo(torch.float16).max, 65_504.0, exact=True)
 # %% [markdown]
 # ### In the model
 #
-# Nothing in training keeps the numbers within a model small. All parts that write into its main stream can be made louder
-# by the same factor, and the model computes the same, since each layer normalises what it reads. So let us turn up the
-# volume of the shipped model, and compute its loss in each format:
+# Nothing in training keeps the numbers within a model small. Each layer adds its result to one stream of numbers, and
+# normalises what it reads from there. So all parts that write into the stream can be made louder by the same factor, and
+# the model computes the same. Let us turn up the volume of the shipped model, and compute its loss in each format:
 
 # %%
 cpu = detect("cpu")
@@ -469,8 +473,8 @@ cut = first_row({"messages": chats[0]}, assistant_only_loss=True, max_length=16)
 check("is the end learnt?", tokenizer.eos_token_id in cut["labels"], False, exact=True)
 
 # %% [markdown]
-# It also happens unasked: who passes `TrainingArguments`, which has no `max_length`, gets TRL's own limit of 1,024 tokens.
-# **Cure: set `max_length`, and count: `read_chats(file, tokenizer, max_length)` names each chat that would be cut.**
+# It also happens unasked: whoever passes `TrainingArguments`, which has no `max_length`, gets TRL's own limit of 1,024
+# tokens. **Cure: set `max_length`, and count: `read_chats(file, tokenizer, max_length)` names each chat that would be cut.**
 #
 # ## Pad = end: the model that never stops
 #
@@ -613,7 +617,8 @@ exercises.fault_in_a_row.check(fault)
 
 # %%
 names = ["as it should be", "loss on the question, too",
-         "loss on the question, too; two first tokens", "a quarter of the answers empty", "cut at 16 tokens", "the end outside of the mark",
+         "loss on the question, too; two first tokens", "a quarter of the answers empty",
+         "cut at 16 tokens", "the end outside of the mark",
          "collator, pad = end", "collator, a pad of its own"]
 bars = {"ends": ("stop by themselves", plots.SKY), "exact_match": ("are right", plots.BLUE),
         "empty": ("are empty", plots.RED)}

@@ -40,7 +40,8 @@ class Course:
         self.folder, self.log = folder, folder / "log"
         self.venv, self.ready = folder / ".venv", folder / ".venv" / "ready"
         for name in ("Makefile", "requirements.txt", "pyproject.toml", "colab/requirements.txt",
-                     "colab/runtime-packages.txt", "colab/looked-for.txt", ".ci/run"):  # fmt: skip
+                     "colab/runtime-packages.txt", "colab/looked-for.txt", ".ci/run",
+                     "website/requirements.txt", "tests/website/browser.requirements.txt"):  # fmt: skip
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
         (folder / "data" / "measured").mkdir(parents=True)
@@ -125,6 +126,29 @@ def test_what_was_not_installed_in_whole_is_installed_the_next_time(course, step
     assert course.make("run").returncode == 0 and course.asked == [*INSTALLS[1:], RUN]
 
 
+def test_the_website_has_an_environment_of_its_own(course):
+    installs = [
+        "python3 -m venv .venv-site",
+        "python -m pip install --quiet --disable-pip-version-check -r website/requirements.txt",
+    ]
+    assert course.make("site", fails="-r website").returncode and course.asked == installs
+    assert course.make("site").returncode == 0 and course.asked == [installs[1], "python -m website.build"]
+    assert course.make("site").returncode == 0 and course.asked == ["python -m website.build"]
+    assert not course.venv.exists()
+
+
+def test_what_opens_the_website_is_installed_only_where_there_is_a_browser(course):
+    path = os.environ["PATH"].split(os.pathsep)
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    there = any((Path(folder) / name).exists() for folder in path for name in names)
+    install = "python -m pip install --quiet --disable-pip-version-check -r tests/website/browser.requirements.txt"
+    assert course.make("test-all").returncode == 0 and (install in course.asked) == there
+    course.put("chromium", "#!/bin/sh\n")
+    (course.folder / ".venv-site" / "browser-ready").unlink(missing_ok=True)
+    assert course.make("test-all").returncode == 0 and install in course.asked
+    assert course.make("test-all").returncode == 0 and install not in course.asked
+
+
 def test_tests_run_offline_in_two_workers_of_one_thread_that_do_not_spin(course):
     assert course.make("test").returncode == 0
     assert course.asked[-2:] == ["ruff check --quiet .", "python -m pytest -n 2 -q"]
@@ -148,6 +172,7 @@ ATTACK = (
         ("attack", "tests/attack", ATTACK),
         ("mutants", "support.mutants", "python -m tests.support.mutants"),
         ("test-colab", "--everything colab", "python -m pytest -q -p no:anyio --everything colab"),
+        ("site", "-m website.build", "python -m website.build"),
         ("lint", "ruff format", "ruff format --check ."),
     ],
 )

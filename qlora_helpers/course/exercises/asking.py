@@ -113,7 +113,7 @@ class Exercise:
             ExerciseBroken: not the answer but the exercise is at fault.
             TypeError: what is `given` is not what the exercise takes.
         """
-        said = f"Exercise {self.number}, {self.title}"
+        said = f"Exercise {self.number}, {self.title.rstrip('?')}"  # a colon follows
         fault = self.judge(answer, **given)
         if fault is None:
             print(f"○ {said}: {NOT_SOLVED}")

@@ -151,8 +151,6 @@ def config_of_a_colleague() -> peft.LoraConfig:
 
 
 def _fault_of_config(answer: Any) -> str:
-    if isinstance(answer, dict):
-        answer = peft.LoraConfig(**answer)
     if not isinstance(answer, peft.LoraConfig):
         return f"your answer is {answer!r}, and not a LoraConfig."
     model = load_model(hardware=detect("cpu"))

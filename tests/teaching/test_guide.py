@@ -1,0 +1,102 @@
+"""The instructor's guide: its tables are counted from the lessons, its commands are there, and its paths fit their days."""
+
+import re
+
+import nbformat
+import pytest
+
+from data.scripts.markdown_tables import fill
+from notebooks.scripts import build
+from teaching.scripts import guide
+from tests import ROOT
+
+PAGE = guide.PAGE.read_text(encoding="utf-8")
+FOUND = guide.extents()
+
+
+def test_the_tables_are_up_to_date():
+    assert fill(PAGE, guide.tables()) == PAGE, "run: make teaching"
+
+
+def test_every_lesson_has_a_section_with_what_it_is_for_needs_and_can_skip():
+    sections = re.split(r"\n### ", PAGE)[1:]
+    names = [re.match(r"\[(\d+) · [^\]]*\]\(\.\./notebooks/(\w+)\.ipynb\)", section).groups() for section in sections]
+    assert [name for _, name in names] == build.lessons()
+    assert [int(number) for number, _ in names] == [int(name[:2]) for name in build.lessons()]
+    for section in sections:
+        assert all(f"- **{what}:**" in section for what in ("For", "Needs", "If time is short")), section[:40]
+
+
+def test_answers_to_common_questions_lead_to_the_lesson_that_shows_it():
+    (part,) = re.findall(r"\n## What learners ask\n(.*?)\n## ", PAGE, re.S)
+    answers = re.split(r"\n\n(?=\*\*)", part.strip())
+    assert len(answers) >= 10
+    for answer in answers:
+        assert re.match(r"\*\*[^*]+[?.]\*\* ", answer), answer[:60]
+        assert re.search(r"\]\(\.\./(notebooks/\w+\.ipynb|TROUBLESHOOTING\.md)\)", answer), answer[:60]
+
+
+def test_commands_that_it_names_are_there():
+    targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    assert {"teaching", "preflight", "lab"} <= set(re.findall(r"(?:^|`)make ([a-z-]+)", PAGE, re.M)) <= targets
+    commands = {path.stem for path in (ROOT / "qlora_helpers" / "commands").glob("*.py")}
+    assert {"doctor"} <= set(re.findall(r"python -m qlora_helpers (\w+)", PAGE)) <= commands
+
+
+@pytest.mark.parametrize("path", guide.PATHS)
+def test_a_path_fits_its_time_and_uses_most_of_it(path):
+    minutes = guide.minutes_of(path, FOUND)
+    assert 0.6 * guide.HOURS[path] * 60 <= minutes <= guide.HOURS[path] * 60
+
+
+def test_paths_grow_and_name_lessons_in_order():
+    known = [str(int(name[:2])) for name in build.lessons()]
+    before: set[str] = set()
+    for parts in guide.PATHS.values():
+        numbers = [part.removesuffix("*") for part in parts]
+        assert numbers == sorted(numbers, key=int) and set(numbers) <= set(known)
+        assert before <= set(numbers)
+        before = set(numbers)
+    assert before == set(known), "two days are the whole course"
+
+
+LESSON = [
+    nbformat.v4.new_markdown_cell("# 1 · One two three"),
+    nbformat.v4.new_code_cell("a = 1\nb = 2"),
+    nbformat.v4.new_markdown_cell("## Exercise 1.1: x\n\n*Build · easy · about 7 minutes.* Do it."),
+    nbformat.v4.new_code_cell("x = ...", metadata={"tags": ["exercise"]}),
+    nbformat.v4.new_code_cell("check(x)"),
+    nbformat.v4.new_markdown_cell("## Quiz\n\nwords that are not counted", metadata={"tags": ["quiz"]}),
+    nbformat.v4.new_code_cell("quiz_answers = {}", metadata={"tags": ["quiz", "exercise"]}),
+    nbformat.v4.new_code_cell("quiz.mark(1, quiz_answers)", metadata={"tags": ["quiz"]}),
+]
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A function that makes a lesson 1 of these cells and counts it."""
+    monkeypatch.setattr(guide, "NOTEBOOKS", tmp_path)
+
+    def counted(cells) -> guide.Extent:
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "01_one.ipynb")
+        return guide.extent("01_one", 30)
+
+    return counted
+
+
+def test_what_is_counted(small):
+    one = small(LESSON)
+    assert (one.title, one.words, one.cells, one.lines, one.figures) == ("1 · One two three", 19, 1, 2, 0)
+    assert (one.exercises, one.exercising, one.questions, one.seconds) == ((7,), 7, 4, 30)
+
+
+def test_minutes_follow_from_the_rates():
+    one = guide.Extent("x", "x", 1300, 30, 240, 2, (10, 5), 4, 60)
+    assert one.teaching == 30  # 10 for the text, 10 for the cells, 2 for the figures, 4 for the quiz; in fives
+    assert one.working == 50  # 6.5 + 20 for the lines + 2 + 1 to run + 4 + 15 for the exercises
+
+
+def test_more_minutes_than_exercises_are_refused(small):
+    more = nbformat.v4.new_markdown_cell("*about 3 minutes.* and *about 4 minutes.*")
+    with pytest.raises(ValueError, match="lesson 01_one: 3 lines say how many minutes one of 1 exercises takes"):
+        small([*LESSON, more])
