@@ -406,7 +406,8 @@ except FileExistsError as error:
 # %% [markdown]
 # With `overwrite=True` the old folder stays until the new one is complete, so a crash in between loses nothing. Second, an
 # adapter could land on a base that it was not trained on, such as the model into which it has been merged already. PEFT
-# would add it a second time and say nothing. The checksum in the adapter's folder prevents that:
+# would add it a second time and say nothing. The name and the checksum in the
+# adapter's folder prevent that:
 
 # %% tags=["nbval-check-output"]
 try:

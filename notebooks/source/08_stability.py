@@ -86,8 +86,8 @@ check("loss spikes", len(healthy.spikes), 0, exact=True)
 # %% [markdown]
 # ## The learning rate is too high
 #
-# The same run at fifty times the [learning rate](../GLOSSARY.md#learning-rate). `train` watches the losses, and names a
-# spike with its step:
+# The same run at fifty times the [learning rate](../GLOSSARY.md#learning-rate). `train` watches the losses, and names each
+# sudden leap, a *spike*, with its step:
 
 # %%
 def losses_of(settings):
@@ -297,7 +297,7 @@ for dtype in (torch.float16, torch.bfloat16, torch.float32):
     info = torch.finfo(dtype)
     table.append([str(dtype), info.max, info.tiny, info.eps])
 columns = ["", "largest", "smallest normal", "from 1 to the next number"]
-show_table(columns, table, formats=["", ".4g", ".2g", ".2g"])
+show_table(columns, table, formats=["", ",.6g", ".2g", ".2g"])
 check("largest float16", torch.finfo(torch.float16).max, 65_504.0, exact=True)
 
 # %% [markdown]

@@ -146,8 +146,6 @@ EXPANDED = {
     ("attention.py", "options"): lambda: (),
     ("trainer.py", "kwargs"): lambda: (),
     ("04_qlora_run.py", "copied | changes"): lambda: given_to_dict("notebooks/source/04_qlora_run.py", "copied"),
-    # a learner's answer, whose names PEFT checks
-    ("lesson_01.py", "answer"): lambda: (),
     # what the trainer's collator returns
     ("08_stability.py", "batch"): lambda: ("input_ids", "attention_mask", "labels"),
     ("faulty_runs.py", "options"): lambda: faulty_runs._common(".", Settings(), CPU),
