@@ -276,7 +276,7 @@ print(f"its value nearest to zero: {least_squares.values[least_squares.values.ab
 
 # %% [markdown]
 # So NF4 could err a little less. It keeps an exact zero instead, and needs no data to be made: the same 16 values serve
-# every model. More is to be gained elsewhere: the absmax is not the best scale of a block, as exercise 2.2
+# every model. More is to be gained elsewhere: the absmax is not the best scale of a block, as an exercise below
 # shows.
 #
 # "INT4" is also the name of something else. GPTQ and AWQ store INT4 codes too, but they choose codes or scales with the
