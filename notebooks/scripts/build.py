@@ -352,7 +352,6 @@ HELPERS = {
         "chats/lengths",
         "chats/split",
         "suggestions",
-        "training/best",
         "evaluation/scores",
         "evaluation/comparison",
         "evaluation/knowledge",
