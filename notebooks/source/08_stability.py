@@ -44,7 +44,8 @@ print("gear:", detect().gear)
 # ## A healthy run
 #
 # First a run with nothing wrong. It is also the first row of a table that `data/scripts/measure/stability.py` made, over
-# several seeds. Each other row of it is the same run with one fault.
+# several seeds. Each other row of it is the same run with one fault. The [loss](../GLOSSARY.md#loss) is in nats, and is
+# taken over the tokens of the answers alone.
 
 # %% tags=["nbval-check-output"]
 measured = json.loads(data_path("measured", "stability.json").read_text(encoding="utf-8"))
