@@ -26,8 +26,6 @@ from qlora_helpers.memory import find_shape, predict_merge
 from qlora_helpers.models.loading import load_model, load_tokenizer
 from qlora_helpers.models.weights import bytes_by_part, linear_layers
 from qlora_helpers.paths import data_path
-from qlora_helpers.settings import Settings
-from qlora_helpers.training.run import train
 from qlora_helpers.training.run_folder import new_run_folder
 
 import torch
@@ -86,6 +84,10 @@ check("exact match on 150 questions", right, at_least=0.9)
 # run starts from a fresh base, and only its adapter is saved.
 
 # %%
+from qlora_helpers.settings import Settings
+from qlora_helpers.training.run import train
+
+
 def in_a_word(chats):
     """The same chats, with the last word of each answer alone."""
     last = [answer | {"content": answer["content"].split()[-1]} for _, answer in chats]

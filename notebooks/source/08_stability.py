@@ -22,16 +22,13 @@ from qlora_helpers.course.checks import check
 from qlora_helpers.course.exercises import lesson_08 as exercises
 from qlora_helpers.course.tables import show_table
 from qlora_helpers.hardware import detect
-from qlora_helpers.library_messages import printed
 from qlora_helpers.models.loading import load_model, load_tokenizer
 from qlora_helpers.paths import data_path
 from qlora_helpers.settings import Settings
-from qlora_helpers.statistics import difference
 from qlora_helpers.training.callbacks import TrainingDiverged
 from qlora_helpers.training.faulty_runs import collator_run, sft_trainer
 from qlora_helpers.training.run import train
 from qlora_helpers.training.run_folder import new_run_folder
-from qlora_helpers.training.trainer import build_trainer
 
 # after the helpers, which keep harmless messages off the page
 import torch
@@ -186,6 +183,9 @@ exercises.limit.check(limit)
 # the one above it, seed by seed as in [lesson 7](07_does_it_cost_quality.ipynb), with a 95 % interval:
 
 # %% tags=["nbval-check-output"]
+from qlora_helpers.statistics import difference
+
+
 def paired(usual, faulty):
     """How much higher the test loss is with a fault: a paired comparison, seed by seed."""
     return difference(rows[faulty]["loss"], rows[usual]["loss"])
@@ -360,6 +360,8 @@ check("float16, 1,024 times, is NaN", math.isnan(louder[1024][2]), True, exact=T
 # large a scale overflows. Where is the window?
 
 # %%
+from qlora_helpers.training.trainer import build_trainer
+
 folder = new_run_folder("lesson-08")
 trainer = build_trainer(load_model(hardware=cpu), tokenizer, chats, folder, right, cpu)
 batches = [batch for _, batch in zip(range(6), trainer.get_train_dataloader())]
@@ -578,6 +580,8 @@ except ValueError as error:
 # healthy:
 
 # %% tags=["nbval-check-output"]
+from qlora_helpers.library_messages import printed
+
 whole = "{{ message['content'] + eos_token }}{% endgeneration %}"
 early = "{{ message['content'] }}{% endgeneration %}{{ eos_token }}"
 template = tokenizer.chat_template.replace(whole, early)
