@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import nbformat
 
+from data.scripts.markdown_tables import fill
 from notebooks.scripts.running import has_tag
 from qlora_helpers.course import quiz
 from teaching.scripts import ROOT
@@ -22,7 +23,6 @@ READ = 200  # words of text that a learner reads in a minute
 SHOWN = 20  # seconds for a cell of code and its output on a slide
 LINE = 5  # seconds for a learner to read a line of code
 FIGURE = 60  # seconds for a figure, for both
-UNSTATED = 10  # minutes for an exercise that does not state them
 QUESTION = 1  # minutes for a question of the quiz, for both
 
 
@@ -66,7 +66,7 @@ def extent(name: str, seconds: int) -> Extent:
     """What a built lesson has, exercises unsolved and their checks left out.
 
     Raises:
-        ValueError: more minutes are stated than there are exercises.
+        ValueError: an exercise does not say how many minutes it takes.
     """
     cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
     text = [cell.source for cell in cells if cell.cell_type == "markdown" and not has_tag(cell, "quiz")]
@@ -78,11 +78,10 @@ def extent(name: str, seconds: int) -> Extent:
     whole = "\n\n".join(text)
     headings = re.findall(r"^## Exercise \S+.*$", whole, re.M)
     minutes = [int(number) for number in re.findall(r"about (\d+) minutes?\.\*", whole)]
-    if len(minutes) > len(headings):
+    if len(minutes) != len(headings):
         raise ValueError(
-            f"lesson {name}: {len(minutes)} lines say how many minutes one of {len(headings)} exercises takes"
+            f"lesson {name}: {len(headings)} exercises, and {len(minutes)} lines such as  *Build · easy · about 5 minutes.*"
         )
-    minutes += [UNSTATED] * (len(headings) - len(minutes))
     return Extent(
         name,
         text[0].splitlines()[0].removeprefix("# "),
@@ -173,6 +172,14 @@ def tables() -> dict[str, str]:
     """The generated parts of the guide, by their places."""
     found = extents()
     return {"rates": rates_table(), "lessons": lessons_table(found), "paths": paths_table(found)}
+
+
+def fill_page() -> None:
+    """Fill the tables of the guide, if they are not those of today's lessons."""
+    page = PAGE.read_text(encoding="utf-8")
+    filled = fill(page, tables())
+    if filled != page:
+        PAGE.write_text(filled, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ FOUND = guide.extents()
 
 
 def test_the_tables_are_up_to_date():
-    assert fill(PAGE, guide.tables()) == PAGE, "run: make teaching"
+    assert fill(PAGE, guide.tables()) == PAGE, "run: make notebooks, or make teaching"
 
 
 def test_every_lesson_has_a_section_with_what_it_is_for_needs_and_can_skip():
@@ -40,7 +40,7 @@ def test_commands_that_it_names_are_there():
     targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
     assert {"teaching", "preflight", "lab"} <= set(re.findall(r"(?:^|`)make ([a-z-]+)", PAGE, re.M)) <= targets
     commands = {path.stem for path in (ROOT / "qlora_helpers" / "commands").glob("*.py")}
-    assert {"doctor"} <= set(re.findall(r"python -m qlora_helpers (\w+)", PAGE)) <= commands
+    assert {"doctor", "progress"} <= set(re.findall(r"python -m qlora_helpers (\w+)", PAGE)) <= commands
 
 
 @pytest.mark.parametrize("path", guide.PATHS)
@@ -96,7 +96,7 @@ def test_minutes_follow_from_the_rates():
     assert one.working == 50  # 6.5 + 20 for the lines + 2 + 1 to run + 4 + 15 for the exercises
 
 
-def test_more_minutes_than_exercises_are_refused(small):
-    more = nbformat.v4.new_markdown_cell("*about 3 minutes.* and *about 4 minutes.*")
-    with pytest.raises(ValueError, match="lesson 01_one: 3 lines say how many minutes one of 1 exercises takes"):
+def test_an_exercise_without_minutes_is_refused(small):
+    more = nbformat.v4.new_markdown_cell("## Exercise 1.2: y\n\nWithout a time.")
+    with pytest.raises(ValueError, match="lesson 01_one: 2 exercises, and 1 lines such as"):
         small([*LESSON, more])
