@@ -1,6 +1,7 @@
 """The tables of the instructor's guide, teaching/README.md: how long each lesson takes, and what fits into a day.
 
-Nobody was timed. The minutes are judged from the built lessons, by the rates below, and rounded up to five.
+Nobody was timed. The minutes are judged from the lessons, by the rates below, and rounded up to five. Texts, code and
+exercises are counted in the sources, figures in the outputs of the built lessons.
 """
 
 import json
@@ -8,10 +9,11 @@ import math
 import re
 from dataclasses import dataclass
 
+import jupytext
 import nbformat
 
 from data.scripts.markdown_tables import fill
-from notebooks.scripts.running import has_tag
+from notebooks.scripts.running import code_cells, has_tag
 from qlora_helpers.course import quiz
 from teaching.scripts import ROOT
 
@@ -63,18 +65,23 @@ def _rounded(minutes: float) -> int:
 
 
 def extent(name: str, seconds: int) -> Extent:
-    """What a built lesson has, exercises unsolved and their checks left out.
+    """What a lesson has; the cells of exercises and their checks are left out.
 
     Raises:
         ValueError: an exercise does not say how many minutes it takes.
     """
-    cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
-    text = [cell.source for cell in cells if cell.cell_type == "markdown" and not has_tag(cell, "quiz")]
+    cells = jupytext.read(NOTEBOOKS / "source" / f"{name}.py").cells
+    text = [cell.source for cell in cells if cell.cell_type == "markdown"]
     code, in_exercise = [], False
     for cell in cells:
         in_exercise = cell.cell_type == "code" and (in_exercise or has_tag(cell, "exercise"))
         if cell.cell_type == "code" and not in_exercise:
             code.append(cell)
+    built = [
+        output
+        for cell in code_cells(nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4))
+        for output in cell.outputs
+    ]
     whole = "\n\n".join(text)
     headings = re.findall(r"^## Exercise \S+.*$", whole, re.M)
     minutes = [int(number) for number in re.findall(r"about (\d+) minutes?\.\*", whole)]
@@ -88,7 +95,7 @@ def extent(name: str, seconds: int) -> Extent:
         len(whole.split()),
         len(code),
         sum(len(cell.source.splitlines()) for cell in code),
-        sum("<img" in output.get("data", {}).get("text/html", "") for cell in code for output in cell.outputs),
+        sum("<img" in output.get("data", {}).get("text/html", "") for output in built),
         tuple(minutes),
         len(quiz.read_quiz(name[:2])) if quiz.has_quiz(name[:2]) else 0,
         seconds,
