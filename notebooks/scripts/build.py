@@ -349,11 +349,9 @@ HELPERS = {
     "10_your_own_data": (
         "chats/files",
         "chats/report",
-        "chats/templates",
         "chats/lengths",
         "chats/split",
         "suggestions",
-        "training/best",
         "evaluation/scores",
         "evaluation/comparison",
         "evaluation/knowledge",

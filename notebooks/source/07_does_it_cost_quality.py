@@ -139,10 +139,10 @@ check("the loss of this run over the table's", loss_again / table_loss, at_least
 # [standard errors](../GLOSSARY.md#standard-error) wide on either side (Student's t). The bars in the figure above know
 # nothing of pairs: they may overlap although the paired difference is real.
 #
-# ## Exercise 7.1: which of the two is noise?
+# ## Exercise 7.1: difference or noise, by eye
 #
-# *Predict · medium · about 5 minutes.* Here are two pairs from the table of runs, seed by seed, under other names. Judge by
-# eye, before you compute anything: for which of the two pairs is the difference more than noise? Answer `"A and B"`,
+# *Predict · medium · about 5 minutes.* Here are two pairs from the table of runs, seed by seed, under other names. Judge
+# them before you compute anything: for which of the two is the difference more than noise? Answer `"A and B"`,
 # `"C and D"`, `"both"` or `"neither"`.
 
 # %% tags=["nbval-check-output"]

@@ -35,6 +35,7 @@ from qlora_helpers.settings import GPU_RUN, Settings
 from qlora_helpers.training.run_folder import new_run_folder
 from qlora_helpers.training.trainer import build_trainer
 
+# %%
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback

@@ -35,7 +35,7 @@ from qlora_helpers.suggestions import suggest_settings
 from qlora_helpers.training.run import train
 from qlora_helpers.training.run_folder import new_run_folder
 
-# after the helpers, which make torch's threads wait asleep
+# %%
 from IPython.display import display
 
 print("gear:", detect().gear)

@@ -33,6 +33,7 @@ from qlora_helpers.training.run_folder import new_run_folder
 from qlora_helpers.training.step_profile import profile_step
 from qlora_helpers.training.trainer import build_trainer
 
+# %%
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode

@@ -119,7 +119,7 @@ room = Exercise(
     minutes=5,
     hints=(
         "which unit does the card have, and which have your weights?",
-        "qlora_weight_bytes gives bytes; a GiB is 2**30 of them.",
+        "qlora_weight_bytes gives the bytes, with scales and all that stays in 16 bits; a GiB is 2**30 of them.",
     ),
     fault=function(
         _leaves_room,

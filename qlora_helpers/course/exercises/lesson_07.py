@@ -24,7 +24,7 @@ def _more_than_noise(pairs: Mapping[str, Sequence[float]]) -> str:
 
 noise = Exercise(
     number="7.1",
-    title="which of the two is noise?",
+    title="difference or noise, by eye",
     kind="predict",
     difficulty="medium",
     minutes=5,

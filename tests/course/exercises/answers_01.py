@@ -160,8 +160,8 @@ RIGHT = {
 
 WRONG = {
     "shrinking": [
-        Tried(["Llama-3.2-1B", "Llama-3.1-8B", "Mistral-7B"], says="1 of 3 are right"),
-        Tried(["Llama-3.1-8B", "Mistral-7B", "Llama-3.2-1B"], says="1 of 3 are right"),
+        Tried(["Llama-3.2-1B", "Llama-3.1-8B", "Mistral-7B"], says="1 of 3 is right"),
+        Tried(["Llama-3.1-8B", "Mistral-7B", "Llama-3.2-1B"], says="1 of 3 is right"),
         Tried(["Llama-3.1-8B", "Llama-3.2-1B", "Mistral-7B"], says="0 of 3 are right"),
         Tried("Mistral-7B", says="where a list of 3 words is asked for"),
         Tried(["Mistral-7B"], says="has 1 entries, where 3"),
