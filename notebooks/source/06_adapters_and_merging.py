@@ -68,7 +68,7 @@ print(f"adapter {2 * shape.lora_parameters(16) / 1e6:.0f} MB, 4-bit base {base_g
 # %% [markdown]
 # ## Onto the 4-bit base
 #
-# This is how the run left it: the base in 4 bits, and the adapter beside it. Nothing is lost.
+# This is how the run left it: the base in 4 bits, and the adapter beside it. Nothing has been rounded since.
 # [Exact match](../GLOSSARY.md#exact-match) is the share of answers that are right word for word.
 
 # %% tags=["nbval-check-output"]
@@ -209,8 +209,8 @@ exercises.one_of_two.check(one_of_two)
 # answers may change. Another article says that one dequantises first, and its code then loads the original base.)
 #
 # What does each way change? [Logits](../GLOSSARY.md#logits) are the scores that a model gives to all possible next tokens.
-# The table shows how far they are from those of the unmerged model, at most and on average, and how often the token with
-# the best score is still the same ("same choice").
+# The table shows how far they have shifted from those of the unmerged model, at most ("max shift") and on average ("mean
+# shift"), and how often the token with the best score is still the same ("same choice").
 
 # %%
 from qlora_helpers.adapters.drift import drift, logits
@@ -235,7 +235,7 @@ folder = save_model(merged, tokenizer, new_run_folder("lesson-06") / "merged", d
 results["16bit, then 4bit"] = row(load_model(str(folder)))
 
 # %%
-columns = ["", "match", "loss", "logits: largest", "mean", "same choice", "MB", "ms/token"]
+columns = ["", "match", "loss", "max shift", "mean shift", "same choice", "MB", "ms/token"]
 formats = ["", ".1%", ".4f", ".3f", ".5f", ".1%", ".2f", ".1f"]
 show_table(columns, [[way, *values] for way, values in results.items()], formats=formats)
 
@@ -288,7 +288,7 @@ for (base, shares), marker in zip(survives.items(), "os"):
 ax.set_xscale("log", base=2)
 ax.set_xticks(scales, ["1", "1/4", "1/16"])
 ax.set_xlabel("size of the adapter's difference (1: as trained)")
-ax.set_ylabel("share that survives (%)")
+ax.set_ylabel("share of the difference\nthat survives (%)")
 ax.set_ylim(0, 115)
 ax.legend(loc="center left")
 ax.set_title("Merged into 4 bits, a small adapter is rounded away")
@@ -304,9 +304,9 @@ check("of one a sixteenth as large, into 16 bits, then rounded", into_16, at_lea
 # %% [markdown]
 # ## Exercise 6.2: merged in two halves
 #
-# *Predict · medium · about 5 minutes.* Somebody fears that merging the whole difference at once is too rough for 4 bits. So
-# they merge half of it into the 4-bit base, round, and then merge the other half and round again. In the end, does `"more"`
-# of our adapter survive than at once, `"less"`, or about `"the same"`? Think about a single weight first. The check then
+# *Predict · medium · about 5 minutes.* Somebody fears that merging the whole difference at once is too coarse for 4 bits.
+# So they merge half of it into the 4-bit base, round, then merge the other half and round again. How much of our adapter
+# survives, compared with merging it at once: `"more"`, `"less"`, or about `"the same"`? Think about a single weight first. The check then
 # merges every layer both ways and measures it, which takes a second or two.
 
 # %% tags=["exercise"]
@@ -337,7 +337,7 @@ def peak(r):
 
 table = [[way, r["same_choice"], r["mean"], peak(r), r["ms_per_token"]]
          for way, r in rows.items() if "mean" in r]
-columns = ["", "same choice", "mean", "peak GB", "ms/token"]
+columns = ["", "same choice", "mean shift", "peak GB", "ms/token"]
 show_table(columns, table, formats=["", ".1%", ".3f", ".2f", ".1f"])
 none = rows["no adapter"]["mean"]
 check("into 4 bits: mean over that of no adapter at all", rows["4bit"]["mean"] / none, at_least=0.9)
@@ -447,7 +447,7 @@ exercises.without_effect.check(rescued, tokenizer=tokenizer, chats=test_chats[:4
 
 # %% [markdown]
 # ## You have
-# - looked into an adapter's files, and seen a base that is not its own refuse it;
+# - looked into an adapter's files, and seen that it cannot be loaded onto a base that is not its own;
 # - put two adapters on one 4-bit base, switched between them, and let both answer in one batch;
 # - merged an adapter in four ways, and measured answers, loss, logits, size and speed;
 # - seen that rounding to 4 bits takes away part of an adapter, and at 8B took away all of a short run;

@@ -16,7 +16,7 @@ import statistics
 from dataclasses import replace
 
 from qlora_helpers import evaluation
-from qlora_helpers.chats import ChatError, read_chats, split_question
+from qlora_helpers.chats import ChatError, marked_row, read_chats, split_question
 from qlora_helpers.course import plots
 from qlora_helpers.course.checks import check
 from qlora_helpers.course.exercises import lesson_08 as exercises
@@ -36,6 +36,7 @@ from qlora_helpers.training.trainer import build_trainer
 # after the helpers, which keep harmless messages off the page
 import torch
 import transformers
+from IPython.display import display
 
 print("gear:", detect().gear)
 
@@ -156,8 +157,8 @@ check("the run was stopped", stopped.endswith("the loss is nan"), True, exact=Tr
 #
 # ## Exercise 8.1: the limit of a spike
 #
-# *Build · medium · about 10 minutes.* What is a spike, and what is noise? Write the rule that `train` uses. From the losses
-# before (20 at most, all of them given) compute the limit; a loss above it is a spike. The usual loss is their median. The
+# *Build · medium · about 10 minutes.* What is a spike, and what is noise? Write the rule that `train` uses. `before` has the
+# losses of the last steps, 20 at most. Compute the limit from all of them; a loss above it is a spike. The usual loss is their median. The
 # spread is 1.4826 times the median of their distances from it, which for normal noise is the standard deviation. The limit
 # lies above the usual loss by the largest of three: 8 spreads, half of the usual loss, and 0.5.
 
@@ -175,7 +176,7 @@ def limit(before: list[float]) -> float:
 exercises.limit.check(limit)
 
 # %% [markdown]
-# `qlora_helpers/training/spikes.py` has the rule with its reasons, and says what becomes of a spike that lasts.
+# `qlora_helpers/training/spikes.py` has the rule with its reasons, and says what happens if a spike lasts.
 #
 # ## No warm-up
 #
@@ -424,13 +425,11 @@ check("scale at the last step, as a power of 2", math.log2(scales[-1]), at_least
 # ## Empty answers
 #
 # Now the data. The loss of these runs looks healthy, and the model is broken. So look at what is learnt. Here the tokens
-# that count in the loss are in square brackets:
+# that count in the loss are bold, on green (where there is no colour, they stand between ⟦ and ⟧):
 
 # %%
 def show(ids, labels):
-    words = [tokenizer.decode([token]).strip() for token in map(int, ids)]
-    counts = [label != -100 for label in map(int, labels)]
-    print(*(f"[{word}]" if counted else word for word, counted in zip(words, counts)))
+    display(marked_row(ids, [label != -100 for label in labels], tokenizer))
 
 
 def first_row(row, template=None, **options):
@@ -448,8 +447,7 @@ nothing = {"role": "assistant", "content": ""}
 empty = first_row({"messages": [question, nothing]}, assistant_only_loss=True)
 
 # %% [markdown]
-# TRL takes the empty answer without a word, and the model learns that nothing is an answer. The course's reader does not
-# take it:
+# TRL accepts the empty answer without a word, and the model learns that nothing is an answer. The course's reader does not:
 
 # %% tags=["nbval-check-output"]
 file = new_run_folder("lesson-08") / "chats.jsonl"
@@ -493,7 +491,7 @@ for of in (tokenizer, two_roles):
     show(batch["input_ids"][1], batch["labels"][1])
 
 # %% [markdown]
-# In the second line the last token has no brackets. Train that way for 10 steps, and ask:
+# In the second row the last token does not count. Train that way for 10 steps, and ask:
 
 # %%
 short = replace(brief, steps=10)
@@ -515,7 +513,8 @@ for name in ("collator, a pad of its own", "collator, pad = end"):
 # ## A doubled first token
 #
 # Many tutorials render each chat to text, and give TRL the text. The text begins with its first token, the
-# [BOS token](../GLOSSARY.md#bos), already; the tokenizer adds it again:
+# [BOS token](../GLOSSARY.md#bos), already; the tokenizer adds it again. (Such a run also learns the question, which is the
+# next fault. So the table compares it with a run that has only that one.)
 
 # %% tags=["nbval-check-output"]
 text = tokenizer.apply_chat_template(chats[0], tokenize=False)
@@ -536,7 +535,7 @@ check("two first tokens: a difference", not costs.is_noise and costs.mean > 0, T
 #
 # ## Loss on the question
 #
-# The line above shows another fault: every token is in brackets. TRL's default is to learn the question, too. With
+# The row above shows another fault: every token counts. TRL's default is to learn the question, too. With
 # `messages` it is the same:
 
 # %% tags=["nbval-check-output"]
@@ -613,7 +612,8 @@ exercises.fault_in_a_row.check(fault)
 # %% [markdown]
 # ## The broken data in one picture
 #
-# Each bar is a run of the table, the mean over its seeds: how many answers stop by themselves, and how many are right.
+# Each group of bars is a row of the table, the mean over its seeds: how many answers stop by themselves, how many are right,
+# and how many are empty. The two runs with the collator learn the question, too: hold them against the second row.
 
 # %%
 names = ["as it should be", "loss on the question, too",
@@ -622,17 +622,18 @@ names = ["as it should be", "loss on the question, too",
          "collator, pad = end", "collator, a pad of its own"]
 bars = {"ends": ("stop by themselves", plots.SKY), "exact_match": ("are right", plots.BLUE),
         "empty": ("are empty", plots.RED)}
-fig, ax = plots.figure(figsize=(7.2, 4.2))
+fig, ax = plots.figure(figsize=(7.2, 5.4))
 for shift, (key, (label, colour)) in enumerate(bars.items()):
     means = [100 * statistics.mean(rows[name][key]) for name in names]
     places = [y + 0.27 * shift for y in range(len(names))]
-    ax.barh(places, means, height=0.25, color=colour, label=label)
+    drawn = ax.barh(places, means, height=0.25, color=colour, label=label)
+    ax.bar_label(drawn, fmt="%.0f", padding=2, fontsize=8)  # a bar of 0 is not a missing one
 ax.set_yticks([y + 0.27 for y in range(len(names))], labels=names)
 ax.invert_yaxis()
 ax.grid(axis="y", visible=False)
 ax.set_xlabel("answers to test questions that … (%)")
-ax.set_title("The loss fell in every one of these runs", x=-0.6)
-ax.legend(loc="upper left", bbox_to_anchor=(-0.6, -0.15), ncols=3)
+ax.set_title("In three runs no answer is right, though every loss fell", x=-0.6)
+ax.legend(loc="upper left", bbox_to_anchor=(-0.6, -0.12), ncols=3)
 plots.show(fig, "8.6")
 
 # %% tags=["nbval-check-output"]
@@ -644,14 +645,14 @@ columns = ["", "logged loss", "stop", "right", "empty"]
 show_table(columns, table, formats=["", ".2f", ".0%", ".0%", ".0%"])
 
 # %% [markdown]
-# The logged loss tells nothing of it. In three rows no answer is right, and one of these has a logged loss like the healthy
-# one. So look at generated answers, and at one row of tokens, before you look at a loss.
+# The logged loss shows none of this. In three rows no answer is right, and one of these has a logged loss close to the
+# healthy one's. So look at generated answers, and at one row of tokens, before you look at a loss.
 #
 # ## Exercise 8.4: three curves
 #
 # *Predict · medium · about 5 minutes.* Here are the losses of three real runs, each beside the healthy one. What do you say
 # about each? Choose one of `"rate too high"`, `"rate too low"`, `"question learnt"` and `"looks healthy"`. The last one is
-# no all-clear: it means that this curve tells you nothing, and that you must look at answers.
+# not an all-clear: it means that this curve tells you nothing, and that you must look at answers.
 
 # %%
 curves = exercises.three_curves(rows)
