@@ -12,7 +12,7 @@ A source is `notebooks/source/NN_title.py` in jupytext's percent format. Three e
 - `colab/NN_title.ipynb`: the learners' edition after a badge and a set-up cell.
 
 Each has the lesson's quiz, if there is one (see `quiz_cells.py`). A lesson is executed once for all three, in one kernel
-(see `running.py`); the Colab edition's set-up cell has its own kernel. This script also writes the tables of README.md.
+(see `running.py`); the Colab edition's set-up cell has its own kernel. This script also writes the tables of README.md and teaching/README.md.
 `{{seconds}}` and `{{gigabytes}}` in a source stand for what the lesson took when it was last executed, including its
 solutions; the figures are kept in `notebooks/scripts/timings.json`.
 """
@@ -44,6 +44,7 @@ from notebooks.scripts.running import code_cells, has_tag, in_one_kernel, peak_b
 from qlora_helpers import suggestions
 from qlora_helpers.course import diagrams
 from qlora_helpers.units import GIB
+from teaching.scripts import guide
 
 SOURCES = ROOT / "notebooks" / "source"
 TIMINGS = ROOT / "notebooks" / "scripts" / "timings.json"
@@ -458,6 +459,7 @@ def main() -> None:
     if set(timings) == set(lessons()):
         readme = ROOT / "README.md"
         readme.write_text(fill(readme.read_text(encoding="utf-8"), readme_tables()), encoding="utf-8")
+        guide.fill_page()
         write_map(EDITIONS["learner"] / MAP)
 
 

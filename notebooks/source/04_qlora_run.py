@@ -775,9 +775,13 @@ copied = dict(
 )
 
 # %%
+from qlora_helpers.library_messages import without_short_bars
+from qlora_helpers.training.trainer import no_progress_bars
 from transformers import PrinterCallback
 
 
+@no_progress_bars()
+@without_short_bars(0)
 def short_run(**changes) -> SFTTrainer:
     base = AutoModelForCausalLM.from_pretrained(
         model_name, quantization_config=quantization, dtype=dtype,
@@ -790,7 +794,7 @@ def short_run(**changes) -> SFTTrainer:
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    trainer.remove_callback(PrinterCallback)  # a table is easier to read
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     logged = [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]
     show_table(["step", "loss"], logged, formats=["d", ".2f"])

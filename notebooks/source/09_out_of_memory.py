@@ -391,7 +391,6 @@ for group in ("backward, batch", "optimizer"):
              for label, row in rows.items() if row.get("group") == group and row["role"] == "cure"]
     tried.insert(0, ["as it was", price_of(group)["peak_allocated_bytes"] / GIB])
     show_table([f"died in: {rows[f'{group}: death']['place']}", "GiB"], tried, formats=["", ".2f"])
-    print()
 usual = replace(GPU_RUN, batch_size=4, adapter_dtype="bfloat16")
 ranks = {rank: predict(shape, replace(usual, rank=rank)).peak_allocated_bytes / GIB
          for rank in (8, 16, 64, 256)}

@@ -370,7 +370,7 @@ shares = [100 * one.right for one in (kept.before, kept.after, lost.after)]
 ax.barh(names, shares, color=[plots.BLUE, plots.GREEN, plots.RED])
 for name, share in zip(names, shares):
     ax.text(2, name, f"{share:.0f} %", va="center", color="white", fontweight="bold")
-ax.axvline(25, color="#777777", linestyle="--")
+ax.axvline(25, color="black", linestyle="--")
 ax.set(xlim=(0, 110), xlabel="facts that are right (%); the dashed line is guessing")
 ax.invert_yaxis()
 ax.set_title("A rate that is too high costs what the base knew")

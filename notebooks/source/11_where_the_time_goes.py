@@ -102,7 +102,7 @@ print(f"{every:.2f} billion parameters, {linear:.2f} in the decoder layers")
 for share, name in ((1, "all layers checkpointed"), (0, "none")):
     parts = operations(shape, 2048, checkpointed=share)
     total = sum(parts.values())
-    print(f"\n{name}: {total / 1e9:.1f} billion operations for a token")
+    print(f"{name}: {total / 1e9:.1f} billion operations for a token")
     show_table(["part", "billion", "share"],
                [[part, count / 1e9, count / total] for part, count in parts.items()],
                formats=["", ".1f", ".1%"])

@@ -17,7 +17,6 @@ import sys
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile
 
-from data.scripts.markdown_tables import fill
 from notebooks.scripts import build
 from qlora_helpers.course import quiz
 from teaching.scripts import ROOT, guide, handouts, pages, quizzes, slides
@@ -82,21 +81,13 @@ def learners_zip(into: Path) -> Path:
     return target
 
 
-def fill_guide() -> None:
-    """Fill the tables of teaching/README.md, if they are not those of today's lessons."""
-    page = guide.PAGE.read_text(encoding="utf-8")
-    filled = fill(page, guide.tables())
-    if filled != page:
-        guide.PAGE.write_text(filled, encoding="utf-8")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lessons", nargs="*", metavar="LESSON", help="numbers of lessons, such as 03; all by default")
     parser.add_argument("--into", type=Path, default=INTO, help="the folder, by default dist/teaching")
     parser.add_argument("--guide", action="store_true", help="only fill the tables of teaching/README.md")
     args = parser.parse_args()
-    fill_guide()
+    guide.fill_page()
     if args.guide:
         return 0
     try:

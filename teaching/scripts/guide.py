@@ -1,6 +1,7 @@
 """The tables of the instructor's guide, teaching/README.md: how long each lesson takes, and what fits into a day.
 
-Nobody was timed. The minutes are judged from the built lessons, by the rates below, and rounded up to five.
+Nobody was timed. The minutes are judged from the lessons, by the rates below, and rounded up to five. Texts, code and
+exercises are counted in the sources, figures in the outputs of the built lessons.
 """
 
 import json
@@ -8,9 +9,11 @@ import math
 import re
 from dataclasses import dataclass
 
+import jupytext
 import nbformat
 
-from notebooks.scripts.running import has_tag
+from data.scripts.markdown_tables import fill
+from notebooks.scripts.running import code_cells, has_tag
 from qlora_helpers.course import quiz
 from teaching.scripts import ROOT
 
@@ -22,7 +25,6 @@ READ = 200  # words of text that a learner reads in a minute
 SHOWN = 20  # seconds for a cell of code and its output on a slide
 LINE = 5  # seconds for a learner to read a line of code
 FIGURE = 60  # seconds for a figure, for both
-UNSTATED = 10  # minutes for an exercise that does not state them
 QUESTION = 1  # minutes for a question of the quiz, for both
 
 
@@ -63,33 +65,37 @@ def _rounded(minutes: float) -> int:
 
 
 def extent(name: str, seconds: int) -> Extent:
-    """What a built lesson has, exercises unsolved and their checks left out.
+    """What a lesson has; the cells of exercises and their checks are left out.
 
     Raises:
-        ValueError: more minutes are stated than there are exercises.
+        ValueError: an exercise does not say how many minutes it takes.
     """
-    cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
-    text = [cell.source for cell in cells if cell.cell_type == "markdown" and not has_tag(cell, "quiz")]
+    cells = jupytext.read(NOTEBOOKS / "source" / f"{name}.py").cells
+    text = [cell.source for cell in cells if cell.cell_type == "markdown"]
     code, in_exercise = [], False
     for cell in cells:
         in_exercise = cell.cell_type == "code" and (in_exercise or has_tag(cell, "exercise"))
         if cell.cell_type == "code" and not in_exercise:
             code.append(cell)
+    built = [
+        output
+        for cell in code_cells(nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4))
+        for output in cell.outputs
+    ]
     whole = "\n\n".join(text)
     headings = re.findall(r"^## Exercise \S+.*$", whole, re.M)
     minutes = [int(number) for number in re.findall(r"about (\d+) minutes?\.\*", whole)]
-    if len(minutes) > len(headings):
+    if len(minutes) != len(headings):
         raise ValueError(
-            f"lesson {name}: {len(minutes)} lines say how many minutes one of {len(headings)} exercises takes"
+            f"lesson {name}: {len(headings)} exercises, and {len(minutes)} lines such as  *Build · easy · about 5 minutes.*"
         )
-    minutes += [UNSTATED] * (len(headings) - len(minutes))
     return Extent(
         name,
         text[0].splitlines()[0].removeprefix("# "),
         len(whole.split()),
         len(code),
         sum(len(cell.source.splitlines()) for cell in code),
-        sum("<img" in output.get("data", {}).get("text/html", "") for cell in code for output in cell.outputs),
+        sum("<img" in output.get("data", {}).get("text/html", "") for output in built),
         tuple(minutes),
         len(quiz.read_quiz(name[:2])) if quiz.has_quiz(name[:2]) else 0,
         seconds,
@@ -173,6 +179,14 @@ def tables() -> dict[str, str]:
     """The generated parts of the guide, by their places."""
     found = extents()
     return {"rates": rates_table(), "lessons": lessons_table(found), "paths": paths_table(found)}
+
+
+def fill_page() -> None:
+    """Fill the tables of the guide, if they are not those of today's lessons."""
+    page = PAGE.read_text(encoding="utf-8")
+    filled = fill(page, tables())
+    if filled != page:
+        PAGE.write_text(filled, encoding="utf-8")
 
 
 if __name__ == "__main__":

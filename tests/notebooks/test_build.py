@@ -102,6 +102,7 @@ def small_course(tmp_path, monkeypatch):
     for name, value in {"ROOT": tmp_path, "SOURCES": source, "TIMINGS": timings, "EDITIONS": editions}.items():
         monkeypatch.setattr(build, name, value)
     monkeypatch.setattr(marking, "FOLDER", tmp_path)  # it has no quiz
+    monkeypatch.setattr(build.guide, "fill_page", lambda: None)
     monkeypatch.setattr(build, "readme_tables", lambda: {"lessons": "| a table |"})
     for edition, folder in editions.items():
         made = build.build_edition("01_one", edition, {})

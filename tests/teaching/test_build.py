@@ -39,7 +39,7 @@ def test_one_lesson_gives_its_files_and_leaves_the_others_alone(tmp_path):
 
 @pytest.mark.parametrize("number", ["44", "x", "0"])
 def test_a_lesson_that_is_not_there_is_named(number, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(build, "fill_guide", lambda: None)
+    monkeypatch.setattr(build.guide, "fill_page", lambda: None)
     monkeypatch.setattr(sys, "argv", ["build", number, "--into", str(tmp_path / "new")])
     assert build.main() == 2
     assert f"LESSON={number}: there is no such lesson. There are 01_" in capsys.readouterr().err

@@ -15,7 +15,7 @@ FOUND = guide.extents()
 
 
 def test_the_tables_are_up_to_date():
-    assert fill(PAGE, guide.tables()) == PAGE, "run: make teaching"
+    assert fill(PAGE, guide.tables()) == PAGE, "run: make notebooks, or make teaching"
 
 
 def test_every_lesson_has_a_section_with_what_it_is_for_needs_and_can_skip():
@@ -40,7 +40,7 @@ def test_commands_that_it_names_are_there():
     targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
     assert {"teaching", "preflight", "lab"} <= set(re.findall(r"(?:^|`)make ([a-z-]+)", PAGE, re.M)) <= targets
     commands = {path.stem for path in (ROOT / "qlora_helpers" / "commands").glob("*.py")}
-    assert {"doctor"} <= set(re.findall(r"python -m qlora_helpers (\w+)", PAGE)) <= commands
+    assert {"doctor", "progress"} <= set(re.findall(r"python -m qlora_helpers (\w+)", PAGE)) <= commands
 
 
 @pytest.mark.parametrize("path", guide.PATHS)
@@ -60,25 +60,40 @@ def test_paths_grow_and_name_lessons_in_order():
     assert before == set(known), "two days are the whole course"
 
 
-LESSON = [
-    nbformat.v4.new_markdown_cell("# 1 · One two three"),
-    nbformat.v4.new_code_cell("a = 1\nb = 2"),
-    nbformat.v4.new_markdown_cell("## Exercise 1.1: x\n\n*Build · easy · about 7 minutes.* Do it."),
-    nbformat.v4.new_code_cell("x = ...", metadata={"tags": ["exercise"]}),
-    nbformat.v4.new_code_cell("check(x)"),
-    nbformat.v4.new_markdown_cell("## Quiz\n\nwords that are not counted", metadata={"tags": ["quiz"]}),
-    nbformat.v4.new_code_cell("quiz_answers = {}", metadata={"tags": ["quiz", "exercise"]}),
-    nbformat.v4.new_code_cell("quiz.mark(1, quiz_answers)", metadata={"tags": ["quiz"]}),
-]
+LESSON = """# %% [markdown]
+# # 1 · One two three
+
+# %%
+a = 1
+b = 2
+
+# %% [markdown]
+# ## Exercise 1.1: x
+#
+# *Build · easy · about 7 minutes.* Do it.
+
+# %% tags=["exercise"]
+x = ...
+
+# %% tags=["solution"]
+x = 1
+
+# %%
+check(x)
+"""
 
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """A function that makes a lesson 1 of these cells and counts it."""
+    """A function that makes a lesson 1 of this source, with a figure in its notebook, and counts it."""
     monkeypatch.setattr(guide, "NOTEBOOKS", tmp_path)
+    (tmp_path / "source").mkdir()
+    figure = nbformat.v4.new_output("display_data", data={"text/html": '<img alt="a" src="data:,">'})
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("show()", outputs=[figure])])
+    nbformat.write(notebook, tmp_path / "01_one.ipynb")
 
-    def counted(cells) -> guide.Extent:
-        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "01_one.ipynb")
+    def counted(source: str) -> guide.Extent:
+        (tmp_path / "source" / "01_one.py").write_text(source, encoding="utf-8")
         return guide.extent("01_one", 30)
 
     return counted
@@ -86,7 +101,7 @@ def small(tmp_path, monkeypatch):
 
 def test_what_is_counted(small):
     one = small(LESSON)
-    assert (one.title, one.words, one.cells, one.lines, one.figures) == ("1 · One two three", 19, 1, 2, 0)
+    assert (one.title, one.words, one.cells, one.lines, one.figures) == ("1 · One two three", 19, 1, 2, 1)
     assert (one.exercises, one.exercising, one.questions, one.seconds) == ((7,), 7, 4, 30)
 
 
@@ -96,7 +111,6 @@ def test_minutes_follow_from_the_rates():
     assert one.working == 50  # 6.5 + 20 for the lines + 2 + 1 to run + 4 + 15 for the exercises
 
 
-def test_more_minutes_than_exercises_are_refused(small):
-    more = nbformat.v4.new_markdown_cell("*about 3 minutes.* and *about 4 minutes.*")
-    with pytest.raises(ValueError, match="lesson 01_one: 3 lines say how many minutes one of 1 exercises takes"):
-        small([*LESSON, more])
+def test_an_exercise_without_minutes_is_refused(small):
+    with pytest.raises(ValueError, match="lesson 01_one: 2 exercises, and 1 lines such as"):
+        small(f"{LESSON}\n# %% [markdown]\n# ## Exercise 1.2: y\n#\n# Without a time.\n")
