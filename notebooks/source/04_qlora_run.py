@@ -766,6 +766,10 @@ exercises.own_question.check(asked)
 
 # %%
 few = chats.select(range(320))
+from qlora_helpers.library_messages import without_short_bars
+from qlora_helpers.training.trainer import no_progress_bars
+from transformers import PrinterCallback
+
 copied = dict(
     max_steps=16, per_device_train_batch_size=16, gradient_checkpointing=False,
     learning_rate=2e-3, warmup_steps=1_000, lr_scheduler_type="linear", optim="adamw_torch",
@@ -775,11 +779,6 @@ copied = dict(
 )
 
 # %%
-from qlora_helpers.library_messages import without_short_bars
-from qlora_helpers.training.trainer import no_progress_bars
-from transformers import PrinterCallback
-
-
 @no_progress_bars()
 @without_short_bars(0)
 def short_run(**changes) -> SFTTrainer:
