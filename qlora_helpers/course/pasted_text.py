@@ -40,6 +40,9 @@ OURS = re.compile(
     r"fine-?tun|CausalLM|input_ids|Training_?Arguments|qlora_helpers",
     re.I,
 )
+OTHERS = re.compile(
+    r"pandas|django|sklearn|scikit|keras|tensorflow|node_modules|\bnpm\b|torchvision|resnet|\bcnn\b|yolo|\bsql", re.I
+)
 CODE = re.compile(r"^\s*(?:File \"|File \S+:\d+|Cell In|-+> ?\d|<ipython-input|[\w\[\]'\".]+ = .*\(|npm |\$ )", re.M)
 
 
@@ -54,7 +57,7 @@ class Pasted:
             not merely report another one is last.
         errors: the lines of these exceptions.
         tells_of_an_error: whether anything in the text is an error, not only a log or a description.
-        foreign: whether the text shows code, and nothing in it is of this stack.
+        foreign: whether the text shows code or names another stack, and nothing in it is of this one.
     """
 
     text: str
@@ -111,5 +114,5 @@ def take_apart(text: str) -> Pasted:
         exceptions=tuple((starts[first], starts[behind]) for first, behind in real),
         errors="\n".join(line for first, behind in real for line in lines[first:behind]),
         tells_of_an_error=bool(found) or bool(TELLS.search(text)),
-        foreign=bool(CODE.search("\n".join(lines))) and not OURS.search(text),
+        foreign=bool(CODE.search("\n".join(lines)) or OTHERS.search(text)) and not OURS.search(text),
     )

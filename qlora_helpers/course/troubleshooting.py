@@ -2,7 +2,7 @@
 
 An entry quotes the message as it is printed; `…` in it stands for anything. First the text is taken apart: which lines are
 exceptions, which of them is the last, and what else there is (`pasted_text`). Entries with a condition that the text does
-not fulfil are put aside. Then there are three steps, and the first that finds an entry decides:
+not fulfil are put aside. Then there are four steps, and the first that finds an entry decides:
 
 1. *The message is in the text.* White space, quotation marks, colours, frames, line numbers and the case of letters are
    ignored, so that a message is found in a long traceback, and wherever the terminal broke its lines. Of several messages
@@ -10,7 +10,8 @@ not fulfil are put aside. Then there are three steps, and the first that finds a
    last, and then the longest. A message that is no cause (a "notice") answers only if nothing in the text is an error.
 2. *Much of the message is in the text, or the text is a piece of one message.* A run of 24 characters counts if only one
    entry has it; there must be eight of them.
-3. *Most of the text's words are in the entry*, weighted by how rare they are among the entries. Two of them must be in its
+3. *A description has what the entry is seen as*: a pattern for each thing that must be said, "vllm" and "base" and "same".
+4. *Most of the text's words are in the entry*, weighted by how rare they are among the entries. Two of them must be in its
    heading or message, which tell what it is about, or the entry must share one name_like_this. This is for descriptions
    ("the model never stops") and for the last line of a traceback.
 
@@ -18,7 +19,7 @@ If no step finds one, the answer has no entry. If the message is one that other 
 other code without a sign of this stack, the entry is only offered: `Answer.perhaps`.
 
 The page marks entries in comments below the heading: `<!-- if: pattern -->` is a condition on the text, `<!-- for example:
-words -->` fulfils it, `<!-- generic -->` marks messages that other programs print, too, and `<!-- ask: … -->` says what
+words -->` fulfils it, `<!-- seen as: pattern ; pattern -->` is for step 3, `<!-- generic -->` marks messages that other programs print, too, and `<!-- ask: … -->` says what
 would tell this cause from others. After ```` ```text ```` a block of messages can say "notice", if they are no cause, and
 "each", if every line is a message.
 """
@@ -39,6 +40,7 @@ __all__ = ["PAGE", "Answer", "Entry", "find", "page_path", "read_entries", "repo
 
 PAGE = "TROUBLESHOOTING.md"
 TESTS = "tests/course/test_troubleshooting.py"
+GPU_TESTS = "tests/gpu/test_troubleshooting_on_a_gpu.py"
 PARTS = ("What it means", "Cure", "Where")
 ANYTHING = "…"
 RUN = 24  # characters in a row that two texts do not share by chance
@@ -65,6 +67,7 @@ class Entry:
         example: words that the pattern finds.
         generic: whether other programs print these messages, too.
         asks: what would tell this cause from others with the same message, or "".
+        seen_as: patterns that a description of it has, all of them; none if it is found by its words alone.
     """
 
     heading: str
@@ -79,12 +82,16 @@ class Entry:
     example: str = ""
     generic: bool = False
     asks: str = ""
+    seen_as: tuple[str, ...] = ()
 
     @property
     def tests(self) -> tuple[str, ...]:
-        """The tests that reproduce it: path::name; the page leaves out the path of TESTS."""
-        named = re.findall(r"`((?:tests/[\w/]+\.py::)?test_\w+)`", self.where)
-        return tuple(name if "::" in name else f"{TESTS}::{name}" for name in named)
+        """The tests that reproduce it: path::name; the page leaves out TESTS, and says gpu for GPU_TESTS."""
+        named = re.findall(r"`((?:tests/[\w/]+\.py::|gpu::)?test_\w+)`", self.where)
+        return tuple(
+            re.sub(r"^gpu(?=::)|^(?=test_)", lambda match: GPU_TESTS if match[0] else f"{TESTS}::", name)
+            for name in named
+        )
 
     @property
     def reports(self) -> tuple[str, ...]:
@@ -179,7 +186,7 @@ def _entry(heading: str, group: str, body: str) -> Entry:
     messages = tuple(message for _, message in blocks)
     notices = tuple(message for kinds, message in blocks if "notice" in kinds)
     marks = dict(re.findall(r"^<!-- ([a-z ]+?)(?:: (.*?))? -->$", sight, re.M | re.S))
-    if unknown := set(marks) - {"if", "for example", "generic", "ask"}:
+    if unknown := set(marks) - {"if", "for example", "generic", "ask", "seen as"}:
         raise ValueError(f"{PAGE}, entry {heading!r}: a comment begins with {sorted(unknown)}, which is no mark")
     if marks.get("if") and not re.search(marks["if"], marks.get("for example", "")):
         raise ValueError(f"{PAGE}, entry {heading!r}: its example does not fulfil its condition, {marks['if']}")
@@ -189,7 +196,7 @@ def _entry(heading: str, group: str, body: str) -> Entry:
     parts = (meaning.strip(), cure.strip(), where.strip())
     return Entry(
         heading, group, messages, symptom, *parts, notices, marks.get("if", ""), marks.get("for example", ""),
-        "generic" in marks, " ".join(marks.get("ask", "").split()),
+        "generic" in marks, " ".join(marks.get("ask", "").split()), tuple(marks.get("seen as", "").split(" ; ")) if "seen as" in marks else (),
     )  # fmt: skip
 
 
@@ -199,7 +206,7 @@ def find(text: str, entries: tuple[Entry, ...] | None = None) -> Entry | None:
 
 
 def search(text: str, entries: tuple[Entry, ...] | None = None) -> Answer:
-    """Look up a pasted text, in the three steps that this module's docstring describes.
+    """Look up a pasted text, in the four steps that this module's docstring describes.
 
     Args:
         text: an error message, a whole traceback, a piece of one, or a description in the reader's own words.
@@ -232,10 +239,14 @@ def search(text: str, entries: tuple[Entry, ...] | None = None) -> Answer:
     if causes:
         return _unless_foreign(best, found, pasted)
 
+    if (described := _described(text, entries)) and not pasted.tells_of_an_error:
+        return Answer(described, ())
+
     scores = _shares_of_words(errors, entries)
     by_words = [entry for entry, _ in scores.most_common(3)]
     second = scores[by_words[1]] if len(by_words) > 1 else 0
-    if by_words and scores[by_words[0]] >= max(ENOUGH, second + AHEAD) and (not ranked or by_words[0] in ranked):
+    enough = by_words and scores[by_words[0]] >= max(ENOUGH, second + AHEAD) and (not ranked or by_words[0] in ranked)
+    if enough and not by_words[0].seen_as:  # else it was not described as step 3 wants it
         return _unless_foreign(by_words[0], [entry for entry in found if entry is not by_words[0]], pasted)
     near = [entry for entry in by_words if scores[entry] >= NEAR and _shares_a_rare_word(errors, entry, entries)]
     others = tuple(entry for entry in dict.fromkeys([*ranked, *near]) if entry not in found)
@@ -348,7 +359,16 @@ def _pieces(text: str, plain: str, entries: tuple[Entry, ...]) -> Counter:
     )
 
 
-# ---- Step 3: words
+# ---- Steps 3 and 4: descriptions and words
+
+
+def _described(text: str, entries: tuple[Entry, ...]) -> Entry | None:
+    """The entry whose `seen_as` patterns a description has, all of them; of several the one with the most, if one has."""
+    found = [e for e in entries if e.seen_as and all(re.search(p, text, re.I | re.S) for p in e.seen_as)]
+    most = max((len(entry.seen_as) for entry in found), default=0)
+    best = [entry for entry in found if len(entry.seen_as) == most]
+    return best[0] if len(best) == 1 else None
+
 
 _COMMON = set(
     "about after all also and any are because been before but can could did does doing done for from get gets got had "

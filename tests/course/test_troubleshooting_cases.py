@@ -239,6 +239,41 @@ def test_a_message_that_others_print_too_is_only_offered(kind):
 
 
 def test_the_nearest_share_a_rare_word():
+    resnet = "RuntimeError: size mismatch for fc.weight in ResNet: copying a param with shape torch.Size([1000, 512])"
+    assert search(resnet, ENTRIES).entry is None
     django = 'File "/v/django/db/x.py", line 3, in execute\ndjango.db.utils.OperationalError: no such table: users'
     assert search(django, ENTRIES) == Answer(None, ())
     assert not search("npm ERR! code ERESOLVE\nnpm ERR! unable to resolve dependency tree", ENTRIES).others
+
+
+# ---- Problems without a message, in words of one's own
+
+DESCRIBED = [
+    ("vllm serve returns base model answers even though I passed --lora-modules", "vLLM or Ollama"),
+    ("Ollama ignores my fine-tuning and answers like the original model", "vLLM or Ollama"),
+    ("gguf model talks garbage in ollama, but is fine in python", "GGUF gibberish"),
+    ("qwen3-30b-a3b with load_in_4bit uses 56 GB of GPU memory instead of 16", 'A "4-bit" model comes mostly'),
+    ("Mixtral in 4-bit does not fit, its memory is as large as in bf16", 'A "4-bit" model comes mostly'),
+    ("the model starts its answers with <think> blocks after fine-tuning without reasoning", "Thinking is on"),
+    ("my merged model lost everything it learned, it answers like before training", "Merging into a 4-bit"),
+    ("the adapter seems to have no effect after loading, the output is the same as base", "Found missing adapter"),
+]
+OTHER_QUESTIONS = [
+    "how do I stop the ollama service",
+    "I would like to serve the base model with vllm, without lora",
+    "I think training is slow, shall I start again",
+    "how to merge two datasets with different columns",
+    "which model should I train with thinking",
+    "can I load a lora adapter in ComfyUI",
+    "pick a random model in lm studio",
+]
+
+
+@pytest.mark.parametrize(("text", "begins"), DESCRIBED)
+def test_a_description_is_understood(text, begins):
+    assert (heading(text) or "nothing").startswith(begins)
+
+
+@pytest.mark.parametrize("text", OTHER_QUESTIONS)
+def test_another_question_with_the_same_words_is_not_taken_for_it(text):
+    assert heading(text) is None
