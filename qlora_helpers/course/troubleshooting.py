@@ -246,6 +246,10 @@ def search(text: str, entries: tuple[Entry, ...] | None = None) -> Answer:
     by_words = [entry for entry, _ in scores.most_common(3)]
     second = scores[by_words[1]] if len(by_words) > 1 else 0
     enough = by_words and scores[by_words[0]] >= max(ENOUGH, second + AHEAD) and (not ranked or by_words[0] in ranked)
+    if (
+        pasted.exceptions
+    ):  # an error whose message is no entry's is another error, unless it has a name that only one knows
+        enough = enough and _shares_a_name(errors, by_words[0], entries)
     if enough and not by_words[0].seen_as:  # else it was not described as step 3 wants it
         return _unless_foreign(by_words[0], [entry for entry in found if entry is not by_words[0]], pasted)
     near = [entry for entry in by_words if scores[entry] >= NEAR and _shares_a_rare_word(errors, entry, entries)]
@@ -410,6 +414,12 @@ def _shares_a_rare_word(text: str, entry: Entry, entries: tuple[Entry, ...]) -> 
     """Whether a word of the text is in what is seen of this entry, and in few others."""
     shared = _words(text) & _seen_words(entry)
     return any(sum(1 for other in entries if word in _vocabulary(other)) <= RARE for word in shared)
+
+
+def _shares_a_name(text: str, entry: Entry, entries: tuple[Entry, ...]) -> bool:
+    """Whether a name_like_this of the text is in what is seen of this entry, and of no other."""
+    names = {word for word in _words(text) & _seen_words(entry) if "_" in word}
+    return any(sum(1 for other in entries if name in _seen_words(other)) == 1 for name in names)
 
 
 def _shares_of_words(text: str, entries: tuple[Entry, ...]) -> Counter:
