@@ -309,10 +309,32 @@ def test_mxfp4_is_not_trained(tmp_path):
 # ---- Setting up the run
 
 
-@pytest.mark.parametrize("old", ["tokenizer", "max_seq_length", "dataset_text_field", "packing"])
+# What SFTTrainer of TRL 0.8.6, 0.9.6 or 0.12.2 took, and this one does not, from the signatures in their wheels.
+OLD_OF_THE_TRAINER = (
+    "tokenizer max_seq_length dataset_text_field packing dataset_num_proc dataset_kwargs model_init_kwargs neftune_noise_alpha "
+    "eval_packing infinite num_of_sequences chars_per_token dataset_batch_size model_init"
+).split()
+
+
+@pytest.mark.parametrize("old", OLD_OF_THE_TRAINER)
 def test_the_trainer_does_not_know_an_old_argument(old):
     text = seen(lambda: SFTTrainer(model=None, **{old: None}))
     is_entry("SFTTrainer got an unexpected keyword argument", text)
+    assert re.search(rf"`{old}\b", find(text, ENTRIES).cure)
+
+
+def test_the_config_takes_what_the_trainer_no_longer_does():
+    now = set(inspect.signature(SFTConfig.__init__).parameters)
+    gone = {
+        "tokenizer",
+        "max_seq_length",
+        "infinite",
+        "num_of_sequences",
+        "chars_per_token",
+        "dataset_batch_size",
+        "model_init",
+    }
+    assert now & set(OLD_OF_THE_TRAINER) == set(OLD_OF_THE_TRAINER) - gone
 
 
 # What old versions took and these do not, and the last of them that did: transformers 4.38.2, 4.46.3 and 4.57.1, and
