@@ -12,12 +12,13 @@ export HF_HUB_OFFLINE := 1
 # Threads that wait by spinning make training several times slower as soon as another program needs a core.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help run lab preflight test test-all test-kills test-colab attack mutants notebooks site lint zip
+.PHONY: help run lab preflight teaching test test-all test-kills test-colab attack mutants notebooks site lint zip
 
 help:
 	@echo "make run        the full QLoRA run on this machine, about two minutes after the first set-up"
 	@echo "make lab        JupyterLab, open on notebooks/"
 	@echo "make preflight  before class: the machine, and every lesson as learners get it; LESSON=03 for one"
+	@echo "make teaching   slides, handouts, quizzes and a zip for learners, in dist/teaching; LESSON=03 for one"
 	@echo "make test       every test of the helpers, and each lesson once"
 	@echo "make test-all   everything: all editions of the lessons, the long tests, 20 killed runs"
 	@echo "make test-colab the Colab editions under the versions that Colab has, in a separate environment"
@@ -46,6 +47,9 @@ run: $(READY)
 LESSON ?=
 preflight: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m qlora_helpers.commands.preflight $(LESSON)
+
+teaching: $(READY)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m teaching.scripts.build $(LESSON)
 
 # The website has its own environment; the lessons need nothing of it. The stamps are copies, as above.
 SITE := .venv-site

@@ -1,6 +1,6 @@
 """Hide five harmless messages of the libraries, each recognised by its words, and a log; and bars that nobody can read.
 
-All other messages are shown.
+All other messages are shown; `printed` shows those of one library on the page.
 """
 
 import logging

@@ -190,3 +190,22 @@ def test_bars_that_a_user_has_switched_off_stay_off_and_an_error_switches_them_o
         assert not transformers_logging.is_progress_bar_enabled()
     finally:
         transformers_logging.enable_progress_bar()
+
+
+def test_warnings_of_a_logger_are_printed_on_the_page_and_nowhere_else(capsys, caplog):
+    log = logging.getLogger("some.library")
+    with library_messages.printed("some.library", "it says:"):
+        log.warning("mind the %s", "gap")
+        log.debug("nothing of interest")
+    assert capsys.readouterr().out == "it says: mind the gap\n"
+    assert caplog.messages == []
+    log.warning("as before")
+    assert caplog.messages == ["as before"]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_logger_is_as_before_after_an_error_too():
+    log = logging.getLogger("some.library")
+    with pytest.raises(RuntimeError, match="in between"), library_messages.printed("some.library", "it says:"):
+        raise RuntimeError("in between")
+    assert log.propagate and not log.handlers

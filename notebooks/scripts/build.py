@@ -11,10 +11,10 @@ A source is `notebooks/source/NN_title.py` in jupytext's percent format. Three e
 - `notebooks/solutions/NN_title.ipynb`: without the cells tagged `exercise`, so with the solutions instead;
 - `colab/NN_title.ipynb`: the learners' edition after a badge and a set-up cell.
 
-A lesson is executed once for all three, in one kernel (see `running.py`); the Colab edition's set-up cell has its own
-kernel. This script also writes the tables of README.md. `{{seconds}}` and `{{gigabytes}}` in a source stand for what
-the lesson took when it was last executed, including its solutions; the figures are kept in
-`notebooks/scripts/timings.json`.
+Each has the lesson's quiz, if there is one (see `quiz_cells.py`). A lesson is executed once for all three, in one kernel
+(see `running.py`); the Colab edition's set-up cell has its own kernel. This script also writes the tables of README.md and teaching/README.md.
+`{{seconds}}` and `{{gigabytes}}` in a source stand for what the lesson took when it was last executed, including its
+solutions; the figures are kept in `notebooks/scripts/timings.json`.
 """
 
 import argparse
@@ -39,11 +39,12 @@ from nbclient import NotebookClient
 
 from data.scripts.markdown_tables import fill
 from data.scripts.measure import memory_errors, speed
-from notebooks.scripts import ROOT
+from notebooks.scripts import ROOT, quiz_cells
 from notebooks.scripts.running import code_cells, has_tag, in_one_kernel, peak_bytes
 from qlora_helpers import suggestions
 from qlora_helpers.course import diagrams
 from qlora_helpers.units import GIB
+from teaching.scripts import guide
 
 SOURCES = ROOT / "notebooks" / "source"
 TIMINGS = ROOT / "notebooks" / "scripts" / "timings.json"
@@ -111,6 +112,7 @@ def build_edition(name: str, edition: str, timings: dict) -> nbformat.NotebookNo
                 cell.source = links_for_colab(cell.source)
             for key, value in measured.items():
                 cell.source = cell.source.replace("{{" + key + "}}", str(value))
+    cells = quiz_cells.put_in(cells, int(name[:2]), edition)
     if edition == "colab":
         cells = colab_cells(name) + cells
     for number, cell in enumerate(cells):
@@ -130,9 +132,14 @@ def build_edition(name: str, edition: str, timings: dict) -> nbformat.NotebookNo
     return nbformat.v4.new_notebook(cells=cells, metadata=metadata)
 
 
+def _lesson_cells(notebook: nbformat.NotebookNode) -> list:
+    """The code cells but for those of the quiz, which run by themselves."""
+    return [cell for cell in code_cells(notebook) if not has_tag(cell, quiz_cells.TAG)]
+
+
 def code_hash(notebook: nbformat.NotebookNode) -> str:
-    """A hash of all code; it is stored right after execution, so stale outputs are noticed."""
-    code = "\0".join(cell.source for cell in code_cells(notebook))
+    """A hash of all code but the quiz; it is stored right after execution, so stale outputs are noticed."""
+    code = "\0".join(cell.source for cell in _lesson_cells(notebook))
     return hashlib.sha256(code.encode()).hexdigest()
 
 
@@ -229,15 +236,16 @@ def _executed(name: str) -> tuple[str, dict[str, str], dict]:
 
 
 def outputs_into(fresh: nbformat.NotebookNode, executed: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Copy the outputs of an executed notebook into a freshly built one with the same code.
+    """Copy the outputs of an executed notebook into a freshly built one with the same code, and run its quiz.
 
     Raises:
         ValueError: the code differs, so the outputs would be stale.
     """
     if executed.metadata.get("course", {}).get("executed_code") != code_hash(fresh):
         raise ValueError("the code has changed since the outputs were made: build without --no-execute")
-    for cell, old in zip(code_cells(fresh), code_cells(executed), strict=True):
+    for cell, old in zip(_lesson_cells(fresh), _lesson_cells(executed), strict=True):
         cell.outputs, cell.execution_count = old.outputs, old.execution_count
+    quiz_cells.run(fresh)
     fresh.metadata["course"] = executed.metadata["course"]
     return fresh
 
@@ -334,7 +342,7 @@ HELPERS = {
     "02_nf4_vs_int4": ("quantize", "models/weights"),
     "03_double_quantisation": ("quantize",),
     "04_qlora_run": ("training/run", "training/trainer", "chats/files", "evaluation/answers"),
-    "05_will_it_fit": ("memory/prediction", "memory/layers", "memory/search", "memory/measurement"),
+    "05_will_it_fit": ("memory/prediction", "memory/search", "memory/measurement", "models/in_4_bits"),
     "06_adapters_and_merging": ("adapters/files", "adapters/merge", "adapters/file_merge", "adapters/drift"),
     "07_does_it_cost_quality": ("statistics", "evaluation/answers"),
     "08_stability": ("training/spikes", "training/faulty_runs", "training/callbacks"),
@@ -342,11 +350,9 @@ HELPERS = {
     "10_your_own_data": (
         "chats/files",
         "chats/report",
-        "chats/templates",
         "chats/lengths",
         "chats/split",
         "suggestions",
-        "training/best",
         "evaluation/scores",
         "evaluation/comparison",
         "evaluation/knowledge",
@@ -373,6 +379,7 @@ def map_table() -> str:
 COMMANDS = {
     "run": "the full QLoRA run, with a report",
     "preflight": "the machine; every lesson as learners get it: its text against its source, each cell run, outputs compared",
+    "teaching": "slides, handouts and quizzes of all lessons from their stored outputs, and a zip for learners; LESSON=03 for one",
     "test": "ruff; every test of the helpers, the data and this project; each lesson once, with its exercises unsolved and solved",
     "test-all": "everything: all three editions of each lesson as they are, the 16-bit and the shuffled control, 20 killed runs",
     "test-colab": "the Colab editions under Colab's versions, beside what else Colab has",
@@ -452,6 +459,7 @@ def main() -> None:
     if set(timings) == set(lessons()):
         readme = ROOT / "README.md"
         readme.write_text(fill(readme.read_text(encoding="utf-8"), readme_tables()), encoding="utf-8")
+        guide.fill_page()
         write_map(EDITIONS["learner"] / MAP)
 
 

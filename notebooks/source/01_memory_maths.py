@@ -64,7 +64,7 @@ print(f"a card with 24 GiB holds {24 * GIB / GB:.2f} GB")
 # layers: four for attention (q, k, v, o) and three for the part behind it, the MLP (gate, up, down). The model reads
 # text as *[tokens](../GLOSSARY.md#token)*, words or pieces of words. Before the stack stand the *embeddings*, a row of
 # numbers for each token that it knows; after it the *output head* (`lm_head`), which scores each of them as the next
-# one. Here is the whole count, by hand.
+# one. In between, small *norms* keep the numbers in a steady range. Here is the whole count, by hand.
 
 # %%
 KNOWN = {
@@ -106,7 +106,7 @@ print(f"Llama-3.1-8B: {total_8b:,} parameters")
 # %% tags=["nbval-check-output"]
 for name, shape in KNOWN.items():
     counted = meta_model(shape).num_parameters()
-    check(f"{name:14}", linear_parameters(shape) + other_parameters(shape), counted, exact=True)
+    check(name, linear_parameters(shape) + other_parameters(shape), counted, exact=True)
 
 # %% [markdown]
 # ## Weights alone
@@ -159,10 +159,10 @@ for dtype in (torch.float16, torch.bfloat16):
 # its square. How many bytes that is depends on the dtypes:
 
 # %% tags=["nbval-check-output"]
-recipes = {
+recipes = {  # weight + gradient + the two means of AdamW
     "all in bfloat16": 2 + 2 + 2 + 2,
     "bfloat16, optimizer in float32": 2 + 2 + 4 + 4,
-    "mixed precision with float32 weights": 2 + 2 + 4 + 4 + 4,
+    "mixed precision with float32 weights": 2 + 2 + 4 + 4 + 4,  # a copy of each weight in float32
 }
 total_70b = linear_parameters(LLAMA_3_1_70B) + other_parameters(LLAMA_3_1_70B)
 rows = [(name, size, total_8b * size / GB, total_70b * size / GB) for name, size in recipes.items()]
@@ -255,7 +255,7 @@ loaded = {run["model"]: run["loaded_bytes"] for run in measured if run["method"]
 for name in ("Llama-3.1-8B", "Llama-3.1-70B"):
     formula = qlora_weight_bytes(KNOWN[name])
     print(f"{name:14} formula {formula:,.0f}  measured {loaded[name.lower()]:,}")
-    check(f"{name:14} in GB", loaded[name.lower()] / GB, formula / GB, rel=0.005)
+    check(f"{name} in GB", loaded[name.lower()] / GB, formula / GB, rel=0.005)
 
 # %% [markdown]
 # With the course comes a small model, a Llama of 3 million parameters. It has the same parts. It is small, so its
@@ -366,7 +366,7 @@ plots.show(fig, "1.3")
 #
 # So what does a training run take, all in all? The course has a predictor. Here is its answer for QLoRA on
 # Llama-3.1-8B, one sequence of 2,048 tokens at rank 16, on an RTX 4090. [Lesson 5](05_will_it_fit.ipynb) builds it from
-# the terms of this lesson, and holds it against measured runs.
+# the terms of this lesson, explains the lines that are new here, and holds it against measured runs.
 
 # %% tags=["nbval-check-output"]
 from qlora_helpers.memory import find_shape, predict
@@ -388,8 +388,8 @@ print(f"at the peak, in torch's tensors: {whole.peak_allocated_bytes / GB:.2f} G
 #
 # ## Move the bits yourself
 #
-# Run the cell, then move the slider. It shows what the weights alone would take. 4.127 is QLoRA's true number of bits,
-# if everything were in it.
+# Run the cell, then move the slider. It shows what the weights alone would take if all of them were stored in the same
+# number of bits. 4.127 is the number that QLoRA spends on each weight of a linear layer.
 
 # %%
 from qlora_helpers.course.widgets import memory_slider

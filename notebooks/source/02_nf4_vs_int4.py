@@ -242,8 +242,8 @@ plots.show(fig, "2.5")
 
 # %% [markdown]
 # At block size 64 NF4's relative error is 0.0920; that of symmetric INT4 is 0.1077. This compares *amplitudes*: the
-# error is 9 % as large as the weights. In *power*, that is, in squares, it is less than a hundredth. Both are in use,
-# so always ask which one is meant.
+# error is 9 % as large as the weights. In *power*, that is, in squares, it is 0.85 %. Both are in use, so always ask
+# which one is meant.
 
 # %% tags=["nbval-check-output"]
 error = errors["NF4"][1]
@@ -276,7 +276,7 @@ print(f"its value nearest to zero: {least_squares.values[least_squares.values.ab
 
 # %% [markdown]
 # So NF4 could err a little less. It keeps an exact zero instead, and needs no data to be made: the same 16 values serve
-# every model. More is to be gained elsewhere: the absmax is not the best scale of a block, as the second exercise
+# every model. More is to be gained elsewhere: the absmax is not the best scale of a block, as an exercise below
 # shows.
 #
 # "INT4" is also the name of something else. GPTQ and AWQ store INT4 codes too, but they choose codes or scales with the
@@ -349,10 +349,10 @@ scores["NF4 + double quant", 64] = recall_with(round_trip, NF4, True)
 # %%
 measured = json.loads(data_path("tiny-llama", "scores.json").read_text(encoding="utf-8"))["recall"]
 scores |= {(name, 256): measured[name]["256"] for name, _ in list(scores)}
-rows = [("16 bit", "", full, standard_error(full, len(facts)))]
+rows = [("16 bit", None, full, standard_error(full, len(facts)))]
 for (name, size), score in sorted(scores.items(), key=lambda item: -item[1]):
-    rows.append((name, f"block {size}", score, standard_error(score, len(facts))))
-show_table(["format", "", "recall", "standard error"], rows, formats=["", "", ".1%", ".1%"])
+    rows.append((name, size, score, standard_error(score, len(facts))))
+show_table(["format", "block size", "recall", "standard error"], rows, ["", "d", ".1%", ".1%"])
 
 # %%
 fig, ax = plots.figure()
@@ -383,7 +383,7 @@ check("double quantisation costs nothing here", lost, at_most=0.005)
 # %% [markdown]
 # At blocks of 64 the order of the errors is the order of the recall. (At 256 symmetric INT4 and FP4 are level.) It
 # shows because this model is so full of facts. In a model with room to spare, 4-bit formats hardly differ in what they
-# know. So what do 4 bits cost? 9 % of error in the weights became 1 % of the facts here. One article promises
+# know. So what do 4 bits cost? An error of 9 % in the weights cost 1 % of the facts here. One article promises
 # "performance nearly identical to a 16-bit fine-tuned model"; that is about a model after training, and
 # [lesson 7](07_does_it_cost_quality.ipynb) measures it.
 #

@@ -104,7 +104,7 @@ packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compre
 check("offset", offset, state.offset, exact=True)
 check("second-level scales", absmax2.flatten(), state.state2.absmax, exact=True)
 off_by = (codes.flatten() - state.absmax.int()).abs()
-check("codes of plain search: steps apart, at most", off_by.max().item(), at_most=1)
+check("steps between codes of plain search and theirs", off_by.max().item(), at_most=1)
 
 double = quantize(weight, NF4, 64, double_quant=True)
 check("8-bit codes of the helpers", double.absmax, state.absmax, exact=True)
@@ -188,7 +188,7 @@ rows = [
     ("blocks of 256, float32 scales", cheap.bits_per_parameter, of_cheap),
     ("blocks of 64, 8-bit scales", double.bits_per_parameter, two),
 ]
-show_table(["", "bits", "relative error"], rows, formats=["", ".3f", ".4f"])
+show_table(["scales", "bits", "relative error"], rows, formats=["", ".3f", ".4f"])
 
 # %% [markdown]
 # Almost the same bits, and a clearly smaller error. That is what double quantisation is for.

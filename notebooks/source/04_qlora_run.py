@@ -35,6 +35,7 @@ from qlora_helpers.settings import Settings
 from qlora_helpers.training.run import train
 from qlora_helpers.training.run_folder import new_run_folder, unfinished_run_folder
 
+# %%
 # after the helpers, which keep one harmless message off the page
 import bitsandbytes as bnb
 import peft
@@ -78,7 +79,8 @@ trainable = sum(p.numel() for p in mine.parameters() if p.requires_grad)
 print(f"{trainable:,} trainable beside {linear.weight.numel():,} frozen")
 
 # %% [markdown]
-# PEFT is the library that adds adapters to a model. With `A` and `B` set to the same values, its layer gives the same output:
+# PEFT is the library that adds adapters to a model. With `A` and `B` set to the same values, its layer gives the
+# same output, but for what a processor may round differently:
 
 # %% tags=["nbval-check-output"]
 torch.nn.init.normal_(mine.B)
@@ -94,7 +96,7 @@ check("largest difference to PEFT", (theirs(x) - mine(x)).abs().max().item(), at
 # ## float16 or bfloat16
 #
 # A 4-bit code cannot be multiplied. So a weight is decoded to a wider type for each product, the
-# [compute dtype](../GLOSSARY.md#compute-dtype). There is a choice:
+# [compute dtype](../GLOSSARY.md#compute-dtype). The choice is known from [lesson 1](01_memory_maths.ipynb):
 
 # %% tags=["nbval-check-output"]
 kinds = [torch.finfo(dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
@@ -119,7 +121,7 @@ print(f"this machine's gear is {detect().gear}: it computes in {detect().compute
 # %% [markdown]
 # ## The model, in 4 bits
 #
-# `load_model` passes this to transformers. Each line matters:
+# `load_model` passes this to transformers:
 #
 # | option | what it does | if it is left out |
 # |---|---|---|
@@ -197,7 +199,7 @@ exercises.adapted.check(adapted)
 plots.show(diagrams.backward_pass(), "4.2")
 
 # %% [markdown]
-# By hand and by autograd:
+# By hand and by autograd. In float32 they hardly differ; in float16 or bfloat16, on a GPU, each rounds in its own way:
 
 # %% tags=["nbval-check-output"]
 layer = model.model.layers[0].mlp.up_proj
@@ -244,14 +246,16 @@ print(json.dumps(training_chats[0], indent=1))
 
 # %% [markdown]
 # The [chat template](../GLOSSARY.md#chat-template), a part of the tokenizer, turns the messages into tokens and marks what the
-# assistant says. Only the marked tokens count in the loss: the model learns to answer, not to ask.
+# assistant says. Only the marked tokens count in the [loss](../GLOSSARY.md#loss): the model learns to answer, not to ask.
 
 # %% tags=["nbval-check-output"]
 encoded = tokenizer.apply_chat_template(
     training_chats[0], return_dict=True, return_assistant_tokens_mask=True
 )
-for token, spoken in zip(encoded["input_ids"], encoded["assistant_masks"]):
-    print("loss" if spoken else "    ", tokenizer.decode([token]))
+pieces = [tokenizer.decode([token]).strip() for token in encoded["input_ids"]]
+for said, mask in (("only read", 0), ("in the loss", 1)):
+    marked = [piece for piece, own in zip(pieces, encoded["assistant_masks"]) if own == mask]
+    print(f"{said:12}", " · ".join(marked))
 
 # %% [markdown]
 # ## Before
@@ -346,9 +350,10 @@ chats[0]
 # | `target_modules="all-linear"` | adapters on all linear layers of the decoder | PEFT chooses some by the model's kind, or stops |
 # | `max_steps` | a short run; for a real one, write `num_train_epochs` instead | the data is gone through three times |
 # | `learning_rate` | suits this tiny model; for one of 1B or more, begin with 2e-4 | 2e-5, which is low for LoRA |
+# | `warmup_steps` | the learning rate rises for so many steps to its full value ([warm-up](../GLOSSARY.md#warm-up)) | no warm-up |
 # | `assistant_only_loss` | only what the assistant says counts in the loss | the model learns to ask, too |
 # | `use_cpu` | without an NVIDIA GPU, train on the CPU | on a Mac, the trainer takes the Mac's GPU |
-# | `bf16`, `fp16` | mixed precision in the dtype chosen above | TRL turns `bf16` on: an error without a GPU, slow on a T4 |
+# | `bf16`, `fp16` | *mixed precision*: products in the dtype chosen above, what needs more digits in float32 | TRL turns `bf16` on: an error without a GPU, slow on a T4 |
 # | `optim` | on a GPU, optimizer states in 8 bits, which may move to main memory ([lesson 5](05_will_it_fit.ipynb)) | float32 states, in the GPU's memory |
 # | `seed` | decides the adapters' first values and the order of the chats | 42 |
 # | `save_strategy` | no checkpoints in so short a run | one every 500 steps, and one at the end |
@@ -617,7 +622,8 @@ for tokens in (2_048, 4_096, 8_192):
 
 # %% [markdown]
 # The `t4` gear gives each query head its own copy of keys and values (`qlora_helpers/models/attention.py`). Then another kernel
-# serves, the memory-efficient one, whose memory grows with the tokens, not with their square. The attention is the same:
+# serves, the memory-efficient one, whose memory grows with the tokens, not with their square. The attention is the same,
+# but for rounding:
 
 # %% tags=["nbval-check-output"]
 queries, keys, values = (torch.randn(1, heads, 64, 32) for heads in (12, 2, 2))
@@ -663,11 +669,16 @@ print(f"{real_settings.steps} steps of up to 16 chats")
 # the fastest. `max_length` is the longest chat, since memory is counted for full rows. For chats of up to 192 tokens, a T4 gets
 # all 16 chats at once and no layer checkpointed:
 
-# %% tags=["nbval-check-output"]
+# %%
 t4 = find_gpu("t4")
 wanted = replace(GPU_RUN, batch_size=16, max_length=192, compute_dtype="float16")
 plan = plan_for(find_shape("Qwen/Qwen2.5-1.5B"), wanted, t4, t4.usable_bytes)
 print(plan.chosen)
+
+# %% tags=["nbval-check-output"]
+chosen = plan.chosen.settings
+check("chats at once on a T4", chosen.batch_size, 16, exact=True)
+check("checkpointing", chosen.gradient_checkpointing, False, exact=True)
 
 # %% [markdown]
 # With a GPU, the run below prints its own plan first. ([Packing](../GLOSSARY.md#packing), which lesson 11 shows, is left out: these
@@ -755,6 +766,10 @@ exercises.own_question.check(asked)
 
 # %%
 few = chats.select(range(320))
+from qlora_helpers.library_messages import without_short_bars
+from qlora_helpers.training.trainer import no_progress_bars
+from transformers import PrinterCallback
+
 copied = dict(
     max_steps=16, per_device_train_batch_size=16, gradient_checkpointing=False,
     learning_rate=2e-3, warmup_steps=1_000, lr_scheduler_type="linear", optim="adamw_torch",
@@ -763,7 +778,9 @@ copied = dict(
     logging_steps=2, save_strategy="no", disable_tqdm=True,
 )
 
-
+# %%
+@no_progress_bars()
+@without_short_bars(0)
 def short_run(**changes) -> SFTTrainer:
     base = AutoModelForCausalLM.from_pretrained(
         model_name, quantization_config=quantization, dtype=dtype,
@@ -776,7 +793,10 @@ def short_run(**changes) -> SFTTrainer:
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
+    logged = [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]
+    show_table(["step", "loss"], logged, formats=["d", ".2f"])
     return trainer
 
 

@@ -34,6 +34,7 @@ from qlora_helpers.settings import GPU_RUN, Settings
 from qlora_helpers.training.run_folder import new_run_folder
 from qlora_helpers.training.trainer import build_trainer
 
+# %%
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, Qwen3MoeConfig
 from transformers.utils import logging
@@ -418,8 +419,8 @@ header = ["GPU", "tokens", "batch", "accumulation", "GiB"]
 show_table(header, table, formats=["", ",d", "d", "d", ".1f"])
 
 # %% [markdown]
-# The product stays 16, so training sees the same batches. The larger batch is faster, up to where the GPU is busy. Rules that
-# suggest a batch from the card and the model alone cannot be right: the length of the chats decides.
+# The product stays 16, so training sees the same batches. A larger batch is faster, until the GPU is busy all the time. Rules
+# that suggest a batch from the card and the model alone cannot be right: the length of the chats decides.
 #
 # ## What fits where
 #
@@ -506,7 +507,7 @@ code = main("memory Qwen/Qwen2.5-7B --gpu t4 --max-length 2048".split())
 # %% [markdown]
 # ## Measure your own run
 #
-# Trust, and look. A callback watches a run phase by phase, and `settings_of` reads the settings for the predictor off the trainer.
+# Trust, but check. A callback watches a run phase by phase, and `settings_of` reads the settings for the predictor off the trainer.
 # Here it watches three steps of the shipped model. Without a GPU only main memory is measured; with one, each predicted figure
 # has the measured one beside it, and a difference over 10 % is marked.
 

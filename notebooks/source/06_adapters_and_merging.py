@@ -26,8 +26,6 @@ from qlora_helpers.memory import find_shape, predict_merge
 from qlora_helpers.models.loading import load_model, load_tokenizer
 from qlora_helpers.models.weights import bytes_by_part, linear_layers
 from qlora_helpers.paths import data_path
-from qlora_helpers.settings import Settings
-from qlora_helpers.training.run import train
 from qlora_helpers.training.run_folder import new_run_folder
 
 import torch
@@ -68,7 +66,7 @@ print(f"adapter {2 * shape.lora_parameters(16) / 1e6:.0f} MB, 4-bit base {base_g
 # %% [markdown]
 # ## Onto the 4-bit base
 #
-# This is how the run left it: the base in 4 bits, and the adapter beside it. Nothing is lost.
+# This is how the run left it: the base in 4 bits, and the adapter beside it. Nothing has been rounded since.
 # [Exact match](../GLOSSARY.md#exact-match) is the share of answers that are right word for word.
 
 # %% tags=["nbval-check-output"]
@@ -86,6 +84,10 @@ check("exact match on 150 questions", right, at_least=0.9)
 # run starts from a fresh base, and only its adapter is saved.
 
 # %%
+from qlora_helpers.settings import Settings
+from qlora_helpers.training.run import train
+
+
 def in_a_word(chats):
     """The same chats, with the last word of each answer alone."""
     last = [answer | {"content": answer["content"].split()[-1]} for _, answer in chats]
@@ -126,7 +128,7 @@ one_word = [len(text.split()) == 1 for text in together]
 check("words per answer", one_word, [False, True] * 4, exact=True)
 
 # %% [markdown]
-# This saves memory. Serve two fine-tuned models of 8B as two 16-bit copies, or as one 4-bit base with two adapters:
+# This saves memory. Two fine-tuned models of 8B can be served as two 16-bit copies, or as one 4-bit base with two adapters:
 
 # %% tags=["nbval-check-output"]
 copies = 2 * predict_merge(shape, "16bit").merged_bytes
@@ -180,12 +182,12 @@ theirs = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_st
 check("one layer merged into 4 bits", theirs, rounded(decoded[name] + deltas[name]), exact=True)
 
 # %% [markdown]
-# ## Exercise 6.1: one adapter of two
+# ## Exercise 6.1: one adapter from two
 #
 # *Build · medium · about 15 minutes.* You have two adapters for the same layer. You want the sum of their differences in
 # *one* adapter, which any server can load. Write `one_of_two`: it takes `A`, `B` and the scale (`alpha / rank`) of each,
 # and returns an `A` and a `B` for which `B @ A` is the sum of the two scaled differences. The ranks of the two may differ.
-# The result must be exact, and its rank no larger than both ranks together.
+# The result must be exact, and its rank no larger than the two ranks together.
 
 # %% tags=["exercise"]
 def one_of_two(A_1, B_1, scale_1, A_2, B_2, scale_2):
@@ -202,14 +204,15 @@ exercises.one_of_two.check(one_of_two)
 # ## Merging, measured
 #
 # After a QLoRA run there are three bases to merge into. The first is the 4-bit base that the run was trained on. The second
-# is the same base [dequantised](../GLOSSARY.md#dequantisation): its weights are decoded once and kept in 16 bits. The third is
-# the original 16-bit base, which the run has never seen. A fourth way is to quantise the third result again.
+# is the same base [dequantised](../GLOSSARY.md#dequantisation): its weights are decoded once and kept in 16 bits. The third
+# is the original 16-bit base, which the run has never seen. A fourth way is to quantise the third result again.
 #
 # (One of the articles behind this course says that a 4-bit model "can't be merged directly". PEFT does it, and warns that
 # answers may change. Another article says that one dequantises first, and its code then loads the original base.)
 #
 # What does each way change? [Logits](../GLOSSARY.md#logits) are the scores that a model gives to all possible next tokens.
-# We compare them with those of the unmerged model, and count how often the best-scored token stays the same.
+# The table shows how far they have shifted from those of the unmerged model, at most ("max shift") and on average ("mean
+# shift"), and how often the token with the best score is still the same ("same choice").
 
 # %%
 from qlora_helpers.adapters.drift import drift, logits
@@ -234,7 +237,7 @@ folder = save_model(merged, tokenizer, new_run_folder("lesson-06") / "merged", d
 results["16bit, then 4bit"] = row(load_model(str(folder)))
 
 # %%
-columns = ["", "match", "loss", "logits: largest", "mean", "same choice", "MB", "ms/token"]
+columns = ["", "match", "loss", "max shift", "mean shift", "same choice", "MB", "ms/token"]
 formats = ["", ".1%", ".4f", ".3f", ".5f", ".1%", ".2f", ".1f"]
 show_table(columns, [[way, *values] for way, values in results.items()], formats=formats)
 
@@ -251,8 +254,8 @@ check("16 bit, then 4 bit: exact match against unmerged", lost, at_least=-0.05)
 # %% [markdown]
 # - **Dequantised** is the model that was trained, apart from rounding: almost none in the CPU's float32, more in a GPU's 16
 #   bits. It takes 16 bits for each weight, and it is faster, since nothing has to be decoded.
-# - **16bit** is another model. Its logits move far. Here its answers get *better*: this base knows its facts best in 16
-#   bits, and the adapter asks for them just as well. That is no law. For some models the same step makes nonsense
+# - **16bit** is a different model. Its logits move far. Here its answers get *better*: this base knows its facts best in 16
+#   bits, and the adapter asks for them just as well. That is no law. For some models the same step produces nonsense
 #   (Falcon-H1 is one on record, unslothai/unsloth-zoo #810). Measure it on test questions of your own.
 # - **4bit** keeps the size and loses answers. Why?
 #
@@ -287,7 +290,7 @@ for (base, shares), marker in zip(survives.items(), "os"):
 ax.set_xscale("log", base=2)
 ax.set_xticks(scales, ["1", "1/4", "1/16"])
 ax.set_xlabel("size of the adapter's difference (1: as trained)")
-ax.set_ylabel("share that survives (%)")
+ax.set_ylabel("share of the difference\nthat survives (%)")
 ax.set_ylim(0, 115)
 ax.legend(loc="center left")
 ax.set_title("Merged into 4 bits, a small adapter is rounded away")
@@ -303,9 +306,9 @@ check("of one a sixteenth as large, into 16 bits, then rounded", into_16, at_lea
 # %% [markdown]
 # ## Exercise 6.2: merged in two halves
 #
-# *Predict · medium · about 5 minutes.* Somebody fears that merging the whole difference at once is too rough for 4 bits. So
-# they merge half of it into the 4-bit base, round, and then merge the other half and round again. In the end, does `"more"`
-# of our adapter survive than at once, `"less"`, or about `"the same"`? Think about a single weight first. The check then
+# *Predict · medium · about 5 minutes.* Somebody fears that merging the whole difference at once is too coarse for 4 bits.
+# So they merge half of it into the 4-bit base, round, then merge the other half and round again. How much of our adapter
+# survives, compared with merging it at once: `"more"`, `"less"`, or about `"the same"`? Think about a single weight first. The check then
 # merges every layer both ways and measures it, which takes a second or two.
 
 # %% tags=["exercise"]
@@ -320,8 +323,9 @@ exercises.two_halves.check(in_two_halves, decoded=decoded, deltas=deltas)
 # %% [markdown]
 # ## The same at full size
 #
-# On an H200, with the shape of Llama-3.1-8B: 40 steps at a learning rate of 2e-4, then each of the four ways. The weights
-# are random, since the machine had no real ones. So the logits stand for no real model's; memory and time do.
+# On an H200, with the shape of Llama-3.1-8B: 40 steps at a learning rate of 2e-4, then each of the four ways. The row `no
+# adapter` is the bare base, for comparison. The weights are random, since the machine had no real ones. So the logits stand
+# for no real model's; memory and time do.
 
 # %% tags=["nbval-check-output"]
 measured = json.loads(data_path("measured", "merging.json").read_text(encoding="utf-8"))
@@ -335,7 +339,7 @@ def peak(r):
 
 table = [[way, r["same_choice"], r["mean"], peak(r), r["ms_per_token"]]
          for way, r in rows.items() if "mean" in r]
-columns = ["", "same choice", "mean", "peak GB", "ms/token"]
+columns = ["", "same choice", "mean shift", "peak GB", "ms/token"]
 show_table(columns, table, formats=["", ".1%", ".3f", ".2f", ".1f"])
 none = rows["no adapter"]["mean"]
 check("into 4 bits: mean over that of no adapter at all", rows["4bit"]["mean"] / none, at_least=0.9)
@@ -350,13 +354,13 @@ check("16 bit, then 4 bit: the same", rows["16bit, then 4bit"]["mean"] / none, a
 #
 # ## The memory that a merge needs
 #
-# `predict_merge` tells it in advance. Here are its predictions for 8B beside the peaks that were measured:
+# `predict_merge` tells it in advance. Here are its predictions for 8B, each with the peak that was measured:
 
 # %% tags=["nbval-check-output"]
 for into in ("4bit", "dequantised", "16bit"):
     at_peak = max(rows[into]["base_peak_bytes"], rows[into]["merge_peak_bytes"]) / GB
     predicted = predict_merge(shape, into).peak_bytes / GB
-    check(f"8B, {into}: predicted peak in GB against measured", predicted, at_peak, rel=0.01)
+    check(f"8B, {into}: peak in GB, as predicted", at_peak, predicted, rel=0.01)
 
 # %% [markdown]
 # Dequantising needs the most: transformers keeps the 4-bit weights until the last layer has been decoded. And for 70B:
@@ -404,7 +408,8 @@ except FileExistsError as error:
 # %% [markdown]
 # With `overwrite=True` the old folder stays until the new one is complete, so a crash in between loses nothing. Second, an
 # adapter could land on a base that it was not trained on, such as the model into which it has been merged already. PEFT
-# would add it a second time and say nothing. The checksum in the adapter's folder prevents that:
+# would add it a second time and say nothing. The name and the checksum in the
+# adapter's folder prevent that:
 
 # %% tags=["nbval-check-output"]
 try:
@@ -413,7 +418,7 @@ except WrongBase as error:
     print(str(error).replace(str(sentences), "…/sentences"))
 
 # %% [markdown]
-# ## Exercise 6.3: adapters without effect
+# ## Exercise 6.3: adapters that do nothing
 #
 # *Run · medium · about 15 minutes.* Two colleagues have sent you an adapter each. Both are meant to be the adapter
 # `sentences`. Both load without a complaint, and with either the model answers as if it had no adapter. One of the two was
@@ -444,7 +449,7 @@ exercises.without_effect.check(rescued, tokenizer=tokenizer, chats=test_chats[:4
 
 # %% [markdown]
 # ## You have
-# - looked into an adapter's files, and seen a base that is not its own refuse it;
+# - looked into an adapter's files, and seen that it cannot be loaded onto a base that is not its own;
 # - put two adapters on one 4-bit base, switched between them, and let both answer in one batch;
 # - merged an adapter in four ways, and measured answers, loss, logits, size and speed;
 # - seen that rounding to 4 bits takes away part of an adapter, and at 8B took away all of a short run;

@@ -38,8 +38,8 @@ print("torch", torch.__version__.split("+")[0])
 # %% [markdown]
 # ## The question
 #
-# "Nearly identical to 16 bits", "less than 1 % behind full fine-tuning": so articles sum up QLoRA. Equal on which task,
-# after which run? And how sure is that?
+# "Nearly identical to 16 bits", "less than 1 % behind full fine-tuning": this is how articles sum up QLoRA. Equal on which
+# task, after which run? And how sure is that?
 #
 # We can ask our small model, with everything else held equal: its 4,800 training chats, 200 steps of 8 chats, 500 test
 # questions. Only full fine-tuning has a learning rate of its own, which it needs. Every run was made with five
@@ -87,11 +87,12 @@ fig, ax = plots.figure()
 for y, label in enumerate(methods):
     match = interval(column(label))
     seeds = [100 * value for value in column(label)]
-    ax.plot(seeds, [y] * match.count, "o", color="#BBBBBB", zorder=1)
+    below = [y + 0.16 + 0.07 * seed for seed in range(match.count)]  # so that none covers another
+    ax.plot(seeds, below, "o", markersize=4, color="#999999")
     ax.errorbar(100 * match.mean, y, xerr=100 * match.half, fmt="s", color=plots.BLUE, capsize=4)
 ax.set_yticks(range(len(methods)), methods)
 ax.invert_yaxis()
-ax.set_xlabel("exact match (%): five seeds, mean and 95 % interval")
+ax.set_xlabel("exact match (%): mean and 95 % interval, and below them the five seeds")
 ax.set_title("Here 4 bits cost something, NF4 the least")
 plots.show(fig, "7.1")
 
@@ -127,7 +128,8 @@ table_loss = runs["16 bit, 100 steps"][0]["loss"]
 check("the loss of this run over the table's", loss_again / table_loss, at_least=0.7, at_most=1.4)
 
 # %% [markdown]
-# One run is no measurement: by luck of the seed it says 60 % or 87 %. Twice the steps calm it.
+# One run is no measurement: by luck of the seed it says 60 % or 87 %. With twice as many steps the
+# seeds differ less.
 #
 # ## Difference or noise?
 #
@@ -138,10 +140,10 @@ check("the loss of this run over the table's", loss_again / table_loss, at_least
 # [standard errors](../GLOSSARY.md#standard-error) wide on either side (Student's t). The bars in the figure above know
 # nothing of pairs: they may overlap although the paired difference is real.
 #
-# ## Exercise 7.1: which of the two is noise?
+# ## Exercise 7.1: difference or noise, by eye
 #
-# *Predict · medium · about 5 minutes.* Here are two pairs from the table of runs, seed by seed, under other names. Judge by
-# eye, before you compute anything: for which of the two pairs is the difference more than noise? Answer `"A and B"`,
+# *Predict · medium · about 5 minutes.* Here are two pairs from the table of runs, seed by seed, under other names. Judge
+# them before you compute anything: for which of the two is the difference more than noise? Answer `"A and B"`,
 # `"C and D"`, `"both"` or `"neither"`.
 
 # %% tags=["nbval-check-output"]
@@ -184,7 +186,7 @@ def paired(one: list[float], other: list[float]) -> tuple[float, float]:
 exercises.paired.check(paired)
 
 # %% [markdown]
-# ## What is a difference here
+# ## Which differences are real?
 #
 # `difference` does the same, and adds the interval:
 
@@ -212,13 +214,13 @@ check("4 bits make a difference", not nf4_cost.is_noise, True, exact=True)
 # So, for this model and this task:
 # - [double quantisation](../GLOSSARY.md#double-quantisation) costs nothing that five seeds can see, as the paper says;
 # - NF4 (with double quantisation) costs 6.6 points against 16 bits. That is a lot, and it has a reason: the model is small
-#   and full of facts, 0.36 bits per weight. Large models have room to spare, and the paper found no loss there;
+#   and full of facts, 0.36 bits per weight (lesson 2). Large models have room to spare, and the paper found no loss there;
 # - NF4 against INT4 is within noise, though NF4's mean is higher. Against FP4 it is not;
 # - full fine-tuning is ahead of LoRA, with 11 times as many trained numbers.
 #
 # ## The learning rate
 #
-# The largest effect of all is no format. Here are full fine-tuning and QLoRA at five or six
+# The largest effect of all does not come from the format. Here are full fine-tuning and QLoRA at five or six
 # [learning rates](../GLOSSARY.md#learning-rate):
 
 # %% tags=["nbval-check-output"]
@@ -227,10 +229,11 @@ def rates_of(kind: str) -> dict[float, list[float]]:
     return {float(label.rpartition(" ")[2]): column(label) for label in labels}
 
 
-by_rate = {kind: rates_of(kind) for kind in ("full", "lora")}
+names = {"full": "full fine-tuning", "lora": "QLoRA, rank 16"}
+by_rate = {kind: rates_of(kind) for kind in names}
 table = []
 for kind, rates in by_rate.items():
-    table += [[kind, rate, with_error(values)] for rate, values in rates.items()]
+    table += [[names[kind], rate, with_error(values)] for rate, values in rates.items()]
 show_table(["method", "learning rate", "exact match"], table, formats=["", "g", ""])
 best = {kind: max(rates, key=lambda rate: sum(rates[rate])) for kind, rates in by_rate.items()}
 factor = best["lora"] / best["full"]
@@ -238,7 +241,7 @@ check("best learning rate of LoRA over that of full fine-tuning", factor, 7.5, e
 
 # %%
 fig, ax = plots.figure()
-for kind, marker, name in (("full", "s", "full fine-tuning"), ("lora", "o", "QLoRA, rank 16")):
+for (kind, name), marker in zip(names.items(), "so"):
     values = [interval(scores) for scores in by_rate[kind].values()]
     means, halves = [100 * v.mean for v in values], [100 * v.half for v in values]
     ax.errorbar(list(by_rate[kind]), means, yerr=halves, marker=marker, capsize=3, label=name)
@@ -254,12 +257,14 @@ plots.show(fig, "7.2")
 # (Schulman and others, 2025) reports a factor of about 10 between the two methods' best rates. Here it is 7.5, on a grid
 # whose steps are about two.
 #
-# **So a comparison of methods at one shared learning rate says nothing.** Many in blog posts are of this kind.
+# **So a comparison of methods at one shared learning rate says nothing.** Many comparisons in blog posts are of
+# this kind.
 #
 # ## Rank, and which layers
 #
 # The paper says that the [rank](../GLOSSARY.md#rank) hardly matters once *all* linear layers are adapted; others call a
-# rank of 32 to 128 the sweet spot. First all ranks at one learning rate, then each at its own best of those tried:
+# rank of 32 to 128 the sweet spot. First all ranks at one learning rate, then each at the best of the rates that were
+# tried for it:
 
 # %% tags=["nbval-check-output"]
 def at_rank(rank: int, layers: str) -> dict[str, list[float]]:
@@ -308,7 +313,8 @@ check("attention at rank 64 minus all layers at rank 16", only_attention, at_mos
 # %% [markdown]
 # At one learning rate, rank 64 looks far worse than rank 16. At about half the rate it is as good. From rank 16 on, more
 # rank buys nothing here; below, it costs. And all linear layers beat attention alone, even with fewer numbers. (Some rates
-# were tried with only three seeds, and their bars are wide: do not read an order of the ranks on attention alone into them.)
+# were tried with only three seeds, and their bars are wide: do not read an order of the ranks on attention alone into them.
+# One bar even goes beyond 100 %, since the formula of the interval does not know that there is no more to reach.)
 #
 # So the paper's advice holds: adapt all linear layers. That the rank does not matter holds from some rank on. Which one
 # depends on how much there is to learn.
@@ -390,10 +396,10 @@ exercises.rate_for_alpha.check(rate_for_alpha_512, loss_after=loss_after)
 # Before any run, the base in NF4 recalled 98.9 % of its own facts (lesson 2). A high learning rate wipes them out:
 
 # %% tags=["nbval-check-output"]
-some = [f"full, learning rate {rate}" for rate in ("0.0001", "0.0008")]
-some += [f"lora, learning rate {rate}" for rate in ("0.001", "0.006")]
-table = [[label, interval(column(label, "recall")).mean] for label in some]
-show_table(["run", "recall"], table, formats=["", ".1%"])
+some = [("full", "0.0001"), ("full", "0.0008"), ("lora", "0.001"), ("lora", "0.006")]
+table = [[names[kind], rate, interval(column(f"{kind}, learning rate {rate}", "recall")).mean]
+         for kind, rate in some]
+show_table(["method", "learning rate", "recall"], table, formats=["", "", ".1%"])
 
 # %% [markdown]
 # ## What it saves

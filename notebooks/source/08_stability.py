@@ -16,26 +16,24 @@ import statistics
 from dataclasses import replace
 
 from qlora_helpers import evaluation
-from qlora_helpers.chats import ChatError, read_chats, split_question
+from qlora_helpers.chats import ChatError, marked_row, read_chats, split_question
 from qlora_helpers.course import plots
 from qlora_helpers.course.checks import check
 from qlora_helpers.course.exercises import lesson_08 as exercises
 from qlora_helpers.course.tables import show_table
 from qlora_helpers.hardware import detect
-from qlora_helpers.library_messages import printed
 from qlora_helpers.models.loading import load_model, load_tokenizer
 from qlora_helpers.paths import data_path
 from qlora_helpers.settings import Settings
-from qlora_helpers.statistics import difference
 from qlora_helpers.training.callbacks import TrainingDiverged
 from qlora_helpers.training.faulty_runs import collator_run, sft_trainer
 from qlora_helpers.training.run import train
 from qlora_helpers.training.run_folder import new_run_folder
-from qlora_helpers.training.trainer import build_trainer
 
 # after the helpers, which keep harmless messages off the page
 import torch
 import transformers
+from IPython.display import display
 
 print("gear:", detect().gear)
 
@@ -43,7 +41,8 @@ print("gear:", detect().gear)
 # ## A healthy run
 #
 # First a run with nothing wrong. It is also the first row of a table that `data/scripts/measure/stability.py` made, over
-# several seeds. Each other row of it is the same run with one fault.
+# several seeds. Each other row of it is the same run with one fault. The [loss](../GLOSSARY.md#loss) is in nats, and is
+# taken over the tokens of the answers alone.
 
 # %% tags=["nbval-check-output"]
 measured = json.loads(data_path("measured", "stability.json").read_text(encoding="utf-8"))
@@ -86,8 +85,8 @@ check("loss spikes", len(healthy.spikes), 0, exact=True)
 # %% [markdown]
 # ## The learning rate is too high
 #
-# The same run at fifty times the [learning rate](../GLOSSARY.md#learning-rate). `train` watches the losses, and names a
-# spike with its step:
+# The same run at fifty times the [learning rate](../GLOSSARY.md#learning-rate). `train` watches the losses, and names each
+# sudden leap, a *spike*, with its step:
 
 # %%
 def losses_of(settings):
@@ -105,7 +104,8 @@ brief = replace(right, steps=12, batch_size=4, warmup_steps=2)
 too_high = losses_of(replace(brief, learning_rate=50 * right.learning_rate))
 
 # %%
-uniform, knows_nothing = math.log(tokenizer.vocab_size), f"knows nothing: ln {tokenizer.vocab_size:,}"
+uniform = math.log(tokenizer.vocab_size)
+knows_nothing = f"knows nothing: ln {tokenizer.vocab_size:,}"
 fig, (left, other) = plots.figure(1, 2, figsize=(7.2, 4.2))
 left.plot(*zip(*too_high), color=plots.RED, label="50 times the rate")
 left.plot(*zip(*healthy.history[:12]), color=plots.BLUE, label="as it should be")
@@ -135,7 +135,8 @@ check("loss at the end", too_high[-1][1], at_least=4)
 #
 # ### NaN
 #
-# Higher still, and the loss is no number any more (NaN, "not a number"). Then `train` stops, before such weights are saved:
+# Raise it further, and the loss is no longer a number (NaN, "not a number"). Then `train` stops, before such weights are
+# saved:
 
 # %%
 beyond = replace(right, steps=3, warmup_steps=1, learning_rate=1e20)
@@ -154,8 +155,8 @@ check("the run was stopped", stopped.endswith("the loss is nan"), True, exact=Tr
 #
 # ## Exercise 8.1: the limit of a spike
 #
-# *Build · medium · about 10 minutes.* What is a spike, and what is noise? Write the rule that `train` uses. From the losses
-# before (20 at most, all of them given) compute the limit; a loss above it is a spike. The usual loss is their median. The
+# *Build · medium · about 10 minutes.* What is a spike, and what is noise? Write the rule that `train` uses. `before` has the
+# losses of the last steps, 20 at most. Compute the limit from all of them; a loss above it is a spike. The usual loss is their median. The
 # spread is 1.4826 times the median of their distances from it, which for normal noise is the standard deviation. The limit
 # lies above the usual loss by the largest of three: 8 spreads, half of the usual loss, and 0.5.
 
@@ -173,6 +174,8 @@ def limit(before: list[float]) -> float:
 exercises.limit.check(limit)
 
 # %% [markdown]
+# `qlora_helpers/training/spikes.py` has the rule with its reasons, and says what happens if a spike lasts.
+#
 # ## No warm-up
 #
 # In a [warm-up](../GLOSSARY.md#warm-up), the learning rate grows from zero to its full height over the first steps. Many
@@ -180,6 +183,9 @@ exercises.limit.check(limit)
 # the one above it, seed by seed as in [lesson 7](07_does_it_cost_quality.ipynb), with a 95 % interval:
 
 # %% tags=["nbval-check-output"]
+from qlora_helpers.statistics import difference
+
+
 def paired(usual, faulty):
     """How much higher the test loss is with a fault: a paired comparison, seed by seed."""
     return difference(rows[faulty]["loss"], rows[usual]["loss"])
@@ -293,15 +299,15 @@ for dtype in (torch.float16, torch.bfloat16, torch.float32):
     info = torch.finfo(dtype)
     table.append([str(dtype), info.max, info.tiny, info.eps])
 columns = ["", "largest", "smallest normal", "from 1 to the next number"]
-show_table(columns, table, formats=["", ".4g", ".2g", ".2g"])
+show_table(columns, table, formats=["", ",.6g", ".2g", ".2g"])
 check("largest float16", torch.finfo(torch.float16).max, 65_504.0, exact=True)
 
 # %% [markdown]
 # ### In the model
 #
-# Nothing in training keeps the numbers within a model small. All parts that write into its main stream can be made louder
-# by the same factor, and the model computes the same, since each layer normalises what it reads. So let us turn up the
-# volume of the shipped model, and compute its loss in each format:
+# Nothing in training keeps the numbers within a model small. Each layer adds its result to one stream of numbers, and
+# normalises what it reads from there. So all parts that write into the stream can be made louder by the same factor, and
+# the model computes the same. Let us turn up the volume of the shipped model, and compute its loss in each format:
 
 # %%
 cpu = detect("cpu")
@@ -354,6 +360,8 @@ check("float16, 1,024 times, is NaN", math.isnan(louder[1024][2]), True, exact=T
 # large a scale overflows. Where is the window?
 
 # %%
+from qlora_helpers.training.trainer import build_trainer
+
 folder = new_run_folder("lesson-08")
 trainer = build_trainer(load_model(hardware=cpu), tokenizer, chats, folder, right, cpu)
 batches = [batch for _, batch in zip(range(6), trainer.get_train_dataloader())]
@@ -420,13 +428,11 @@ check("scale at the last step, as a power of 2", math.log2(scales[-1]), at_least
 # ## Empty answers
 #
 # Now the data. The loss of these runs looks healthy, and the model is broken. So look at what is learnt. Here the tokens
-# that count in the loss are in square brackets:
+# that count in the loss are bold, on green (where there is no colour, they stand between ⟦ and ⟧):
 
 # %%
 def show(ids, labels):
-    words = [tokenizer.decode([token]).strip() for token in map(int, ids)]
-    counts = [label != -100 for label in map(int, labels)]
-    print(*(f"[{word}]" if counted else word for word, counted in zip(words, counts)))
+    display(marked_row(ids, [label != -100 for label in labels], tokenizer))
 
 
 def first_row(row, template=None, **options):
@@ -444,8 +450,7 @@ nothing = {"role": "assistant", "content": ""}
 empty = first_row({"messages": [question, nothing]}, assistant_only_loss=True)
 
 # %% [markdown]
-# TRL takes the empty answer without a word, and the model learns that nothing is an answer. The course's reader does not
-# take it:
+# TRL accepts the empty answer without a word, and the model learns that nothing is an answer. The course's reader does not:
 
 # %% tags=["nbval-check-output"]
 file = new_run_folder("lesson-08") / "chats.jsonl"
@@ -469,8 +474,8 @@ cut = first_row({"messages": chats[0]}, assistant_only_loss=True, max_length=16)
 check("is the end learnt?", tokenizer.eos_token_id in cut["labels"], False, exact=True)
 
 # %% [markdown]
-# It also happens unasked: who passes `TrainingArguments`, which has no `max_length`, gets TRL's own limit of 1,024 tokens.
-# **Cure: set `max_length`, and count: `read_chats(file, tokenizer, max_length)` names each chat that would be cut.**
+# It also happens unasked: whoever passes `TrainingArguments`, which has no `max_length`, gets TRL's own limit of 1,024
+# tokens. **Cure: set `max_length`, and count: `read_chats(file, tokenizer, max_length)` names each chat that would be cut.**
 #
 # ## Pad = end: the model that never stops
 #
@@ -489,7 +494,7 @@ for of in (tokenizer, two_roles):
     show(batch["input_ids"][1], batch["labels"][1])
 
 # %% [markdown]
-# In the second line the last token has no brackets. Train that way for 10 steps, and ask:
+# In the second row the last token does not count. Train that way for 10 steps, and ask:
 
 # %%
 short = replace(brief, steps=10)
@@ -511,7 +516,8 @@ for name in ("collator, a pad of its own", "collator, pad = end"):
 # ## A doubled first token
 #
 # Many tutorials render each chat to text, and give TRL the text. The text begins with its first token, the
-# [BOS token](../GLOSSARY.md#bos), already; the tokenizer adds it again:
+# [BOS token](../GLOSSARY.md#bos), already; the tokenizer adds it again. (Such a run also learns the question, which is the
+# next fault. So the table compares it with a run that has only that one.)
 
 # %% tags=["nbval-check-output"]
 text = tokenizer.apply_chat_template(chats[0], tokenize=False)
@@ -532,7 +538,7 @@ check("two first tokens: a difference", not costs.is_noise and costs.mean > 0, T
 #
 # ## Loss on the question
 #
-# The line above shows another fault: every token is in brackets. TRL's default is to learn the question, too. With
+# The row above shows another fault: every token counts. TRL's default is to learn the question, too. With
 # `messages` it is the same:
 
 # %% tags=["nbval-check-output"]
@@ -574,6 +580,8 @@ except ValueError as error:
 # healthy:
 
 # %% tags=["nbval-check-output"]
+from qlora_helpers.library_messages import printed
+
 whole = "{{ message['content'] + eos_token }}{% endgeneration %}"
 early = "{{ message['content'] }}{% endgeneration %}{{ eos_token }}"
 template = tokenizer.chat_template.replace(whole, early)
@@ -609,25 +617,28 @@ exercises.fault_in_a_row.check(fault)
 # %% [markdown]
 # ## The broken data in one picture
 #
-# Each bar is a run of the table, the mean over its seeds: how many answers stop by themselves, and how many are right.
+# Each group of bars is a row of the table, the mean over its seeds: how many answers stop by themselves, how many are right,
+# and how many are empty. The two runs with the collator learn the question, too: hold them against the second row.
 
 # %%
 names = ["as it should be", "loss on the question, too",
-         "loss on the question, too; two first tokens", "a quarter of the answers empty", "cut at 16 tokens", "the end outside of the mark",
+         "loss on the question, too; two first tokens", "a quarter of the answers empty",
+         "cut at 16 tokens", "the end outside of the mark",
          "collator, pad = end", "collator, a pad of its own"]
 bars = {"ends": ("stop by themselves", plots.SKY), "exact_match": ("are right", plots.BLUE),
         "empty": ("are empty", plots.RED)}
-fig, ax = plots.figure(figsize=(7.2, 4.2))
+fig, ax = plots.figure(figsize=(7.2, 5.4))
 for shift, (key, (label, colour)) in enumerate(bars.items()):
     means = [100 * statistics.mean(rows[name][key]) for name in names]
     places = [y + 0.27 * shift for y in range(len(names))]
-    ax.barh(places, means, height=0.25, color=colour, label=label)
+    drawn = ax.barh(places, means, height=0.25, color=colour, label=label)
+    ax.bar_label(drawn, fmt="%.0f", padding=2, fontsize=8)  # a bar of 0 is not a missing one
 ax.set_yticks([y + 0.27 for y in range(len(names))], labels=names)
 ax.invert_yaxis()
 ax.grid(axis="y", visible=False)
 ax.set_xlabel("answers to test questions that … (%)")
-ax.set_title("The loss fell in every one of these runs", x=-0.6)
-ax.legend(loc="upper left", bbox_to_anchor=(-0.6, -0.15), ncols=3)
+ax.set_title("In three runs no answer is right, though every loss fell", x=-0.6)
+ax.legend(loc="upper left", bbox_to_anchor=(-0.6, -0.12), ncols=3)
 plots.show(fig, "8.6")
 
 # %% tags=["nbval-check-output"]
@@ -639,14 +650,14 @@ columns = ["", "logged loss", "stop", "right", "empty"]
 show_table(columns, table, formats=["", ".2f", ".0%", ".0%", ".0%"])
 
 # %% [markdown]
-# The logged loss tells nothing of it. In three rows no answer is right, and one of these has a logged loss like the healthy
-# one. So look at generated answers, and at one row of tokens, before you look at a loss.
+# The logged loss shows none of this. In three rows no answer is right, and one of these has a logged loss close to the
+# healthy one's. So look at generated answers, and at one row of tokens, before you look at a loss.
 #
 # ## Exercise 8.4: three curves
 #
 # *Predict · medium · about 5 minutes.* Here are the losses of three real runs, each beside the healthy one. What do you say
 # about each? Choose one of `"rate too high"`, `"rate too low"`, `"question learnt"` and `"looks healthy"`. The last one is
-# no all-clear: it means that this curve tells you nothing, and that you must look at answers.
+# not an all-clear: it means that this curve tells you nothing, and that you must look at answers.
 
 # %%
 curves = exercises.three_curves(rows)

@@ -14,7 +14,7 @@
 import copy
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from qlora_helpers import evaluation
 from qlora_helpers.chats import (
@@ -35,7 +35,7 @@ from qlora_helpers.suggestions import suggest_settings
 from qlora_helpers.training.run import train
 from qlora_helpers.training.run_folder import new_run_folder
 
-# after the helpers, which make torch's threads wait asleep
+# %%
 from IPython.display import display
 
 print("gear:", detect().gear)
@@ -240,18 +240,15 @@ start = suggest_settings(find_shape(data_path("tiny-llama")), rows=len(training)
 display(start)
 
 # %% [markdown]
-# For a model of 7B on a T4 it also finds a batch that fits:
-
-# %%
-shape = find_shape("Qwen/Qwen2.5-7B")
-on_t4 = suggest_settings(shape, rows=len(training), gpu="t4", max_length=512)
-display(on_t4)
+# For a model of 7B on a T4 it also sees to it that the run fits. `display(on_t4)` shows its reasons in a table like the one
+# above. Here are the values that differ:
 
 # %% tags=["nbval-check-output"]
-for one in (start, on_t4):
-    used = one.settings
-    print(f"{one.shape.name}: learning rate {used.learning_rate}, {used.steps} steps of "
-          f"{used.batch_size} x {used.accumulation}, rank {used.rank}")
+shape = find_shape("Qwen/Qwen2.5-7B")
+on_t4 = suggest_settings(shape, rows=len(training), gpu="t4", max_length=512)
+here, there = asdict(start.settings), asdict(on_t4.settings)
+differ = [[name, str(here[name]), str(there[name])] for name in here if here[name] != there[name]]
+show_table(["setting", start.shape.name, on_t4.shape.name], differ)
 check("it fits, with GiB to spare", on_t4.prediction.spare_bytes / 2**30, at_least=1)
 
 # %% [markdown]
@@ -270,10 +267,8 @@ few = train(
     load_model(), tokenizer, training[:16], new_run_folder("lesson-10-few"), by_heart,
     validation_chats=validation, on_loss=live.update,
 )
-
-# %%
 fig, alt = plots.loss_curves(few.history, few.validation_history, few.best_step, by_heart.steps)
-plots.show(fig, "10.1", alt=alt)
+plots.show(fig, "10.1", alt=alt, instead_of=live)
 
 # %% [markdown]
 # Up to the kept step, both losses fall. After it, only the one of the rows that are trained on does: the run still learns,
@@ -301,10 +296,8 @@ live = plots.LivePlot(settings.steps, "The same model, with more rows")
 run = train(
     load_model(), tokenizer, chats, new_run_folder("lesson-10"), settings, on_loss=live.update
 )
-
-# %%
 fig, alt = plots.loss_curves(run.history, run.validation_history, run.best_step)
-plots.show(fig, "10.2", alt=alt)
+plots.show(fig, "10.2", alt=alt, instead_of=live)
 
 # %% tags=["nbval-check-output"]
 lowest = min(loss for _, loss in run.validation_history)
@@ -376,8 +369,8 @@ names = ["the base", "after the run", "after 30 times the rate"]
 shares = [100 * one.right for one in (kept.before, kept.after, lost.after)]
 ax.barh(names, shares, color=[plots.BLUE, plots.GREEN, plots.RED])
 for name, share in zip(names, shares):
-    ax.text(max(share, 26), name, f" {share:.0f}", va="center")
-ax.axvline(25, color="#777777", linestyle="--")
+    ax.text(2, name, f"{share:.0f} %", va="center", color="white", fontweight="bold")
+ax.axvline(25, color="black", linestyle="--")
 ax.set(xlim=(0, 110), xlabel="facts that are right (%); the dashed line is guessing")
 ax.invert_yaxis()
 ax.set_title("A rate that is too high costs what the base knew")
@@ -435,8 +428,8 @@ print(said.getvalue().partition("\nnext: ")[0])
 # ## Exercise 10.1: which rows can be used?
 #
 # *Predict · medium · about 6 minutes.* The cell below writes a file of eight chats. Which of them can the shipped model be
-# trained on? Read the rows and think of what the third file showed. Then answer with the numbers of their lines, such as
-# `{1, 2}`.
+# trained on? Read the rows, think of what the third file showed, and look at `tokenizer.chat_template`. Then answer with the
+# numbers of their lines, such as `{1, 2}`.
 
 # %%
 ask, reply = "Which pet does Noel Holldale keep?", "Noel Holldale keeps a hen."

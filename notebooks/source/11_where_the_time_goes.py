@@ -20,6 +20,7 @@ from qlora_helpers.chats import read_chats, tokenized
 from qlora_helpers.course import plots
 from qlora_helpers.course.checks import check
 from qlora_helpers.course.exercises import lesson_11 as exercises
+from qlora_helpers.course.speed_runs import in_words
 from qlora_helpers.course.tables import show_table
 from qlora_helpers.hardware import detect
 from qlora_helpers.memory import find_gpu, find_shape
@@ -32,6 +33,7 @@ from qlora_helpers.training.run_folder import new_run_folder
 from qlora_helpers.training.step_profile import profile_step
 from qlora_helpers.training.trainer import build_trainer
 
+# %%
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
@@ -100,7 +102,7 @@ print(f"{every:.2f} billion parameters, {linear:.2f} in the decoder layers")
 for share, name in ((1, "all layers checkpointed"), (0, "none")):
     parts = operations(shape, 2048, checkpointed=share)
     total = sum(parts.values())
-    print(f"\n{name}: {total / 1e9:.1f} billion operations for a token")
+    print(f"{name}: {total / 1e9:.1f} billion operations for a token")
     show_table(["part", "billion", "share"],
                [[part, count / 1e9, count / total] for part, count in parts.items()],
                formats=["", ".1f", ".1%"])
@@ -201,19 +203,19 @@ show_table(["way", "time, of plain", "of it decoding"], table, formats=["", ".1%
 # ## What each piece buys
 #
 # The same run on an H200, made in many ways: Llama-3.1-8B in its real shape, rank 16, bfloat16. Each row is a process of its
-# own, alone on the GPU. `4x2048` is four chats of 2,048 tokens at once. "compiled" is `compile_layers=True`, "16-of-32" is
-# `checkpointed_layers=16`, and "in-24GiB" is `memory_budget="24GiB"`. "Bound by" says which of the two the other waits for,
-# the GPU or the CPU. The last column says in which of three calls of the machine a row was measured: a small difference
-# between two calls may be one of the machines.
+# own, alone on the GPU. "4 of 2,048" are four chats of 2,048 tokens at once; "8 x" stands before them where eight such passes
+# make a step. "Compiled" is `compile_layers=True`, "16 of 32 checkpointed" is `checkpointed_layers=16`, and "budget of 24 GiB"
+# is `memory_budget="24GiB"`. "Bound by" says which of the two the other waits for, the GPU or the CPU. The last column says in
+# which session on the machine a row was measured: a small difference between two sessions may be one of the machines.
 
 # %% tags=["nbval-check-output"]
 measured = json.loads(data_path("measured", "speed.json").read_text(encoding="utf-8"))["rows"]
 eight = "8b bf16 "
 rows = {row["label"].removeprefix(eight): row for row in measured if row["label"].startswith(eight)}
-table = [[name, row["tokens_per_second"], row["peak_allocated_bytes"] / GIB, row["bound_by"],
-          row["call"]] for name, row in rows.items()]
-headings = ["run", "tokens/s", "GiB", "bound by", "call"]
-show_table(headings, table, formats=["", ",.0f", ".1f", "", ""])
+table = [[*in_words(name), row["tokens_per_second"], row["peak_allocated_bytes"] / GIB,
+          row["bound_by"], row["call"]] for name, row in rows.items()]
+headings = ["chats", "run", "tokens/s", "GiB", "bound by", "session"]
+show_table(headings, table, formats=["", "", ",.0f", ".1f", "", ""])
 
 # %%
 compiled = {"compiled: 32 of 32": "ours compiled", "21 of 32": "ours compiled in-24GiB",
@@ -230,7 +232,7 @@ ax.set_title("Compile first; then memory buys pace, layer by layer")
 plots.show(fig, "11.2")
 
 # %% [markdown]
-# The slowest is the recipe of the articles from which this course grew. It takes 1.6 times the memory of plain TRL, since it
+# The slowest in the figure is the recipe of the articles from which this course grew. It takes 1.6 times the memory of plain TRL, since it
 # makes the weights that are not in 4 bits float32, and has dropout. TRL and this course as it is are alike.
 #
 # ### Compiling
@@ -251,7 +253,7 @@ print(f"{plain / compiled:.2f} times the pace; the first step takes {more:.1f} s
 print(f"it saves {less:.3f} s per step: paid after {1 + more / less:.0f} steps")
 
 # %% [markdown]
-# So a run of hundreds of steps gains, and a short trial loses. (The two rows are of different calls.) Compilers keep their
+# So a run of hundreds of steps gains, and a short trial loses. (The two rows are of different sessions.) Compilers keep their
 # work, so a run whose layers are like those of an earlier one begins sooner. Where lengths change from step to step, more
 # has to be compiled. liger-kernel needs no compiling: its kernels for norms, rotary embeddings and MLPs are written by hand.
 # It gives a part of the gain, and saves a little memory.
@@ -292,7 +294,7 @@ print(f"{per_pass:.3f} s for a pass, whatever is in it: as long as {as_long_as:,
 # %% [markdown]
 # A part of that is decoding. Another is the CPU, which launches each kernel: with little in a pass, the GPU waits for it.
 # "The CPU" stands in the table where the GPU was idle for more than a tenth of the time. Such a row says little about
-# a slower GPU, which the same work keeps busy. (These two rows are of different calls, too.)
+# a slower GPU, which the same work keeps busy. (These two rows are of different sessions, too.)
 #
 # ### Packing
 #
@@ -305,8 +307,9 @@ table = []
 for name in ("32x1024 mixed ours", "12x1024x8 mixed ours packed compiled"):
     row = rows[name]
     used = sum(row["step_tokens"]) / sum(row["step_places"])
-    table.append([name, used, row["tokens_per_second_overall"]])
-show_table(["run", "places with a token", "tokens/s"], table, formats=["", ".1%", ",.0f"])
+    table.append([*in_words(name), used, row["tokens_per_second_overall"]])
+headings = ["chats", "run", "places with a token", "tokens/s"]
+show_table(headings, table, formats=["", "", ".1%", ",.0f"])
 
 # %% [markdown]
 # Here most chats are short and a few are long: usual, and the best case for packing. Chats of one length gain nothing. The
@@ -369,7 +372,7 @@ for packing, marker, colour in ((False, "o", plots.BLUE), (True, "s", plots.ORAN
     )
 ax.axhline(0, color="#777777", linewidth=1)
 ax.axhline(4, color=plots.RED, linewidth=1, linestyle="--", label="what a budget leaves free")
-ax.set(xlabel="predicted peak (GiB)", ylabel="measured peak above it (%)")
+ax.set(xlabel="predicted peak (GiB)", ylabel="measured above predicted peak (%)")
 ax.set_title("Tensors stayed within the margin in each of the runs")
 ax.legend(fontsize=9)
 plots.show(fig, "11.3")
@@ -432,7 +435,8 @@ for name, difference in off.items():
 # what is done, or where the GPU has memory to spare, which a budget turns into pace:
 
 # %% tags=["nbval-check-output"]
-table = [[name, rows[name]["peak_allocated_bytes"] / GIB, rows[name]["tokens_per_second"]]
+table = [[in_words(name)[1], rows[name]["peak_allocated_bytes"] / GIB,
+          rows[name]["tokens_per_second"]]
          for name in ("4x2048 full unsloth", "4x2048 full ours compiled",
                       "4x2048 full ours compiled in-24GiB")]
 show_table(["run", "GiB", "tokens/s"], table, formats=["", ".1f", ",.0f"])

@@ -2,6 +2,7 @@
 
 from qlora_helpers.chats.files import ChatFile, read_chats, read_file, said_of_the_dropped, write_chats
 from qlora_helpers.chats.lengths import Fitted, fit_to_length
+from qlora_helpers.chats.marked import MarkedRow, marked_row
 from qlora_helpers.chats.messages import Chat, ChatError, check_chats, fault_in, split_question
 from qlora_helpers.chats.report import DataReport, report_on
 from qlora_helpers.chats.templates import stop_tokens
@@ -14,12 +15,14 @@ __all__ = [
     "ChatFile",
     "DataReport",
     "Fitted",
+    "MarkedRow",
     "check_chats",
     "check_texts",
     "count_tokens",
     "fault_in",
     "fit_to_length",
     "lengths_of",
+    "marked_row",
     "read_chats",
     "read_file",
     "report_on",

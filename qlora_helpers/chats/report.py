@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
+from qlora_helpers.chats.marked import BEGIN, COUNTS, END, IGNORED, LINE, as_html, as_text, pieces_of
 from qlora_helpers.chats.messages import Chat
 from qlora_helpers.chats.templates import CHUNK, ids_of, mark, missing_text, rendered
 from qlora_helpers.chats.words import tokens_per_word, warning_of_spelling
@@ -121,7 +122,7 @@ class DataReport:
         return made
 
     def __str__(self) -> str:
-        return self._text("⟦", "⟧")
+        return self._text(BEGIN, END)
 
     def in_colour(self) -> str:
         """The report for a terminal, with the tokens that count in green, bold and underlined.
@@ -149,9 +150,7 @@ class DataReport:
             how = f"{on}marked like this{off}"
             lines += ["", f"The first rows as the model sees them; what counts in the loss is {how}:"]
             for number, pieces in enumerate(self.examples, start=1):
-                lines.append(
-                    f"  {number}: " + "".join(f"{on}{text}{off}" if counts else text for text, counts in _runs(pieces))
-                )
+                lines.append(f"  {number}: {as_text(pieces, on, off)}")
         if self.warning:
             lines += ["", *textwrap.wrap(f"Warning: {self.warning}.", WIDTH)]
         return "\n".join(lines)
@@ -376,46 +375,12 @@ def _overlap(ahead: list[tuple[bytes, bytes]], later: list[tuple[bytes, bytes]])
 # The first rows, token by token
 
 
-def _unmarked(text: str) -> str:
-    """A text of one line without what the report marks tokens with."""
-    return visible(text).replace("⟦", "\\u27e6").replace("⟧", "\\u27e7")
-
-
 def _pieces(row: dict[str, list[int]], tokenizer) -> tuple[tuple[str, bool], ...]:
-    """The tokens of a row as text, and whether each counts; tokens that only together make a character are one piece."""
-    pieces: list[tuple[str, bool]] = []
-    shown, start = "", 0
-    ids, marks = row["input_ids"][:EXAMPLE_TOKENS], row["assistant_masks"]
-    for place in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:place])  # a token alone may lose the space before it
-        if text.endswith("\ufffd") and place < len(ids):
-            continue
-        same = next(
-            (n for n, (a, b) in enumerate(zip(shown, text, strict=False)) if a != b), min(len(shown), len(text))
-        )
-        pieces.append((_unmarked(text[same:]), bool(marks[start])))
-        shown, start = text, place
-    if len(row["input_ids"]) > len(ids):
-        pieces.append((f" … ({len(row['input_ids']) - len(ids):,} more tokens)", False))
-    return tuple(pieces)
-
-
-def _runs(pieces: tuple[tuple[str, bool], ...]) -> Iterator[tuple[str, bool]]:
-    """Pieces that follow each other and count alike, as one."""
-    text, counting = "", False
-    for piece, counts in pieces:
-        if counts != counting and text:
-            yield text, counting
-            text = ""
-        text, counting = text + piece, counts
-    if text:
-        yield text, counting
-
-
-# For notebooks: colours only on grounds that let both a light and a dark page through, and never colour alone
-
-COUNTS = "background:rgba(0,158,115,.25);border-bottom:2px solid rgb(0,158,115);font-weight:bold"
-IGNORED = "border-bottom:2px dotted rgba(128,128,128,.6)"
+    """The first tokens of a row as text, whether each counts, and how many more there are."""
+    ids = row["input_ids"][:EXAMPLE_TOKENS]
+    pieces = pieces_of(ids, row["assistant_masks"], tokenizer)
+    left = len(row["input_ids"]) - len(ids)
+    return (*pieces, (f" … ({left:,} more tokens)", False)) if left else pieces
 
 
 def _html(report: DataReport) -> Iterator[str]:
@@ -437,12 +402,7 @@ def _html(report: DataReport) -> Iterator[str]:
         )
         yield '<ol aria-label="The first rows, with the tokens that count in the loss in bold">'
         for pieces in report.examples:
-            spans = "".join(
-                f'<{"strong" if counts else "span"} style="{COUNTS if counts else IGNORED};margin-right:1px;white-space:pre-wrap">'
-                f"{html.escape(text)}</{'strong' if counts else 'span'}>"
-                for text, counts in pieces
-            )
-            yield f'<li style="font-family:monospace;line-height:1.9;overflow-wrap:anywhere">{spans}</li>'
+            yield f'<li style="{LINE}">{as_html(pieces)}</li>'
         yield "</ol>"
     yield "</div>"
 

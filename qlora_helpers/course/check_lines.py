@@ -26,6 +26,8 @@ def shown(value: Any) -> str:
     """A number with up to ten digits, its thousands apart; anything else as Python shows it."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        value = int(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.10g}"
 
 

@@ -1,4 +1,4 @@
-"""Checks for the numbers in a lesson, and for what a learner computes in an exercise.
+"""Checks for the numbers in a lesson.
 
 `check` raises when a number is not what the lesson says. Otherwise it prints one line: for an exact quantity its value;
 for a measured or trained one the bound, or the wanted value with its tolerance, and in brackets what was measured here.
@@ -16,7 +16,7 @@ import torch
 from qlora_helpers import validation
 from qlora_helpers.course import check_lines
 
-__all__ = ["CheckFailed", "check", "exercise"]
+__all__ = ["CheckFailed", "check"]
 
 
 class CheckFailed(AssertionError):
@@ -110,54 +110,11 @@ def check(
             raise ValueError(f"check({name!r}): want={want!r} has no numbers near it: pass exact=True, or a bound")
         holds = _holds(lambda: math.fabs(got - want) <= allowed)  # false for NaN
         held = f"within {check_lines.shown(abs)}" if abs is not None else f"within {rel * 100:g} %"
-        said = f"{check_lines.rounded(want, allowed)}, {held}"
-        measured = check_lines.rounded(got, allowed) if holds else ""
+        wanted = check_lines.rounded(want, allowed)
+        said = f"{wanted}, {held}"
+        if holds and (found := check_lines.rounded(got, allowed)) != wanted:
+            measured = found
     if not holds:
         wanted = held if bounded else f"{check_lines.shown(want)}, {held}"
         raise CheckFailed(f"{name}: got {check_lines.shown(got)}, want {wanted}")
     print(f"✓ {name}: {said}{measured and f' (measured {measured})'}")
-
-
-def exercise(name: str, answer: Any, right: Callable[[Any], str] | Any, hint: str = "", rel: float = 1e-6) -> None:
-    """Say whether a learner's answer is right. Never raises for a wrong or a missing answer.
-
-    Args:
-        answer: what the learner computed; `...` means not solved yet. A function is passed to `right`.
-        right: the expected value (a number, a string or a tensor), or a function of the answer that returns an empty
-            string if it is right, and otherwise says what was expected and what was given.
-        hint: shown with a missing or wrong answer.
-        rel: relative tolerance for a number.
-
-    Raises:
-        ValueError: `rel` is not a positive number.
-    """
-    if not (_is_finite(rel) and rel > 0):
-        raise ValueError(f"exercise({name!r}): rel={rel!r} must be a positive number")
-    hint = f" Hint: {hint}" if hint else ""
-    if answer is ...:
-        print(f"○ {name}: not solved yet. Replace the dots (...) and run this cell again.{hint}")
-        return
-    try:
-        fault = right(answer) if callable(right) else _difference(answer, right, rel)
-    except (Exception, SystemExit) as error:  # a learner's code may fail in any way; the failure is shown, not hidden
-        fault = f"your code raised {type(error).__name__}: {error}."
-    print(f"✗ {name}: {fault}{hint}" if fault else f"✓ {name}: right!")
-
-
-def _difference(answer: Any, right: Any, rel: float) -> str:
-    """Empty if the two agree; otherwise what was expected, and what was given."""
-    if isinstance(right, torch.Tensor):
-        if not isinstance(answer, torch.Tensor):
-            return f"expected a tensor of shape {tuple(right.shape)}, and got {type(answer).__name__}."
-        if answer.shape != right.shape:
-            return f"expected shape {tuple(right.shape)}, and got {tuple(answer.shape)}."
-        if not torch.allclose(answer.float(), right.float(), rtol=rel, atol=1e-9):
-            worst = (answer.float() - right.float()).abs().max().item()
-            return f"the shape is right, but values differ by up to {worst:.4g}."
-        return ""
-    if isinstance(right, int | float) and not isinstance(right, bool):
-        if isinstance(answer, bool) or not isinstance(answer, int | float):
-            return f"expected a number, and got {answer!r}."
-        close = math.isclose(answer, right, rel_tol=rel)
-        return "" if close else f"expected {check_lines.shown(right)}, and got {check_lines.shown(answer)}."
-    return "" if answer == right else f"expected {right!r}, and got {answer!r}."

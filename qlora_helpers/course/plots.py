@@ -117,13 +117,14 @@ def _as_html(fig: Figure, alt: str, caption: str = "") -> HTML:
     return HTML(f'<figure style="margin: 0">{image}<figcaption>{html.escape(caption)}</figcaption></figure>')
 
 
-def show(fig: Figure, number: str = "", alt: str = "") -> None:
+def show(fig: Figure, number: str = "", alt: str = "", instead_of: LivePlot | None = None) -> None:
     """Display a figure with alt text: one of the lessons' by its number, with the number below it; or one of one's own.
 
     Args:
         number: such as "2.1", of a lesson's figure, whose alt text is in `alt_texts`. A text that is no such number is
             taken as the alt text.
         alt: the alt text of a figure without a number, or of one whose text is made from what was computed.
+        instead_of: a live plot of the same run; the figure takes its place, so that its curves are there once.
 
     Raises:
         ValueError: there is no alt text, or there are two.
@@ -138,7 +139,11 @@ def show(fig: Figure, number: str = "", alt: str = "") -> None:
         alt = figure_texts.alt_text(number)
     if not alt.strip():
         raise ValueError("alt='': say in words what the figure shows, for those who cannot see it")
-    display(_as_html(fig, alt, f"Figure {number}" if number else ""))
+    image = _as_html(fig, alt, f"Figure {number}" if number else "")
+    if instead_of is not None and instead_of.handle is not None:
+        instead_of.handle.update(image)
+    else:
+        display(image)
 
 
 def stacked_bars(ax: Axes, names: Sequence[str], parts: Mapping[str, Sequence[float]], unit: str) -> None:

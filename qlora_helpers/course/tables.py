@@ -3,6 +3,7 @@
 show_table(["format", "error", "recall"], [("NF4", 0.09201, 0.983), ("INT4", 0.1, 0.9715)], ["", ".4f", ".1%"])
 
 format   error  recall
+------  ------  ------
 NF4     0.0920   98.3%
 INT4    0.1000   97.2%
 """
@@ -21,7 +22,7 @@ GAP = "  "
 
 
 def as_table(headings: Sequence[str], rows: Iterable[Sequence[Any]], formats: Sequence[str] | None = None) -> str:
-    """The table as text, one line per row after the line of headings.
+    """The table as text: a line of headings, a rule, and a line for each row.
 
     Args:
         headings: a name for each column.
@@ -49,14 +50,15 @@ def as_table(headings: Sequence[str], rows: Iterable[Sequence[Any]], formats: Se
         values = [row[at] for row in plain]
         cells = [str(heading), *(_written(value, spec, heading) for value in values)]
         width = max(map(len, cells))
+        cells.insert(1, "-" * width)
         of_numbers = any(map(_is_number, values))
         columns.append([cell.rjust(width) if of_numbers else cell.ljust(width) for cell in cells])
     return "\n".join(GAP.join(line).rstrip() for line in zip(*columns, strict=True))
 
 
 def show_table(headings: Sequence[str], rows: Iterable[Sequence[Any]], formats: Sequence[str] | None = None) -> None:
-    """Print `as_table` of the same arguments."""
-    print(as_table(headings, rows, formats))
+    """Print `as_table` of the same arguments, and an empty line, so that what is printed next is no row of it."""
+    print(as_table(headings, rows, formats), end="\n\n")
 
 
 def _plain(value: Any) -> Any:

@@ -139,20 +139,20 @@ def fit_explorer() -> ipywidgets.Widget:
             print(error)
             return
         spare, room = prediction.spare_bytes / GIB, card.usable_bytes / GIB
-        title = f"fits with {spare:.1f} GiB to spare" if spare >= 0 else f"does not fit: {-spare:.1f} GiB too much"
+        verdict = f"fits with {spare:.1f} GiB to spare" if spare >= 0 else f"does not fit: {-spare:.1f} GiB too much"
         fig, ax = plots.figure(figsize=(7.2, 2.6))
         plots.stacked_bars(ax, [""], {part: [size] for part, size in _explained(prediction).items()}, "GiB")
         ax.axvline(room, color="black", linestyle="--")
         ax.set_xlim(0, 1.12 * max(room, prediction.device_bytes / GIB))
         ax.set_yticks([])
         ax.set_xlabel(f"GiB on the card; the dashed line is the {card.name} with {room:.2f} GiB")
-        ax.set_title(title)
+        ax.set_title(f"{model.rpartition('/')[2]} {verdict}")
         ax.get_legend().remove()
         fig.legend(loc="outside lower center", ncols=4, fontsize=8)
         plots.show(
             fig,
             f"{model} on {card.name}, rank {rank}, {batch_size} x {max_length:,} tokens: "
-            f"{prediction.device_bytes / GIB:.1f} of {room:.1f} GiB; {title}.",
+            f"{prediction.device_bytes / GIB:.1f} of {room:.1f} GiB; {verdict}.",
         )
 
     def choose(options, value, description: str):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ class _Saved:
         self.tensor = tensor.detach()  # with its history, an operation that keeps its own output would never be freed
 
 
-@dataclass
+@dataclass(frozen=True)
 class MostSaved:
     """What was held while a function ran.
 
@@ -35,11 +35,10 @@ class MostSaved:
     most_bytes: int
 
 
-@dataclass
 class _Counter:
-    most: int = 0
-    now: int = 0
-    held: dict[int, int] = field(default_factory=dict)  # a storage's address, and how many tensors of it are kept
+    def __init__(self) -> None:
+        self.most = self.now = 0
+        self.held: dict[int, int] = {}  # a storage's address, and how many tensors of it are kept
 
     def pack(self, tensor: torch.Tensor) -> _Saved:
         saved, storage = _Saved(tensor), tensor.untyped_storage()

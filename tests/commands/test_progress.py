@@ -39,7 +39,7 @@ def a_class(tmp_path):
 
 
 def rows(text: str) -> list[list[str]]:
-    return [line.split() for line in text.splitlines()]
+    return [line.split() for line in text.splitlines() if not line.startswith("---")]
 
 
 def test_one_person_has_a_row_for_each_exercise_and_for_each_quiz(call, one):
@@ -48,6 +48,7 @@ def test_one_person_has_a_row_for_each_exercise_and_for_each_quiz(call, one):
     table, counts, note = out.split("\n\n")
     assert table.splitlines() == [
         "lesson  exercise  result        about",
+        "------  --------  ------------  --------------------",
         "2       2.1       right         the bits in a code",
         "2       2.2       wrong         a format of your own",
         "2       2.3       open          a run: by hand",
@@ -77,6 +78,7 @@ def test_a_class_has_a_row_for_each_person_and_counts_for_each_exercise(call, a_
     persons, exercises, said, *_ = out.split("\n\n")
     assert code == 0 and persons.splitlines() == [
         "person  lesson 2  lesson 3  exercises right  quiz",
+        "------  --------  --------  ---------------  ----",
         "=Bo     1/3       1/1                     2  –",
         "Ada     1/3       –                       1  1/2",
         "Jörg    –         –                       0  –",

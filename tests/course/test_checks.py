@@ -1,13 +1,11 @@
-"""check() compares numbers the way it says; exercise() tells a learner what is wrong and never raises."""
+"""check() compares numbers the way it says."""
 
-import math
 import re
-import sys
 
 import pytest
 import torch
 
-from qlora_helpers.course.checks import CheckFailed, check, exercise
+from qlora_helpers.course.checks import CheckFailed, check
 
 NAN, INFINITY = float("nan"), float("inf")
 
@@ -28,8 +26,8 @@ def printed(capsys):
         (-1010, -1000, {"rel": 0.01}, "✓ n: -1,000, within 1 % (measured -1,010)\n"),
         (4.12695, 4.127, {"abs": 1e-4}, "✓ n: 4.127, within 0.0001 (measured 4.12695)\n"),
         (1e-9, 0, {"abs": 1e-8}, "✓ n: 0, within 1e-08 (measured 1e-09)\n"),
-        (0, 0, {"rel": 0.1}, "✓ n: 0, within 10 % (measured 0)\n"),
-        (torch.tensor(2.0), 2.0, {"rel": 0.1}, "✓ n: 2, within 10 % (measured 2)\n"),
+        (0, 0, {"rel": 0.1}, "✓ n: 0, within 10 %\n"),
+        (torch.tensor(2.0), 2.0, {"rel": 0.1}, "✓ n: 2, within 10 %\n"),
         (12345678, 12345678, {"exact": True}, "✓ n: 12,345,678\n"),
         (4.5, 4.5, {"exact": True}, "✓ n: 4.5\n"),
         ("Easthaven", "Easthaven", {"exact": True}, "✓ n: Easthaven\n"),
@@ -215,131 +213,3 @@ def test_a_tolerance_that_is_no_positive_number_is_refused(word, tolerance):
         match=rf"{word}={re.escape(repr(tolerance))[:40]}.* must be a positive number; for equality, exact=True",
     ):
         check("n", 1, 1, **{word: tolerance})
-
-
-# exercise
-
-
-def test_dots_are_not_solved_yet(capsys):
-    exercise("bits", ..., 4.5, hint="Count the scales too.")
-    line = "○ bits: not solved yet. Replace the dots (...) and run this cell again. Hint: Count the scales too.\n"
-    assert printed(capsys) == line
-
-
-def square(x):
-    return x * x
-
-
-@pytest.mark.parametrize(
-    ("answer", "right"),
-    [
-        (4.5, 4.5),
-        (4.5 * (1 + 1e-7), 4.5),
-        (9, 9.0),
-        ("nf4", "nf4"),
-        (True, True),
-        ([1, 2], [1, 2]),
-        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0])),
-        (torch.tensor([1.0, 2.0]).double(), torch.tensor([1.0, 2.0])),
-        (square, lambda answer: "" if answer(3) == 9 else "expected 9"),
-    ],
-)
-def test_a_right_answer_is_called_right(answer, right, capsys):
-    exercise("e", answer, right, hint="unseen")
-    assert printed(capsys) == "✓ e: right!\n"
-
-
-@pytest.mark.parametrize(
-    ("answer", "right", "said"),
-    [
-        (4.0, 4.5, "expected 4.5, and got 4."),
-        (4_000_000, 4_500_000, "expected 4,500,000, and got 4,000,000."),
-        (NAN, 4.5, "expected 4.5, and got nan."),
-        ("4.5", 4.5, "expected a number, and got '4.5'."),
-        (True, 1, "expected a number, and got True."),
-        (None, 4.5, "expected a number, and got None."),
-        ("fp4", "nf4", "expected 'nf4', and got 'fp4'."),
-        (1, 2, "expected 2, and got 1."),
-        ([1.0], torch.ones(1), "expected a tensor of shape (1,), and got list."),
-        (torch.ones(2, 1), torch.ones(2), "expected shape (2,), and got (2, 1)."),
-        (torch.ones(2), torch.tensor([1.0, 1.5]), "the shape is right, but values differ by up to 0.5."),
-        (square, lambda answer: f"expected 10, and got {answer(3)}.", "expected 10, and got 9."),
-    ],
-)
-def test_a_wrong_answer_is_told_what_was_expected_and_what_came(answer, right, said, capsys):
-    exercise("e", answer, right)
-    assert printed(capsys) == f"✗ e: {said}\n"
-
-
-def test_a_wrong_answer_gets_the_hint(capsys):
-    exercise("e", 4.0, 4.5, hint="Count the scales too.")
-    assert printed(capsys) == "✗ e: expected 4.5, and got 4. Hint: Count the scales too.\n"
-
-
-def test_a_tensor_with_nan_is_wrong(capsys):
-    exercise("e", torch.tensor([1.0, NAN]), torch.ones(2))
-    assert printed(capsys).startswith("✗ e: ")
-
-
-def test_code_that_raises_is_shown_and_does_not_stop_the_lesson(capsys):
-    def broken(x):
-        return x / 0
-
-    exercise("e", broken, lambda answer: "" if answer(3) == 9 else "expected 9", hint="Think again.")
-    assert printed(capsys) == "✗ e: your code raised ZeroDivisionError: division by zero. Hint: Think again.\n"
-
-
-def test_the_tolerance_of_an_answer_can_be_widened(capsys):
-    exercise("e", 3.14, math.pi, rel=0.01)
-    exercise("e", 3.14, math.pi, rel=1e-5)
-    assert [line[0] for line in printed(capsys).splitlines()] == ["✓", "✗"]
-
-
-OFF = [(1 + 5e-7, "✓"), (1 - 5e-7, "✓"), (1 + 2e-6, "✗"), (1 - 2e-6, "✗")]
-
-
-@pytest.mark.parametrize(("factor", "mark"), OFF)
-@pytest.mark.parametrize("right", [4.5, -4.5, 4.5e-8, torch.tensor([3.0, 4.5]), torch.tensor([-3e6])], ids=str)
-def test_an_answer_may_be_off_by_a_millionth(right, factor, mark, capsys):
-    exercise("e", right * factor, right)
-    assert printed(capsys)[0] == mark
-
-
-@pytest.mark.parametrize(("off", "mark"), [(5e-10, "✓"), (2e-9, "✗")])
-def test_a_tensor_may_have_a_rounding_error_where_zero_is_right(off, mark, capsys):
-    exercise("e", torch.tensor([off]), torch.zeros(1))
-    assert printed(capsys)[0] == mark
-
-
-def test_the_tolerance_of_a_tensor_can_be_widened(capsys):
-    for off, mark in ((1.005, "✓"), (1.02, "✗")):
-        exercise("e", torch.tensor([off]), torch.ones(1), rel=0.01)
-        assert printed(capsys)[0] == mark
-
-
-@pytest.mark.parametrize("rel", [0, -1, NAN, INFINITY, True, "0.1"])
-def test_a_tolerance_of_an_exercise_that_is_no_positive_number_is_refused(rel):
-    with pytest.raises(ValueError, match=r"exercise\('e'\): rel=.* must be a positive number"):
-        exercise("e", 1.0, 2.0, rel=rel)
-
-
-@pytest.mark.parametrize("leave", [sys.exit, lambda: sys.exit("no")], ids=["without", "with a message"])
-def test_code_that_ends_python_is_shown_and_does_not_end_the_lesson(leave, capsys):
-    exercise("e", leave, lambda answer: answer() or "")
-    assert printed(capsys).startswith("✗ e: your code raised SystemExit: ")
-
-
-def test_a_learner_may_interrupt_code_that_takes_too_long():
-    def interrupted():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        exercise("e", interrupted, lambda answer: answer())
-
-
-def test_code_that_recurses_without_end_is_shown(capsys):
-    def endless():
-        return endless()
-
-    exercise("e", endless, lambda answer: answer())
-    assert printed(capsys).startswith("✗ e: your code raised RecursionError: ")

@@ -112,6 +112,26 @@ def test_the_live_plot_and_the_figure_of_the_run_write_their_losses_alike(shown,
     assert len(figures) == 1
 
 
+def test_a_figure_takes_the_place_of_a_live_plot(monkeypatch):
+    places = []  # what the notebook has: an image for each place
+
+    class Handle:
+        def __init__(self, image):
+            self.place = len(places)
+            places.append(image)
+
+        def update(self, image):
+            places[self.place] = image
+
+    monkeypatch.setattr(plots, "display", lambda image, **options: Handle(image))
+    live, empty = plots.LivePlot(steps=6, title="loss"), plots.LivePlot(steps=6, title="loss")
+    live.update(HISTORY, VALIDATED)
+    plots.show(plots.figure()[0], alt="the finished run", instead_of=live)
+    assert len(places) == 1 and "the finished run" in places[0].data
+    plots.show(plots.figure()[0], alt="a run without losses", instead_of=empty)
+    assert len(places) == 2 and "a run without losses" in places[1].data
+
+
 def test_the_live_plot_without_losses_draws_nothing(shown):
     plots.LivePlot(steps=50, title="loss").update([])
     assert shown == []

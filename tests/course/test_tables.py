@@ -14,13 +14,16 @@ def test_words_stand_left_and_numbers_right(capsys):
     show_table(["format", "error", "recall", "block"], rows, ["", ".4f", ".1%", ",d"])
     assert capsys.readouterr().out == (
         "format           error  recall  block\n"
+        "--------------  ------  ------  -----\n"
         "NF4             0.0920   98.3%     64\n"
-        "INT4 symmetric  0.1000  100.0%  1,024\n"
+        "INT4 symmetric  0.1000  100.0%  1,024\n\n"
     )  # fmt: skip
 
 
 def test_no_line_ends_in_blanks_and_headings_may_be_wider():
-    assert as_table(["a number", "who"], [(1, "x"), (22, "long")]) == "a number  who\n       1  x\n      22  long"
+    assert as_table(["a number", "who"], [(1, "x"), (22, "long")]) == (
+        "a number  who\n--------  ----\n       1  x\n      22  long"
+    )
 
 
 def test_without_formats_values_are_shown_as_they_are():
@@ -37,13 +40,14 @@ def test_without_formats_values_are_shown_as_they_are():
         torch.tensor([2.5]),
     ]
     written = [line.strip() for line in as_table(["v"], [[value] for value in values]).splitlines()]
-    assert written == ["v", "0.5", "12", "1/3", "text", "–", "True", "0.25", "7", "3", "2.5"]
+    assert written == ["v", "----", "0.5", "12", "1/3", "text", "–", "True", "0.25", "7", "3", "2.5"]
 
 
 def test_texts_and_nothing_stand_in_a_column_of_numbers():
     rows = [("T4", 5.25), ("V100", "does not fit"), ("L4", None)]
     assert as_table(["GPU", "GiB"], rows, ["", ".1f"]).splitlines() == [
         "GPU            GiB",
+        "----  ------------",
         "T4             5.2",
         "V100  does not fit",
         "L4               –",
@@ -51,8 +55,8 @@ def test_texts_and_nothing_stand_in_a_column_of_numbers():
 
 
 def test_rows_may_come_one_by_one_and_be_none():
-    assert as_table(["n"], ([n] for n in range(2))) == "n\n0\n1"
-    assert as_table(["n", "square"], []) == "n  square"
+    assert as_table(["n"], ([n] for n in range(2))) == "n\n-\n0\n1"
+    assert as_table(["n", "square"], []) == "n  square\n-  ------"
 
 
 @pytest.mark.parametrize(

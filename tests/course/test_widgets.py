@@ -112,16 +112,16 @@ def test_the_parts_of_a_run_add_up_to_its_card():
 
 
 @pytest.mark.parametrize(
-    ("spare", "title"), [(0.5, "fits with 0.5 GiB to spare"), (-0.5, "does not fit: 0.5 GiB too much")]
+    ("spare", "verdict"), [(0.5, "fits with 0.5 GiB to spare"), (-0.5, "does not fit: 0.5 GiB too much")]
 )
-def test_the_title_says_by_how_much_a_run_fits(spare, title, draw, monkeypatch):
+def test_the_title_says_which_model_fits_and_by_how_much(spare, verdict, draw, monkeypatch):
     needed = predict(find_shape(LLAMA), replace(GPU_RUN, max_length=4_096), "t4").device_bytes
     room = needed / GIB + spare
     card = replace(find_gpu("t4"), usable_bytes=needed + int(spare * GIB))
     slider = widgets.fit_explorer()
     monkeypatch.setattr(widgets, "find_gpu", lambda name: card)
     ax, said, alt = draw(slider, LLAMA, "t4", 16, 1, 4_096, True, "paged_adamw_8bit")
-    assert said == title and title in alt
+    assert said == f"Llama-3.1-8B {verdict}" and verdict in alt
     assert sum(patch.get_width() for patch in ax.patches) == pytest.approx(needed / GIB)
     assert ax.lines[0].get_xdata()[0] == pytest.approx(room) and f"with {room:.2f} GiB" in ax.get_xlabel()
     assert ax.get_xlim() == (0, pytest.approx(1.12 * max(room, needed / GIB)))

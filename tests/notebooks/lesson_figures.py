@@ -62,8 +62,10 @@ def main() -> int:
     parser.add_argument("--save", type=Path, help="a folder for the figures")
     given = parser.parse_args()
     (name,) = [name for name in build.lessons() if name.startswith(given.lesson)]
-    bad = 0
-    for number, fig in enumerate(figures_of(name), 1):
+    bad, number, last = 0, 0, None
+    for fig in figures_of(name):
+        number += _title(fig) != last  # a live plot is one figure, drawn again and again
+        last = _title(fig)
         faults = faults_of(fig)
         bad += bool(faults)
         print(f"figure {int(name[:2])}.{number}, {_title(fig)}: {'; '.join(faults) or 'fine'}")

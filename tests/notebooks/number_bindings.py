@@ -4,8 +4,9 @@
     python -m tests.notebooks.number_bindings 03 README    # some of them
     python -m tests.notebooks.number_bindings --propose 03 # blocks for new and changed sentences, to check and paste
 
-The texts are the lessons' Markdown, the words in their figures and the figures' alt texts, the lessons' summaries, README.md, and the cards of
-the shipped model and adapter. Each has a file of bindings, `tests/notebooks/numbers/NAME.txt`. A block in it is a
+The texts are the lessons' Markdown, the words in their figures and the figures' alt texts, the questions of the quiz and
+all that their options say, the lessons' summaries, README.md, teaching/README.md, and the cards of the shipped model and adapter. Each has a
+file of bindings, `tests/notebooks/numbers/NAME.txt`. A block in it is a
 sentence, followed by a line for each of its numbers:
 
     > So 70B in 16 bits takes {a.2} GB: no single card that one can rent cheaply holds it.
@@ -52,10 +53,14 @@ from dataclasses import dataclass, field
 import jupytext
 import nbformat
 
+from notebooks.scripts import quiz_cells
+from notebooks.scripts.running import has_tag
 from qlora_helpers.course import figure_texts
 from qlora_helpers.course.check_lines import without_measured
+from qlora_helpers.course.quiz import Question, read_quiz
 from tests import ROOT
 
+PAGES = {"README": "README.md", "teaching": "teaching/README.md"}
 BINDINGS = ROOT / "tests" / "notebooks" / "numbers"
 LESSONS = ROOT / "notebooks" / "source"
 
@@ -179,7 +184,7 @@ def names_in(sentence: str) -> list[str]:
 
 # Why a number written in a block's own sentence is not a claim; matched around the number, which is marked by «».
 NOT_CLAIMS = {
-    "the number of a lesson": r"^«\d+» · |esson «\d+»|LESSON=«\d+»",
+    "the number of a lesson": r"^\[?«\d+» · |esson «\d+»|LESSON=«\d+»",
     "the number of an exercise": r"^Exercise «\d+(?:\.\d+)?»(?:$|: )",
     "the minutes of an exercise, bound by test_exercises": r"^\*\w+ · \w+ · about «\d+» minutes?\.\*$",
     "a model by its size": r"«[\d.]+[BM]»",
@@ -267,24 +272,32 @@ def lesson_names() -> list[str]:
 
 
 def text_of(name: str) -> Text:
-    """A lesson, `lessons` (their summaries), `README`, or the card `tiny-llama` or `adapters`."""
+    """A lesson, `quiz`, `lessons` (their summaries), `README`, `teaching`, or the card `tiny-llama` or `adapters`."""
     if name in lesson_names():
         cells = jupytext.read(LESSONS / f"{name}.py").cells
         parts = [(f"cell {i}", cell.source) for i, cell in enumerate(cells) if cell.cell_type == "markdown"]
         code_cells = [(i, cell.source) for i, cell in enumerate(cells) if cell.cell_type == "code"]
         parts += [(f"figure of cell {i}", text) for i, source in code_cells for text in words_of_figures(source)]
         return Text(name, parts + alt_texts(name), name)
+    if name == "quiz":
+        questions = [question for lesson in lesson_names() for question in read_quiz(lesson[:2])]
+        return Text(name, [(f"question {question.number}", _all_of(question)) for question in questions])
     if name == "lessons":
         summaries = json.loads((ROOT / "notebooks" / "scripts" / "lessons.json").read_text(encoding="utf-8"))
         return Text(name, [(f"summary of {lesson}", text) for lesson, text in summaries.items()])
-    path = ROOT / ("README.md" if name == "README" else f"data/{name}/README.md")
+    path = ROOT / PAGES.get(name, f"data/{name}/README.md")
     written = re.sub(r"<!-- (\S+) -->.*?<!-- end of \1 -->", "", path.read_text(encoding="utf-8"), flags=re.S)
     place = path.relative_to(ROOT)
     return Text(name, [(f"{place}, {part.splitlines()[0]}", part) for part in re.split(r"\n(?=## )", written)])
 
 
+def _all_of(question: Question) -> str:
+    """A question with its options, and what each of them says, as Markdown."""
+    return "\n\n".join([question.text, *(text for option in question.options for text in (option.text, option.says))])
+
+
 def all_texts() -> list[str]:
-    return [*lesson_names(), "lessons", "README", "tiny-llama", "adapters"]
+    return [*lesson_names(), "quiz", "lessons", *PAGES, "tiny-llama", "adapters"]
 
 
 # ------------------------------------------------------------------------------------------------------ evidence
@@ -298,7 +311,8 @@ class NoEvidence(ValueError):
 def _cells(lesson: str) -> list[nbformat.NotebookNode]:
     folders = ROOT / "notebooks", ROOT / "notebooks" / "solutions"
     both = [nbformat.read(folder / f"{lesson}.ipynb", as_version=4).cells for folder in folders]
-    return [cell for cells in both for cell in cells if cell.cell_type == "code"]
+    # what the quiz prints is a text with numbers of its own, and no evidence
+    return [cell for cells in both for cell in cells if cell.cell_type == "code" and not has_tag(cell, quiz_cells.TAG)]
 
 
 def _squeezed(text: str) -> str:

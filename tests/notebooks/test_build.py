@@ -11,6 +11,7 @@ import pytest
 
 from data.scripts.markdown_tables import fill
 from notebooks.scripts import build
+from qlora_helpers.course.quiz import marking
 
 code, text = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
 
@@ -100,6 +101,8 @@ def small_course(tmp_path, monkeypatch):
     shutil.copy(build.ROOT / "pyproject.toml", tmp_path)
     for name, value in {"ROOT": tmp_path, "SOURCES": source, "TIMINGS": timings, "EDITIONS": editions}.items():
         monkeypatch.setattr(build, name, value)
+    monkeypatch.setattr(marking, "FOLDER", tmp_path)  # it has no quiz
+    monkeypatch.setattr(build.guide, "fill_page", lambda: None)
     monkeypatch.setattr(build, "readme_tables", lambda: {"lessons": "| a table |"})
     for edition, folder in editions.items():
         made = build.build_edition("01_one", edition, {})

@@ -47,20 +47,27 @@ DECIDED = {
         # their last bits do not decide a word. One answer at a time would also use other kernels for the base.
         "8 answers of a mixed batch, as from each adapter alone": "text",
         "words per answer": "text",
+        "without_effect": "text",  # 38 of 40 answers are right, and 34 are enough: the last bits do not decide
+    },
+    "07_does_it_cost_quality": {
+        "rate_for_alpha": "count",  # a loss of 0.66 where 0.9 is enough: the last bits do not decide
     },
     "08_stability": {
         "loss spikes": "count",  # a spike is far above the usual loss: the last bits do not decide
         "the run was stopped": "text",
         "is the end learnt?": "count",
+        "cured": "count",  # a loss of 2.0 where 2.5 is enough: the last bits do not decide
         "first tokens": "count",
     },
     "09_out_of_memory": {
         "phases in order": "text",
         "f'a run made to die on its way {where}, by its traceback'": "text",
+        "evaluation": "bound",  # what the graph holds grows eightfold, or not at all
     },
     "10_your_own_data": {
         "stopped before the last step": "count",  # sixteen rows are learnt by heart long before
         "called forgotten or broken": "text",  # facts are guessed after this run: the last bits do not decide
+        "in_time": "bound",  # a few rows are learnt by heart long before the last step
     },
 }
 

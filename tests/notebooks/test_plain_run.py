@@ -138,6 +138,7 @@ def test_without_bf16_said_off_trl_refuses_a_cpu(plain):
 def test_the_defaults_of_which_the_lesson_tells(tmp_path):
     config = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     assert (config.num_train_epochs, config.learning_rate, config.seed) == (3, 2e-5, 42)
+    assert config.warmup_steps == 0
     assert (config.save_strategy, config.save_steps) == ("steps", 500)
     assert config.gradient_checkpointing and config.max_length and config.truncation_mode == "keep_start"
     assert config.optim == "adamw_torch_fused" and SFTConfig(output_dir=str(tmp_path), use_cpu=True).bf16

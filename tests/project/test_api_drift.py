@@ -37,6 +37,7 @@ METHODS = {
     "attention": "torch.nn.functional.scaled_dot_product_attention",
     "clamp": "torch.Tensor.clamp",
     "mean": "torch.Tensor.mean",
+    "sum": "torch.Tensor.sum",
     "normal_": "torch.Tensor.normal_",
     "repeat_interleave": "torch.Tensor.repeat_interleave",
     "load_state_dict": "torch.nn.Module.load_state_dict",
@@ -47,7 +48,6 @@ METHODS = {
     "decode": "transformers.PreTrainedTokenizerFast.decode",
     "encode": "transformers.PreTrainedTokenizerFast.encode",
     "model": "transformers.LlamaForCausalLM.forward",
-    "layer": "transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward",
     "from_config": "transformers.AutoModelForCausalLM.from_config",
     "from_pretrained": "transformers.PreTrainedModel.from_pretrained",
     "get_text_config": "transformers.PretrainedConfig.get_text_config",
@@ -133,11 +133,19 @@ def speed_options() -> set[str]:
     return set(speed_variants.RECIPE).union(*(speed_variants.sft_options(row, True, 1, Path()) for row in rows))
 
 
+def given_to_dict(path: str, name: str) -> list[str]:
+    """The keys of `name = dict(key=…)` in a file."""
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    made = [node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name]
+    return [keyword.arg for call in made for keyword in call.keywords]
+
+
 # The keys of expanded dictionaries that cannot be read from the code, by file and expression.
 EXPANDED = {
     # what a library passes to a function of the course, which passes it back
     ("attention.py", "options"): lambda: (),
     ("trainer.py", "kwargs"): lambda: (),
+    ("04_qlora_run.py", "copied | changes"): lambda: given_to_dict("notebooks/source/04_qlora_run.py", "copied"),
     # what the trainer's collator returns
     ("08_stability.py", "batch"): lambda: ("input_ids", "attention_mask", "labels"),
     ("faulty_runs.py", "options"): lambda: faulty_runs._common(".", Settings(), CPU),
@@ -193,7 +201,9 @@ def accepted(name: str) -> frozenset[str]:
         if parameter.kind is parameter.VAR_KEYWORD:
             # a function that passes its **kwargs on may `get` a keyword only to look at it
             ways = ("pop",) if name in PASSED_ON else ("pop", "get")
-            names |= taken_from(parameter.name, callee.__init__ if inspect.isclass(callee) else callee, ways)
+            made_by = (callee.__init__, callee.__new__) if inspect.isclass(callee) else (callee,)
+            for function in filter(inspect.isroutine, map(inspect.unwrap, made_by)):
+                names |= taken_from(parameter.name, function, ways) if hasattr(function, "__code__") else set()
     return frozenset(names).union(*map(accepted, PASSED_ON.get(name, [])))
 
 

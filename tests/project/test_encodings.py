@@ -6,7 +6,7 @@ import pytest
 
 from qlora_helpers.paths import COURSE
 
-ROOMS = ("qlora_helpers", "data/scripts", "notebooks/scripts", "colab", "website")
+ROOMS = ("qlora_helpers", "data/scripts", "notebooks/scripts", "colab", "teaching/scripts", "website")
 FILES = [path for room in ROOMS for path in sorted((COURSE / room).rglob("*.py"))]
 FILES.remove(COURSE / "colab" / "setup_cell.py")  # its only text file has a checksum
 

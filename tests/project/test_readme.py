@@ -34,7 +34,7 @@ def test_the_readme_s_commands_are_those_of_the_makefile_and_ci_checks_everythin
     quick_start = set(re.findall(r"^make ([\w-]+)", README, re.M))
     assert {"run", "test", "lab"} <= quick_start <= targets
     assert (
-        {"run", "preflight", "test", "test-all", "test-colab", "attack", "mutants", "notebooks", "site"}
+        {"run", "preflight", "teaching", "test", "test-all", "test-colab", "attack", "mutants", "notebooks", "site"}
         == in_the_table
         <= targets
     )
@@ -67,7 +67,7 @@ def test_a_time_of_another_number_of_lessons_says_so(tmp_path, monkeypatch):
 
 
 def test_links_to_files_resolve():
-    pages = [*ROOT.glob("*.md"), *ROOT.glob("data/**/*.md")]
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("data/**/*.md"), *ROOT.glob("teaching/**/*.md")]
     links = [
         (page, target)
         for page in pages

@@ -294,7 +294,9 @@ def test_other_validation_chats_alone_are_noticed(tmp_path):
     shutil.rmtree(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"begun differently: validation_chats was '\w+' and is now '\w+'\. Resume"):
         run(tmp_path, settings, TRAINING, validation_chats=HELD_OUT[1:], resume=True)
-    with pytest.raises(ValueError, match=r"begun differently: eval_steps was 1 and is not set now; validation_chats was"):
+    with pytest.raises(
+        ValueError, match=r"begun differently: eval_steps was 1 and is not set now; validation_chats was"
+    ):
         run(tmp_path, settings, TRAINING, resume=True)
 
 

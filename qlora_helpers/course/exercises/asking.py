@@ -113,7 +113,7 @@ class Exercise:
             ExerciseBroken: not the answer but the exercise is at fault.
             TypeError: what is `given` is not what the exercise takes.
         """
-        said = f"Exercise {self.number}, {self.title}"
+        said = f"Exercise {self.number}, {self.title.rstrip('?')}"  # a colon follows
         fault = self.judge(answer, **given)
         if fault is None:
             print(f"○ {said}: {NOT_SOLVED}")
@@ -215,13 +215,16 @@ def _asked(answer: Any) -> Any:
 
 
 def _identity(answer: Any) -> str:
-    """A text that two answers share only if they are alike: a function by its code, numbers by their values."""
+    """A text that two answers share only if they are alike: a function by its code, numbers and models by their values."""
     try:
         if isinstance(answer, types.FunctionType):
             said = repr([answer.__defaults__, *_parts(answer.__code__)])
         elif is_tensor(answer) or is_array(answer):
             array = as_array(answer)
             said = array if isinstance(array, str) else f"{array.shape}{array.tobytes()!r}"
+        elif hasattr(answer, "named_parameters"):  # a model: two of one architecture have the same repr
+            values = [(name, weight.double().sum().item()) for name, weight in answer.named_parameters()]
+            said = f"{answer!r}{values}"
         else:
             said = repr(answer)
     except Exception:  # of a learner's own class

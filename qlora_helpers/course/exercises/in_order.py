@@ -32,6 +32,6 @@ def in_order(right: Sequence[str], options: Collection[str] | Mapping[str, Colle
             if all(is_not(one) for is_not in known):
                 return f"your answer has {one!r} in it, which is none of: {listed}."
         hits = sum(not judge(one) for judge, one in zip(judges, answer, strict=True))
-        return "" if hits == len(right) else f"{hits} of {len(right)} are right."
+        return "" if hits == len(right) else f"{hits} of {len(right)} {'is' if hits == 1 else 'are'} right."
 
     return fault

@@ -44,8 +44,8 @@ shrinking = Exercise(
     difficulty="easy",
     minutes=5,
     hints=(
-        "what does QLoRA leave in 16 bits, and how large is that in each of the three?",
-        "compare vocab_size * hidden_size with the linear layers; KNOWN has the shapes.",
+        "What does QLoRA leave in 16 bits, and how large is that in each of the three?",
+        "Compare vocab_size * hidden_size with the linear layers; KNOWN has the shapes.",
     ),
     fault=in_order(
         sorted(_MODELS, key=lambda name: -_shrinks(_MODELS[name])),
@@ -80,8 +80,8 @@ some_layers = Exercise(
     difficulty="medium",
     minutes=10,
     hints=(
-        "each adapted layer has rank * (in + out) parameters, in every decoder layer.",
-        "keys and values are narrower than queries: lora_parameters above has their width as kv. The MLP's three have the "
+        "Each adapted layer has rank * (in + out) parameters, in every decoder layer.",
+        "Keys and values are narrower than queries: lora_parameters above has their width as kv. The MLP's three have the "
         "hidden size on one side and the intermediate size on the other.",
     ),
     fault=function(
@@ -118,8 +118,8 @@ room = Exercise(
     difficulty="easy",
     minutes=5,
     hints=(
-        "which unit does the card have, and which have your weights?",
-        "qlora_weight_bytes gives bytes; a GiB is 2**30 of them.",
+        "Which unit does the card have, and which have your weights?",
+        "Take the bytes of qlora_weight_bytes, with scales and all that stays in 16 bits; a GiB is 2**30 of them.",
     ),
     fault=function(
         _leaves_room,
@@ -151,8 +151,6 @@ def config_of_a_colleague() -> peft.LoraConfig:
 
 
 def _fault_of_config(answer: Any) -> str:
-    if isinstance(answer, dict):
-        answer = peft.LoraConfig(**answer)
     if not isinstance(answer, peft.LoraConfig):
         return f"your answer is {answer!r}, and not a LoraConfig."
     model = load_model(hardware=detect("cpu"))
@@ -180,8 +178,8 @@ too_much = Exercise(
     difficulty="medium",
     minutes=15,
     hints=(
-        "make the model with get_peft_model and look at named_parameters(): which of them have requires_grad?",
-        "an adapter's parameters have lora_ in their names. What else is trained? Print their_config, and look for it there.",
+        "Make the model with get_peft_model and look at named_parameters(): which of them have requires_grad?",
+        "An adapter's parameters have lora_ in their names. What else is trained? Print their_config, and look for it there.",
     ),
     fault=_fault_of_config,
 )

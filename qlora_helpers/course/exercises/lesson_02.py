@@ -26,8 +26,8 @@ changed_weights = Exercise(
     difficulty="medium",
     minutes=5,
     hints=(
-        "what does each change do to a block once it is divided by its absmax?",
-        "try each of the four on gaussian, and compare relative_error(changed, NF4, 64) with that of gaussian itself.",
+        "What does each change do to a block once it is divided by its absmax?",
+        "Try each of the four on gaussian, and compare relative_error(changed, NF4, 64) with that of gaussian itself.",
     ),
     fault=in_order(
         ["the same", "the same", "smaller", "larger"],
@@ -100,8 +100,8 @@ better_scale = Exercise(
     difficulty="hard",
     minutes=20,
     hints=(
-        "try a few scales for every block, each a share of its absmax, and keep the one with the least squared error.",
-        "loop over shares from 0.7 to 1. For each, quantise all blocks at once and sum the squared errors of each block; "
+        "Try a few scales for every block, each a share of its absmax, and keep the one with the least squared error.",
+        "Loop over shares from 0.7 to 1. For each, quantise all blocks at once and sum the squared errors of each block; "
         "torch.where(error < best, new, old) then keeps what is better, block by block.",
     ),
     fault=_fault_of_scale,
@@ -123,8 +123,8 @@ faulty_quantiser = Exercise(
     difficulty="medium",
     minutes=15,
     hints=(
-        "take one block, quantise it with round_to and with quantize, and look at where the two differ. There are two faults.",
-        "what does the scale become if the weight that is largest in size is negative? And to which value does a weight go "
+        "Take one block, quantise it with round_to and with quantize, and look at where the two differ. There are two faults.",
+        "What does the scale become if the weight that is largest in size is negative? And to which value does a weight go "
         "that lies just above another one?",
     ),
     fault=function(

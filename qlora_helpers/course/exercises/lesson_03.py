@@ -21,8 +21,8 @@ tables = Exercise(
     difficulty="medium",
     minutes=5,
     hints=(
-        "where between -1 and 1 do the scales of a block of 256 lie, in each of the two matrices?",
-        "how far apart are neighbouring values of each table near 1, near 0.3, and near 0.001?",
+        "Where between -1 and 1 do the scales of a block of 256 lie, in each of the two matrices?",
+        "How far apart are neighbouring values of each table near 1, near 0.3, and near 0.001?",
     ),
     fault=in_order(["equal steps", "dynamic"], {"dynamic": [], "equal steps": ["equal", "equal step"]}),
 )
@@ -73,8 +73,8 @@ from_bytes = Exercise(
     difficulty="hard",
     minutes=20,
     hints=(
-        "first the scales: table[code] * absmax of its group + offset. The group of a scale is its number // 256.",
-        "then the codes: packed >> 4 is the first of each byte and packed & 15 the second, in turns (torch.stack, then "
+        "First the scales: table[code] * absmax of its group + offset. The group of a scale is its number // 256.",
+        "Then the codes: packed >> 4 is the first of each byte and packed & 15 the second, in turns (torch.stack, then "
         "flatten). Look each up in state.code, and multiply by the scale of its block.",
     ),
     fault=_fault_of_decoding,
@@ -114,8 +114,8 @@ fixed_cost = Exercise(
     difficulty="medium",
     minutes=15,
     hints=(
-        "compare what a layer's quant_state holds in both models: which tensors grow with the matrix, and which do not?",
-        "the second level has a table of its own, and something else that there is once per matrix. For the second question, "
+        "Compare what a layer's quant_state holds in both models: which tensors grow with the matrix, and which do not?",
+        "The second level has a table of its own, and something else that there is once per matrix. For the second question, "
         "try one size after the other: quantize(torch.ones(count), double_quant=...).nbytes.",
     ),
     fault=_fault_of_cost,

@@ -74,7 +74,7 @@ first_step = Exercise(
     hints=(
         "A gradient travels back along the arrows of figure 4.2. What is it multiplied by on its way to each of the four?",
         "One of the four is frozen. And through which matrix must the gradient go to reach another? What does that "
-        "matrix hold at the first step?",
+        "matrix hold at the first step? Count the ways that lead to x, too.",
     ),
     fault=choice({"B", "x"}, {"W": ["weight"], "A": [], "B": [], "x": ["input"]}),
 )

@@ -169,8 +169,8 @@ which_setting = Exercise(
     minutes=15,
     hints=(
         'For each candidate, print predict(small, replace(claimed, ...), "h200").peak_allocated_bytes / GIB.',
-        "The measured peak lies a GiB above the prediction. Which line of many tutorials makes more than the layers' products "
-        "wider?",
+        "The measured peak lies more than a GiB above the prediction. In the figure of what each setting costs only a few cost "
+        "so much, and one of these comes from a single line that many tutorials have.",
     ),
     fault=_explains_the_peak,
 )

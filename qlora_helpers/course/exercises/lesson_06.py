@@ -1,4 +1,4 @@
-"""Lesson 6's exercises: one adapter of two, a merge in two halves, and two adapters without effect."""
+"""Lesson 6's exercises: one adapter from two, a merge in two halves, and two adapters that do nothing."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _fault_of_one_of_two(answer: Callable[..., Any]) -> str:
 
 one_of_two = Exercise(
     number="6.1",
-    title="one adapter of two",
+    title="one adapter from two",
     kind="build",
     difficulty="medium",
     minutes=15,
@@ -167,7 +167,7 @@ def _fault_of_the_rescued(answer: Any, tokenizer: PreTrainedTokenizerBase, chats
 
 without_effect = Exercise(
     number="6.3",
-    title="adapters without effect",
+    title="adapters that do nothing",
     kind="run",
     difficulty="medium",
     minutes=15,

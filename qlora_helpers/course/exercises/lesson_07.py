@@ -24,7 +24,7 @@ def _more_than_noise(pairs: Mapping[str, Sequence[float]]) -> str:
 
 noise = Exercise(
     number="7.1",
-    title="which of the two is noise?",
+    title="difference or noise, by eye",
     kind="predict",
     difficulty="medium",
     minutes=5,
@@ -112,7 +112,7 @@ fair_difference = Exercise(
             ),
             "more seeds of one than of the other": (
                 {1e-3: {0: 0.9, 1: 0.8, 2: 0.85, 3: 0.2, 4: 0.3}},
-                {1e-3: {0: 0.7, 1: 0.6, 2: 0.65}, 2e-3: {0: 0.1, 1: 0.2, 2: 0.3, 3: 0.4}},
+                {1e-3: {0: 0.7, 1: 0.6, 2: 0.65}, 2e-3: {0: 0.4, 1: 0.5, 2: 0.6, 3: 0.7}},
             ),
             "the seeds in another order": ({1e-3: {2: 0.9, 0: 0.5}}, {1e-3: {0: 0.4, 1: 0.9, 2: 0.6}}),
         },

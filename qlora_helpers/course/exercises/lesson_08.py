@@ -72,7 +72,7 @@ def _fault_of_cure(answer: Any, sick: Settings, losses_of: Callable[[Settings], 
     highest = max(losses)
     if not math.isfinite(end) or highest > 1.5 * losses[0]:
         return f"{said}, and it went up to {highest:.1f}: it still diverges."
-    return f"{said}, which is not low enough. It has not leapt: is it too slow now?"
+    return f"{said}, which is not low enough. It has not leapt: is the rate still too high, or too low now?"
 
 
 cured = Exercise(

@@ -154,14 +154,14 @@ RIGHT = {
         Tried(config(target_modules=SEVEN)),
         Tried(config(lora_dropout=0.05, bias="none")),
         Tried(config(modules_to_save=None, lora_alpha=16)),
-        Tried({"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}),
+        Tried(config(target_modules=set(SEVEN))),
     ],
 }  # fmt: skip
 
 WRONG = {
     "shrinking": [
-        Tried(["Llama-3.2-1B", "Llama-3.1-8B", "Mistral-7B"], says="1 of 3 are right"),
-        Tried(["Llama-3.1-8B", "Mistral-7B", "Llama-3.2-1B"], says="1 of 3 are right"),
+        Tried(["Llama-3.2-1B", "Llama-3.1-8B", "Mistral-7B"], says="1 of 3 is right"),
+        Tried(["Llama-3.1-8B", "Mistral-7B", "Llama-3.2-1B"], says="1 of 3 is right"),
         Tried(["Llama-3.1-8B", "Llama-3.2-1B", "Mistral-7B"], says="0 of 3 are right"),
         Tried("Mistral-7B", says="where a list of 3 words is asked for"),
         Tried(["Mistral-7B"], says="has 1 entries, where 3"),
@@ -187,6 +187,6 @@ WRONG = {
         Tried(config(r=8), says="the adapters have the rank 8"),
         Tried(config(target_modules=["q_proj", "v_proj"]), says="8 of 28 linear layers have an adapter"),
         Tried(config(target_modules=[*SEVEN, "lm_head"]), says="lm_head has an adapter, too"),
-        Tried(16, says="not a LoraConfig"),
+        Tried({"r": 16, "target_modules": "all-linear"}, says="not a LoraConfig"),
     ],
 }

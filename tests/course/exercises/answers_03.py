@@ -132,8 +132,8 @@ RIGHT = {
 WRONG = {
     "tables": [
         Tried(["dynamic", "equal steps"], says="0 of 2 are right"),
-        Tried(["dynamic", "dynamic"], says="1 of 2 are right"),
-        Tried(["equal", "equal"], says="1 of 2 are right"),
+        Tried(["dynamic", "dynamic"], says="1 of 2 is right"),
+        Tried(["equal", "equal"], says="1 of 2 is right"),
         Tried(["fp8", "dynamic"], says="'fp8' in it, which is none of"),
     ],
     "from_bytes": [

@@ -147,6 +147,11 @@ def highest_value(one, other):
     return statistics.mean(a[seed] - b[seed] for seed in a.keys() & b.keys())
 
 
+def highest_sum(one, other):
+    a, b = (max(tries.values(), key=lambda scores: sum(scores.values())) for tries in (one, other))
+    return statistics.mean(a[seed] - b[seed] for seed in a.keys() & b.keys())
+
+
 # ---- 7.4
 
 
@@ -185,6 +190,7 @@ WRONG = {
         Tried(at_one_rate, says="in the case “each has a best rate of its own”"),
         Tried(best_of_each_seed, says="in the case “one lucky seed at a worse rate”"),
         Tried(highest_value, says="in the case “one lucky seed at a worse rate”"),
+        Tried(highest_sum, says="in the case “more seeds of one than of the other”"),
         Tried(of_all_seeds, says="in the case “more seeds of one than of the other”"),
         Tried(in_the_order_given, says="in the case “the seeds in another order”"),
     ],

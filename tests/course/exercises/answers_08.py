@@ -200,7 +200,7 @@ WRONG = {
         Tried(SICK, says="it still diverges", **RUN),
         Tried(replace(SICK, max_grad_norm=0.3), says="it still diverges", **RUN),
         Tried(replace(SICK, warmup_steps=12, max_grad_norm=0.3), says="it still diverges", **RUN),
-        Tried(replace(SICK, learning_rate=2e-4), says="is it too slow now?", **RUN),
+        Tried(replace(SICK, learning_rate=2e-4), says="is the rate still too high, or too low now?", **RUN),
         Tried(replace(SICK, steps=2), says="you have changed steps", **RUN),
         Tried(replace(SICK, optimizer="sgd"), says="you have changed optimizer", **RUN),
         Tried(replace(SICK, learning_rate=5e-3, log_steps=6), says="2 losses instead of 12", **RUN),

@@ -19,7 +19,7 @@ RUNS = {
     "A": replace(ONE, batch_size=8),
     "B": replace(ONE, batch_size=8, gradient_checkpointing=False),
     "C": replace(ONE, max_length=512, rank=256, optimizer="adamw_torch"),
-    "D": replace(ONE, batch_size=4, rank=256, optimizer="adamw_torch"),
+    "D": replace(ONE, batch_size=8, rank=256, optimizer="adamw_torch"),
 }
 DIES = {"shape": EIGHT, "runs": RUNS, "room": 11 * GIB}
 

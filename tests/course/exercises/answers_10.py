@@ -276,7 +276,8 @@ WRONG = {
         Tried(Made([], None, False), says="not validated", **STEPS),
         Tried(made(10, 80, 150), says="nothing stopped it", **STEPS),
         Tried(made(25, 75, 100), says="too seldom", **STEPS),
-        Tried(made(1, 7, 9, lowest=5.0), says="hardly begun", **STEPS),
+        Tried(made(1, 7, 9, lowest=5.0), says="more patience", **STEPS),
+        Tried(made(1, 12, 13, lowest=2.85), says="more patience", **STEPS),  # at the first hump
         Tried(made(5, 50, 110), says="that is long", **STEPS),
         Tried("validation=0.2", says="a finished run", **STEPS),
     ],

@@ -75,6 +75,20 @@ def test_a_wrong_answer_is_told_with_the_first_hint_and_then_the_stronger_one(sa
     assert said(exercise, 4.5) == "✓ right!"
 
 
+def test_a_model_with_other_weights_is_another_answer_and_the_same_one_loaded_again_is_not(said):
+    exercise = asked(lambda model: "it does not learn.")
+
+    def model(value: float):
+        made = torch.nn.Linear(2, 2)
+        torch.nn.init.constant_(made.weight, value)
+        torch.nn.init.zeros_(made.bias)
+        return made
+
+    assert said(exercise, model(1.0)).endswith("Count first.")
+    assert said(exercise, model(1.0)).endswith("Count first.")
+    assert said(exercise, model(2.0)).endswith("Use a table.")
+
+
 def test_a_function_that_was_written_anew_is_another_answer_and_one_that_was_run_again_is_not(said):
     exercise = asked(function(lambda x: x + 1, {"one": (1,)}))
     source = "def f(x):\n    return {}\n"
