@@ -37,7 +37,7 @@ REPORTERS = (
 OURS = re.compile(
     r"transformers|\btrl\b|\bpeft|bitsandbytes|\bbnb|accelerate|unsloth|axolotl|llama|qwen|mistral|gemma|\bphi-?[234]|"
     r"\bq?lora|\bsft|from_pretrained|hugging ?face|tokenizer|chat_template|language model|\bllm|4-?bit|8-?bit|nf4|"
-    r"fine-?tun|CausalLM|input_ids|Training_?Arguments|qlora_helpers",
+    r"fine-?tun|CausalLM|input_ids|Training_?Arguments|trainer\.train\(|bfloat16|c10::Half|\.generate\(|qlora_helpers",
     re.I,
 )
 OTHERS = re.compile(

@@ -978,6 +978,13 @@ def test_every_test_that_shows_an_entry_is_named_by_it():
                 assert f"{path}::{name}" in named
 
 
+def test_every_entry_says_in_which_versions_it_was_seen():
+    """A version, a year, a device's name, or that it does not matter; report numbers do not count."""
+    for entry in ENTRIES:
+        where = re.sub(r"[\w.-]+/[\w.-]+ #\d+|`[^`]*`", "", " ".join(entry.where.split()))
+        assert re.search(r"\d|\b[Aa]ny\b", where), (entry.heading, where)
+
+
 LIBRARIES = {"transformers": "transformers", "TRL": "trl", "PEFT": "peft", "bitsandbytes": "bitsandbytes"}
 LIBRARIES |= {"torch": "torch", "huggingface_hub": "huggingface_hub"}
 
