@@ -458,6 +458,9 @@ def report(answer: Answer) -> str:
                 "",
                 f"If this comes from fine-tuning with them, then: {entry.heading}",
                 "",
+                "What it means",
+                entry.meaning,
+                "",
                 "Cure",
                 entry.cure,
             ]

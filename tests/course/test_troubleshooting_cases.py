@@ -207,6 +207,12 @@ CAUSES = [
 ]  # fmt: skip
 
 
+def test_a_frame_of_the_loss_does_not_make_a_label_of_a_token():
+    frame = 'File "/v/transformers/loss_utils.py", line 1, in nll_loss\n'
+    line = CAUSES[5][0]
+    assert "a token ID without a row" in heading(f"{line}\n{frame}{ASSERT}")
+
+
 @pytest.mark.parametrize(("line", "error", "wanted"), CAUSES)
 def test_what_else_is_in_the_text_tells_the_cause(line, error, wanted):
     text = f'{line}\nTraceback (most recent call last):\n  File "/v/transformers/x.py", line 1, in f\n{error}'
@@ -234,7 +240,9 @@ FOREIGN = {
 def test_a_message_that_others_print_too_is_only_offered(kind):
     answer = search(FOREIGN[kind], ENTRIES)
     assert answer.entry is None and answer.perhaps
-    assert f"If this comes from fine-tuning with them, then: {answer.perhaps.heading}" in report(answer)
+    shown = report(answer)
+    assert f"If this comes from fine-tuning with them, then: {answer.perhaps.heading}" in shown
+    assert answer.perhaps.meaning in shown and answer.perhaps.cure in shown
     assert heading(FOREIGN[kind].replace('File "', 'File "/v/transformers/')) == answer.perhaps.heading
 
 
