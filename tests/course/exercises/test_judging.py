@@ -125,7 +125,7 @@ def test_values_are_right_in_any_form(answer, said):
         ([2j, 1, 0], "your answer has complex numbers."),
         ({0: 1}, "your answer is a dictionary, and not a list of numbers."),
         ({1, 2, 3}, "your answer is a set, which has no order: make it a list."),
-        (map(float, ROW), "your answer is a map, which can be read only once: make it a list."),
+        pytest.param(map(float, ROW), "your answer is a map, which can be read only once: make it a list.", id="a map"),
         (None, "your answer is None, which is what a function without a return gives."),
     ],
     ids=repr,
