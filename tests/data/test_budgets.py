@@ -5,9 +5,8 @@ import json
 from data.scripts.measure import budgets
 from qlora_helpers.units import GIB
 
-MEASURED = json.loads(budgets.TABLE.read_text(encoding="utf-8"))["rows"]
-ROWS = [row for row in MEASURED if "compared" not in row]
-COMPARED = [row for row in MEASURED if "compared" in row]
+MEASURED = json.loads(budgets.TABLE.read_text(encoding="utf-8"))
+ROWS, COMPARED = MEASURED["rows"], MEASURED["compared"]
 
 
 def test_the_runs_that_were_measured_are_those_that_the_seed_draws():

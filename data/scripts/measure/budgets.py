@@ -217,7 +217,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if args.collect:
         rows = [json.loads(line) for file in args.collect for line in file.read_text(encoding="utf-8").splitlines()]
-        content = {"command": "python -m data.scripts.measure.budgets", "seed": SEED, "rows": rows}
+        content = {"command": "python -m data.scripts.measure.budgets", "seed": SEED}
+        content |= {"rows": [row for row in rows if "compared" not in row]}
+        content |= {"compared": [row for row in rows if "compared" in row]}
         TABLE.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         return 0
     if args.drawn:
