@@ -72,6 +72,7 @@ def course(tmp_path_factory):
     folder = tmp_path_factory.mktemp("course")
     (folder / "notebooks" / "source").mkdir(parents=True)
     (folder / "notebooks" / "scripts").mkdir()
+    (folder / "teaching" / "scripts").mkdir(parents=True)
     for name in (
         "conftest.py",
         "pyproject.toml",
@@ -79,6 +80,9 @@ def course(tmp_path_factory):
         "notebooks/scripts/build.py",
         "notebooks/scripts/running.py",
         "notebooks/scripts/forking.py",
+        "notebooks/scripts/quiz_cells.py",
+        "teaching/scripts/__init__.py",
+        "teaching/scripts/guide.py",
     ):
         shutil.copy(ROOT / name, folder / name)
     shutil.copytree(ROOT / "qlora_helpers", folder / "qlora_helpers", ignore=shutil.ignore_patterns("__pycache__"))
