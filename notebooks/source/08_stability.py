@@ -34,7 +34,6 @@ from qlora_helpers.training.run_folder import new_run_folder
 import torch
 import transformers
 from IPython.display import display
-
 print("gear:", detect().gear)
 
 # %% [markdown]
