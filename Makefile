@@ -149,5 +149,6 @@ $(COLAB_READY): colab/requirements.txt colab/runtime-packages.txt colab/looked-f
 test-colab: $(COLAB_READY)
 	@$(COLAB_HAS) install
 	@$(COLAB)/bin/python -m pytest -q -p no:anyio tests/colab/test_environment.py
+	@OMP_NUM_THREADS=1 $(COLAB)/bin/python -m pytest -q -p no:anyio -n 2 tests/course/test_troubleshooting.py
 	@OMP_NUM_THREADS=1 COLAB_RELEASE_TAG=test PYDEVD_DISABLE_FILE_VALIDATION=1 \
 		$(COLAB)/bin/python -m pytest -q -p no:anyio --everything colab
