@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY := passive
 .PHONY: help run lab preflight teaching test test-all test-kills test-colab attack mutants notebooks site lint zip
 
 help:
-	@echo "make run        the full QLoRA run on this machine, about two minutes after the first set-up"
+	@echo "make run        the full QLoRA run on this machine, about a minute after the first set-up"
 	@echo "make lab        JupyterLab, open on notebooks/"
 	@echo "make preflight  before class: the machine, and every lesson as learners get it; LESSON=03 for one"
 	@echo "make teaching   slides, handouts, quizzes and a zip for learners, in dist/teaching; LESSON=03 for one"

@@ -66,6 +66,19 @@ def test_a_time_of_another_number_of_lessons_says_so(tmp_path, monkeypatch):
         assert any(line.endswith(said) for line in build.commands_table().splitlines() if "`make preflight`" in line)
 
 
+def test_the_table_has_the_times_of_the_newest_day(tmp_path, monkeypatch):
+    measured = json.loads((ROOT / "data" / "measured" / "commands.json").read_text(encoding="utf-8"))
+    (tmp_path / "data" / "measured").mkdir(parents=True)
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    others = [row for row in measured["rows"] if row["command"] != "run"]
+    days = [
+        {"command": "run", "seconds": s, "said": [], "date": d} for s, d in ((90, "2026-01-01"), (40, "2026-01-02"))
+    ]
+    content = json.dumps(measured | {"rows": [*others, *days]})
+    (tmp_path / "data" / "measured" / "commands.json").write_text(content, encoding="utf-8")
+    assert any(line.endswith("| 40 s |") for line in build.commands_table().splitlines() if "`make run`" in line)
+
+
 def test_links_to_files_resolve():
     pages = [*ROOT.glob("*.md"), *ROOT.glob("data/**/*.md"), *ROOT.glob("teaching/**/*.md")]
     links = [
