@@ -1,10 +1,8 @@
 """Sphinx's settings for the course's website. `build` passes this folder as the one that holds them."""
 
-import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
 
 project = "The QLoRA course"
 extensions = ["myst_parser", "sphinx_copybutton", "sphinx.ext.githubpages", "website.folding"]

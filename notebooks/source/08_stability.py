@@ -218,7 +218,7 @@ compare(("as it should be", "no warm-up"), ("2.5 times the rate", "2.5 times the
 # QLoRA paper. To see what it is for, take plain gradient descent (SGD), which steps as far as the gradient is long:
 
 # %%
-sgd = replace(brief, steps=6, optimizer="sgd", learning_rate=1.0)
+sgd = replace(brief, steps=8, optimizer="sgd", learning_rate=1.0)
 clipped, unclipped = losses_of(sgd), losses_of(replace(sgd, max_grad_norm=None))
 
 # %%
@@ -232,7 +232,7 @@ plots.show(fig, "8.3")
 
 # %% tags=["nbval-check-output"]
 check("loss at the end, clipped", clipped[-1][1], at_most=4)
-check("loss at the end, times that of clipped", unclipped[-1][1] / clipped[-1][1], at_least=1.3)
+check("loss at the end, not clipped", unclipped[-1][1], at_least=5)
 
 # %% [markdown]
 # With AdamW, which all QLoRA runs use, it is another matter. Adam divides each gradient by its own usual size. A gradient

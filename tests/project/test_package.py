@@ -121,7 +121,7 @@ def test_nothing_edits_the_path_of_modules_but_what_must():
     mutants are imported from a copy."""
     editing = [
         path.relative_to(ROOT).as_posix()
-        for folder in ("qlora_helpers", "data", "notebooks", "teaching", "tests", "colab")
+        for folder in ("qlora_helpers", "data", "notebooks", "teaching", "tests", "colab", "website")
         for path in (ROOT / folder).rglob("*.py")
         if re.search(r"^\s*sys\.path(\.insert|\[:?0?\]| \+?=)", path.read_text(encoding="utf-8"), re.MULTILINE)
     ]
