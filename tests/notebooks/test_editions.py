@@ -1,7 +1,6 @@
 """Every edition of every lesson is built from its source, executed with the pinned versions, and really checked."""
 
 import copy
-import html.parser
 import json
 import re
 
@@ -14,6 +13,7 @@ from notebooks.scripts import build
 from notebooks.scripts.running import code_cells, has_tag, in_one_kernel
 from qlora_helpers.course.check_lines import compared
 from tests import ROOT
+from tests.support.images import alt_texts
 
 NOTEBOOKS = [(name, edition) for name in build.lessons() for edition in build.EDITIONS]
 
@@ -127,33 +127,23 @@ def test_the_package_comes_before_torch_so_that_its_threads_wait_asleep(name):
     assert imported[0] == "qlora_helpers"
 
 
-class _Images(html.parser.HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.alts = []
-
-    def handle_starttag(self, tag, attributes):
-        if tag == "img":
-            self.alts.append(dict(attributes).get("alt") or "")
-
-
 @every_notebook
 def test_every_image_has_alt_text(name, edition):
     notebook = stored(name, edition)
-    images = _Images()
+    alts = []
     for cell in code_cells(notebook):
         for output in cell.outputs:
             data = output.get("data", {})
             assert not any(kind.startswith("image/") for kind in data), (
                 "show figures with plots.show, which sets alt text"
             )
-            images.feed(data.get("text/html", ""))
+            alts += alt_texts(data.get("text/html", ""))
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            images.feed(cell.source)
-            images.alts += re.findall(r"!\[([^\]]*)\]", cell.source)
-    assert images.alts
-    assert all(len(alt) >= 10 for alt in images.alts)
+            alts += alt_texts(cell.source)
+            alts += re.findall(r"!\[([^\]]*)\]", cell.source)
+    assert alts
+    assert all(len(alt) >= 10 for alt in alts)
 
 
 def test_links_to_other_files_resolve():

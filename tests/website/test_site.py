@@ -1,7 +1,6 @@
 """The website is built and opened in a browser, as a reader would; and faults put into it are found."""
 
 import html
-import html.parser
 import json
 import os
 import re
@@ -14,6 +13,7 @@ import pytest
 
 from notebooks.scripts import build as lessons
 from tests import ROOT
+from tests.support.images import alt_texts
 from website import links, pages
 
 PYTHON = ROOT / ".venv-site" / "bin" / "python"
@@ -84,19 +84,8 @@ def test_every_page_is_there_with_its_figures_and_their_texts(site):
             output.get("data", {}).get("text/html", "") for cell in notebook.cells for output in cell.get("outputs", ())
         ]
         wanted = [html.unescape(alt) for alt in re.findall(r'<img[^>]*?alt="([^"]*)"', "".join(shown))]
-        page = _Images()
-        page.feed((site / "notebooks" / f"{name}.html").read_text(encoding="utf-8"))
-        assert wanted and page.alts == wanted
-
-
-class _Images(html.parser.HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.alts = []
-
-    def handle_starttag(self, tag, attributes):
-        if tag == "img":
-            self.alts.append(dict(attributes)["alt"])
+        page = (site / "notebooks" / f"{name}.html").read_text(encoding="utf-8")
+        assert wanted and alt_texts(page) == wanted
 
 
 def test_nothing_is_wrong_with_its_links(site):
