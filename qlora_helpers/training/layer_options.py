@@ -87,7 +87,7 @@ def why_no_compiler(device: str) -> str:
     try:
         torch.compile(lambda x: torch.nn.functional.silu(x) * 2 + 1)(torch.ones(64, device=device))
     except Exception as error:  # whatever the compilers raise: a missing one, a card that is too old, a full disk
-        return _first_line(error)
+        return _in_one_line(error)
     return ""
 
 
@@ -148,7 +148,7 @@ def _compiled(kind: type[nn.Module], sizes_vary: bool) -> type[nn.Module]:
             if at_work["forward"] is plain:
                 raise
             print(
-                f"compile_layers=True: {kind.__name__} cannot be compiled here, so it runs as it is ({_first_line(error)})"
+                f"compile_layers=True: {kind.__name__} cannot be compiled here, so it runs as it is ({_in_one_line(error)})"
             )
             at_work["forward"] = plain
             return plain(self, *args, **kwargs)
@@ -156,8 +156,13 @@ def _compiled(kind: type[nn.Module], sizes_vary: bool) -> type[nn.Module]:
     return type(kind)(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, _COMPILED: True})
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _in_one_line(error: Exception) -> str:
+    """What went wrong, without the command and the output of a compiler, which take pages."""
+    while (inner := getattr(error, "inner_exception", None)) is not None:  # Dynamo's first line names the backend alone
+        error = inner
+    lines = str(error).strip().splitlines()
+    of_the_compiler = [line.strip() for line in lines[1:] if "error: " in line]
+    return "; ".join(lines[:1] + of_the_compiler[:1]) or type(error).__name__
 
 
 def use_liger(model: PreTrainedModel | PeftModel) -> bool:

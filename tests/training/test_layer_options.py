@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
+from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
 from qlora_helpers.settings import Settings
 from qlora_helpers.training import layer_options
@@ -50,7 +52,7 @@ def test_compiled_layers_learn_the_same_and_are_compiled_once(options, plain, tm
     torch.compiler.reset()
     counters.clear()
     compiled = run(tmp_path / "run", replace(PLAIN, compile_layers=True, **options))
-    assert "torch.compile does not work here" not in capfd.readouterr().out
+    assert "torch.compile does not work here" not in (said := capfd.readouterr().out), said
     assert_learnt_the_same(plain, compiled)
     # the trial, the layer, and the layer once more for sizes that change; in evaluation it runs as it is or is one more
     assert 2 <= counters["stats"]["unique_graphs"] <= 8
@@ -68,6 +70,19 @@ def test_where_there_is_no_compiler_that_is_said_and_the_run_goes_on(plain, tmp_
     assert_learnt_the_same(plain, run(tmp_path / "run", replace(PLAIN, compile_layers=True)), 1e-6, 1e-6)
     said = "torch.compile does not work here, so the layers run as they are (no C++ compiler was found)"
     assert said in capsys.readouterr().out
+
+
+def test_the_reason_is_the_error_within_what_dynamo_raises():
+    """Its own first line is "backend='inductor' raised:", which helps nobody."""
+    compiler = CppCompileError(["g++", "x.cpp"], "x.cpp: In function f\nx.cpp:1:2: fatal error: omp.h: No such file\n")
+    for inner, said in (
+        (compiler, "C++ compile error; x.cpp:1:2: fatal error: omp.h: No such file"),
+        (InvalidCxxCompiler(), "No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')"),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (ValueError(), "ValueError"),
+    ):
+        error = BackendCompilerFailed(layer_options.torch.compile, InductorError(inner, None), None)
+        assert layer_options._in_one_line(error) == said
 
 
 def test_a_layer_that_cannot_be_compiled_is_said_once_and_runs_as_it_is(plain, tmp_path, monkeypatch, capsys):
