@@ -36,7 +36,7 @@ def requirements(path: Path) -> dict[str, str]:
 
 
 PINS = requirements(ROOT / "colab" / "requirements.txt")
-INSTALLED = "Installed bitsandbytes {bitsandbytes}, datasets {datasets}, sacrebleu {sacrebleu}, trl {trl}.\n".format(
+INSTALLED = "Installed bitsandbytes {bitsandbytes}, datasets {datasets}, gguf {gguf}, sacrebleu {sacrebleu}, trl {trl}.\n".format(
     **PINS
 )
 NO_GPU = "Set-up is complete. There is no GPU: the lesson runs in the cpu gear.\n"
@@ -592,10 +592,10 @@ def test_only_what_is_missing_or_at_another_version_is_installed(colab):
     shutil.rmtree(next(colab.site.glob("peft-*")))
     done = colab.run()
     installed = (
-        f"Installed datasets {PINS['datasets']}, sacrebleu {PINS['sacrebleu']}, trl {PINS['trl']}, peft>=0.20.\n"
+        f"Installed datasets {PINS['datasets']}, gguf {PINS['gguf']}, sacrebleu {PINS['sacrebleu']}, trl {PINS['trl']}, peft>=0.20.\n"
     )
     assert completed(done, installed + NO_GPU), done
-    called = f"datasets=={PINS['datasets']} sacrebleu=={PINS['sacrebleu']} trl=={PINS['trl']} peft>=0.20 |"
+    called = f"datasets=={PINS['datasets']} gguf=={PINS['gguf']} sacrebleu=={PINS['sacrebleu']} trl=={PINS['trl']} peft>=0.20 |"
     assert colab.pip_calls[0].startswith(called)
 
 
@@ -917,7 +917,7 @@ def test_on_colab_the_requirements_fit_beside_what_is_there(tmp_path, record_pro
     requirements: pip keeps what it would keep on Colab, and changes what it would change there. Only markers on the
     Python version are evaluated for the running Python. The same call under Python 3.13 gave the same result.
 
-    Measured in November 2026: bitsandbytes 0.50.2, trl 1.16.0 and sacrebleu 2.6.0 (with colorama and portalocker) are new; datasets 4.0.0 -> 5.2.0, pyarrow 18.1.0 ->
+    Measured in November 2026: bitsandbytes 0.50.2, trl 1.16.0, gguf 0.19.0 and sacrebleu 2.6.0 (with colorama and portalocker) are new; datasets 4.0.0 -> 5.2.0, pyarrow 18.1.0 ->
     26.0.1 and huggingface_hub 1.27.0 -> 1.33.0 move; 101 MB in all. torch 2.11.0, numpy 2.1.3, pandas 2.2.3,
     transformers 5.15.0, tokenizers 0.22.2, accelerate 1.14.0 and peft 0.20.0 stay.
     """
