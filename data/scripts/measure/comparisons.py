@@ -6,7 +6,7 @@
     python -m data.scripts.measure.comparisons --kind "QLoRA NF4" --rate 0.002 --seed 3   # one run, printed
 
 Each finished run is written at once to comparisons.jsonl beside the table, and not made again, so that a stopped script goes on
-where it was; at the end all of them are put into data/measured/comparisons.json. Every run is the shipped model in float32 on
+where it was; at the end all of them are put into the table, data/measured/comparisons.json. Every run is the shipped model in float32 on
 one thread of a CPU, with `BUDGET` and what its kind changes.
 
 A learning rate is chosen by the exact match on 500 validation questions, and reported on 500 test questions. The people of the
@@ -28,6 +28,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -233,7 +234,7 @@ def read(path: Path) -> list[dict]:
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
     lines = path.with_suffix(".jsonl")
     for line in lines.read_text(encoding="utf-8").splitlines() if lines.exists() else []:
-        if line.endswith("}"):  # the last one of a killed script may be cut
+        with suppress(json.JSONDecodeError):  # one that a kill has cut: it is made again
             runs.append(json.loads(line))
     return list({key(run): run for run in runs}.values())
 
@@ -253,6 +254,7 @@ def measure_all(jobs: list[tuple[Kind, float, int]], workers: int, lines: Path) 
         ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
         lines.open("a", encoding="utf-8") as file,
     ):
+        file.write("\n" * (lines.stat().st_size > 0))  # the last line may have been cut
         for done, job in enumerate(as_completed([pool.submit(measure, *job) for job in jobs]), start=1):
             run = job.result()
             file.write(json.dumps(run | {"made_on": made_on}) + "\n")
@@ -280,6 +282,7 @@ def write(path: Path) -> int:
         "runs": runs,
     }
     path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".jsonl").unlink(missing_ok=True)
     return len(wanted) - len(runs)
 
 
