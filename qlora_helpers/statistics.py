@@ -1,6 +1,10 @@
 """Statistics: runs that differ only in their seed, a model before and after training on the same cases, and how close
 values are to a normal distribution.
 
+One convention holds in the whole course. Errors are 95 % confidence intervals by Student's t. What two kinds of runs share,
+such as their seeds or their questions, is subtracted pair by pair before the interval is computed (`difference`, and `ratio`
+of differences). Beside "within noise" stands what could have been seen (`smallest_difference`).
+
 scipy computes all of it. It is imported where it is used, since importing it takes a second.
 """
 
@@ -25,6 +29,7 @@ __all__ = [
     "mcnemar",
     "qq_correlation",
     "ratio",
+    "smallest_difference",
     "standard_error",
 ]
 
@@ -32,6 +37,9 @@ __all__ = [
 @dataclass(frozen=True)
 class Interval:
     """A mean and its 95 % confidence interval: of many such intervals, 95 % contain the true mean.
+
+    It says nothing about where the mean of a repeat would be: that has an error of its own, and with five values lies outside of
+    the first interval in about 12 % of cases.
 
     Attributes:
         mean: of the values.
@@ -79,6 +87,44 @@ def difference(values: Sequence[float], others: Sequence[float]) -> Interval:
     if len(values) != len(others):
         raise ValueError(f"values has {len(values)} runs and others {len(others)}: pass one of each for every seed")
     return interval([a - b for a, b in zip(values, others, strict=True)])
+
+
+def smallest_difference(found: Interval, power: float = 0.8) -> float:
+    """How large a true difference would have to be for an experiment like this one to find it as often as `power` says.
+
+    An experiment finds a difference if its 95 % interval does not contain zero. With n values that spread as these do, and a
+    true mean d, t = mean / standard error has a noncentral t distribution with n - 1 degrees of freedom and the
+    noncentrality d / standard error (Cohen, Statistical Power Analysis, 2nd ed., chapter 2). Differences below this size may
+    be there although none was found.
+
+    Args:
+        found: of `difference` or `interval`; its spread is what counts, not its mean.
+        power: more than 0.05 and less than 1: in this share of experiments it would be found.
+
+    Returns:
+        The difference, in the unit of the values.
+
+    Raises:
+        ValueError: the power is out of its bounds.
+    """
+    from scipy import optimize, stats
+
+    power = validation.number("power", power, above=0.05, below=1)
+    if not found.half:
+        return 0.0
+    freedom = found.count - 1
+    limit = float(stats.t.ppf(0.975, freedom))
+
+    def missed(noncentrality: float) -> float:
+        wrong_way = float(stats.nct.cdf(-limit, freedom, noncentrality))  # scipy has no value where it is as good as 0
+        return (
+            power - float(stats.nct.sf(limit, freedom, noncentrality)) - (0.0 if math.isnan(wrong_way) else wrong_way)
+        )
+
+    upper = limit
+    while missed(upper) > 0:
+        upper *= 2
+    return float(optimize.brentq(missed, 0.0, upper)) * found.standard_error
 
 
 def standard_error(share: float, count: int) -> float:

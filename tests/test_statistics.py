@@ -13,7 +13,7 @@ from data.scripts.measure import quality as measure_quality
 from qlora_helpers import evaluation
 from qlora_helpers.paths import data_path
 from qlora_helpers.settings import Settings
-from qlora_helpers.statistics import difference, interval, mcnemar, ratio
+from qlora_helpers.statistics import difference, interval, mcnemar, ratio, smallest_difference
 from qlora_helpers.training.trainer import check_settings
 from tests.support.short_runs import CPU
 
@@ -172,3 +172,37 @@ def test_mcnemar_counts_only_what_has_changed():
     assert mcnemar(before, before) == 1 and mcnemar([False] * 3, [True] * 3) == 0.25
     with pytest.raises(ValueError, match=r"^before has length 1 and after 2"):
         mcnemar([True], [True, False])
+
+
+def test_the_smallest_difference_is_found_in_four_of_five_experiments():
+    """By drawing: five differences with that mean are told from zero in 80 % of cases, and half of it far less often."""
+    found = interval([0.3, -0.2, 0.5, 0.1, -0.4])
+    spread = found.standard_error * math.sqrt(5)
+    draw = np.random.default_rng(0)
+
+    def power(mean: float) -> float:
+        values = draw.normal(mean, spread, size=(20_000, 5))
+        halves = T[5] * values.std(axis=1, ddof=1) / math.sqrt(5)
+        return float((abs(values.mean(axis=1)) > halves).mean())
+
+    assert power(smallest_difference(found)) == pytest.approx(0.8, abs=0.01)
+    assert power(smallest_difference(found, power=0.5)) == pytest.approx(0.5, abs=0.01)
+    assert power(smallest_difference(found) / 2) < 0.4
+
+
+def test_the_smallest_difference_by_a_published_table():
+    """Cohen's table 2.3 has 0.80 for a paired comparison of 10 cases at d = 1 (in standard deviations of the differences)."""
+    values = np.random.default_rng(1).normal(size=10)
+    values = (values - values.mean()) / values.std(ddof=1)
+    assert smallest_difference(interval(list(values))) == pytest.approx(1.0, abs=0.01)
+
+
+def test_without_a_spread_any_difference_is_found():
+    assert smallest_difference(interval([0.25, 0.25, 0.25])) == 0
+    assert smallest_difference(interval([0.1, 0.2, 0.3])) > 0.1  # three values, and a lower tail of nothing
+
+
+@pytest.mark.parametrize("power", [0, 0.05, 1, "lots"])
+def test_a_power_that_is_none_is_refused(power):
+    with pytest.raises(ValueError, match="power="):
+        smallest_difference(interval([0.1, 0.2]), power)
