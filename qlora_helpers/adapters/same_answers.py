@@ -46,6 +46,8 @@ class Likeness:
         mean_logit_difference: absolute, over the vocabulary and all places.
         same_choice: the share of places at which both choose the same token.
         places: how many there are.
+        spread: the standard deviation of the first model's logits over the vocabulary, averaged over all places: by it, shifts
+            of models whose logits are of another size can be compared.
     """
 
     prompts: int
@@ -57,6 +59,12 @@ class Likeness:
     mean_logit_difference: float
     same_choice: float
     places: int
+    spread: float
+
+    @property
+    def shift(self) -> float:
+        """The mean logit difference as a share of the spread of the first model's logits."""
+        return self.mean_logit_difference / self.spread if self.spread else float("inf")
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +162,7 @@ def compared(first: Said, second: Said) -> Likeness:
     Raises:
         ValueError: `second` was not asked along `first`; or the two have vocabularies of different sizes.
     """
-    largest, total_kl, total, alike, places, values = 0.0, 0.0, 0.0, 0, 0, 0
+    largest, total_kl, total, spread, alike, places, values = 0.0, 0.0, 0.0, 0.0, 0, 0, 0
     for one, other in zip(first.logits, second.logits, strict=True):
         if one.shape[0] != other.shape[0]:
             raise ValueError("second: it was not asked along the first; ask it with said(..., along=first)")
@@ -166,6 +174,7 @@ def compared(first: Said, second: Said) -> Likeness:
         difference = (one - other).abs()
         largest = max(largest, difference.max().item(), key=_nan_last)
         total, values = total + difference.sum(dtype=torch.float64).item(), values + difference.numel()
+        spread += one.double().std(-1, correction=0).sum().item()
         p, q = (logits.double().log_softmax(-1) for logits in (one, other))
         total_kl += (p.exp() * (p - q)).sum().item()
         alike, places = alike + int((one.argmax(-1) == other.argmax(-1)).sum()), places + one.shape[0]
@@ -183,6 +192,7 @@ def compared(first: Said, second: Said) -> Likeness:
         mean_logit_difference=total / values,
         same_choice=alike / places,
         places=places,
+        spread=spread / places,
     )
 
 

@@ -60,6 +60,7 @@ def test_the_numbers_are_those_of_the_formulas():
     second = (p - (1 - p)) * math.log(p / (1 - p))
     assert found.mean_kl == pytest.approx((first + second) / 2)
     assert (found.same_choice, found.places) == (0.5, 2)
+    assert found.spread == pytest.approx((0 + 0.5) / 2) and found.shift == pytest.approx((math.log(3) + 2) / 4 / 0.25)
 
 
 def test_a_model_that_says_something_else_is_shown(models):
