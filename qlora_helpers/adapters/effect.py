@@ -202,12 +202,11 @@ def _of_names(found: set[str], wanted: set[str], adapter: Path) -> Cause | None:
     missing, extra = sorted(wanted - found), sorted(found - wanted)
     if not missing and not extra:
         return None
-    if prefix := _other_prefix(found, wanted):
-        theirs, ours = prefix
+    if _only_begin_differently(found, wanted):
         return Cause(
             "names",
-            f"the names of its tensors begin with {theirs!r}, and PEFT looks for {ours!r}: it loads none of them and only warns. "
-            f"Rename them in {WEIGHTS}, such as {missing[0]}",
+            f"its tensors have names such as {extra[0]}, and PEFT looks for {missing[0]}: it loads none of them and only warns. "
+            f"Rename them in {WEIGHTS}; what they begin with is all that differs",
         )
     parts = []
     if missing:
@@ -219,18 +218,16 @@ def _of_names(found: set[str], wanted: set[str], adapter: Path) -> Cause | None:
     return Cause("tensors", f"in {adapter / WEIGHTS}, {'; '.join(parts)}. Save it again, with the PEFT that trained it")
 
 
-def _other_prefix(found: set[str], wanted: set[str]) -> tuple[str, str] | None:
-    """The beginnings by which all names differ, theirs and the one that is wanted; None if that is not all."""
+def _only_begin_differently(found: set[str], wanted: set[str]) -> bool:
+    """Whether all names are as wanted but for their beginnings, one of theirs in the place of one that is wanted."""
     if found & wanted or len(found) != len(wanted):
-        return None
+        return False
     one, other = min(found).split("."), min(wanted).split(".")
     same = 0
     while same < min(len(one), len(other)) and one[-1 - same] == other[-1 - same]:
         same += 1
-    theirs, ours = (".".join(parts[: len(parts) - same]) for parts in (one, other))
-    theirs, ours = theirs and f"{theirs}.", ours and f"{ours}."
-    renamed = {ours + name.removeprefix(theirs) for name in found if name.startswith(theirs)}
-    return (theirs, ours) if renamed == wanted else None
+    theirs, ours = ("".join(f"{part}." for part in parts[: len(parts) - same]) for parts in (one, other))
+    return {ours + name.removeprefix(theirs) for name in found if name.startswith(theirs)} == wanted
 
 
 def _of_scales(adapted: PeftModel, config: dict[str, Any]) -> list[Cause]:

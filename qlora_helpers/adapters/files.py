@@ -61,8 +61,8 @@ class AdapterFiles:
         modules: the layers it changes, by the last part of their names.
         parameters: how many it has.
         bytes: the size of its weights file, header included.
-        fingerprint: of the base's weights (`qlora_helpers.models.fingerprint`), from the adapter's own files or from the record
-            of the run in whose folder it lies; None if neither has it, as where plain PEFT saved it.
+        fingerprint: of the base's weights (`qlora_helpers.models.fingerprint`), from the adapter's own files or, of a
+            checkpoint, from the record of its run; None if neither has it, as where plain PEFT saved it.
     """
 
     base: str
@@ -114,8 +114,8 @@ def describe(folder: str | Path) -> AdapterFiles:
 
 
 def _of_the_run(adapter: Path) -> str | None:
-    """The fingerprint of the base of the run in whose folder an adapter lies, such as a checkpoint, which the trainer saves."""
-    known = (read_record(adapter.parent) or {}).get("base")
+    """The fingerprint of the base of the run that a checkpoint belongs to: the trainer saves it, without one."""
+    known = (read_record(adapter.parent) or {}).get("base") if adapter.name.startswith("checkpoint-") else None
     return known if isinstance(known, str) else None
 
 
