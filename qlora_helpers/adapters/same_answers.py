@@ -174,7 +174,7 @@ def compared(first: Said, second: Said) -> Likeness:
         difference = (one - other).abs()
         largest = max(largest, difference.max().item(), key=_nan_last)
         total, values = total + difference.sum(dtype=torch.float64).item(), values + difference.numel()
-        spread += one.double().std(-1, correction=0).sum().item()
+        spread += one.double().std(-1, False).sum().item()
         p, q = (logits.double().log_softmax(-1) for logits in (one, other))
         total_kl += (p.exp() * (p - q)).sum().item()
         alike, places = alike + int((one.argmax(-1) == other.argmax(-1)).sum()), places + one.shape[0]
