@@ -1,4 +1,4 @@
-"""python -m qlora_helpers run | data | chat | ask | fetch | memory | doctor | preflight | progress"""
+"""python -m qlora_helpers run | data | chat | ask | effect | merge | fetch | memory | doctor | preflight | progress"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-from qlora_helpers.commands import ask, chat, data, doctor, fetch, memory, preflight, progress, run
+from qlora_helpers.commands import ask, chat, data, doctor, effect, fetch, memory, merge, preflight, progress, run
 from qlora_helpers.commands.typed_options import as_typed, typed_options
 from qlora_helpers.streams import take_any_character
 
@@ -18,6 +18,8 @@ COMMANDS = {
     "data": (data, "what is in a file of chats, in any common form, and whether a run can learn from it"),
     "chat": (chat, "talk to what a run has trained"),
     "ask": (ask, "ask it one question, or a file of them; for scripts"),
+    "effect": (effect, "did the adapter take effect, and if not, why"),
+    "merge": (merge, "merge an adapter into its base, with proof that the result answers as the adapter does"),
     "fetch": (fetch, "put a real language model on this disk, of 135 million parameters"),
     "memory": (memory, "will a run fit on a GPU, what takes the memory, and what helps"),
     "doctor": (doctor, "what this machine has, and what is wrong with it; or what an error means"),
@@ -31,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m qlora_helpers",
         description="Tune a language model with QLoRA, the course's or on your own data, and find out what came of it.",
-        epilog="Your own data, in this order: data FILE, run --data FILE, chat. Each command has its own --help.",
+        epilog="Your own data, in this order: data FILE, run --data FILE, chat, merge. Each command has its own --help.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (module, does) in COMMANDS.items():

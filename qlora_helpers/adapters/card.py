@@ -1,4 +1,4 @@
-"""The model card of a run: the README.md of its folder in Hugging Face's format, made from the run's report alone."""
+"""Model cards, the README.md of a folder in Hugging Face's format: of a run, from its report alone, and of a merged model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from qlora_helpers.units import in_words
 from qlora_helpers.visible import shortened, visible
 
-__all__ = ["model_card"]
+__all__ = ["merged_card", "model_card"]
 
 LONGEST = 300  # characters of a text that are shown
 CURVE = 8  # points of a loss curve that are shown
@@ -85,6 +85,81 @@ def model_card(report: Mapping[str, Any]) -> str:
         *_section("Versions", _table(sorted((report.get("versions") or {}).items()))),
     ]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def merged_card(report: Mapping[str, Any]) -> str:
+    """The model card of a merged model, in Markdown.
+
+    It says what was merged into what, and what was found when plain transformers loaded it. If that was not as it should
+    be, or was not done, the card begins with it.
+
+    Args:
+        report: as `qlora_helpers.adapters.proven_merge` keeps it in merge.json: base, base_fingerprint, adapter,
+            adapter_fingerprint, rank, alpha, modules, into, why, trained_on, base_licence; proof, with holds and said, or None;
+            and proof_failed, if the proof could not be made.
+    """
+    from huggingface_hub import ModelCardData
+
+    base, proof, failed = report["base"], report.get("proof"), report.get("proof_failed")
+    on_the_hub = bool(_ON_THE_HUB.fullmatch(base))
+    data = ModelCardData(
+        base_model=base if on_the_hub else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["merged"],
+    )
+    if failed:
+        warning = f"**Not proven.** The proof could not be made: {_text(failed)}\n"
+    elif proof is None:
+        warning = "**Not proven.** It was merged without looking whether it answers as its adapter does.\n"
+    else:
+        warning = (
+            "" if proof["holds"] else "**Not as it should be.** It does not do what its adapter does; see below.\n"
+        )
+    licence = report.get("base_licence")
+    rows = [
+        ("base", _file_name(base) if not on_the_hub else base),
+        ("fingerprint of the base", report["base_fingerprint"]),
+        ("adapter", report["adapter"]),
+        ("fingerprint of the adapter", report["adapter_fingerprint"]),
+        ("rank, alpha", f"{report['rank']}, {report['alpha']:g}"),
+        ("layers changed", ", ".join(report["modules"])),
+        (
+            "the adapter was trained on",
+            f"the base in 4 bits ({report['trained_on']})"
+            if report["trained_on"] != "unquantised"
+            else "the unquantised base",
+        ),
+        ("merged into", f"{report['into']}: {report['why']}"),
+    ]
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n",
+        f"# {_text(base if on_the_hub else _file_name(base))}, with the adapter {_text(report['adapter'])} merged into it\n",
+        warning,
+        (
+            f"The base's licence, by its own card, is {_text(licence)}. "
+            if licence
+            else "The base's licence is not known here. "
+        )
+        + "It and the rights in the adapter's data decide what you may do; whoever publishes this adds `license:` to the lines "
+        "above.\n",
+        *_section("What was merged", _table(rows)),
+        *_section("What was measured", *(_points(proof["said"].splitlines()) if proof else [NOT_MEASURED])),
+        *_section("How to load it", _code(_LOAD_PLAINLY)),
+    ]
+    return "\n".join(part for part in parts if part).rstrip() + "\n"
+
+
+def _points(lines: Iterable[str]) -> list[str]:
+    return ["\n".join(f"- {_text(line, 1_000)}" for line in lines)]
+
+
+_LOAD_PLAINLY = [
+    "from transformers import AutoModelForCausalLM, AutoTokenizer",
+    "",
+    'model = AutoModelForCausalLM.from_pretrained("this-folder", dtype="auto")',
+    'tokenizer = AutoTokenizer.from_pretrained("this-folder")',
+]
 
 
 def _section(title: str, *parts: str) -> list[str]:

@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -25,7 +25,11 @@ from qlora_helpers.models.meta import meta_model
 from qlora_helpers.models.tensor_files import misfit
 from qlora_helpers.safe_folders import put_back, whole_folder
 
-__all__ = ["merge_files"]
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+__all__ = ["Change", "adapted_on_meta", "changes_of", "merge_files"]
 
 # initialisations of A and B that leave the base's weights as they are; PiSSA and others subtract B A from them
 _BASE_IS_KEPT = (True, False, "gaussian", "orthogonal", "eva")
@@ -68,7 +72,7 @@ def merge_files(base: str | Path, adapter: str | Path, folder: str | Path, overw
         )
     check_base(found, adapter, name_in(base), fingerprint(base))
     _check_plain(f"adapter={str(adapter)!r}", config)
-    changes = _changes(base, base_config, adapter)
+    changes = changes_of(base, base_config, adapter)
     _check_weights(base, files, changes)
     with whole_folder(folder, overwrite) as part:
         for path in sorted(base.iterdir()):
@@ -115,8 +119,13 @@ def _check_plain(said: str, config: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class _Change:
-    """What is added to one weight: B [out, rank] times A [rank, in], times the scale."""
+class Change:
+    """What is added to one weight: B [out, rank] times A [rank, in], times the scale.
+
+    Attributes:
+        a, b: as the adapter's file has them.
+        scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
@@ -124,21 +133,30 @@ class _Change:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """[out, in], as of the weight."""
         return self.b.shape[0], self.a.shape[1]
 
 
-def _changes(base: Path, base_config: dict[str, Any], adapter: Path) -> dict[str, _Change]:
-    """The change of each weight, by its name in the base's files, once the adapter's file is what PEFT would load."""
+def changes_of(base: Path, base_config: dict[str, Any], adapter: Path) -> dict[str, Change]:
+    """What an adapter of plain LoRA adds to each weight, by the weight's name in the base's files.
+
+    Which tensors the adapter must have, and the scale of each layer, are PEFT's own: its layers are made on tensors without
+    memory.
+
+    Args:
+        base, base_config: the base's folder, for messages, and its config.json.
+        adapter: the adapter's folder.
+
+    Raises:
+        ValueError: transformers has no such model; the adapter changes more than linear layers; or its file is not what PEFT
+            would load.
+    """
     if (kind := base_config.get("model_type")) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(
             f"base={str(base)!r} has model_type={kind!r}: transformers has no causal language model of that type"
         )
-    config = LoraConfig.from_pretrained(adapter)
-    config.base_model_name_or_path, config.init_lora_weights = None, True  # the values come from the file
-    model = meta_model(base_config)
+    model, adapted = adapted_on_meta(base_config, adapter)
     tied = {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
-    with torch.device("meta"):
-        adapted = get_peft_model(model, config)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
     for name, layer in layers.items():
         if type(layer) is not lora.Linear or type(layer.get_base_layer()) is not torch.nn.Linear:
@@ -156,7 +174,7 @@ def _changes(base: Path, base_config: dict[str, Any], adapter: Path) -> dict[str
     if fault := misfit(_shapes(tensors), _shapes(wanted)):
         raise ValueError(f"adapter={str(adapter)!r}: its {WEIGHTS} {fault}")
     return {
-        f"{name}.weight": _Change(
+        f"{name}.weight": Change(
             tensors[f"base_model.model.{name}.lora_A.weight"],
             tensors[f"base_model.model.{name}.lora_B.weight"],
             layer.scaling["default"],
@@ -165,11 +183,28 @@ def _changes(base: Path, base_config: dict[str, Any], adapter: Path) -> dict[str
     }
 
 
+def adapted_on_meta(base_config: dict[str, Any], adapter: Path) -> tuple[PreTrainedModel, PeftModel]:
+    """A base on tensors without memory, with the layers that PEFT makes for an adapter; their values are not loaded.
+
+    Args:
+        base_config: the base's config.json.
+        adapter: the adapter's folder.
+
+    Raises:
+        ValueError: PEFT finds none of the layers that the adapter names (target_modules).
+    """
+    config = LoraConfig.from_pretrained(adapter)
+    config.base_model_name_or_path, config.init_lora_weights = None, True  # the values come from the file
+    model = meta_model(base_config)
+    with torch.device("meta"):
+        return model, get_peft_model(model, config)
+
+
 def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _check_weights(base: Path, files: list[Path], changes: dict[str, _Change]) -> None:
+def _check_weights(base: Path, files: list[Path], changes: dict[str, Change]) -> None:
     """Make sure, before anything is copied, that the base has each weight that is changed, as it must be."""
     left = dict(changes)
     for path in files:

@@ -24,6 +24,7 @@ from qlora_helpers.models.fingerprint import fingerprint_of
 from qlora_helpers.models.loading import name_in, name_of
 from qlora_helpers.models.tensor_files import misfit, shapes_in
 from qlora_helpers.safe_folders import put_back, whole_folder
+from qlora_helpers.training.run_folder import read_record
 from qlora_helpers.validation import number, refuse, whole
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ class AdapterFiles:
         modules: the layers it changes, by the last part of their names.
         parameters: how many it has.
         bytes: the size of its weights file, header included.
-        fingerprint: of the base's weights (`qlora_helpers.models.fingerprint`), or None if the adapter has none, as one
-            saved by plain PEFT.
+        fingerprint: of the base's weights (`qlora_helpers.models.fingerprint`), from the adapter's own files or, of a
+            checkpoint, from the record of its run; None if neither has it, as where plain PEFT saved it.
     """
 
     base: str
@@ -108,8 +109,14 @@ def describe(folder: str | Path) -> AdapterFiles:
         modules=tuple(sorted({_module_name(key) for key in shapes})),
         parameters=sum(map(math.prod, shapes.values())),
         bytes=(folder / WEIGHTS).stat().st_size,
-        fingerprint=base.get("fingerprint"),
+        fingerprint=base.get("fingerprint") or _of_the_run(folder),
     )
+
+
+def _of_the_run(adapter: Path) -> str | None:
+    """The fingerprint of the base of the run that a checkpoint belongs to: the trainer saves it, without one."""
+    known = (read_record(adapter.parent) or {}).get("base") if adapter.name.startswith("checkpoint-") else None
+    return known if isinstance(known, str) else None
 
 
 def _number(name: str, value: object) -> float:

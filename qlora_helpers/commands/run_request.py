@@ -149,8 +149,8 @@ def refuse_another(args: argparse.Namespace, folder: Path, record: dict[str, Any
 
 def _refuse_another_reading(args: argparse.Namespace, before: Request, folder: Path) -> None:
     """Refuse another model, or other rules for reading the files."""
-    moved = os.path.isabs(before.model) and not os.path.exists(before.model)
-    if args.model and _path_or_name(args.model) != before.model and not (moved and os.path.isdir(args.model)):
+    # a folder may be a copy of the base: whether it is, its fingerprint tells when the model is loaded
+    if args.model and _path_or_name(args.model) != before.model and not os.path.isdir(args.model):
         _refuse("model", args.model, before.model, folder)
     for option, begun in (("form", before.form), ("on_bad", before.on_bad), ("too_long", before.too_long)):
         if getattr(args, option) not in (None, begun):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from transformers.integrations.bitsandbytes import Bnb4bitDeserialize
 
 from qlora_helpers.library_messages import without_short_bars
 from qlora_helpers.safe_folders import whole_folder
@@ -43,6 +44,7 @@ def save_model(
     if dtype is not None and quantised:
         raise ValueError(f"dtype={dtype}: the model is 4-bit. Dequantise it first, or leave dtype out")
     size = sum(parameter.nbytes for parameter in model.parameters())
+    _forget_decoding(model)
     with whole_folder(folder, overwrite) as part, without_short_bars(size):
         if dtype is None:
             model.save_pretrained(part)
@@ -56,3 +58,17 @@ def save_model(
             (part / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(part)
     return Path(folder)
+
+
+def _forget_decoding(model: PreTrainedModel) -> None:
+    """Take from a model what transformers did to its files when they were packed in 4 bits.
+
+    transformers reverses each step of loading when it saves. Unpacking has no reverse, so a model that was loaded from such
+    files could not be saved, be it in 4 bits or dequantised.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    for conversion in conversions or ():
+        if operations := getattr(conversion, "operations", None):
+            conversion.operations = [step for step in operations if not isinstance(step, Bnb4bitDeserialize)]
+            if not conversion.operations:
+                model._weight_conversions = [other for other in model._weight_conversions if other is not conversion]

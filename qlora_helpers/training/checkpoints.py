@@ -331,6 +331,8 @@ def refuse_other_data(folder: Path, before: dict[str, Any], record: dict[str, An
 
 def _refuse_another_run(folder: Path, before: dict[str, Any], record: dict[str, Any]) -> None:
     not_compared = NOT_COMPARED | ({"base"} - before.keys())  # older versions did not record it
+    if before.get("base") and before.get("base") == record.get("base"):
+        not_compared |= {"model"}  # the same weights, whatever their folder is called now
     one, other = (
         {
             name: None if said.get(name) is None else repr(said[name])

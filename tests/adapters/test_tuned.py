@@ -7,11 +7,14 @@ import sys
 
 import bitsandbytes as bnb
 import pytest
+import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from qlora_helpers.adapters.files import WrongBase
 from qlora_helpers.adapters.tuned import TunedFiles, find_tuned, load_tuned, locate
 from qlora_helpers.evaluation import answer
+from qlora_helpers.models.fingerprint import fingerprint
 from qlora_helpers.models.hub import HubError
 from qlora_helpers.paths import data_path
 from tests.support.short_runs import CPU
@@ -188,3 +191,24 @@ from qlora_helpers.adapters.tuned import locate
 print(locate({str(ADAPTER)!r}), "torch" in sys.modules)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(ADAPTER), "False"]
+
+
+def test_a_checkpoint_knows_its_base_by_the_record_of_its_run(run, tmp_path):
+    """The trainer saves it without a fingerprint: the name of the base's folder must not decide."""
+    folder = run(base=str(tmp_path / "gone" / "mine"))
+    checkpoint = shutil.copytree(
+        folder / "adapter", folder / "checkpoint-6", ignore=shutil.ignore_patterns("base.json")
+    )
+    shutil.copytree(BASE, tmp_path / "elsewhere")
+    with pytest.raises(WrongBase, match="was trained on 'mine', and this model is 'elsewhere'"):
+        load_tuned(checkpoint, "elsewhere", hardware=CPU)
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    (folder / "run.json").write_text(json.dumps(record | {"base": fingerprint(BASE)}), encoding="utf-8")
+    assert answer(*load_tuned(checkpoint, "elsewhere", hardware=CPU)[:2], [QUESTION]) == [
+        "Carl Kirkcroft plays the harp."
+    ]
+    other = shutil.copytree(BASE, tmp_path / "mine")
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: torch.randn_like(tensor) for name, tensor in tensors.items()}, other / "model.safetensors")
+    with pytest.raises(WrongBase, match="was trained on 'mine' with the weights sha256:ccb3"):
+        load_tuned(checkpoint, "mine", hardware=CPU)

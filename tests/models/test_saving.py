@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qlora_helpers.adapters.drift import drift, logits
@@ -50,3 +51,16 @@ def test_a_model_that_lost_its_name_to_a_kill_is_found(models, tmp_path):
     assert load_tokenizer(str(folder)).vocab_size == TOKENIZER.vocab_size
     assert load_model(str(folder), quantization=None, hardware=CPU).num_parameters() > 10**6
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_a_model_that_was_loaded_from_4_bit_files_is_saved_too(tmp_path):
+    """transformers would reverse the unpacking, which has no reverse."""
+    packed = save_model(load_model(hardware=CPU), TOKENIZER, tmp_path / "packed")
+    again = save_model(load_model(str(packed), hardware=CPU), TOKENIZER, tmp_path / "again")
+    one, other = (load_file(folder / "model.safetensors") for folder in (packed, again))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    decoded = load_model(str(packed), hardware=CPU).dequantize()
+    wanted = {name: weight.clone() for name, weight in decoded.state_dict().items()}
+    folder = save_model(decoded, TOKENIZER, tmp_path / "decoded")
+    assert all(torch.equal(wanted[name], tensor) for name, tensor in load_file(folder / "model.safetensors").items())
+    assert not getattr(AutoModelForCausalLM.from_pretrained(folder), "is_quantized", False)

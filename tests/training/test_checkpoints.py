@@ -504,6 +504,23 @@ def test_a_run_is_not_resumed_with_other_weights_of_the_same_name(interrupted, t
         training.train(other, TOKENIZER, CHATS, interrupted, SHORT, hardware=CPU, resume=True)
 
 
+def test_a_run_is_resumed_with_a_copy_of_its_base_under_another_name(interrupted, finished, tmp_path_factory):
+    copy = shutil.copytree(data_path(SHIPPED_MODEL), tmp_path_factory.mktemp("copies") / "1")
+    resumed = training.train(
+        load_model(str(copy), hardware=CPU), TOKENIZER, CHATS, interrupted, SHORT, hardware=CPU, resume=True
+    )
+    assert differing(adapter(resumed.saved_path), adapter(finished.saved_path)) == []
+    record = json.loads((interrupted / "run.json").read_text(encoding="utf-8"))
+    (interrupted / "run.json").write_text(json.dumps(record | {"base": None}), encoding="utf-8")
+    shutil.rmtree(resumed.saved_path)
+    with pytest.raises(
+        ValueError, match=r"was begun differently: base was not set.*model was 'tiny-llama' and is now '1'"
+    ):
+        training.train(
+            load_model(str(copy), hardware=CPU), TOKENIZER, CHATS, interrupted, SHORT, hardware=CPU, resume=True
+        )
+
+
 def test_a_folder_with_other_files_is_refused(tmp_path):
     """The trainer would write over a README.md."""
     (tmp_path / "README.md").write_text("mine")
