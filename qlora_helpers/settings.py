@@ -18,8 +18,11 @@ __all__ = [
     "LOGITS",
     "MEMORY_SETTINGS",
     "METHODS",
+    "OF_SEVERAL_GPUS",
     "PREDICTOR_ONLY",
     "SCHEDULES",
+    "SHARDED_OPTIMIZERS",
+    "SHARDING",
     "SWITCHES",
     "WARMUP_STEPS",
     "Settings",
@@ -29,6 +32,7 @@ METHODS = ("qlora", "lora", "full")
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # with the bytes per element
 ATTENTION = ("sdpa", "math", "eager")
 LOGITS = ("tiled", "whole")
+SHARDING = ("fsdp",)
 SWITCHES = ("activation_offloading", "packing", "compile_layers", "liger_layers", "expandable_segments")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes'
 # transformers' name for each. Its own "constant" has no warm-up, whatever warmup_steps says.
@@ -49,7 +53,7 @@ class Settings:
             of an unquantised model.
         steps: how many optimizer steps to train for; None for 300, or for what `epochs` come to.
         epochs: how many times to go through the training chats, instead of `steps`; it may be a fraction.
-        batch_size: how many sequences go through the model at once.
+        batch_size: how many sequences go through the model at once, on all GPUs together.
         accumulation: how many batches make one optimizer step (gradient accumulation).
         max_length: the longest sequence in tokens. Training refuses a longer chat; it does not truncate it. The
             predictor assumes that every sequence is this long.
@@ -75,7 +79,8 @@ class Settings:
         memory_budget: choose batch_size, accumulation, checkpointed_layers and activation_offloading for the fastest run
             that fits: "auto" for all free memory of the GPU, or bytes, or a text such as "16GiB". The chats of a step
             stay the same. None to leave these settings as they are.
-        optimizer: a name that transformers' `optim` takes; None for paged 8-bit AdamW on a GPU and AdamW on a CPU.
+        optimizer: a name that transformers' `optim` takes; None for paged 8-bit AdamW on a GPU, and AdamW on a CPU or with
+            sharding.
         compute_dtype: of matrix products, and of all weights that are not in 4 bits; None for what the GPU does best:
             bfloat16, or below compute capability 8.0 float16, and float32 for "full". Training takes it from the
             machine's gear.
@@ -103,10 +108,15 @@ class Settings:
         upcast_fp32: whether `peft.prepare_model_for_kbit_training` was called, which makes 16-bit weights float32.
         logits: "tiled" as TRL's output head makes them, piece by piece; or "whole", one for each token and each entry of
             the vocabulary, as transformers' own Trainer and other stacks do.
-        eval_batch_size: of evaluations within the run; None to leave them out of the prediction.
+        eval_batch_size: of evaluations within the run, on each GPU; None to leave them out of the prediction.
+        num_gpus: how many GPUs, each with a process of its own, a step is made on. Each takes batch_size / num_gpus of the
+            sequences, so that a run learns the same on any number of them.
+        sharding: "fsdp" to split parameters, gradients and optimizer states over the GPUs; None for a whole copy on each.
+        cpu_offload: with sharding: keep each GPU's share of them in main memory while it is not in use.
 
-    In a run of epochs, `steps` and `warmup_steps` are None until `for_rows` has counted the steps. The last six describe
-    runs outside this course: the predictor takes any value, training only the default.
+    In a run of epochs, `steps` and `warmup_steps` are None until `for_rows` has counted the steps. The six
+    from `adapter_dtype` to `eval_batch_size` describe runs outside this course: the predictor takes any value, training only
+    the default.
 
     Raises:
         ValueError: names the field, its value, and what is allowed.
@@ -151,10 +161,14 @@ class Settings:
     upcast_fp32: bool = False
     logits: str = "tiled"
     eval_batch_size: int | None = None
+    num_gpus: int = 1
+    sharding: str | None = None
+    cpu_offload: bool = False
 
     def __post_init__(self) -> None:
         self._hold(validation.one_of, "method", METHODS)
         self._check_the_step()
+        self._check_the_gpus()
         self._check_the_adapters()
         self._check_the_run()
 
@@ -191,6 +205,17 @@ class Settings:
             cure = "needs gradient_checkpointing=True and checkpointed_layers=None: what other layers keep is too much to move"
             raise validation.refuse("activation_offloading", True, cure)
         self._hold_unless_none(_budget, "memory_budget")
+
+    def _check_the_gpus(self) -> None:
+        self._hold(validation.whole, "num_gpus")
+        self._hold_unless_none(validation.one_of, "sharding", SHARDING, otherwise="None for a whole copy on each GPU")
+        self._hold(validation.switch, "cpu_offload")
+        if self.batch_size % self.num_gpus:
+            more = -(-self.batch_size // self.num_gpus) * self.num_gpus
+            cure = f"must divide batch_size={self.batch_size}, so that each GPU gets as many sequences; batch_size={more} would do"
+            raise validation.refuse("num_gpus", self.num_gpus, cure)
+        if self.cpu_offload and not self.sharding:
+            raise validation.refuse("cpu_offload", True, "needs sharding='fsdp', whose shards it moves")
 
     def _check_the_adapters(self) -> None:
         self._hold(validation.whole, "rank")
@@ -241,6 +266,11 @@ class Settings:
         except ValueError as error:
             counts = f"It counts steps, and is no share of them: the run has {self.steps}"
             raise ValueError(f"{error}. {counts}") from None
+
+    @property
+    def batch_per_gpu(self) -> int:
+        """How many sequences go through the model at once on each GPU."""
+        return self.batch_size // self.num_gpus
 
     def steps_per_epoch(self, rows: int) -> int:
         """The optimizer steps of one pass over this many training chats, as transformers counts them.
@@ -327,12 +357,15 @@ MEMORY_SETTINGS = (
     "method", "batch_size", "max_length", "accumulation", "rank", "dropout", "target_modules", "gradient_checkpointing",
     "optimizer", "compute_dtype", "double_quant", "adapter_dtype", "block_size", "attention", "upcast_fp32",
     "checkpointed_layers", "activation_offloading", "packing", "compile_layers", "liger_layers", "expandable_segments",
-    "logits", "eval_batch_size",
+    "logits", "eval_batch_size", "num_gpus", "sharding", "cpu_offload",
 )  # fmt: skip
 
+OF_SEVERAL_GPUS = ("num_gpus", "sharding", "cpu_offload")  # what a run on one GPU does not use
+
 GPU_OPTIMIZER = "paged_adamw_8bit"  # on a GPU, where the settings name none
+SHARDED_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch")  # with sharding; the first where the settings name none
 
 # Training takes only the defaults of these, the predictor any value (see `Settings`).
 PREDICTOR_ONLY = (
-    "adapter_dtype", "block_size", "attention", "upcast_fp32", "logits", "eval_batch_size",
+    "adapter_dtype", "block_size", "attention", "upcast_fp32", "logits", "eval_batch_size", *OF_SEVERAL_GPUS,
 )  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import asdict, fields, replace
 import numpy as np
 import pytest
 
-from qlora_helpers.settings import GPU_RUN, MEMORY_SETTINGS, PREDICTOR_ONLY, Settings
+from qlora_helpers.settings import GPU_RUN, MEMORY_SETTINGS, OF_SEVERAL_GPUS, PREDICTOR_ONLY, Settings
 
 WHOLE, SWITCH = "must be a whole number, 1 or more", "must be True or False"
 WARM_UP = (
@@ -91,6 +91,14 @@ REFUSED = [
     *(("memory_budget", value, BUDGET) for value in (0, -1, "lots", "0GiB", "-3GiB", True, 1.5, "16", "")),
     ("logits", "fused", "choose one of tiled, whole"),
     ("eval_batch_size", 0, f"{WHOLE}, or None for no evaluation"),
+    ("num_gpus", 0, WHOLE),
+    ("num_gpus", 2.0, WHOLE),
+    ("num_gpus", 3, "must divide batch_size=16, so that each GPU gets as many sequences; batch_size=18 would do"),
+    ("num_gpus", 32, "must divide batch_size=16, so that each GPU gets as many sequences; batch_size=32 would do"),
+    ("sharding", "zero3", "choose one of fsdp, or None for a whole copy on each GPU"),
+    ("sharding", True, "choose one of fsdp, or None for a whole copy on each GPU"),
+    ("cpu_offload", 1, SWITCH),
+    ("cpu_offload", True, "needs sharding='fsdp', whose shards it moves"),
 ]
 
 
@@ -240,3 +248,13 @@ def test_a_run_on_a_gpu_differs_from_the_course_s_only_in_these():
 def test_the_lists_of_settings_name_settings():
     names = {field.name for field in fields(Settings)}
     assert set(MEMORY_SETTINGS) <= names and set(PREDICTOR_ONLY) <= set(MEMORY_SETTINGS)
+    assert set(OF_SEVERAL_GPUS) <= set(MEMORY_SETTINGS)
+
+
+def test_the_sequences_of_a_pass_are_shared_out_among_the_gpus():
+    assert Settings(batch_size=16).batch_per_gpu == 16
+    assert Settings(batch_size=16, num_gpus=4).batch_per_gpu == 4
+    assert Settings(num_gpus=np.int64(2), sharding=np.str_("fsdp"), cpu_offload=np.bool_(True)) == Settings(
+        num_gpus=2, sharding="fsdp", cpu_offload=True
+    )
+    assert Settings(sharding="fsdp").num_gpus == 1  # nothing is split then

@@ -10,8 +10,9 @@ from dataclasses import fields
 
 from qlora_helpers.settings import Settings
 
-__all__ = ["TYPES", "add_settings", "given", "number_or_text", "option_of"]
+__all__ = ["SHORT", "TYPES", "add_settings", "given", "number_or_text", "option_of"]
 
+SHORT = {"num_gpus": "gpus"}  # options that have another name than their field
 TYPES = {field.name: field.type for field in fields(Settings)}
 
 
@@ -44,7 +45,7 @@ def _names(text: str) -> str | list[str]:
 
 def option_of(name: str) -> str:
     """The option of a field, such as "--batch-size"."""
-    return "--" + name.replace("_", "-")
+    return "--" + SHORT.get(name, name).replace("_", "-")
 
 
 def add_settings(parser: argparse.ArgumentParser, names: Iterable[str], defaults: Settings) -> None:

@@ -30,7 +30,7 @@ from qlora_helpers.folder_locks import FolderInUse
 from qlora_helpers.json_files import read_json, write_json
 from qlora_helpers.models.fingerprint import fingerprint_of
 from qlora_helpers.models.tensor_files import misfit, shapes_in
-from qlora_helpers.settings import PREDICTOR_ONLY, SWITCHES, Settings
+from qlora_helpers.settings import OF_SEVERAL_GPUS, PREDICTOR_ONLY, SWITCHES, Settings
 from qlora_helpers.training.checksums import changed_files, count_of_states, write_checksums, written_whole
 from qlora_helpers.training.environment import changes, environment
 from qlora_helpers.training.run_folder import (
@@ -266,7 +266,8 @@ def record_of(
 
 def _left_out(name: str, value: object) -> bool:
     """Whether a record leaves a setting out: as older versions, which had none of these, unless it is used."""
-    return name in (*SWITCHES, "checkpointed_layers", "memory_budget") and (value is None or value is False)
+    younger = (*SWITCHES, *OF_SEVERAL_GPUS, "checkpointed_layers", "memory_budget")
+    return name in younger and value == Settings.__dataclass_fields__[name].default
 
 
 def _digest(chats: Sequence[Chat]) -> str:

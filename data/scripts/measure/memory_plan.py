@@ -11,10 +11,10 @@ import hashlib
 import json
 
 from qlora_helpers.memory import catalogue
-from qlora_helpers.settings import GPU_RUN, MEMORY_SETTINGS, SWITCHES, Settings
+from qlora_helpers.settings import GPU_RUN, MEMORY_SETTINGS, OF_SEVERAL_GPUS, SWITCHES, Settings
 
-# What a row says of its run. The switches are younger than the measured rows, which used none of them.
-SETTINGS = tuple(name for name in MEMORY_SETTINGS if name not in SWITCHES)
+# What a row says of its run. The others are younger than the measured rows, which used none of them.
+SETTINGS = tuple(name for name in MEMORY_SETTINGS if name not in (*SWITCHES, *OF_SEVERAL_GPUS))
 
 # Models of qlora_helpers/memory/models.json: the table's name is the last part of the Hub's name, except for these.
 NAMES = {
