@@ -367,5 +367,5 @@ SHARDED_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch")  # with sharding; the 
 
 # Training takes only the defaults of these, the predictor any value (see `Settings`).
 PREDICTOR_ONLY = (
-    "adapter_dtype", "block_size", "attention", "upcast_fp32", "logits", "eval_batch_size", *OF_SEVERAL_GPUS,
+    "adapter_dtype", "block_size", "attention", "upcast_fp32", "logits", "eval_batch_size",
 )  # fmt: skip
