@@ -15,7 +15,6 @@ from qlora_helpers.__main__ import main
 from qlora_helpers.adapters import proven_merge
 from qlora_helpers.adapters.file_merge import merge_files
 from qlora_helpers.adapters.files import save_adapter
-from qlora_helpers.adapters.proven_merge import EXPECTED
 from qlora_helpers.models.fingerprint import fingerprint
 from qlora_helpers.models.loading import load_model
 from qlora_helpers.models.saving import save_model
@@ -319,9 +318,3 @@ def test_what_makes_no_sense_is_refused(call, tmp_path):
     assert "is a whole model already: there is nothing to merge" in call(BASE)[2]
     assert "--max-new-tokens=0: must be a whole number" in call(SHIPPED, "--max-new-tokens", "0")[2]
     assert "--no-proof asks no questions" in call(SHIPPED, "--no-proof")[2]
-
-
-def test_what_is_expected_is_what_lesson_6_measured():
-    rows = {row["way"]: row for row in json.loads(data_path("measured", "merging.json").read_text("utf-8"))["rows"]}
-    for into, expected in EXPECTED.items():
-        assert expected.measured[1] == pytest.approx(rows[into]["mean"] / rows["no adapter"]["mean"], abs=0.005)
