@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 from qlora_helpers import validation
 from qlora_helpers.adapters.card import merged_card
 from qlora_helpers.adapters.effect import NOTHING, causes_in, said_of_survival, survival_of, tokenizer_of
-from qlora_helpers.adapters.file_merge import merge_files
+from qlora_helpers.adapters.file_merge import changes_of, merge_files
 from qlora_helpers.adapters.files import check_base, describe, load_adapter, read_adapter_config
 from qlora_helpers.adapters.lora_options import IN_MEMORY, PLAIN, check_options
 from qlora_helpers.adapters.merge import BASES, merge_into
@@ -163,6 +163,11 @@ class Proof:
             lines.append(f"In the weights: {said_of_survival(self.survived)}.")
         if found.first_difference:
             lines.append(f"The first that differs: {found.first_difference}.")
+        if self.holds and self.share > expected.at_most:
+            lines.append(
+                "That is much beside what the adapter changes, which is little here. Into dequantised, less is lost: that is what "
+                "was trained."
+            )
         lines += [f"Does not hold: {fault}." for fault in self.faults]
         return "\n".join(lines)
 
@@ -209,8 +214,7 @@ def plan_merge(
         )
     if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
         raise FileExistsError(f"{folder} is there already: name a new folder")
-    config = read_adapter_config(tuned.folder)
-    check_options(f"the adapter in {tuned.folder}", config, IN_MEMORY)
+    check_options(f"the adapter in {tuned.folder}", read_adapter_config(tuned.folder), IN_MEMORY)
     base_folder = folder_of(tuned.base)
     check_base(describe(tuned.folder), tuned.folder, name_in(base_folder), fingerprint(base_folder))
     if causes := [cause for cause in causes_in(tuned.folder, base_folder) if not cause.partly]:
@@ -218,7 +222,9 @@ def plan_merge(
             f"the adapter in {tuned.folder} cannot be merged as it is: {'; '.join(cause.said for cause in causes)}"
         )
     into, why = _way(tuned, base_folder, into)
-    plan = MergePlan(tuned, base_folder, into, why, by_files=into == "16bit" and _is_plain(config))
+    plan = MergePlan(
+        tuned, base_folder, into, why, by_files=into == "16bit" and _merges_by_files(base_folder, tuned.folder)
+    )
     _check_disk(plan, Path(folder))
     _check_memory(plan, prove, hardware)
     return plan
@@ -252,9 +258,11 @@ def _way(tuned: TunedFiles, base: Path, into: str | None) -> tuple[str, str]:
     )
 
 
-def _is_plain(config: dict[str, Any]) -> bool:
+def _merges_by_files(base: Path, adapter: Path) -> bool:
+    """Whether an adapter that fits is plain LoRA on linear layers, which `merge_files` takes."""
     try:
-        check_options("adapter", config, PLAIN)
+        check_options("adapter", read_adapter_config(adapter), PLAIN)
+        changes_of(base, read_config(base, str(base), argument="base"), adapter)
     except ValueError:
         return False
     return True
@@ -289,7 +297,7 @@ def _check_memory(plan: MergePlan, prove: bool, hardware: Hardware) -> None:
     free = torch.cuda.mem_get_info()[0] if hardware.device == "cuda" else psutil.virtual_memory().available
     if need > free:
         cure = "take a machine with more"
-        if plan.by_files or _is_plain(read_adapter_config(plan.tuned.folder)):
+        if _merges_by_files(plan.base, plan.tuned.folder):
             cure += ", or merge from file to file, which needs little, without proof: --into 16bit --no-proof"
         raise ValueError(
             f"a merge of {plan.tuned.base} into {plan.into} takes {in_words(need)} of {where}, and {in_words(free)} is free: {cure}"

@@ -162,25 +162,3 @@ def test_a_small_adapter_is_rounded_away_in_4_bits_and_not_in_16(of, tmp_path):
     assert shares["dequantised"].least > 0.9 and shares["dequantised"].into == "4bit"
     found = of(scaled(1 / 32), merged=tmp_path / "4bit")
     assert not found.took_effect and "Into 4 bits, a small change is rounded away" in said_by(found, "merge")
-
-
-def test_survival_is_counted_by_layer(tmp_path):
-    """A merge of which one layer was left out."""
-    folder = save_model(merge(SHIPPED, "16bit", hardware=CPU), TOKENIZER, tmp_path / "merged", dtype=torch.bfloat16)
-    tensors, name = load_file(folder / "model.safetensors"), "model.layers.2.mlp.up_proj.weight"
-    save_file(
-        tensors | {name: load_file(BASE / "model.safetensors")[name]}, folder / "model.safetensors", {"format": "pt"}
-    )
-    found = survival(BASE, SHIPPED, folder)
-    assert (found.layer, found.least, found.into) == (
-        "model.layers.2.mlp.up_proj",
-        0,
-        "16bit",
-    ) and 0.9 < found.share < 1
-    with pytest.raises(ValueError, match="changes nothing, since B A is zero in every layer"):
-        survival(BASE, changed(tmp_path / "zero", scaled(0)), folder)
-    save_file({n: t for n, t in tensors.items() if n != name}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"merged='.*merged' has no weight model.layers.2.mlp.up_proj.weight"):
-        survival(BASE, SHIPPED, folder)
-    with pytest.raises(ValueError, match="quantization='int4': choose one of nf4, fp4, or None"):
-        survival(BASE, SHIPPED, folder, quantization="int4")
