@@ -25,7 +25,7 @@ from qlora_helpers.chats import Chat
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CONVERTER", "FileTokenizer", "file_tokenizer", "read_tokenizer", "rendered", "with_blanks"]
+__all__ = ["CONVERTER", "FileTokenizer", "chat_text", "file_tokenizer", "read_tokenizer", "with_blanks"]
 
 CONVERTER = "llama.cpp's own converter, convert_hf_to_gguf.py, knows more: take that one"
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -67,6 +67,7 @@ class FileTokenizer:
         template: the chat template, without marks for training; None if there is none.
         blanks: whether the template puts a blank before each message, since this tokenizer does so itself and llama.cpp does
             not.
+        words: whether it is a list of words without merges, as the shipped model's.
         remarks: what llama.cpp does in another way, in sentences.
     """
 
@@ -80,6 +81,7 @@ class FileTokenizer:
     add_bos: bool
     template: str | None
     blanks: bool = False
+    words: bool = False
     remarks: tuple[str, ...] = ()
 
 
@@ -117,7 +119,8 @@ def file_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int) -> FileTokeniz
         kinds[id] = TokenType.CONTROL if added.special else TokenType.USER_DEFINED
         if added.lstrip or added.rstrip:
             remarks.append(f"The tokenizer takes the blanks beside {added.content} away, and llama.cpp may not.")
-    if not merges:
+    words = not merges
+    if words:
         merges = (_never_made(set(vocab)),)
         remarks.append(
             "The tokenizer is a list of words and has no merges: llama.cpp cuts as for Llama 3. The same tokens come of the "
@@ -151,6 +154,7 @@ def file_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int) -> FileTokeniz
         add_bos=bool(plain) and plain[0] == tokenizer.bos_token_id,
         template=template,
         blanks=blanked,
+        words=words,
         remarks=tuple(remarks),
     )
 
@@ -212,7 +216,7 @@ def _never_made(vocab: set[str]) -> str:
     return next(f"{letter} 0" for letter in "abcdefghijklmnopqrstuvwxyz" if f"{letter}0" not in vocab)
 
 
-def rendered(tokenizer: PreTrainedTokenizerBase, chat: Chat, template: str | None = None) -> str | None:
+def chat_text(tokenizer: PreTrainedTokenizerBase, chat: Chat, template: str | None = None) -> str | None:
     """A chat as text, up to where the answer begins if it ends with a question; None if the template takes no such chat.
 
     Args:
@@ -254,15 +258,15 @@ def _template(tokenizer: PreTrainedTokenizerBase, blanks: bool) -> tuple[str | N
     if not own:
         return None, False
     template = _MARKER.sub("", own)  # they are for training, and no other reader knows them
-    if [rendered(tokenizer, chat, template) for chat in _PROBES] != [rendered(tokenizer, chat) for chat in _PROBES]:
+    if [chat_text(tokenizer, chat, template) for chat in _PROBES] != [chat_text(tokenizer, chat) for chat in _PROBES]:
         template = own
     if not blanks:
         return template, False
     content = "message['content']"
     put = f"((' ' if {content} and not {content}.startswith(' ') else '') + {content})"
     blanked = _CONTENT.sub(put.replace("\\", r"\\"), template)
-    wanted = [rendered(tokenizer, with_blanks(chat)) for chat in _PROBES]
-    if [rendered(tokenizer, chat, blanked) for chat in _PROBES] != wanted:
+    wanted = [chat_text(tokenizer, with_blanks(chat)) for chat in _PROBES]
+    if [chat_text(tokenizer, chat, blanked) for chat in _PROBES] != wanted:
         raise ValueError(
             "tokenizer puts a blank before a text (add_prefix_space), llama.cpp does not, and its chat template is not of a "
             "form into which the blank can be written: train with a tokenizer without add_prefix_space"
