@@ -294,7 +294,7 @@ def read_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         raise ValueError(f"path={str(path)!r} has a tokenizer that is not read here ({entry('ggml.model')}, {pre})")
     patterns, ignores = _CUTS[pre]
     tokens, kinds = entry("ggml.tokens"), entry("ggml.token_type")
-    vocab = {token: id for id, token in enumerate(tokens)}
+    vocab = {token: id for id, token in enumerate(tokens) if kinds[id] != TokenType.UNUSED}
     merges = [tuple(merge.split(" ")) for merge in entry("ggml.merges")]
     merges = [merge for merge in merges if "".join(merge) in vocab]
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignores))

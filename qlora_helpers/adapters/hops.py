@@ -169,14 +169,14 @@ def _export_proved(
         model = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=hardware.compute_dtype, local_files_only=True
         ).to(hardware.device)
-    divide_rope(model, path)
+    divided = divide_rope(model, path)
     weights, exact, kind = _weights(model, path, folder)
     checks.append(weights)
     likeness = None
     if all(check.holds for check in found[:2]):
         reread = read_tokenizer(path)
         likeness = compared(merged, said(model, reread, chats, max_new_tokens=max_new_tokens, along=merged))
-        checks += _likeness(EXPORT, kind, likeness, exactly=exact)
+        checks += _likeness(EXPORT, kind, likeness, exactly=exact and not divided)
     del model
     gc.collect()
     return Proof(tuple(checks), likeness)
@@ -286,13 +286,18 @@ def _vocabulary(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) ->
     )
 
 
-def divide_rope(model: PreTrainedModel, path: str | Path) -> None:
-    """Divide a model's rotary frequencies as the file says, as llama.cpp does; transformers passes over that tensor."""
+def divide_rope(model: PreTrainedModel, path: str | Path) -> bool:
+    """Divide a model's rotary frequencies as the file says, as llama.cpp does; transformers passes over that tensor.
+
+    Returns:
+        Whether the file says so.
+    """
     found = [tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "rope_freqs.weight"]
     if found:
         rotary, divisors = model.model.rotary_emb, torch.from_numpy(found[0].data.copy())
         rotary.inv_freq = rotary.inv_freq / divisors.to(rotary.inv_freq.device)
         rotary.original_inv_freq = rotary.inv_freq
+    return bool(found)
 
 
 def _weights(model: PreTrainedModel, path: Path, folder: Path) -> tuple[Check, bool, str]:
@@ -373,7 +378,8 @@ def _likeness(hop: str, kind: str, found: Likeness, exactly: bool) -> list[Check
     if exactly:
         expected, holds = "equal, since the weights are", found.largest_logit_difference == 0.0
     else:
-        rounding = "the rounding of the sum to 16 bits" if kind == "merge" else f"the rounding of {kind}"
+        rounding = {"merge": "the rounding of the sum to 16 bits", "F32": "the rounding of the rotary divisors"}
+        rounding = rounding.get(kind, f"the rounding of {kind}")
         expected, holds = f"{rounding}: KL at most {most:g} nats on average", found.mean_kl <= most
     measured = f"largest difference {found.largest_logit_difference:.3g}, KL {found.mean_kl:.2g}"
     measured += f", the same choice at {found.same_choice:.1%} of {found.places:,} places"
