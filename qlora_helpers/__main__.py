@@ -1,4 +1,4 @@
-"""python -m qlora_helpers run | data | chat | ask | export | memory | doctor | preflight | progress"""
+"""python -m qlora_helpers run | data | chat | ask | export | fetch | memory | doctor | preflight | progress"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-from qlora_helpers.commands import ask, chat, data, doctor, export, memory, preflight, progress, run
+from qlora_helpers.commands import ask, chat, data, doctor, export, fetch, memory, preflight, progress, run
 from qlora_helpers.commands.typed_options import as_typed, typed_options
 from qlora_helpers.streams import take_any_character
 
@@ -19,6 +19,7 @@ COMMANDS = {
     "chat": (chat, "talk to what a run has trained"),
     "ask": (ask, "ask it one question, or a file of them; for scripts"),
     "export": (export, "what a run has trained as one file for llama.cpp and Ollama, compared at each hop"),
+    "fetch": (fetch, "put a real language model on this disk, of 135 million parameters"),
     "memory": (memory, "will a run fit on a GPU, what takes the memory, and what helps"),
     "doctor": (doctor, "what this machine has, and what is wrong with it; or what an error means"),
     "preflight": (preflight, "before class: is this machine ready, and do the lessons hold here"),
