@@ -96,6 +96,7 @@ def export_gguf(
     tokenizer_folder: str | Path | None = None,
     name: str | None = None,
     base: str | None = None,
+    licence: str | None = None,
 ) -> GGUFFile:
     """Write the model in a folder as a GGUF file.
 
@@ -107,6 +108,7 @@ def export_gguf(
         tokenizer_folder: where the tokenizer is; by default `folder`.
         name: of the model; by default the folder's.
         base: the model that it was tuned from: a name on the Hub, or any other.
+        licence: by default what the model card in the folder states; nothing if it states none.
 
     Raises:
         FileExistsError: there is something at `path`.
@@ -137,7 +139,9 @@ def export_gguf(
     with new_file(path) as part, _quiet():
         writer = gguf.GGUFWriter(part, gguf.MODEL_ARCH_NAMES[arch])
         try:
-            _write_entries(writer, folder, full, kind, tokens, name or name_in(folder), base)
+            _write_entries(
+                writer, folder, full, kind, tokens, name or name_in(folder), base, licence or _licence(folder)
+            )
             if divisors is not None:
                 writer.add_tensor_info("rope_freqs.weight", divisors.shape, divisors.dtype, divisors.nbytes)
             for entry in plan:
@@ -282,12 +286,13 @@ def _write_entries(
     tokens: FileTokenizer,
     name: str,
     base: str | None,
+    licence: str | None,
 ) -> None:
     """Everything but the tensors, under llama.cpp's names (gguf.Keys)."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
-    if licence := _licence(folder):
+    if licence:
         writer.add_license(licence)
     if base:
         writer.add_base_model_count(1)

@@ -124,7 +124,8 @@ def file_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int) -> FileTokeniz
         merges = (_never_made(set(vocab)),)
         remarks.append(
             "The tokenizer is a list of words and has no merges: llama.cpp cuts as for Llama 3. The same tokens come of the "
-            "words of the list; others may become other bytes' tokens, such as a number that begins like one of the list."
+            "words of the list. Others may become other bytes' tokens, such as a number that begins like one of the list, or a "
+            "sign right before a line break."
         )
         for id, token in enumerate(tokens):
             if _YEAR.fullmatch(token):  # found before text is cut

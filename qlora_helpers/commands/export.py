@@ -94,17 +94,25 @@ def command(args: argparse.Namespace) -> int:
     print("Loading the libraries …", flush=True)
     from qlora_helpers.adapters.gguf_export import check_exportable, export_gguf
     from qlora_helpers.adapters.hops import prove, prove_tokenizer
+    from qlora_helpers.models.fetched import FETCHABLE
     from qlora_helpers.models.folder_config import read_config
     from qlora_helpers.models.loading import folder_of, load_tokenizer, name_in
 
     own = found.base or str(found.folder)
     # before weights are fetched
     check_exportable(read_config(folder_of(own, weights=False), own, argument="base"), own)
-    base = None if found.base is None else name_in(Path(found.base))
-    base = found.base if base is not None and not Path(found.base).is_dir() else base
+    fetched = FETCHABLE.get(found.base or "")
+    base = found.base if found.base is None or not Path(found.base).is_dir() else name_in(Path(found.base))
     print(f"This is {found}.", flush=True)
     with _merged(found, args.into, args.merged, args.out) as folder:
-        file = export_gguf(folder, args.out, args.type, name=args.out.stem, base=base)
+        file = export_gguf(
+            folder,
+            args.out,
+            args.type,
+            name=args.out.stem,
+            base=fetched.title if fetched else base,
+            licence=fetched.licence if fetched else None,
+        )
         if questions:
             proof = prove(file.path, folder, questions, live=_live(found, args.into))
             broken, said = proof.broken is not None, str(proof)
@@ -226,6 +234,7 @@ def _say(args: argparse.Namespace, file: GGUFFile, said: str, found: TunedFiles)
     from qlora_helpers.adapters.gguf_tokenizer import read_tokenizer
     from qlora_helpers.adapters.serving import modelfile, serving_lines
     from qlora_helpers.json_files import write_new
+    from qlora_helpers.models.loading import folder_of
 
     print(f"Written: {file.path}, {in_words(file.bytes)}, {file.tensors} tensors in {file.kind}.")
     print(said or "The tokenizer and the chat template, read back, are the same. --check FILE compares answers, too.")
@@ -247,4 +256,7 @@ def _say(args: argparse.Namespace, file: GGUFFile, said: str, found: TunedFiles)
         rank = describe(found.folder).rank
     adapter = None if found.base is None else str(found.folder)
     merged = str(args.merged) if args.merged else (str(found.folder) if found.base is None else None)
-    print(f"\n{serving_lines(file.path, file.tokenizer.template, merged, adapter, found.base, rank, written, reason)}")
+    base = found.base
+    if base is not None and "/" not in base and not Path(base).is_dir():  # a name that only this package knows
+        base = str(folder_of(base))
+    print(f"\n{serving_lines(file.path, file.tokenizer.template, merged, adapter, base, rank, written, reason)}")

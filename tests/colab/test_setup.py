@@ -591,9 +591,7 @@ def test_only_what_is_missing_or_at_another_version_is_installed(colab):
         stand_in(colab.site, name, version)
     shutil.rmtree(next(colab.site.glob("peft-*")))
     done = colab.run()
-    installed = (
-        f"Installed datasets {PINS['datasets']}, gguf {PINS['gguf']}, sacrebleu {PINS['sacrebleu']}, trl {PINS['trl']}, peft>=0.20.\n"
-    )
+    installed = f"Installed datasets {PINS['datasets']}, gguf {PINS['gguf']}, sacrebleu {PINS['sacrebleu']}, trl {PINS['trl']}, peft>=0.20.\n"
     assert completed(done, installed + NO_GPU), done
     called = f"datasets=={PINS['datasets']} gguf=={PINS['gguf']} sacrebleu=={PINS['sacrebleu']} trl=={PINS['trl']} peft>=0.20 |"
     assert colab.pip_calls[0].startswith(called)
