@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from qlora_helpers.adapters.gguf_tokenizer import chat_text, file_tokenizer, read_tokenizer, with_blanks
+from qlora_helpers.adapters.gguf_tokenizer import FileTokenizer, chat_text, file_tokenizer, read_tokenizer, with_blanks
 from qlora_helpers.adapters.same_answers import Likeness, Said, compared, said
 from qlora_helpers.chats import Chat
 from qlora_helpers.course.tables import as_table
@@ -30,6 +30,7 @@ from qlora_helpers.evaluation.answers import prompts_of
 from qlora_helpers.hardware import Hardware, given_or_detected
 from qlora_helpers.library_messages import without_short_bars
 from qlora_helpers.models.fingerprint import weight_files
+from qlora_helpers.models.folder_config import read_config
 from qlora_helpers.models.loading import load_model, load_tokenizer
 from qlora_helpers.visible import shortened, visible
 
@@ -197,7 +198,7 @@ def prove_tokenizer(path: str | Path, tokenizer: PreTrainedTokenizerBase, chats:
     written = file_tokenizer(tokenizer, len(reread))
     wanted = prompts_of(chats, tokenizer)
     found = _prompts(EXPORT, tokenizer, reread, chats, wanted, written.blanks, written.words)
-    return [*found, _vocabulary(tokenizer, reread)]
+    return [*found, _vocabulary(tokenizer, reread, written)]
 
 
 def _prompts(
@@ -257,8 +258,16 @@ def _first_difference(one: str | None, other: str | None) -> str:
     return f"from character {place + 1}, {a!r} became {b!r}"
 
 
-def _vocabulary(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> Check:
-    """The tokens by their ids, and the order of merges."""
+def _vocabulary(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, written: FileTokenizer) -> Check:
+    """The tokens by their ids, the order of merges, and how texts are cut before any merge."""
+    cuts = []
+    for text in () if written.words else _TEXTS:
+        blanked = f"{' ' * written.blanks}{text}"
+        pieces = [
+            [piece for piece, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(typed)]
+            for tokenizer, typed in ((one, text), (other, blanked))
+        ]
+        cuts += [(text, *pieces)] * (pieces[0] != pieces[1])
     (own, own_merges), (read, read_merges) = (
         (
             {id: token.replace("Ġ", " ") for token, id in tokenizer.get_vocab().items()},
@@ -275,14 +284,18 @@ def _vocabulary(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) ->
     elif merge is not None:
         a, b = ([" + ".join(pair) for pair in merges[merge : merge + 1]] for merges in (own_merges, read_merges))
         measured = f"merge {merge + 1}, {a or 'none'}, became {b or 'none'}"
+    elif cuts:
+        text, a, b = cuts[0]
+        place = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        measured = f"{text!r} is cut into {b[place : place + 3]} instead of {a[place : place + 3]}"
     else:
         measured = f"the same, {len(own):,} tokens and {len(own_merges):,} merges"
     return Check(
         EXPORT,
         "vocabulary",
-        "the same tokens, and the same merges in the same order",
+        "the same tokens, merges in the same order, and cuts between words",
         measured,
-        wrong is None and merge is None,
+        wrong is None and merge is None and not cuts,
     )
 
 
@@ -309,7 +322,7 @@ def _weights(model: PreTrainedModel, path: Path, folder: Path) -> tuple[Check, b
     )
     read = model.state_dict()
     kind, faults, equal, count = "F32", [], True, 0
-    tied = model.config.tie_word_embeddings
+    tied = read_config(folder, str(folder), argument="folder").get("tie_word_embeddings", False)
     for key, value in _tensors(folder):
         name = names.get_name(key, try_suffixes=(".weight", ".bias"))
         if name is None or key not in read:

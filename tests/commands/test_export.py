@@ -83,11 +83,16 @@ def test_the_tokenizer_of_the_adapter_is_the_one_in_the_file(export, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(BASE / name, adapter / name)
     path = adapter / "chat_template.jinja"
-    path.write_text(path.read_text(encoding="utf-8").replace("'<|user|>'", "'<|user|> Well ,'"), encoding="utf-8")
+    path.write_text(path.read_text(encoding="utf-8").replace("this model", "this one"), encoding="utf-8")
     code, _, _ = export("adapter", "a.gguf", "--merged", "merged")
     assert code == 0
-    assert "Well ," in GGUFReader(tmp_path / "a.gguf").fields["tokenizer.chat_template"].contents()
+    assert "this one knows" in GGUFReader(tmp_path / "a.gguf").fields["tokenizer.chat_template"].contents()
     assert (tmp_path / "merged" / "chat_template.jinja").read_bytes() == path.read_bytes()
+    # here no blank can be put where the tokenizer puts one: the tokens are compared without --check, too
+    path.write_text(path.read_text(encoding="utf-8").replace("'<|user|>'", "'<|user|> Well ,'"), encoding="utf-8")
+    code, out, _ = export("adapter", "b.gguf")
+    assert code == 1 and "tokens: in prompt 1, token " in out and "b.gguf is not kept." in out
+    assert not (tmp_path / "b.gguf").exists()
 
 
 def test_a_file_that_fails_its_check_is_not_kept(export, tmp_path, monkeypatch):
