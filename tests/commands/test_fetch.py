@@ -1,6 +1,7 @@
 """The command: what it lists, what it takes, and that it loads nothing before it must."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 from qlora_helpers.__main__ import main
 from qlora_helpers.models import fetched, fetching
 from qlora_helpers.models.fetched import FETCHABLE, MADE
+from qlora_helpers.paths import data_path
 
 NAME = "smollm2-135m"
 
@@ -130,14 +132,10 @@ def test_an_adapter_finds_its_base_again_by_that_name(cache, tmp_path):
     from qlora_helpers.adapters.tuned import find_tuned, locate
 
     run = tmp_path / "run"
-    run.mkdir()
-    config = {
-        "base_model_name_or_path": NAME,
-        "peft_type": "LORA",
-        "r": 4,
-        "lora_alpha": 4,
-        "target_modules": ["q_proj"],
-    }
+    shutil.copytree(data_path("adapters", "sentences"), run)
+    (run / "base.json").unlink(missing_ok=True)
+    config = json.loads((run / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = NAME
     (run / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     assert find_tuned(run).base == NAME
     put(cache)
