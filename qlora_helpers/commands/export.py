@@ -113,14 +113,19 @@ def command(args: argparse.Namespace) -> int:
             base=fetched.title if fetched else base,
             licence=fetched.licence if fetched else None,
         )
-        if questions:
-            proof = prove(file.path, folder, questions, live=_live(found, args.into))
-            broken, said = proof.broken is not None, str(proof)
-        else:
-            checks = prove_tokenizer(file.path, load_tokenizer(str(folder)), _askable(file, folder))
-            wrong = next((check for check in checks if not check.holds), None)
-            broken = wrong is not None
-            said = f"{wrong.what}: {wrong.measured}; expected: {wrong.expected}" if wrong else ""
+        try:
+            if questions:
+                proof = prove(file.path, folder, questions, live=_live(found, args.into))
+                broken, said = proof.broken is not None, str(proof)
+            else:
+                chats = _ANY if file.tokenizer.template else []
+                checks = prove_tokenizer(file.path, load_tokenizer(str(folder)), chats)
+                wrong = next((check for check in checks if not check.holds), None)
+                broken = wrong is not None
+                said = f"{wrong.what}: {wrong.measured}; expected: {wrong.expected}" if wrong else ""
+        except BaseException:  # a file that was not compared is not kept either
+            args.out.unlink()
+            raise
         if broken:
             args.out.unlink()
             print(f"{said}\n{args.out} is not kept.")
@@ -223,11 +228,6 @@ def _live(found: TunedFiles, into: str) -> Callable | None:
         return load_adapter(load_model(found.base, quantization=None), found.folder), tokenizer
 
     return load
-
-
-def _askable(file: GGUFFile, folder: Path) -> list:
-    """Chats that the file's template takes, with which it is compared; none without a template."""
-    return _ANY if file.tokenizer.template else []
 
 
 def _say(args: argparse.Namespace, file: GGUFFile, said: str, found: TunedFiles) -> None:

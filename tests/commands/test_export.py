@@ -74,6 +74,9 @@ def test_a_whole_model_is_exported_as_it_is(export, tmp_path):
     code, out, _ = export("model", "a.gguf")
     assert code == 0 and "vllm serve model --served-model-name a" in out and "--enable-lora" not in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "model"]
+    (tmp_path / "q.txt").write_text("word " * 600, encoding="utf-8")
+    code, _, err = export("model", "b.gguf", "--check", "q.txt")
+    assert code == 2 and "shorten it" in err and not (tmp_path / "b.gguf").exists()  # nor is one that was not compared
     code, _, err = export("model", "b.gguf", "--merged", "other")
     assert code == 2 and "model is a whole model already: leave it out" in err
 
