@@ -1,4 +1,4 @@
-"""python -m qlora_helpers run | data | chat | ask | effect | merge | fetch | memory | doctor | preflight | progress"""
+"""python -m qlora_helpers run | data | chat | ask | effect | merge | export | fetch | memory | doctor | preflight | progress"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-from qlora_helpers.commands import ask, chat, data, doctor, effect, fetch, memory, merge, preflight, progress, run
+from qlora_helpers.commands import ask, chat, data, doctor, effect, export, fetch, memory, merge, preflight, progress, run
 from qlora_helpers.commands.one_voice import Voice, one_voice
 from qlora_helpers.commands.typed_options import as_typed, typed_options
 from qlora_helpers.streams import take_any_character
@@ -21,6 +21,7 @@ COMMANDS = {
     "ask": (ask, "ask it one question, or a file of them; for scripts"),
     "effect": (effect, "did the adapter take effect, and if not, why"),
     "merge": (merge, "merge an adapter into its base, with proof that the result answers as the adapter does"),
+    "export": (export, "what a run has trained as one file for llama.cpp and Ollama, compared at each hop"),
     "fetch": (fetch, "put a real language model on this disk, of 135 million parameters"),
     "memory": (memory, "will a run fit on a GPU, what takes the memory, and what helps"),
     "doctor": (doctor, "what this machine has, and what is wrong with it; or what an error means"),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_json", "read_json_if_whole", "write_json", "write_new", "write_whole"]
+__all__ = ["new_file", "read_json", "read_json_if_whole", "write_json", "write_new", "write_whole"]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -52,8 +53,12 @@ def write_whole(path: Path, content: str) -> None:
         raise
 
 
-def write_new(path: Path, content: Iterable[bytes]) -> None:
-    """Write a file under a name that is free; a kill leaves it complete, or not there.
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file under a name that is free, for a writer that wants a path; a kill leaves it complete, or not there.
+
+    Yields the path of a temporary file beside it, not there yet, which gets the name `path` when the block ends without an
+    error.
 
     Raises:
         FileExistsError: there is something under this name.
@@ -64,8 +69,7 @@ def write_new(path: Path, content: Iterable[bytes]) -> None:
         raise FileExistsError(there)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.qlora-new")
     try:
-        with part.open("xb") as file:
-            file.writelines(content)
+        yield part
         try:
             os.link(part, path)  # unlike a renaming, it fails if something has appeared there meanwhile
         except FileExistsError as error:
@@ -80,3 +84,14 @@ def write_new(path: Path, content: Iterable[bytes]) -> None:
         ) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_new(path: Path, content: Iterable[bytes]) -> None:
+    """Write a file under a name that is free; a kill leaves it complete, or not there.
+
+    Raises:
+        FileExistsError: there is something under this name.
+        OSError: it cannot be written.
+    """
+    with new_file(path) as part, part.open("xb") as file:
+        file.writelines(content)
