@@ -7,7 +7,20 @@ import os
 import signal
 import sys
 
-from qlora_helpers.commands import ask, chat, data, doctor, effect, export, fetch, memory, merge, preflight, progress, run
+from qlora_helpers.commands import (
+    ask,
+    chat,
+    data,
+    doctor,
+    effect,
+    export,
+    fetch,
+    memory,
+    merge,
+    preflight,
+    progress,
+    run,
+)
 from qlora_helpers.commands.one_voice import Voice, one_voice
 from qlora_helpers.commands.typed_options import as_typed, typed_options
 from qlora_helpers.streams import take_any_character
