@@ -8,6 +8,7 @@ import signal
 import sys
 
 from qlora_helpers.commands import ask, chat, data, doctor, memory, preflight, progress, run
+from qlora_helpers.commands.one_voice import Voice, one_voice
 from qlora_helpers.commands.typed_options import as_typed, typed_options
 from qlora_helpers.streams import take_any_character
 
@@ -43,6 +44,13 @@ def main(argv: list[str] | None = None) -> int:
     elif left:
         commands.choices[args.command].error(f"unrecognized arguments: {' '.join(left)}")
     args.typed = sys.argv[1:] if argv is None else list(argv)
+    with one_voice() as voice:
+        return _called(args, commands, voice)
+    return voice.code
+
+
+def _called(args: argparse.Namespace, commands, voice: Voice) -> int:
+    """Call the command, and say what went wrong."""
     try:
         code = args.function(args)
         sys.stdout.flush()
@@ -52,20 +60,20 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         sys.stdout.flush()
-        print("\nStopped by Ctrl-C.", file=sys.stderr)
+        if voice.launch.leads:
+            print("\nStopped by Ctrl-C.", file=sys.stderr)
         return 128 + signal.SIGINT
     except ModuleNotFoundError as error:
         if not error.name or error.name.startswith("qlora_helpers"):
             raise
-        print(
+        voice.say(
             f"error: {sys.executable} has no package {error.name}: use the Python that `make run` has set up, "
-            ".venv/bin/python, or install requirements.txt. `doctor`, in the place of this command, says what is missing",
-            file=sys.stderr,
+            ".venv/bin/python, or install requirements.txt. `doctor`, in the place of this command, says what is missing"
         )
         return 2
     except (ValueError, OSError) as error:
         options = typed_options(commands.choices[args.command], args)
-        print(f"error: {as_typed(str(error), options)}", file=sys.stderr)
+        voice.say(f"error: {as_typed(str(error), options)}")
         return 2
 
 

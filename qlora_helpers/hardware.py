@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from qlora_helpers import validation
+from qlora_helpers.launch import launch_of_this_process
 
 __all__ = ["GEARS", "Hardware", "detect", "given_or_detected", "peak_memory_bytes"]
 
@@ -25,7 +26,8 @@ class Hardware:
     Attributes:
         gear: "cpu", "t4" or "ampere".
         chosen_by: "gear" (the argument), "QLORA_GEAR" or "detection".
-        gpu_name, gpu_bytes, capability: of the first GPU; None, 0 and None if there is none.
+        gpu_name, gpu_bytes, capability: of this process's GPU, which is the first one unless several processes were launched;
+            None, 0 and None if there is none.
         native_bfloat16: whether the GPU has bfloat16 in hardware; emulation does not count.
         cores: processor cores that this process may use.
         host_bytes: main memory.
@@ -72,7 +74,7 @@ def detect(gear: str | None = None) -> Hardware:
     if wanted == "ampere" and not native:
         raise ValueError(f"{asked_by}='ampere' needs a GPU with native bfloat16, and this one has none: use t4")
     detected = "ampere" if native else "t4" if has_gpu else "cpu"
-    properties = torch.cuda.get_device_properties(0) if has_gpu else None
+    properties = torch.cuda.get_device_properties(_gpu_of_this_process()) if has_gpu else None
     return Hardware(
         gear=wanted or detected,
         chosen_by=asked_by if wanted else "detection",
@@ -83,6 +85,11 @@ def detect(gear: str | None = None) -> Hardware:
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         host_bytes=psutil.virtual_memory().total,
     )
+
+
+def _gpu_of_this_process() -> int:
+    """The number of its GPU. Where there are fewer GPUs than processes, which training refuses, that of the last."""
+    return min(launch_of_this_process().local_rank, torch.cuda.device_count() - 1)
 
 
 def given_or_detected(hardware: Hardware | None) -> Hardware:

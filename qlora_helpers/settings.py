@@ -364,5 +364,5 @@ GPU_OPTIMIZER = "paged_adamw_8bit"  # on a GPU, where the settings name none
 
 # Training takes only the defaults of these, the predictor any value (see `Settings`).
 PREDICTOR_ONLY = (
-    "adapter_dtype", "block_size", "attention", "upcast_fp32", "logits", "eval_batch_size", *OF_SEVERAL_GPUS,
+    "adapter_dtype", "block_size", "attention", "upcast_fp32", "logits", "eval_batch_size",
 )  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
@@ -177,13 +178,21 @@ def check_base(found: AdapterFiles, folder: str | Path, name: str, fingerprint: 
         )
 
 
-def save_adapter(model: PeftModel, folder: str | Path, name: str = "default", overwrite: bool = False) -> Path:
+def save_adapter(
+    model: PeftModel,
+    folder: str | Path,
+    name: str = "default",
+    overwrite: bool = False,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
     """Save one adapter of a model, with the name of its base and the fingerprint of the base's files.
 
     Args:
         folder: appears complete or not at all; an existing one is kept.
         name: of the adapter in the model.
         overwrite: replace an existing folder. It stays until the new one is complete.
+        weights: the adapter's, by the names that they have in the model; by default they are taken from it. A sharded
+            model has only a part of each.
 
     Raises:
         FileExistsError: `folder` holds files, and `overwrite` is not set.
@@ -194,7 +203,7 @@ def save_adapter(model: PeftModel, folder: str | Path, name: str = "default", ov
     # PEFT checks there whether the vocabulary has grown; it would look up a bare name on the Hub
     model.peft_config[name].base_model_name_or_path = model.config.name_or_path
     with whole_folder(folder, overwrite) as part:
-        PeftModel.save_pretrained(model, part, selected_adapters=[name])
+        PeftModel.save_pretrained(model, part, selected_adapters=[name], state_dict=weights)
         if (part / name).is_dir():  # where PEFT puts every adapter but the one named "default"
             for file in (part / name).iterdir():
                 file.rename(part / file.name)

@@ -6,6 +6,8 @@ import argparse
 import signal
 import sys
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -19,6 +21,7 @@ from qlora_helpers.commands.run_settings import VARIED, length_and_seed, predict
 from qlora_helpers.commands.settings_options import add_settings, given
 from qlora_helpers.folder_locks import locked
 from qlora_helpers.json_files import read_json_if_whole, write_json
+from qlora_helpers.launch import Launch, launch_of_this_process
 from qlora_helpers.settings import WARMUP_STEPS, Settings
 from qlora_helpers.training.run_folder import (  # none needs torch
     RECORD,
@@ -38,6 +41,7 @@ from qlora_helpers.validation import refuse
 if TYPE_CHECKING:
     from qlora_helpers.commands.run_data import RunData
     from qlora_helpers.hardware import Hardware
+    from qlora_helpers.training.together import Together
 
 __all__ = ["add_arguments", "command"]
 
@@ -156,14 +160,22 @@ def command(args: argparse.Namespace) -> int:
     _check_settings(args)
     if not args.resume:
         asked_for(args)
-    before = _begun_at(args.output)
+    launch, before = launch_of_this_process(), _begun_at(args.output)
     try:
-        with gone_if_refused(args.output):
-            check_output(args.output)
-            with locked(args.output, "--output"):
-                plan = _where_to_begin(args)
-                return _load_and_run(plan)
+        with ExitStack() as held:
+
+            def begin() -> _Plan:
+                held.enter_context(gone_if_refused(args.output))
+                check_output(args.output)
+                held.enter_context(locked(args.output, "--output"))
+                return _where_to_begin(args)
+
+            if launch.processes == 1:
+                return _load_and_run(begin(), launch)
+            return _load_and_run(_from_first(begin), launch)
     except KeyboardInterrupt as stop:  # during training it is an Interrupted, which says where
+        if not launch.leads:
+            return 128 + getattr(stop, "signal", signal.SIGINT)
         # else the folder still holds an earlier run, which is not moved aside until all is checked
         begun = args.resume or _begun_at(args.output) != before
         where = "before the first step of training"
@@ -172,6 +184,14 @@ def command(args: argparse.Namespace) -> int:
         how = "" if begun and _has_report(args.output) else f" To continue:\n  {_how_to_continue(args, begun)}"
         print(f"\nStopped {getattr(stop, 'where', where)}.{how}", file=sys.stderr)
         return 128 + getattr(stop, "signal", signal.SIGINT)
+
+
+def _from_first(begin: Callable[[], _Plan]) -> _Plan:
+    """Where the run begins, which the first of several processes finds out for all of them; this needs torch."""
+    from qlora_helpers.hardware import detect
+    from qlora_helpers.training.together import begin_together
+
+    return begin_together(detect()).from_first(begin)
 
 
 def _check_settings(args: argparse.Namespace) -> None:
@@ -247,16 +267,27 @@ def _make_room(folder: Path) -> None:
 # ---- The run
 
 
-def _load_and_run(plan: _Plan) -> int:
+def _load_and_run(plan: _Plan, launch: Launch) -> int:
+    """Load what the run needs, and run it. Several processes do so together, each with a model of its own.
+
+    The first one asks the questions and writes the report, while the others wait.
+    """
     started = time.perf_counter()
     print("Loading the libraries …", flush=True)
     from qlora_helpers import evaluation
     from qlora_helpers.commands.run_data import read_run_data
-    from qlora_helpers.commands.run_report import ask, print_report, put_together, what_to_change, write_card
+    from qlora_helpers.commands.run_report import ask
     from qlora_helpers.hardware import detect
     from qlora_helpers.models.loading import load_model, load_tokenizer
+    from qlora_helpers.training.together import begin_together
 
     request, hardware = plan.request, detect()
+    together = begin_together(hardware)
+    if launch.is_shared:
+        how = ", which share the model" if launch.sharding else ""
+        print(
+            f"{launch.processes} process{'es' if launch.processes > 1 else ''}{how}; each takes a part of every step."
+        )
     tokenizer = load_tokenizer(request.model)
     if not tokenizer.chat_template:
         raise refuse(
@@ -265,26 +296,52 @@ def _load_and_run(plan: _Plan) -> int:
     shape = shape_of(request.model)
     length, seed = length_and_seed(request, plan.record, shape)
     data = read_run_data(request, tokenizer, length, seed)
-    settings = settings_of(request, plan.record, data, shape, hardware, plan.ignore_memory)
+    settings = settings_of(request, plan.record, data, shape, hardware, plan.ignore_memory, launch)
     prediction = predicted_memory(shape, settings, hardware, plan.ignore_memory)
     model = load_model(request.model, quantization="nf4" if settings.method == "qlora" else None, hardware=hardware)
-    _refuse_before_anything_is_asked(plan, model, data, settings, hardware)
+    _refuse_before_anything_is_asked(plan, model, data, settings, hardware, together)
     parts = _print_bytes(request.model, model, hardware)
-    known, before = evaluation.measure_knowledge(model, tokenizer), ask(model, tokenizer, data, "before training")
+    # a model that is in shards would answer one token at a time, with all its weights sent around for each
+    asks = launch.leads and not launch.sharding
+    known = before = after = kept = None
+    if asks:
+        known, before = evaluation.measure_knowledge(model, tokenizer), ask(model, tokenizer, data, "before training")
+    together.wait()
     if plan.begin is _Begin.REPORT:
         model, facts = _trained_before(model, plan.folder, settings)
     else:
         model, facts = _trained_now(model, tokenizer, data, plan, settings, hardware)
-    after = ask(model, tokenizer, data, "after training")
-    scores = evaluation.compare(before, after, data.asked, first=3, worst=3) if data.asked else None
-    kept = evaluation.forgetting(model, tokenizer, known)
+    if asks:
+        after = ask(model, tokenizer, data, "after training")
+        kept = evaluation.forgetting(model, tokenizer, known)
+    if launch.leads:
+        scores = evaluation.compare(before, after, data.asked, first=3, worst=3) if before and after else None
+        _write_report(plan, data, settings, hardware, prediction, scores, kept, parts, facts, started)
+    together.wait()
+    return 0
+
+
+def _write_report(
+    plan: _Plan,
+    data: RunData,
+    settings: Settings,
+    hardware: Hardware,
+    prediction,
+    scores,
+    kept,
+    parts,
+    facts,
+    started: float,
+) -> None:
+    from qlora_helpers.commands.run_report import print_report, put_together, what_to_change, write_card
+
+    request = plan.request
     report = put_together(request, data, settings, hardware, prediction, scores, kept)
     report |= {"bytes_by_part": parts, **facts, "total_seconds": time.perf_counter() - started}
     report["first_changes"] = [change._asdict() for change in what_to_change(report, scores, kept)]
     write_card(report)
     write_json(plan.folder / REPORT, report)  # comes last, since it says that the run is finished
     print_report(report, plan.folder / REPORT, scores, kept)
-    return 0
 
 
 def _said_of_the_warm_up(plan: _Plan, settings: Settings) -> str:
@@ -294,11 +351,18 @@ def _said_of_the_warm_up(plan: _Plan, settings: Settings) -> str:
     return f", all of them warm-up ({WARMUP_STEPS} in a longer run)" if shortened else ""
 
 
-def _refuse_before_anything_is_asked(plan: _Plan, model, data: RunData, settings: Settings, hardware: Hardware) -> None:
+def _refuse_before_anything_is_asked(
+    plan: _Plan, model, data: RunData, settings: Settings, hardware: Hardware, together: Together
+) -> None:
     """Refuse what `train` would refuse, before a run is moved aside and minutes are spent on questions."""
     import torch
 
-    from qlora_helpers.training.checkpoints import record_of, refuse_other_data, where_to_start
+    from qlora_helpers.training.checkpoints import (
+        record_of,
+        refuse_other_data,
+        refuse_other_sharding,
+        where_to_start,
+    )
     from qlora_helpers.training.trainer import check_settings
 
     record = record_of(model, data.training, settings, hardware, data.validation)
@@ -306,10 +370,15 @@ def _refuse_before_anything_is_asked(plan: _Plan, model, data: RunData, settings
         refuse_other_data(plan.folder, plan.record, record)
         return
     check_settings(model, settings, hardware)
-    if plan.begin is _Begin.ASIDE:
-        _make_room(plan.folder)
-    resume = plan.begin is _Begin.RESUME
-    where_to_start(plan.folder, record, resume, float16=hardware.compute_dtype == torch.float16)
+
+    def make_room() -> None:
+        if plan.begin is _Begin.ASIDE:
+            _make_room(plan.folder)
+        resume = plan.begin is _Begin.RESUME
+        checkpoint = where_to_start(plan.folder, record, resume, float16=hardware.compute_dtype == torch.float16)
+        refuse_other_sharding(checkpoint, settings)
+
+    together.from_first(make_room)
 
 
 def _print_bytes(name: str, model, hardware: Hardware) -> dict[str, int]:

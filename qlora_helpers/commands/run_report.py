@@ -70,7 +70,7 @@ def put_together(
     hardware: Hardware,
     prediction: Prediction | None,
     scores: Comparison | None,
-    kept: Kept,
+    kept: Kept | None,
 ) -> dict[str, Any]:
     """What the report says that does not come from the training itself, as `model_card` takes it."""
     shipped = request.data is None
@@ -82,7 +82,7 @@ def put_together(
         **data.described,
         "commonest_answer_rate": evaluation.commonest_answer_rate(data.training, data.asked) if shipped else None,
         "scores": scores and scores.as_dict(),
-        "forgetting": kept.as_dict(),
+        "forgetting": kept and kept.as_dict(),
         "predicted_memory_bytes": prediction and prediction.peak_allocated_bytes,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
@@ -95,10 +95,10 @@ def write_card(report: dict[str, Any]) -> Path:
     return path
 
 
-def what_to_change(report: dict[str, Any], scores: Comparison | None, kept: Kept) -> list[FirstChange]:
+def what_to_change(report: dict[str, Any], scores: Comparison | None, kept: Kept | None) -> list[FirstChange]:
     """What to change first, by what the figures of a run say went wrong; [] if they say nothing of the kind."""
     wrong = {"broken": "diverges", "forgotten": "forgets"}
-    names = [wrong[kept.verdict]] if kept.verdict in wrong else []
+    names = [wrong[kept.verdict]] if kept and kept.verdict in wrong else []
     history, training = report["validation_history"], report["loss_history"]
     fell = not history or min(loss for _, loss in history[1:]) < history[0][1]  # a run ends with an evaluation
     if not fell or (scores and scores.loss_change and scores.loss_change.mean >= -scores.loss_change.half):
@@ -109,20 +109,26 @@ def what_to_change(report: dict[str, Any], scores: Comparison | None, kept: Kept
     return [change for change in first_changes() if change.name in names]
 
 
-def print_report(report: dict[str, Any], path: Path, scores: Comparison | None, kept: Kept) -> None:
+def print_report(report: dict[str, Any], path: Path, scores: Comparison | None, kept: Kept | None) -> None:
     """Print the report of a run.
 
     Args:
         path: of the report's file.
         scores: of the questions, if some were asked.
-        kept: what the model knew before, and knows now.
+        kept: what the model knew before, and knows now; None if it was in shards, and asked nothing.
     """
     share = report["trainable_parameters"] / report["all_parameters"]
     print(f"\ntrainable parameters  {report['trainable_parameters']:,} of {report['all_parameters']:,} ({share:.2%})\n")
-    print(scores or "Nothing was held out, so what the model has learned was not measured: --validation 0.1")
+    if kept is None:
+        print(
+            "The model was in shards, so it was asked nothing. The commands chat and ask load it with what was trained."
+        )
+    else:
+        print(scores or "Nothing was held out, so what the model has learned was not measured: --validation 0.1")
     if (rate := report["commonest_answer_rate"]) is not None:
         print(f"\nAlways giving the commonest answer to a question's wording would match {rate:.1%}.")
-    print("\n" + "\n".join(textwrap.fill(line, WIDTH) for line in f"What else it knows: {kept}".splitlines()))
+    if kept is not None:
+        print("\n" + "\n".join(textwrap.fill(line, WIDTH) for line in f"What else it knows: {kept}".splitlines()))
     if warning := report.get("data_warning"):
         print("\n" + textwrap.fill(f"As said before training: {warning}.", WIDTH))
     if report["validation_history"]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_helpers.commands.run_request import SHIPPED, Request
+from qlora_helpers.launch import Launch, settings_in
 from qlora_helpers.settings import GPU_RUN, MEMORY_SETTINGS, Settings
 from qlora_helpers.units import in_words
 
@@ -65,17 +66,30 @@ def settings_of(
     shape: ModelShape | AnyShape | None,
     hardware: Hardware,
     ignore_memory: bool = False,
+    launch: Launch | None = None,
 ) -> Settings:
     """The settings of a run with their steps counted. Prints what was suggested.
+
+    What is suggested is for one GPU. Of several, each gets the batch that it would have alone, in as many fewer batches of a
+    step, as near as it comes.
 
     Args:
         record: of the run if it was begun before, else {}.
         shape: of the model; None if it is not known.
         ignore_memory: suggest settings even if none fits on the GPU.
+        launch: the processes of the run; by default this one alone.
 
     Raises:
-        ValueError: a setting is not allowed; or nothing fits on the GPU, and that is not to be ignored.
+        ValueError: a setting is not allowed, or does not fit the processes; or nothing fits on the GPU, and that is not to be ignored.
     """
+    launch = launch or Launch()
+    found = _settings_of(request, record, data, shape, hardware, ignore_memory, launch.processes)
+    return settings_in(launch, found)
+
+
+def _settings_of(
+    request: Request, record, data: RunData, shape, hardware: Hardware, ignore_memory: bool, processes: int
+) -> Settings:
     from qlora_helpers.suggestions import Reason
 
     rows, named = len(data.training), request.settings
@@ -88,14 +102,25 @@ def settings_of(
     if shape is None:
         print("Settings are those of the course's usual run on a GPU: none can be suggested without the model's shape.")
         usual = replace(GPU_RUN, learning_rate=2e-4, max_length=length)
-        return _with(usual, _instead(named, usual, 3) | {"steps": None, "epochs": 3} | named, rows)
+        instead = _instead(_shared_out(usual, named, processes) | named, usual, 3)
+        return _with(usual, instead | {"steps": None, "epochs": 3} | named, rows)
     found = _suggested(shape, rows, hardware, length, data.answer_tokens, ignore_memory)
     longest = Reason(length, f"the longest chat has {data.longest:,} tokens; rounded up to a multiple of 8", "")
     found = replace(found, reasons=found.reasons | {"max_length": longest})
-    instead = _instead(named, found.settings, found.reasons["epochs"].value)
+    shared = _shared_out(found.settings, named, processes)
+    instead = _instead(shared | named, found.settings, found.reasons["epochs"].value)
     settings = _with(found.settings, instead, rows)
     _print_suggestions(found, settings, named, instead)
     return settings
+
+
+def _shared_out(base: Settings, named: dict[str, Any], processes: int) -> dict[str, int]:
+    """The batch of several processes, if none is named: on each of them the one to start from, if a step has so many."""
+    if processes == 1 or "batch_size" in named:
+        return {}
+    effective = base.batch_size * base.accumulation
+    each = max(1, min(base.batch_size, effective // processes))
+    return {"batch_size": each * processes}
 
 
 def _with(base: Settings, instead: dict[str, Any], rows: int) -> Settings:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import bitsandbytes as bnb
 import jinja2
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_helpers import validation
 from qlora_helpers.chats.templates import has_marks
 from qlora_helpers.hardware import Hardware, detect, given_or_detected
+from qlora_helpers.launch import Launch, launch_of_this_process
 from qlora_helpers.library_messages import without_short_bars
 from qlora_helpers.models.attention import REPEATED_KV
 from qlora_helpers.models.cpu_faults import make_safe_on_cpu
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SHIPPED_MODEL",
+    "check_storage",
     "default_model",
     "folder_of",
     "load_model",
@@ -42,6 +46,7 @@ __all__ = [
 ]
 
 SHIPPED_MODEL = "tiny-llama"
+STORAGE = ("uint8", "float16", "bfloat16", "float32")
 
 
 def folder_of(name: str, weights: bool = True) -> Path:
@@ -105,8 +110,13 @@ def load_model(
     quantization: str | None = "nf4",
     double_quant: bool = True,
     hardware: Hardware | None = None,
+    *,
+    quant_storage: str | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model onto this machine's device.
+    """Load a causal language model onto this machine's device; of several launched processes, each onto its own GPU.
+
+    Where the processes shard the model (`qlora_helpers.launch`), and its files are larger than what is free on the GPU, it
+    is loaded into main memory, by each process: the GPUs get their shares when training begins.
 
     Args:
         name: "tiny-llama" (shipped), a folder, or a model from the Hub (owner/model).
@@ -116,19 +126,24 @@ def load_model(
         hardware: what to load for; by default what `detect()` finds. All that is not in 4 bits is loaded in its compute
             dtype: float32 on a CPU, float16 on a T4, bfloat16 on newer GPUs. On a T4, attention repeats keys and values
             (see `qlora_helpers.models.attention`).
+        quant_storage: the dtype that the 4-bit codes are stored as: "uint8", "float16", "bfloat16" or "float32". The codes
+            are the same. None for uint8, and where the processes shard the model for the compute dtype: FSDP splits
+            no integers, and a layer's parameters only in one dtype.
 
     Raises:
         HubError: a model from the Hub could not be fetched.
         ValueError: an unknown `quantization`, or an argument of a wrong kind; most of the decoder would not be in 4 bits
             (see `qlora_helpers.models.in_4_bits`), which is found before the weights are fetched or read; the layers did
-            not come as asked for; `name` is a folder that needs code of its own, is quantised in another way, or is that of
+            not come as asked for, or in another storage than the processes can shard; `name` is a folder that needs code of its own, is quantised in another way, or is that of
             an adapter; or, on a CPU, a layer has a shape that bitsandbytes decodes wrongly.
         FolderInUse: `name` is a folder that another process is just replacing.
     """
     if quantization is not None:
         validation.one_of("quantization", quantization, ("nf4", "fp4"), otherwise="None")
     double_quant = validation.switch("double_quant", double_quant)
-    hardware = given_or_detected(hardware)
+    hardware, launch = given_or_detected(hardware), launch_of_this_process()
+    if quant_storage is not None:
+        validation.one_of("quant_storage", quant_storage, STORAGE, otherwise="None")
     folder, options = folder_of(name, weights=False), {}
     config = read_config(folder, name)
     saved = saved_in_4_bits(config, name)
@@ -149,14 +164,21 @@ def load_model(
             bnb_4bit_quant_type=quantization,
             bnb_4bit_use_double_quant=double_quant,
             bnb_4bit_compute_dtype=hardware.compute_dtype,
+            bnb_4bit_quant_storage=quant_storage or (dtype if launch.sharding else "uint8"),
         )
     folder = folder_of(name)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    with without_short_bars(size), no_own_code(name):
+    device = _device(hardware, launch, size)
+    to_be_sharded = device == "cpu" and launch.sharding is not None
+    with (
+        without_short_bars(size),
+        no_own_code(name),
+        _threads(hardware.cores // launch.processes if to_be_sharded else 1),
+    ):
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=hardware.compute_dtype,
-            device_map={"": 0 if hardware.device == "cuda" else "cpu"},
+            device_map={"": device},
             attn_implementation=REPEATED_KV if hardware.gear == "t4" else "sdpa",
             local_files_only=True,
             trust_remote_code=False,
@@ -169,7 +191,51 @@ def load_model(
         refuse_unless_mostly(in_4_bits(model, name), quantization)
     if (quantization or saved) and hardware.device == "cpu":
         make_safe_on_cpu(model)
+    if launch.sharding:
+        check_storage(model)
     return model
+
+
+def _device(hardware: Hardware, launch: Launch, size: int) -> int | str:
+    """Where a model is loaded, as `device_map` takes it: the number of the GPU, or "cpu".
+
+    Args:
+        size: of the model's files, in bytes.
+    """
+    if hardware.device == "cpu":
+        return "cpu"
+    if launch.sharding and size > torch.cuda.mem_get_info(launch.local_rank)[0]:
+        return "cpu"
+    return launch.local_rank
+
+
+@contextmanager
+def _threads(least: int) -> Iterator[None]:
+    """Let torch compute on this many threads, at least: launchers leave one, with which quantising takes many minutes."""
+    threads = torch.get_num_threads()
+    if least > threads:
+        torch.set_num_threads(least)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def check_storage(model: PreTrainedModel | PeftModel) -> None:
+    """Make sure that FSDP can split the 4-bit weights of a model.
+
+    Raises:
+        ValueError: they are stored as integers.
+    """
+    for name, layer in linear_layers(model):
+        if isinstance(layer, bnb.nn.Linear4bit) and not layer.weight.is_floating_point():
+            dtype = str(layer.weight.dtype).removeprefix("torch.")
+            raise validation.refuse(
+                "quant_storage",
+                dtype,
+                f"{name} keeps its 4-bit codes so, and FSDP splits no integers: each GPU would hold all of them. Leave it "
+                "out; for a model that was saved in 4 bits, load the one that it was made from",
+            )
 
 
 def _check_4_bits(model: PreTrainedModel, name: str, quantization: str, double_quant: bool | None) -> None:

@@ -21,6 +21,7 @@ from qlora_helpers.training.callbacks import TrainingDiverged
 from qlora_helpers.training.checkpoints import VALIDATION_LOSS, WEIGHTS, faults_in, logged
 from qlora_helpers.training.checksums import CHECKSUMS
 from qlora_helpers.training.run_folder import complete_checkpoints, numbered_checkpoints, step_of, trainer_state
+from qlora_helpers.training.together import ALONE, Together
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -92,13 +93,17 @@ def drop_superseded(folder: Path, keep: int) -> None:
 
 
 class KeepCheckpoints(TrainerCallback):
-    """Remove old checkpoints once a new one is complete; the trainer would before its checksums are written."""
+    """Remove old checkpoints once a new one is complete; the trainer would before its checksums are written.
 
-    def __init__(self, keep: int) -> None:
-        self.keep = keep
+    Of several processes the first removes them.
+    """
+
+    def __init__(self, keep: int, together: Together = ALONE) -> None:
+        self.keep, self.together = keep, together
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        drop_superseded(Path(args.output_dir), self.keep)
+        if self.together.launch.leads:
+            drop_superseded(Path(args.output_dir), self.keep)
 
 
 class WatchValidation(TrainerCallback):

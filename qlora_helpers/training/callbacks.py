@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
@@ -110,6 +111,10 @@ class LossWatch(TrainerCallback):
 
     def look(self, args):
         unread, self.trainer.step_losses = self.trainer.step_losses, []
+        if unread and self.trainer.together.group is not None:  # each process has its share of each loss
+            shares = torch.stack([loss for _, loss in unread])
+            losses = self.trainer.together.summed(shares) / self.trainer.together.launch.processes
+            unread = [(step, loss) for (step, _), loss in zip(unread, losses, strict=True)]
         for step, loss in unread:
             if not math.isfinite(value := loss.item()):
                 if args.fp16:

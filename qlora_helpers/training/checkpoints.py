@@ -26,12 +26,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from qlora_helpers import validation
 from qlora_helpers.folder_locks import FolderInUse
 from qlora_helpers.json_files import read_json, write_json
 from qlora_helpers.models.fingerprint import fingerprint_of
 from qlora_helpers.models.tensor_files import misfit, shapes_in
 from qlora_helpers.settings import OF_SEVERAL_GPUS, PREDICTOR_ONLY, SWITCHES, Settings
-from qlora_helpers.training.checksums import changed_files, count_of_states, write_checksums, written_whole
+from qlora_helpers.training.checksums import (
+    changed_files,
+    count_of_states,
+    write_checksums,
+    written_by,
+    written_whole,
+)
 from qlora_helpers.training.environment import changes, environment
 from qlora_helpers.training.run_folder import (
     RECORD,
@@ -44,6 +51,7 @@ from qlora_helpers.training.run_folder import (
     steps_saved,
     trainer_state,
 )
+from qlora_helpers.training.together import ALONE, Together
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -66,8 +74,10 @@ __all__ = [
     "load_weights",
     "log_history",
     "logged",
+    "parts_of",
     "record_of",
     "refuse_other_data",
+    "refuse_other_sharding",
     "say_what_changes",
     "where_to_start",
     "write_record",
@@ -75,17 +85,18 @@ __all__ = [
 
 TORCH_S_WRITER = r"unexpected pos|iostream|PytorchStreamWriter|[Ff]ile write"  # its errors have no type of their own
 OF_THE_TRAINER = re.compile(
-    r"\.?(adapter_|model|optimizer|scheduler|scaler|rng_state|trainer_state|training_args|tokenizer|special_tokens|added_tokens"
+    r"\.?(adapter_|model|pytorch_model_fsdp|optimizer|scheduler|scaler|rng_state|trainer_state|training_args|tokenizer|special_tokens|added_tokens"
     r"|vocab|merges|chat_template|config|generation_config|README|checksums)"
 )
-PARTS = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+PARTS = ("optimizer.pt", "scheduler.pt", "rng_state.pth")  # of one process; `parts_of` names those of several
+SHARDED = ("optimizer.bin", "pytorch_model_fsdp.bin")
 VALIDATION_LOSS = "eval_loss"  # its name in the trainer's log
 # by method
 WEIGHTS = {"qlora": "adapter_model.safetensors", "lora": "adapter_model.safetensors", "full": "model.safetensors"}
 # these say when to save and log, not what to compute
 FREE_TO_CHANGE = ("save_steps", "save_minutes", "keep_checkpoints", "log_steps")
-# given by the model and the machine, which are recorded themselves, or the same in every run
-NOT_RECORDED = (*FREE_TO_CHANGE, *PREDICTOR_ONLY, "double_quant", "compute_dtype", "epochs")
+# given by the model, the machine and how the run was launched, which are recorded themselves, or the same in every run
+NOT_RECORDED = (*FREE_TO_CHANGE, *PREDICTOR_ONLY, *OF_SEVERAL_GPUS, "double_quant", "compute_dtype", "epochs")
 # said in the record, but no part of what makes two runs alike: for validation that is its chats, wherever they come from
 NOT_COMPARED = {"environment", "validation", "request"}
 
@@ -116,16 +127,28 @@ def failed_writing_explained(output_dir: Path) -> Iterator[None]:
 
 
 class WriteChecksums(TrainerCallback):
-    """End each checkpoint with its checksums: the trainer calls this when all else is written."""
+    """End each checkpoint with its checksums: the trainer calls this when all else is written.
+
+    Of several processes the first writes them, when the others have written their random states.
+    """
+
+    def __init__(self, together: Together = ALONE) -> None:
+        self.together = together
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        with failed_writing_explained(Path(args.output_dir)):
-            write_checksums(checkpoint, optimizer_states=len(kwargs["optimizer"].state))
+        checkpoint, launch = Path(args.output_dir, f"checkpoint-{state.global_step}"), self.together.launch
+        self.together.wait()
+        if launch.leads:
+            with failed_writing_explained(Path(args.output_dir)):
+                write_checksums(checkpoint, len(kwargs["optimizer"].state), launch.processes, launch.sharding)
+        self.together.wait()
 
 
 class CheckOptimizer(TrainerCallback):
-    """Make sure that the optimizer has got from a checkpoint all that it had when that was written."""
+    """Make sure that the optimizer has got from a checkpoint all that it had when that was written.
+
+    With sharding, each process has the state of its own shards.
+    """
 
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
@@ -133,6 +156,8 @@ class CheckOptimizer(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if written_by(self.checkpoint)[1]:
+            return
         wanted, found = count_of_states(self.checkpoint), len(kwargs["optimizer"].state)
         if wanted is None and not found and args.optim != "sgd":  # of an older version of this package
             raise ValueError(
@@ -147,10 +172,13 @@ class CheckOptimizer(TrainerCallback):
 
 
 class SaveByTheClock(TrainerCallback):
-    """Ask for a checkpoint at the end of a step when this many minutes have passed since the last one."""
+    """Ask for a checkpoint at the end of a step when this many minutes have passed since the last one.
 
-    def __init__(self, minutes: float) -> None:
-        self.minutes = minutes
+    Of several processes any one's clock decides for all.
+    """
+
+    def __init__(self, minutes: float, together: Together = ALONE) -> None:
+        self.minutes, self.together = minutes, together
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -158,7 +186,7 @@ class SaveByTheClock(TrainerCallback):
         self.last = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if time.monotonic() - self.last >= self.minutes * 60:
+        if self.together.largest(time.monotonic() - self.last >= self.minutes * 60):
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -187,13 +215,24 @@ def last_whole_checkpoint(folder: str | Path, float16: bool = False, method: str
             trainer would silently start that anew.
     """
     for path in complete_checkpoints(Path(folder)):
-        if faults := faults_in(path, (WEIGHTS[method], *PARTS, *["scaler.pt"] * float16)):
+        if faults := faults_in(path, (WEIGHTS[method], *parts_of(path), *["scaler.pt"] * float16)):
             raise ValueError(
                 f"{path} {'; '.join(faults)}: a run resumed from it would not be the same run. Delete this checkpoint to "
                 "resume from the one before it"
             )
         return path
     return None
+
+
+def parts_of(checkpoint: Path) -> tuple[str, ...]:
+    """The files with which a run can be resumed from a checkpoint as it was, beside the weights.
+
+    Each process has a random state of its own. FSDP's files are transformers' and accelerate's.
+    """
+    processes, sharding = written_by(checkpoint)
+    optimizer, scheduler, random_state = PARTS
+    states = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else [random_state]
+    return (*(SHARDED if sharding else (optimizer,)), scheduler, *states)
 
 
 def faults_in(checkpoint: Path, parts: tuple[str, ...]) -> list[str]:
@@ -266,7 +305,7 @@ def record_of(
 
 def _left_out(name: str, value: object) -> bool:
     """Whether a record leaves a setting out: as older versions, which had none of these, unless it is used."""
-    younger = (*SWITCHES, *OF_SEVERAL_GPUS, "checkpointed_layers", "memory_budget")
+    younger = (*SWITCHES, "checkpointed_layers", "memory_budget")
     return name in younger and value == Settings.__dataclass_fields__[name].default
 
 
@@ -303,13 +342,29 @@ def where_to_start(folder: Path, record: dict[str, Any], resume: bool, float16: 
     return last_whole_checkpoint(folder, float16, record["method"])
 
 
+def refuse_other_sharding(checkpoint: Path | None, settings: Settings) -> None:
+    """Make sure that a run is resumed sharded if its checkpoint was written so, and only then.
+
+    Raises:
+        ValueError: it is not: the libraries write the optimizer's state in two forms, and each reads its own.
+    """
+    if checkpoint is None or (before := written_by(checkpoint)[1]) == settings.sharding:
+        return
+    how = "accelerate launch --config_file data/accelerate/fsdp.yaml -m qlora_helpers run --resume …"
+    cure = f"resume it with {how}" if before else "resume it without a configuration of accelerate that shards"
+    raise validation.refuse("sharding", settings.sharding, f"{checkpoint} was written with sharding={before!r}: {cure}")
+
+
 def say_what_changes(folder: Path, checkpoint: Path | None, record: dict[str, Any]) -> None:
     """Before a run is resumed, remove the checkpoints that were not written to the end, and say so; say, too, if the
     environment is not the one that it was begun in.
     """
     _drop_cut_off(folder, checkpoint)
     before = (read_record(folder) or {}).get("environment")
-    if checkpoint and isinstance(before, dict) and (changed := changes(before, record["environment"])):
+    if not checkpoint or not isinstance(before, dict):
+        return
+    one = {"processes": 1}  # which is not recorded
+    if changed := changes(one | before, one | record["environment"]):
         print(
             f"The run in {folder} was begun in another environment: {'; '.join(changed)}. It is resumed, but its last bits "
             "may differ from those of an uninterrupted run."

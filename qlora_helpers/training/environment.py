@@ -8,6 +8,7 @@ import platform
 import torch
 
 from qlora_helpers.hardware import Hardware
+from qlora_helpers.launch import launch_of_this_process
 
 __all__ = ["changes", "environment"]
 
@@ -15,14 +16,18 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate
 
 
 def environment(hardware: Hardware) -> dict[str, str | int]:
-    """The device, the versions of Python and of the libraries, and on a CPU the number of threads.
+    """The device, the versions of Python and of the libraries; of several processes their number, and whether they shard the
+    model; on a CPU the number of threads.
 
-    Sums are done in another order on another device or with other threads, so their last bits differ.
+    Sums are done in another order on another device, with other threads or other processes, so their last bits differ.
     """
     on_gpu = hardware.device == "cuda"
     cpu = f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}"
+    launch = launch_of_this_process()
     return {
         "device": hardware.gpu_name if on_gpu else cpu,
+        **({"processes": launch.processes} if launch.processes > 1 else {}),
+        **({"sharding": launch.sharding} if launch.sharding else {}),
         **({} if on_gpu else {"threads": torch.get_num_threads()}),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in LIBRARIES},

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from transformers import TrainerCallback
 
+from qlora_helpers.training.together import ALONE, Together
+
 if TYPE_CHECKING:
     from types import FrameType
 
@@ -51,12 +53,15 @@ class StopWhenAsked(TrainerCallback):
     If a signal has another handler already, or is ignored, as in a background job, that stays as it is. Outside of the
     main thread nothing changes, since other threads get no signals.
 
+    A signal to any of several processes stops all of them after the same step.
+
     Attributes:
         signal: the number of the signal that came first; None if none came.
         stopped_at: the step after which the trainer was stopped; None if it was not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, together: Together = ALONE) -> None:
+        self.together = together
         self.signal: int | None = None
         self.stopped_at: int | None = None
         self._before = {}
@@ -76,10 +81,17 @@ class StopWhenAsked(TrainerCallback):
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
+        if not self.together.launch.leads:
+            return
         with contextlib.suppress(RuntimeError):  # the signal came in the middle of another print: this line is lost
             print("\nStopping at the end of this step. Interrupt again to stop at once.", file=sys.stderr, flush=True)
 
+    def agree(self) -> None:
+        """Take over a signal that another process got."""
+        self.signal = self.together.largest(self.signal or 0) or None
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.agree()
         if self.signal is not None and state.global_step < state.max_steps:  # else the run ends anyway
             self.stopped_at = state.global_step
             # log now, so that no average contains losses of steps that the resumed run does not know

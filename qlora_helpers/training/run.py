@@ -5,11 +5,13 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import PrinterCallback, ProgressCallback
 
 from qlora_helpers import validation
@@ -18,6 +20,7 @@ from qlora_helpers.chats import Chat
 from qlora_helpers.folder_locks import locked
 from qlora_helpers.freed_memory import keep_freed_memory
 from qlora_helpers.hardware import Hardware, given_or_detected
+from qlora_helpers.launch import launch_of_this_process, settings_in
 from qlora_helpers.models.decoded_once import decoded_once
 from qlora_helpers.models.fingerprint import KEPT
 from qlora_helpers.models.saving import save_model
@@ -37,6 +40,7 @@ from qlora_helpers.training.checkpoints import (
     log_history,
     logged,
     record_of,
+    refuse_other_sharding,
     say_what_changes,
     where_to_start,
     write_record,
@@ -51,7 +55,9 @@ from qlora_helpers.training.run_folder import (
     step_of,
     steps_saved,
 )
+from qlora_helpers.training.sharded import whole_weights
 from qlora_helpers.training.spikes import Spike
+from qlora_helpers.training.together import Together, begin_together, silent_unless_first
 from qlora_helpers.training.trainer import build_trainer, check_settings
 from qlora_helpers.training.validation_data import chats_of_the_run
 
@@ -68,7 +74,8 @@ class Run:
 
     Attributes:
         model: the PEFT model with its adapters (after full fine-tuning, the model itself), in evaluation mode. With
-            validation, its weights are those of `best_step`.
+            validation, its weights are those of `best_step`. Of a sharded run each process has a part of it: load what is in
+            `saved_path` to use it.
         history: (step, loss) as logged, the loss averaged over the steps since the last entry.
         validation_history: (step, loss) of each evaluation, the first at step 0; the mean over the validation chats'
             answer tokens, in nats per token. Without validation it is empty.
@@ -132,12 +139,17 @@ def train(
             with the validation history, too, and also after each evaluation.
         request: what else `run.json` is to say of how the run was begun; a resumed run may be given another one.
 
+    Several processes, launched with torchrun or `accelerate launch`, make one run (`qlora_helpers.launch`): each computes its
+    share of every step, and the first alone prints and writes. It learns what one process would learn, but for rounding and
+    the inputs that are dropped out. All of them return or raise the same, where the fault is not of one alone.
+
     Raises:
         FileExistsError: `output_dir` already holds a run, and `resume` is not set; or it holds files, but no run.
         FolderInUse: another process is writing into `output_dir` (`qlora_helpers.folder_locks`).
         OSError: `output_dir` is a file, or cannot be written to; or its disk is full. Or the file of the validation
             chats cannot be read.
-        ValueError: a chat is too long; the chats cannot be split; the last checkpoint is damaged, or the best one; the run
+        ValueError: the processes were launched in a way that does not do what it says (`check_launch` and `settings_in`); a
+            chat is too long; the chats cannot be split; the last checkpoint is damaged, or the best one; the run
             in `output_dir` is finished, or was begun with other settings, chats, validation chats, or another model.
         TrainingDiverged: a loss is NaN or infinite, or the gradients overflow float16.
         Interrupted: Ctrl-C, a notebook's interrupt or SIGTERM. The step is finished and saved first; a second one stops
@@ -145,17 +157,50 @@ def train(
     """
     settings, hardware, output_dir = settings or Settings(), given_or_detected(hardware), Path(output_dir)
     resume, progress_bar = validation.switch("resume", resume), validation.switch("progress_bar", progress_bar)
+    launch = launch_of_this_process()
+    settings = settings_in(launch, settings)
     check_settings(model, settings, hardware)
+    with silent_unless_first(launch):
+        together = begin_together(hardware)
+        if not launch.leads:
+            progress_bar, on_loss = False, None
+        return _train(
+            model,
+            tokenizer,
+            chats,
+            output_dir,
+            settings,
+            validation_chats,
+            hardware,
+            resume,
+            progress_bar,
+            on_loss,
+            request,
+            together,
+        )
+
+
+def _train(
+    model, tokenizer, chats, output_dir: Path, settings, validation_chats, hardware, resume, progress_bar, on_loss, request,
+    together: Together,
+) -> Run:  # fmt: skip
+    """Find out where the run begins, and run it. Of several processes the first deals with the folder."""
     chats, validation_chats = chats_of_the_run(chats, validation_chats, tokenizer, settings)
     settings = settings.for_rows(len(chats))
-    with gone_if_refused(output_dir):
-        make_run_folder(output_dir, "output_dir")
-        with locked(output_dir, "output_dir"):
-            record = record_of(model, chats, settings, hardware, validation_chats)
-            record |= {"request": request} if request else {}
+    record = record_of(model, chats, settings, hardware, validation_chats)
+    record |= {"request": request} if request else {}
+    with ExitStack() as held:
+
+        def begin() -> Path | None:
+            held.enter_context(gone_if_refused(output_dir))
+            make_run_folder(output_dir, "output_dir")
+            held.enter_context(locked(output_dir, "output_dir"))
             checkpoint = where_to_start(output_dir, record, resume, float16=hardware.compute_dtype == torch.float16)
             refuse_foreign(output_dir, "output_dir")
-            trainer = build_trainer(model, tokenizer, chats, output_dir, settings, hardware, validation_chats)
+            refuse_other_sharding(checkpoint, settings)
+            return checkpoint
+
+        def begin_writing() -> None:
             if checkpoint:
                 check_tensors(trainer.model, checkpoint, settings.method)
                 best_checkpoint(output_dir, logged(log_history(checkpoint), VALIDATION_LOSS), settings.method)
@@ -163,12 +208,18 @@ def train(
             if not checkpoint:  # a record says how and where the run was begun, so a resumed one keeps it
                 with failed_writing_explained(output_dir):
                     write_record(output_dir, record)
-            return _run(trainer, tokenizer, checkpoint, output_dir, settings, hardware, progress_bar, on_loss)
+
+        checkpoint = together.from_first(begin)
+        trainer = build_trainer(model, tokenizer, chats, output_dir, settings, hardware, validation_chats, together)
+        together.from_first(begin_writing)
+        return _run(trainer, tokenizer, checkpoint, output_dir, settings, hardware, progress_bar, on_loss)
 
 
 def _run(trainer, tokenizer, checkpoint, output_dir: Path, settings: Settings, hardware, progress_bar, on_loss) -> Run:
     """Train, and save what was trained."""
-    recorder, watch, stop = Recorder(on_loss), LossWatch(trainer), StopWhenAsked()
+    together = trainer.together
+    recorder, watch, stop = Recorder(on_loss), LossWatch(trainer), StopWhenAsked(together)
+    trainable, total = _counted(trainer.model, settings.method)
     _add_callbacks(trainer, settings, progress_bar, recorder, stop, watch, checkpoint)
     if hardware.device == "cpu":
         say_if_slowed(torch.get_num_threads())
@@ -180,11 +231,13 @@ def _run(trainer, tokenizer, checkpoint, output_dir: Path, settings: Settings, h
         seconds = time.perf_counter() - started
         model = trainer.model.eval()
         if best := best_checkpoint(output_dir, recorder.validation_history, settings.method):
-            load_weights(model, best, settings.method)
-        with failed_writing_explained(output_dir):
-            trainable, total, saved_path = _save(
-                model, tokenizer, output_dir / RESULT[settings.method], settings.method
-            )
+            if _is_sharded(model):
+                trainer._load_from_checkpoint(str(best), model)
+            else:
+                load_weights(model, best, settings.method)
+        weights = whole_weights(model) if _is_sharded(model) else None
+        saved_path = together.from_first(lambda: _save(model, tokenizer, output_dir, settings.method, weights))
+        stop.agree()
     if trainer.peak_bytes is not None:
         print(peak_beside(trainer.plan, trainer.peak_bytes))
     _say_what_was_skipped(watch.skipped, settings.steps)
@@ -217,23 +270,41 @@ def _add_callbacks(trainer, settings: Settings, progress_bar: bool, recorder, st
     trainer.add_callback(recorder)
     trainer.add_callback(SaveAsAsked)
     trainer.add_callback(stop)
-    trainer.add_callback(WriteChecksums)
-    trainer.add_callback(KeepCheckpoints(settings.keep_checkpoints))
+    together = trainer.together
+    trainer.add_callback(WriteChecksums(together))
+    trainer.add_callback(KeepCheckpoints(settings.keep_checkpoints, together))
     trainer.add_callback(WatchValidation(settings.patience))
     if checkpoint:
         trainer.args.eval_on_start = False  # its log has that evaluation
         trainer.add_callback(CheckOptimizer(checkpoint))
     if settings.save_minutes is not None:
-        trainer.add_callback(SaveByTheClock(settings.save_minutes))
+        trainer.add_callback(SaveByTheClock(settings.save_minutes, together))
     trainer.add_callback(watch)  # after all those that ask for a checkpoint
 
 
-def _save(model, tokenizer, folder: Path, method: str) -> tuple[int, int, Path]:
-    """Save what was trained. Returns the numbers of trainable and of all parameters, and the folder."""
+def _counted(model, method: str) -> tuple[int, int]:
+    """The numbers of trainable and of all parameters. A sharded model no longer says which weights have 4 bits."""
     if method == "full":
-        setattr(model, KEPT, None)  # its weights are no longer those of its files
-        return model.num_parameters(), model.num_parameters(), save_model(model, tokenizer, folder)
-    return *model.get_nb_trainable_parameters(), save_adapter(model, folder)
+        return model.num_parameters(), model.num_parameters()
+    return model.get_nb_trainable_parameters()
+
+
+def _is_sharded(model) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def _save(model, tokenizer, output_dir: Path, method: str, weights) -> Path:
+    """Save what was trained. Returns the folder.
+
+    Args:
+        weights: of the adapters of a sharded model, gathered; else None.
+    """
+    folder = output_dir / RESULT[method]
+    with failed_writing_explained(output_dir):
+        if method == "full":
+            setattr(model, KEPT, None)  # its weights are no longer those of its files
+            return save_model(model, tokenizer, folder)
+        return save_adapter(model, folder, weights=weights)
 
 
 def _say_what_was_skipped(skipped: list[int], steps: int) -> None:

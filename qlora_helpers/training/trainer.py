@@ -7,7 +7,7 @@ comparison, break float16 training and not survive a resume.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from trl.models.activation_offloading import get_act_offloading_ctx_manager
 from qlora_helpers import validation
 from qlora_helpers.chats import Chat, check_chats, check_texts, tokenized
 from qlora_helpers.hardware import Hardware, given_or_detected
+from qlora_helpers.launch import launch_of_this_process, settings_in
 from qlora_helpers.models.weights import linear_layers
 from qlora_helpers.settings import GPU_OPTIMIZER, PREDICTOR_ONLY, SCHEDULES, Settings
 from qlora_helpers.training.budget import in_whole_steps, kept_within, plan_of, use_segments_that_grow
@@ -35,7 +36,9 @@ from qlora_helpers.training.layer_options import (
     use_liger,
 )
 from qlora_helpers.training.packing import PackingCollator, check_packing
-from qlora_helpers.training.whole_steps import ROW_ENDS, WithRowEnds, safer, split
+from qlora_helpers.training.sharded import SHARDED_OPTIMIZER, check_sharding, prepare_sharding, whole_weights
+from qlora_helpers.training.together import ALONE, Together, begin_together
+from qlora_helpers.training.whole_steps import ROW_ENDS, ShareOfStep, WithRowEnds, safer, split, without_loss
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -71,9 +74,11 @@ class _Trainer(SFTTrainer):
         plan: how they were chosen; None without a budget.
         started_at: the step after which this process began; that of the checkpoint, if it resumed one.
         peak_bytes: the most that was in tensors on the GPU while it trained within a budget; None before, or without one.
+        together: the processes of the run.
     """
 
-    def __init__(self, *args, settings: Settings, plan: Plan | None = None, **kwargs):
+    def __init__(self, *args, settings: Settings, plan: Plan | None = None, together: Together = ALONE, **kwargs):
+        self.together = together
         self.step_losses: list[tuple[int, torch.Tensor]] = []
         self.at_work, self.plan = settings, plan
         self.started_at, self.peak_bytes = 0, None
@@ -103,22 +108,25 @@ class _Trainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss as SFTTrainer computes it, without its metrics, for each of which the CPU waits for the GPU."""
         inputs.pop(ROW_ENDS, None)  # of an evaluation
-        if self.aux_loss_enabled or return_outputs or self.accelerator.num_processes > 1:
+        if self.aux_loss_enabled or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with_fused_head = model  # SFTTrainer has put its own output head into it
         outputs = with_fused_head(**inputs, use_cache=False, fused_lm_head=True)
         tokens = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
-        return -outputs.log_probs.sum() / torch.as_tensor(tokens).clamp(min=1)
+        loss = -outputs.log_probs.sum() / torch.as_tensor(tokens).clamp(min=1)
+        # the trainer has counted the tokens of all processes, whose gradients are then averaged, and not summed
+        return loss if num_items_in_batch is None else loss * self.together.launch.processes
 
     def _in_parts(self, model, inputs, num_items_in_batch):
         """A whole step in parts of as many rows as the settings say. The loss of each is a share of the step's."""
         while True:
             try:
-                parts = list(split(inputs, self.at_work.batch_size))
-                self.current_gradient_accumulation_steps = len(
-                    parts
-                )  # by which TRL divides the loss of the experts' router
-                return sum(super(_Trainer, self).training_step(model, part, num_items_in_batch) for part in parts)
+                parts = list(split(inputs, self.at_work.batch_per_gpu))
+                # all processes make as many, since they exchange gradients, and with sharding weights, at each
+                parts += [without_loss(parts[-1])] * (self.together.largest(len(parts)) - len(parts))
+                # by which TRL divides the loss of the experts' router
+                self.current_gradient_accumulation_steps = len(parts)
+                return sum(self._of_part(model, part, num_items_in_batch, part is parts[-1]) for part in parts)
             except torch.OutOfMemoryError as error:
                 late = self.state.global_step - self.started_at >= FIRST_STEPS
                 if self.plan is None or late or not (found := safer(self.at_work)):
@@ -130,6 +138,11 @@ class _Trainer(SFTTrainer):
             model.zero_grad(set_to_none=True)
             self._use_memory_settings()
             torch.cuda.empty_cache()
+
+    def _of_part(self, model, part, num_items_in_batch, last: bool):
+        """The loss of a part, whose gradients are exchanged with those of the parts before it after the last one."""
+        with nullcontext() if last else self.accelerator.no_sync(model):
+            return super().training_step(model, part, num_items_in_batch)
 
     def _use_memory_settings(self) -> None:
         """Checkpoint the layers and keep their inputs as the settings at work say."""
@@ -163,8 +176,27 @@ class _Trainer(SFTTrainer):
             tokens = (inputs["labels"][:, 1:] != -100).sum()
             loss, _, _ = self.prediction_step(self.model_wrapped, inputs, prediction_loss_only=True)
             total, count = total + loss.double() * tokens, count + tokens
+        total, count = self.together.summed(torch.stack([total, count.double()]))
         metrics = {f"{metric_key_prefix}_loss": (total / count).item()}
         return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.dataset))
+
+    def _get_dataloader(self, *args, **kwargs):
+        """Each process reads all chats of a step, of which its collator takes a share (see `whole_steps.ShareOfStep`)."""
+        loader = super()._get_dataloader(*args, **kwargs)
+        if self.together.launch.processes > 1:
+            # as the trainer does where a sampler knows of the other processes
+            loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
+            loader.batch_sampler.even_batches = False
+        return loader
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save what is trained; of a sharded model that alone is gathered, and not the base with it."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = whole_weights(self.model)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
 
     def _save_checkpoint(self, *args, **kwargs):
         with failed_writing_explained(Path(self.args.output_dir)):
@@ -179,18 +211,23 @@ def build_trainer(
     settings: Settings,
     hardware: Hardware,
     validation_chats: Sequence[Chat] = (),
+    together: Together | None = None,
 ) -> SFTTrainer:
     """Build the SFTTrainer of a run, with the trainable parameters in float32.
 
     Args:
         chats: all of them are trained on; `settings.validation` takes none away.
         validation_chats: whose loss is measured before the first step, as often as `settings` say, and at the end.
+        together: the processes of the run; by default those that this one was launched with.
 
     Raises:
         ValueError: the model is not of the kind that the settings describe; a setting has a value that only the
             predictor takes; or a chat has a fault that `read_chats` would find, is longer than `settings.max_length`
             tokens, or its answers cannot be told from the rest, as in `qlora_helpers.chats.tokenized`.
     """
+    together = begin_together(hardware) if together is None else together
+    launch = together.launch
+    settings = settings_in(launch, settings)
     check_settings(model, settings, hardware)
     plan = plan_of(model, settings, hardware)
     at_work = plan.chosen.settings if plan else settings
@@ -218,6 +255,7 @@ def build_trainer(
             peft_config=None if settings.method == "full" else _lora(settings),
             settings=at_work,
             plan=plan,
+            together=together,
         )
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
@@ -226,6 +264,10 @@ def build_trainer(
     # our loss is that of all tokens of a step for every model; some have no use for their number in a loss of their own
     trainer.model_accepts_loss_kwargs = True
     _make_fast(trainer, [*rows, *(validation_rows or ())], hardware)
+    if settings.sharding:
+        prepare_sharding(trainer, hardware.compute_dtype)
+    if not launch.leads:
+        set_seed(settings.seed + launch.rank)  # the adapters are alike now; each process drops out other inputs
     return trainer
 
 
@@ -241,6 +283,9 @@ def _make_fast(trainer: _Trainer, rows: list[dict], hardware: Hardware) -> None:
         if len(rows) > 1:
             check_packing(model, rows, pad)
         trainer.data_collator = PackingCollator(pad, settings.max_length)
+    launch = trainer.together.launch
+    if launch.processes > 1:
+        trainer.data_collator = ShareOfStep(trainer.data_collator, launch.rank, launch.processes)
     if in_whole_steps(settings) or trainer.plan:
         trainer.data_collator = WithRowEnds(trainer.data_collator, keep_mask=trainer.aux_loss_enabled)
     if settings.liger_layers:
@@ -281,6 +326,7 @@ def check_settings(model: PreTrainedModel | PeftModel, settings: Settings, hardw
         validation.one_of("optimizer", settings.optimizer, [name.value for name in OptimizerNames], otherwise="None")
     if settings.method != "full" and settings.target_modules != "all-linear":
         _check_targets(model, settings.target_modules)
+    check_sharding(model, settings, launch_of_this_process())
     gear = str(hardware.compute_dtype).removeprefix("torch.")
     if settings.compute_dtype not in (None, gear):
         cure = f"the {hardware.gear} gear computes in {gear}. Leave it out, or choose another gear with QLORA_GEAR"
@@ -320,6 +366,8 @@ def _config(
     Args:
         rows: of a batch of an evaluation.
         whole: the trainer takes all chats of a step as one batch.
+
+    Batches are those of all processes together, each of which takes its share of every one.
     """
     accumulation = 1 if whole else settings.accumulation
     on_gpu = hardware.device == "cuda"
@@ -334,7 +382,7 @@ def _config(
         warmup_steps=settings.warmup_steps,
         lr_scheduler_type=SCHEDULES[settings.schedule],
         max_grad_norm=settings.max_grad_norm or 0.0,  # the trainer takes 0 for no clipping
-        optim=settings.optimizer or (GPU_OPTIMIZER if on_gpu else "adamw_torch"),
+        optim=settings.optimizer or _usual_optimizer(settings, on_gpu),
         max_length=settings.max_length,
         assistant_only_loss=False,  # the rows already mark the assistant's tokens; TRL would look for them itself
         packing=False,  # TRL's changes which chats a step has; see qlora_helpers.training.packing
@@ -353,14 +401,19 @@ def _config(
         logging_nan_inf_filter=False,  # it would show the mean of earlier losses instead of a NaN
         report_to="none",
         seed=settings.seed,
+        data_seed=settings.seed,  # as by default; but the processes draw other dropout, and must not draw other orders
+        ddp_find_unused_parameters=False,  # all adapters take part in each step
         dataloader_pin_memory=on_gpu,
     )
     if config.n_gpu > 1:
-        print(
-            f"{config.n_gpu} GPUs were found. This run uses the first one: TRL refuses to split a batch over several."
-        )
-        config._n_gpu = 1
+        config._n_gpu = 1  # in a notebook: see `qlora_helpers.training.together.check_launch`
     return config
+
+
+def _usual_optimizer(settings: Settings, on_gpu: bool) -> str:
+    if settings.sharding:
+        return SHARDED_OPTIMIZER
+    return GPU_OPTIMIZER if on_gpu else "adamw_torch"
 
 
 def _lora(settings: Settings) -> LoraConfig:

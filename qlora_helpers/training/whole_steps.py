@@ -16,9 +16,43 @@ import torch
 if TYPE_CHECKING:
     from qlora_helpers.settings import Settings
 
-__all__ = ["ROW_ENDS", "WithRowEnds", "safer", "split"]
+__all__ = ["ROW_ENDS", "ShareOfStep", "WithRowEnds", "safer", "split", "without_loss"]
 
 ROW_ENDS = "row_ends"  # of a batch: for each row, the place after its last token that is no padding
+
+
+@dataclass(frozen=True)
+class ShareOfStep:
+    """A collator that takes one process's share of the chats, of which each process reads all.
+
+    So a step has the same chats on any number of processes. accelerate's way, where each process reads batches of its own,
+    would fill up the last step of an epoch with chats from the epoch's start.
+
+    Attributes:
+        collator: makes a batch of the share.
+        rank, processes: which share of how many.
+    """
+
+    collator: Callable[[Sequence[Any]], dict[str, Any]]
+    rank: int
+    processes: int
+
+    def __call__(self, chats: Sequence[Any]) -> dict[str, Any]:
+        """The chats are dealt out from the longest to the shortest, so that no process waits long for another.
+
+        With fewer chats than processes, one without a share computes on the shortest chat, without a loss: its gradients
+        are zero, and the others do not wait for it in vain.
+        """
+        longest_first = sorted(chats, key=lambda chat: -len(chat["input_ids"]))
+        share = longest_first[self.rank :: self.processes]
+        if share:
+            return self.collator(share)
+        return without_loss(self.collator(longest_first[-1:]))
+
+
+def without_loss(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch none of whose tokens counts in the loss."""
+    return batch | {"labels": torch.full_like(batch["labels"], -100)}
 
 
 @dataclass(frozen=True)
