@@ -21,6 +21,7 @@ __all__ = [
     "OF_SEVERAL_GPUS",
     "PREDICTOR_ONLY",
     "SCHEDULES",
+    "SHARDED_OPTIMIZERS",
     "SHARDING",
     "SWITCHES",
     "WARMUP_STEPS",
@@ -78,7 +79,8 @@ class Settings:
         memory_budget: choose batch_size, accumulation, checkpointed_layers and activation_offloading for the fastest run
             that fits: "auto" for all free memory of the GPU, or bytes, or a text such as "16GiB". The chats of a step
             stay the same. None to leave these settings as they are.
-        optimizer: a name that transformers' `optim` takes; None for paged 8-bit AdamW on a GPU and AdamW on a CPU.
+        optimizer: a name that transformers' `optim` takes; None for paged 8-bit AdamW on a GPU, and AdamW on a CPU or with
+            sharding.
         compute_dtype: of matrix products, and of all weights that are not in 4 bits; None for what the GPU does best:
             bfloat16, or below compute capability 8.0 float16, and float32 for "full". Training takes it from the
             machine's gear.
@@ -361,6 +363,7 @@ MEMORY_SETTINGS = (
 OF_SEVERAL_GPUS = ("num_gpus", "sharding", "cpu_offload")  # what a run on one GPU does not use
 
 GPU_OPTIMIZER = "paged_adamw_8bit"  # on a GPU, where the settings name none
+SHARDED_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch")  # with sharding; the first where the settings name none
 
 # Training takes only the defaults of these, the predictor any value (see `Settings`).
 PREDICTOR_ONLY = (

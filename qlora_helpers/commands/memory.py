@@ -15,10 +15,12 @@ from qlora_helpers.memory.any_shape import AnyShape
 from qlora_helpers.memory.budget import CHOSEN, budget_bytes, plan_for
 from qlora_helpers.memory.catalogue import find_shape, known_models, known_sizes, longest_stated
 from qlora_helpers.memory.gpus import GPU, find_gpu, known_gpus
-from qlora_helpers.memory.ladder import cures
+from qlora_helpers.memory.ladder import Change, cures
+from qlora_helpers.memory.loaded import weights_by_part
 from qlora_helpers.memory.names import Name
 from qlora_helpers.memory.prediction import Prediction, predict
 from qlora_helpers.memory.search import largest_batch, longest_sequence
+from qlora_helpers.memory.several import CheapSet, cheapest_sets, several_gpus
 from qlora_helpers.memory.shape import ModelShape
 from qlora_helpers.settings import GPU_RUN, MEMORY_SETTINGS, Settings
 from qlora_helpers.units import GIB, MIB
@@ -26,6 +28,7 @@ from qlora_helpers.units import GIB, MIB
 __all__ = ["add_arguments", "as_dict", "as_text", "command", "cures_as_dicts", "what_helps"]
 
 WIDTH, BAR = 100, 60  # characters
+NAMED = 4  # cards of a size that are named
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a card's name, such as t4, 'RTX 3060 12GB', colab, or its memory, such as 16GiB (default: %(default)s)",
     )
     add_settings(parser, (*MEMORY_SETTINGS, "memory_budget"), GPU_RUN)
+    parser.add_argument(
+        "--cheapest",
+        action="store_true",
+        help="also list the smallest GPUs, 1 to 8 of them, with which the run fits, the least memory together first",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object; sizes in bytes")
     parser.add_argument("--list", action="store_true", help="print the known models and GPUs")
 
@@ -58,6 +66,8 @@ def command(args: argparse.Namespace) -> int:
         )
     longest = min(GPU_RUN.max_length, shape.max_position_embeddings or GPU_RUN.max_length)
     named = {"max_length": longest} | given(args)
+    if isinstance(gpus := named.get("num_gpus"), int) and gpus > 1:
+        named = {"batch_size": gpus} | named  # one sequence on each
     if named.get("memory_budget") is not None:
         named = _planned(shape, named, gpu, sys.stderr if args.json else sys.stdout)
     prediction = _predicted(shape, named, gpu)
@@ -65,6 +75,8 @@ def command(args: argparse.Namespace) -> int:
         helps = "" if prediction.fits else ", and what helps"
         _say(f"and again and again for the largest batch, the longest sequence{helps} ...")
     found = as_dict(prediction)
+    if args.cheapest:
+        found["cheapest_sets"] = [_set_as_dict(one) for one in cheapest_sets(shape, prediction.settings)]
     print(json.dumps(found, indent=1) if args.json else as_text(prediction, found))
     return 0 if prediction.fits else 1
 
@@ -101,6 +113,8 @@ def _four_bits(prediction: Prediction) -> dict | None:
     if prediction.settings.method != "qlora":
         return None
     parts, shape = prediction.parts, prediction.shape
+    if isinstance(shape, ModelShape):  # of the model, whatever a GPU has of it
+        parts = weights_by_part(shape, prediction.settings)
     inside = parts["4-bit weights"] + parts["quantisation constants"]
     found = {"in_4_bits": inside, "in_16_bits": parts["16-bit weights"], "if_all_were": None, "mostly": True, "why": ""}
     if isinstance(shape, ModelShape):
@@ -156,24 +170,40 @@ def as_dict(prediction: Prediction) -> dict:
         "longest_sequence": longest_sequence(shape, settings, gpu),
         "max_position_embeddings": shape.max_position_embeddings,
         "host_bytes_to_load": prediction.host_bytes_to_load,
+        "host_bytes_of_run": prediction.host_bytes_of_run,
+        "host_parts": prediction.host_parts,
         "disk_bytes": prediction.disk_bytes,
         "cures": cures_as_dicts(shape, settings, gpu),
+        "several_gpus": [_change_as_dict(change) for change in several_gpus(shape, settings, gpu)],
     }
 
 
 def cures_as_dicts(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU) -> list[dict]:
     """The cheapest changes that make a run fit, in a form that JSON can hold."""
-    return [
-        {
-            "what": change.what,
-            "price": change.price,
-            "steps": change.steps,
-            "settings": change.settings and _of_memory(change.settings),
-            "device_bytes": change.prediction.device_bytes,
-            "spare_bytes": change.prediction.spare_bytes,
-        }
-        for change in cures(shape, settings, gpu)
-    ]
+    return [_change_as_dict(change) for change in cures(shape, settings, gpu)]
+
+
+def _change_as_dict(change: Change) -> dict:
+    return {
+        "what": change.what,
+        "price": change.price,
+        "steps": change.steps,
+        "settings": change.settings and _of_memory(change.settings),
+        "device_bytes": change.prediction.device_bytes,
+        "spare_bytes": change.prediction.spare_bytes,
+    }
+
+
+def _set_as_dict(one: CheapSet) -> dict:
+    return {
+        "what": str(one),
+        "total_gib": one.total_gib,
+        "nominal_gib": one.nominal_gib,
+        "gpus": list(one.gpus),
+        "settings": _of_memory(one.settings),
+        "device_bytes": one.prediction.device_bytes,
+        "host_bytes_of_run": one.prediction.host_bytes_of_run,
+    }
 
 
 def _amount(size: int) -> str:
@@ -186,7 +216,12 @@ def _gib(size: int) -> str:
 
 
 def _described(settings: Settings) -> str:
-    words = [f"batch {settings.batch_size:,} x {settings.max_length:,} tokens", settings.compute_dtype]
+    words = [f"batch {settings.batch_size:,} x {settings.max_length:,} tokens"]
+    if settings.num_gpus > 1:
+        words[0] += f" on {settings.num_gpus:,} GPUs"
+    if settings.sharding:
+        words.append("split with FSDP" + (", its shards in main memory" if settings.cpu_offload else ""))
+    words.append(settings.compute_dtype)
     if settings.method != "full":
         targets = (
             settings.target_modules if isinstance(settings.target_modules, str) else "+".join(settings.target_modules)
@@ -234,6 +269,11 @@ def _notes(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU) -> list[s
             "this is with the course's attention (qlora_helpers.models.attention). transformers' own sdpa falls back to the math "
             "kernel on this card: --attention math"
         )
+    if settings.num_gpus > 1 or settings.sharding:
+        notes.append(
+            "what several GPUs and FSDP take is derived from the libraries' code (qlora_helpers.memory.sharding), and not "
+            "measured"
+        )
     trained = settings.compute_dtype if settings.method == "full" else settings.adapter_dtype
     if settings.compute_dtype == "float16" and trained != "float32":
         notes.append(f"torch's loss scaling refuses to train weights in {trained}: such a run stops at its first step")
@@ -270,13 +310,15 @@ def as_text(prediction: Prediction, found: dict) -> str:
 
     context = "CUDA context" if gpu.context_measured else "CUDA context (an H200's)"
     estimated = ", estimated" if gpu.nominal else ""
-    host, disk = prediction.host_bytes_to_load, prediction.disk_bytes
+    several, together = settings.num_gpus > 1, ", on all GPUs together" if settings.num_gpus > 1 else ""
+    context += ", NCCL" if several else ""
+    context += "" if settings.sharding else " and paged optimizer"
     lines += [
         "",
         *_in_4_bits(found["weights"]),
         f"{'peak allocated':26}{_gib(prediction.peak_allocated_bytes)}  by torch, at: {prediction.peak_phase}",
         f"{'peak reserved':26}{_gib(prediction.peak_reserved_bytes)}  by torch, gaps included",
-        f"{'on the card':26}{_gib(prediction.device_bytes)}  with {context} and paged optimizer",
+        f"{'on each card' if several else 'on the card':26}{_gib(prediction.device_bytes)}  with {context}",
         f"{'usable':26}{_gib(gpu.usable_bytes)}  {gpu.name}{estimated}",
         "",
         f"fits with {_amount(prediction.spare_bytes)} to spare"
@@ -284,14 +326,47 @@ def as_text(prediction: Prediction, found: dict) -> str:
         else f"does not fit: {_amount(-prediction.spare_bytes)} too much",
         *(["too close to promise: the real run may take a few per cent more or less"] if _close(prediction) else []),
         "",
-        f"{'largest batch':26}{found['largest_batch']:6,}      of {settings.max_length:,} tokens each",
+        f"{'largest batch':26}{found['largest_batch']:6,}      of {settings.max_length:,} tokens each{together}",
         f"{'longest sequence':26}{found['longest_sequence']:6,}      at batch {settings.batch_size:,}{_limit(found)}",
-        f"{'host memory to load':26}{_gib(host)}",
-        f"{'disk':26}{_gib(disk)}",
+        *_host_memory(prediction),
+        f"{'disk':26}{_gib(prediction.disk_bytes)}",
     ]
     if found["cures"]:
         lines += ["", *what_helps(found["cures"])]
+    if found["several_gpus"]:
+        lines += ["", *what_helps(found["several_gpus"], "With FSDP, derived and not measured, the fewest GPUs first:")]
+    if "cheapest_sets" in found:
+        lines += ["", *_where_it_fits(found["cheapest_sets"])]
     return "\n".join(lines)
+
+
+def _host_memory(prediction: Prediction) -> list[str]:
+    """What the run takes of the computer's main memory, as lines of the report."""
+    lines = []
+    if not prediction.settings.sharding:
+        lines.append(f"{'host memory to load':26}{_gib(prediction.host_bytes_to_load)}")
+    if list(prediction.host_parts.values()) != [prediction.host_bytes_to_load]:
+        of = ", ".join(f"{name} {_amount(size)}" for name, size in prediction.host_parts.items())
+        line = f"{'host memory of the run':26}{_gib(prediction.host_bytes_of_run)}  {of}"
+        lines.append(_wrapped(line, "", " " * 38))
+    return lines
+
+
+def _where_it_fits(sets: list[dict]) -> list[str]:
+    """The smallest sets of GPUs with which a run fits, as lines of text."""
+    if not sets:
+        return ["It fits on none of the known GPUs, up to 8 of them."]
+    lines = ["Where it fits, the least memory of all GPUs together first (there are no prices here):"]
+    for one in sets:
+        names, more = ", ".join(one["gpus"][:NAMED]), len(one["gpus"]) - NAMED
+        more = f" and {more} more" if more > 0 else ""
+        said = f"{one['what']} ({names}{more}): {_gib(one['device_bytes']).strip()} on each"
+        lines.append(
+            _wrapped(
+                f"{said}, {_amount(one['host_bytes_of_run'])} of main memory", f"{one['total_gib']:5} GB: ", " " * 10
+            )
+        )
+    return lines
 
 
 def _in_4_bits(weights: dict | None) -> list[str]:
@@ -311,13 +386,14 @@ def _in_4_bits(weights: dict | None) -> list[str]:
     return [*lines, ""]
 
 
-def what_helps(changes: list[dict]) -> list[str]:
+def what_helps(changes: list[dict], head: str = "What helps, the cheapest first:") -> list[str]:
     """The changes that make a run fit, as lines of text.
 
     Args:
         changes: those of `cures_as_dicts`.
+        head: the line above them.
     """
-    lines = ["What helps, the cheapest first:"]
+    lines = [head]
     for number, change in enumerate(changes, 1):
         together = change["settings"] and len(change["steps"]) > 1
         what = change["what"]

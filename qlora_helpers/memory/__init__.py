@@ -7,6 +7,7 @@ from qlora_helpers.memory.ladder import Change, cures
 from qlora_helpers.memory.merge_memory import MergeMemory, predict_merge
 from qlora_helpers.memory.prediction import Prediction, predict
 from qlora_helpers.memory.search import Suggestion, largest_batch, longest_sequence, suggest, what_fits
+from qlora_helpers.memory.several import CheapSet, cheapest_sets, several_gpus
 from qlora_helpers.memory.shape import ModelShape
 from qlora_helpers.settings import GPU_RUN, Settings
 
@@ -15,11 +16,13 @@ __all__ = [
     "GPU_RUN",
     "AnyShape",
     "Change",
+    "CheapSet",
     "MergeMemory",
     "ModelShape",
     "Prediction",
     "Settings",
     "Suggestion",
+    "cheapest_sets",
     "cures",
     "find_gpu",
     "find_shape",
@@ -31,6 +34,7 @@ __all__ = [
     "predict",
     "predict_merge",
     "resolve",
+    "several_gpus",
     "suggest",
     "what_fits",
 ]

@@ -135,13 +135,17 @@ def plan_for(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU, budget:
         settings: of the run. The chats of a step, batch_size x accumulation, stay as they are, and are split: in the choice
             batch_size is the most rows of a pass, and accumulation the number of passes, which need not come out even.
             Which layers are checkpointed and whether their inputs are offloaded is chosen, too.
-        gpu: the card.
-        budget: bytes for the process.
+        gpu: the card, or one of several.
+        budget: bytes for the process, or for each of several.
 
     Raises:
-        ValueError: not even the least demanding choice fits.
+        ValueError: not even the least demanding choice fits; or the run has `sharding`, with which the choices are not
+            predicted.
     """
     validation.whole("budget", budget)
+    if settings.sharding:
+        allowed = "leave it out of a run with sharding: what a budget chooses layer by layer is not predicted there"
+        raise validation.refuse("memory_budget", settings.memory_budget or budget, allowed)
     margin = max(int(MARGIN * budget), LEAST_MARGIN)
     search = _Search(shape, gpu, budget - margin, settings)
     splits = _splits(search.chats)
@@ -181,14 +185,14 @@ class _Search:
 
     Attributes:
         room: bytes that a choice may take.
-        chats: of a step.
+        chats: of a step, on each GPU.
         best: the one with the least cost so far; None if nothing fits yet.
         tried: all whose memory was predicted.
     """
 
     def __init__(self, shape: ModelShape | AnyShape, gpu: GPU, room: int, settings: Settings) -> None:
         self.shape, self.gpu, self.room, self.layers = shape, gpu, room, _layers(shape)
-        self.settings, self.chats = settings, settings.batch_size * settings.accumulation
+        self.settings, self.chats = settings, settings.batch_per_gpu * settings.accumulation
         self.best: Choice | None = None
         self.tried: list[Choice] = []
 
@@ -218,7 +222,8 @@ class _Search:
         return True
 
     def _split(self, passes: int, rows: int) -> Settings:
-        return replace(self.settings, batch_size=rows, accumulation=passes, memory_budget=None)
+        size = rows * self.settings.num_gpus
+        return replace(self.settings, batch_size=size, accumulation=passes, memory_budget=None)
 
     def _with_kept(self, base: Settings, kept: int, offloaded: bool = False) -> Settings:
         """A run in which this many layers keep their activations."""

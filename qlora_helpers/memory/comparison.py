@@ -21,7 +21,7 @@ from qlora_helpers.units import in_words
 __all__ = ["OUTSIDE", "TOLERANCE", "compare"]
 
 TOLERANCE = 0.10  # a prediction that is further off is marked
-OUTSIDE = ("optimizer (paged)", "CUDA context")  # parts of a prediction that are not in torch's allocator
+OUTSIDE = ("optimizer (paged)", "CUDA context", "NCCL")  # parts of a prediction that are not in torch's allocator
 
 
 def compare(prediction: Prediction, measurement: Measurement) -> str:

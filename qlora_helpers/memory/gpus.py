@@ -19,7 +19,7 @@ from pathlib import Path
 from qlora_helpers import validation
 from qlora_helpers.units import GB, GIB, MIB
 
-__all__ = ["CONTEXT_BYTES", "GPU", "TABLE", "find_gpu", "known_gpus", "measured_gpu"]
+__all__ = ["CONTEXT_BYTES", "GPU", "TABLE", "find_gpu", "known_gpus", "measured_gpu", "nominal_gib"]
 
 # torch gives each thread that runs matrix products a cuBLAS workspace: 32 MiB on Hopper, 8.125 MiB elsewhere
 # (aten/src/ATen/cuda/CUDABlas.cpp, default_cublas_workspace_config). The forward and backward passes are two threads.
@@ -116,6 +116,11 @@ def _notes(entry: dict) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def nominal_gib() -> dict[str, int]:
+    """What each known GPU is sold with, in GiB, by its short name."""
+    return {key: entry["nominal_gib"] for key, entry in _entries().items()}
+
+
 def _article(name: str) -> str:
     return f"{'an' if name[0] in 'AN' else 'a'} {name}"
 
@@ -202,7 +207,10 @@ def find_gpu(gpu: str | GPU) -> GPU:
     if several := SEVERAL.search(name):
         name = SEVERAL.sub("", name, count=1).strip()
         if int(several[1] or several[2]) > 1:
-            notes.append(f"one of the {several[1] or several[2]} cards is counted: the course trains on one")
+            number = several[1] or several[2]
+            notes.append(
+                f"one of the {number} cards is counted; for a run on all of them set num_gpus={number} (--gpus {number})"
+            )
     found = known_gpus()[name] if name in _entries() else _by_name(gpu, name, notes)
     return replace(found, notes=(*notes, *found.notes))
 

@@ -84,7 +84,7 @@ def _fused_optimizer(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU)
 
 def _8bit_optimizer(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU) -> Rung:
     now = OPTIMIZERS[settings.optimizer or GPU_OPTIMIZER]
-    if now.bits == 8:
+    if now.bits == 8 or settings.sharding:  # bitsandbytes' optimizers take no shards
         return []
     name = "paged_adamw_8bit" if now.paged else "adamw_8bit"
     price = "hardly any quality, say those who made it (arXiv 2110.02861): states in 8 bits"
@@ -131,10 +131,9 @@ class _SmallerBatches(Sequence):
 
 
 def _smaller_batch(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU) -> Rung:
-    passes = settings.accumulation * settings.batch_size
-    return _SmallerBatches(
-        settings, tuple(size for size in divisors(settings.batch_size)[1:] if passes // size <= validation.LARGEST)
-    )
+    passes, gpus = settings.accumulation * settings.batch_size, settings.num_gpus
+    smaller = (size * gpus for size in divisors(settings.batch_per_gpu)[1:])
+    return _SmallerBatches(settings, tuple(size for size in smaller if passes // size <= validation.LARGEST))
 
 
 def _lower_rank(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU) -> Rung:

@@ -90,7 +90,8 @@ def settings_of(
     # prepare_model_for_kbit_training switches it on only in the model
     checkpointing = bool(args.gradient_checkpointing or base.is_gradient_checkpointing)
     offloading = bool(getattr(args, "activation_offloading", False))
-    batch = {"batch_size": args.per_device_train_batch_size, "accumulation": args.gradient_accumulation_steps}
+    gpus = args.world_size  # processes, each on a GPU
+    batch = {"batch_size": args.per_device_train_batch_size * gpus, "accumulation": args.gradient_accumulation_steps}
     more = {"checkpointed_layers": _checkpointed_layers(base)} if checkpointing and not offloading else {}
     if of_course is not None:  # of this course's trainer, whose own batch may be a whole step
         names = (*batch, *SPEED)
@@ -104,6 +105,7 @@ def settings_of(
         activation_offloading=offloading,
         optimizer=str(getattr(args.optim, "value", args.optim)),
         upcast_fp32=upcast,
+        num_gpus=gpus,
         attention=_attention_of(base.config, shape),
         **batch,
         **more,

@@ -14,10 +14,11 @@ from qlora_helpers.memory.any_shape import AnyShape
 from qlora_helpers.memory.gpus import GPU, find_gpu
 from qlora_helpers.memory.layers import LayerSettings
 from qlora_helpers.memory.loaded import loaded_bytes, weights_by_part
-from qlora_helpers.memory.shape import ModelShape
+from qlora_helpers.memory.shape import FAMILIES, ModelShape
+from qlora_helpers.memory.sharding import GATHERED, NCCL_BYTES, Gathered, check_sharding, of_each_gpu, shards_of
 from qlora_helpers.memory.step import Moment, mask_bytes, moments_of_a_step
-from qlora_helpers.memory.trained import OPTIMIZERS, Trained, what_is_trained
-from qlora_helpers.settings import DTYPES, GPU_OPTIMIZER, Settings
+from qlora_helpers.memory.trained import OPTIMIZERS, Trained, trained_width, what_is_trained
+from qlora_helpers.settings import DTYPES, GPU_OPTIMIZER, SHARDED_OPTIMIZERS, Settings
 
 __all__ = ["Prediction", "needs_libraries", "on_gpu", "predict"]
 
@@ -49,17 +50,21 @@ class Prediction:
         peak_allocated_bytes, peak_reserved_bytes: the most in torch's tensors within a steady step, and the most that
             torch's allocator holds for them.
         device_bytes: on the card: what torch reserves, the CUDA context, and the paged optimizer states.
-        host_bytes_to_load: main memory while the model is loaded, without file pages that the system may drop.
+        host_bytes_to_load: main memory of one process while it loads the model onto its GPU, without file pages that the system
+            may drop.
         disk_bytes: of the model's files in 16 bits.
         peak_phase: the moment of the step at which the peak occurs, one of `phases.MOMENTS`.
         phases: the most in torch's tensors at each of these moments of a steady step, in order.
         road: how it was found: "layers" that are written out in `memory.layers`, or the "libraries" themselves, which ran a
             step on tensors without values.
         why_all: why the libraries had to run all layers of the model rather than a few of each kind; "" otherwise.
-        parts: what is alive at the peak, in order. They add up to `peak_allocated_bytes`, except for two that are outside
-            torch's allocator: "optimizer (paged)" and "CUDA context". Without checkpointing "checkpointed activations" and
+        parts: what is alive at the peak, in order. They add up to `peak_allocated_bytes`, except for those that are outside
+            torch's allocator: "optimizer (paged)", "CUDA context" and "NCCL". Without checkpointing "checkpointed activations" and
             "recomputed layer" are called "activations" and "layer at work". "16-bit weights" are all weights that are not
             in 4 bits, even if the run has made them float32.
+        host_parts: main memory of all processes of the machine while it is most, by part.
+
+    On several GPUs all sizes but `host_parts` are those of one of them, and `disk_bytes` that of the model.
     """
 
     shape: ModelShape | AnyShape
@@ -77,6 +82,12 @@ class Prediction:
     phases: dict[str, int] = field(hash=False)
     road: str = "layers"
     why_all: str = ""
+    host_parts: dict[str, int] = field(default_factory=dict, hash=False)
+
+    @property
+    def host_bytes_of_run(self) -> int:
+        """Main memory that the run takes on its machine, all processes together, in bytes: the sum of `host_parts`."""
+        return sum(self.host_parts.values())
 
     @property
     def spare_bytes(self) -> int:
@@ -99,13 +110,13 @@ def on_gpu(settings: Settings, gpu: GPU) -> Settings:
     best = "bfloat16"
     if gpu.compute_capability < (8, 0):
         best = "float32" if settings.method == "full" else "float16"
-    return replace(
-        settings, compute_dtype=settings.compute_dtype or best, optimizer=settings.optimizer or GPU_OPTIMIZER
-    )
+    usual = SHARDED_OPTIMIZERS[0] if settings.sharding else GPU_OPTIMIZER
+    return replace(settings, compute_dtype=settings.compute_dtype or best, optimizer=settings.optimizer or usual)
 
 
 def _check(shape: ModelShape, settings: Settings) -> None:
     validation.one_of("optimizer", settings.optimizer, OPTIMIZERS)
+    check_sharding(settings)
     if settings.method != "full" and settings.rank > shape.hidden_size:
         allowed = f"must be no more than the model's hidden size, {shape.hidden_size}"
         raise validation.refuse("rank", settings.rank, allowed)
@@ -123,13 +134,16 @@ def predict(shape: ModelShape | AnyShape, settings: Settings, gpu: str | GPU = "
     The layers of a `ModelShape` are written out here, which takes milliseconds. For any other model, and for what they do
     not know (`needs_libraries`), the libraries run a step without values: a second or two, once torch is imported.
 
+    For a run on several GPUs it is the memory of one of them, the one with the most (`memory.sharding`).
+
     Args:
         shape: of the model.
         settings: of the run; the number of steps, the learning rate and its schedule do not matter.
         gpu: a name that `gpus.find_gpu` knows, or a GPU.
 
     Raises:
-        ValueError: a setting does not suit this model, or the GPU is not known.
+        ValueError: a setting does not suit this model, or the GPU is not known; or a run with sharding has something that only
+            the libraries know.
     """
     if not isinstance(shape, ModelShape | AnyShape):
         raise validation.refuse("shape", shape, f"give a shape, such as find_shape({str(shape)!r})")
@@ -138,34 +152,84 @@ def predict(shape: ModelShape | AnyShape, settings: Settings, gpu: str | GPU = "
     gpu = find_gpu(gpu)
     settings = on_gpu(settings, gpu)
     _check(shape, settings)
-    if isinstance(shape, AnyShape) or needs_libraries(settings):
-        found = _by_the_libraries(shape, settings, gpu)
+    each = of_each_gpu(settings)
+    if not (isinstance(shape, AnyShape) or needs_libraries(settings)):
+        found = _by_the_layers(shape, each, gpu, settings)
+    elif settings.sharding:
+        raise validation.refuse("sharding", settings.sharding, _why_not_sharded(shape, settings))
     else:
-        found = _by_the_layers(shape, settings, gpu)
-    return _with_more(found)
+        found = _by_the_libraries(shape, each, gpu)
+    return _on_all_gpus(_with_more(found), settings)
 
 
-def _by_the_layers(shape: ModelShape, settings: Settings, gpu: GPU) -> Prediction:
+def _why_not_sharded(shape: ModelShape | AnyShape, settings: Settings) -> str:
+    if isinstance(shape, AnyShape):
+        known = ", ".join(FAMILIES)
+        return f"{shape.name or 'this model'} is a {shape.model_type}: with sharding only {known} are predicted"
+    used = [name for name in ONLY_LIBRARIES if getattr(settings, name) != Settings.__dataclass_fields__[name].default]
+    return f"is not predicted together with {' and '.join(used)}. Leave one of them out"
+
+
+def _on_all_gpus(found: Prediction, settings: Settings) -> Prediction:
+    """With what several processes take beside each other: DDP's buckets, NCCL, main memory."""
+    number, process = settings.num_gpus, found.host_bytes_to_load
+    buckets = 0
+    if number > 1 and not settings.sharding:  # as large as the gradients; DDP fills them when these are there
+        buckets = found.trainable_parameters * trained_width(settings)
+    outside = NCCL_BYTES if number > 1 else 0
+    parts = {"DDP's buckets": buckets} if buckets else {}
+    host = found.host_parts or {"processes": number * process}
+    if settings.activation_offloading:
+        inputs = found.shape.num_hidden_layers * settings.batch_size * settings.max_length * found.shape.hidden_size
+        host |= {"checkpoints": inputs * DTYPES[settings.compute_dtype]}
+    return replace(
+        found,
+        settings=settings,
+        peak_allocated_bytes=found.peak_allocated_bytes + buckets,
+        peak_reserved_bytes=found.peak_reserved_bytes + buckets,
+        device_bytes=found.device_bytes + buckets + outside,
+        parts=found.parts | parts | ({"NCCL": outside} if outside else {}),
+        phases={name: size + buckets for name, size in found.phases.items()},
+        host_parts=host,
+    )
+
+
+def _by_the_layers(shape: ModelShape, settings: Settings, gpu: GPU, run: Settings) -> Prediction:
+    """The prediction by the layers that are written out.
+
+    Args:
+        settings: of each GPU for itself.
+        run: the settings of the whole run.
+    """
     how = LayerSettings.of(shape, settings, gpu)
     weights, trained, masks = weights_by_part(shape, settings), what_is_trained(shape, settings), mask_bytes(shape, how)
-    standing = sum(weights.values()) + trained.adapters + trained.states + gpu.workspace_bytes + masks
     moments = moments_of_a_step(shape, settings, how, trained)
-    peak = max(moments, key=lambda name: moments[name].total)
-    reserved = _reserved_bytes(standing, moments, trained, settings.gradient_checkpointing)
+    parameters, gathered, host = trained.parameters, {}, {}
+    host_to_load = 2 * shape.largest_tensor + HOST_PROCESS
+    if run.sharding:
+        shards = shards_of(shape, run, trained, moments, host_to_load)
+        weights, trained, moments = shards.weights, shards.trained, shards.moments
+        gathered, host = shards.gathered, shards.host
+    standing = sum(weights.values()) + trained.adapters + trained.states + gpu.workspace_bytes + masks
+    totals = {name: moment.total + gathered.get(name, Gathered()).total for name, moment in moments.items()}
+    peak = max(totals, key=totals.__getitem__)
+    reserved = _reserved_bytes(standing, moments, trained, settings.gradient_checkpointing, gathered)
+    more = {GATHERED: gathered[peak].total} if gathered else {}
     return Prediction(
         shape=shape,
         settings=settings,
         gpu=gpu,
-        loaded_bytes=loaded_bytes(shape, settings),
-        peak_allocated_bytes=standing + moments[peak].total,
+        loaded_bytes=sum(weights.values()) if run.sharding else loaded_bytes(shape, settings),
+        peak_allocated_bytes=standing + totals[peak],
         peak_reserved_bytes=reserved,
         device_bytes=reserved + gpu.context_bytes + trained.resident_pages,
-        host_bytes_to_load=2 * shape.largest_tensor + HOST_PROCESS,
+        host_bytes_to_load=host_to_load,
         disk_bytes=2 * shape.parameters,
-        trainable_parameters=trained.parameters,
+        trainable_parameters=parameters,
         peak_phase=peak,
-        parts=weights | _other_parts(peak, moments[peak], trained, masks, gpu, settings.gradient_checkpointing),
-        phases={name: standing + moment.total for name, moment in moments.items()},
+        parts=weights | _other_parts(peak, moments[peak], trained, masks, gpu, settings.gradient_checkpointing) | more,
+        phases={name: standing + total for name, total in totals.items()},
+        host_parts=host,
     )
 
 
@@ -209,14 +273,14 @@ def _with_more(found: Prediction) -> Prediction:
     )
 
 
+# what the layers written out here do not know, unless it is as in `Settings()`
+ONLY_LIBRARIES = ("checkpointed_layers", "activation_offloading", "logits", "eval_batch_size")
+
+
 def needs_libraries(settings: Settings) -> bool:
     """Whether a run has something that the layers written out here do not know."""
-    return (
-        settings.checkpointed_layers is not None
-        or settings.activation_offloading
-        or settings.logits != "tiled"
-        or settings.eval_batch_size is not None
-    )
+    fields = Settings.__dataclass_fields__
+    return any(getattr(settings, name) != fields[name].default for name in ONLY_LIBRARIES)
 
 
 def _by_the_libraries(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU) -> Prediction:
@@ -267,7 +331,9 @@ def _other_parts(
     }
 
 
-def _reserved_bytes(standing: int, moments: dict[str, Moment], trained: Trained, checkpointing: bool) -> int:
+def _reserved_bytes(
+    standing: int, moments: dict[str, Moment], trained: Trained, checkpointing: bool, gathered: dict[str, Gathered]
+) -> int:
     """The most that torch's allocator holds for its tensors: what is in them, and fragmentation."""
     fragmentation = FRAGMENTATION_WITH_CHECKPOINTING if checkpointing else FRAGMENTATION
 
@@ -276,6 +342,8 @@ def _reserved_bytes(standing: int, moments: dict[str, Moment], trained: Trained,
         # the small pool is fullest at the optimizer step, when the gradients and the temporaries are there
         still_to_come = max(trained.gradients + trained.temporaries - moment.gradients, 0)
         later = 0 if name == "optimizer step" else trained.share_of_small * still_to_come
-        return standing + moment.total + later + fragmentation * (moment.total - moment.gradients)
+        whole = gathered.get(name, Gathered()).here
+        return standing + moment.total + whole + later + fragmentation * (moment.total - moment.gradients)
 
-    return int(max(map(held, moments)))
+    # the buffers of all-gathers come from the memory of another stream, which keeps the most that it ever held
+    return int(max(map(held, moments))) + max((one.buffer for one in gathered.values()), default=0)

@@ -83,27 +83,30 @@ def divisors(number: int) -> tuple[int, ...]:
 
 
 def largest_batch(shape: ModelShape | AnyShape, settings: Settings, gpu: str | GPU) -> int:
-    """The largest `batch_size` with which the run fits, in sequences; 0 if not even 1 does.
+    """The largest `batch_size` with which the run fits, in sequences; 0 if not even one on each GPU does.
 
     Raises:
         ValueError: as `predict` does.
     """
+    gpus = settings.num_gpus
+    most = validation.LARGEST // gpus
 
     def spare(batch: int) -> int:
-        return predict(shape, replace(settings, batch_size=batch), gpu).spare_bytes
+        """With so many sequences on each GPU."""
+        return predict(shape, replace(settings, batch_size=batch * gpus), gpu).spare_bytes
 
     low, left, high = 1, spare(1), 2
     if left < 0:
         return 0
     while (more := spare(high)) >= 0:
-        if high == validation.LARGEST:
-            return high
+        if high == most:
+            return high * gpus
         # where the straight line through the last two leaves nothing over; a small model's first batches can cost nothing
         each = (left - more) / (high - low)
         limit = high + int(more / each) + 1 if each > 0 else FASTEST * high
         low, left = high, more
-        high = min(max(limit, high + high // 8 + 1), FASTEST * high, validation.LARGEST)
-    return largest_that_fits(spare, low, high, known=low + (high - low) * left // (left - more))
+        high = min(max(limit, high + high // 8 + 1), FASTEST * high, most)
+    return gpus * largest_that_fits(spare, low, high, known=low + (high - low) * left // (left - more))
 
 
 def longest_sequence(
@@ -162,16 +165,19 @@ def suggest(
         effective_batch: sequences per optimizer step.
 
     Raises:
-        ValueError: not even a batch of 1 fits, or `effective_batch` is not a positive whole number.
+        ValueError: not even a batch of 1 on each GPU fits, or `effective_batch` is not a positive whole number, or the GPUs of
+            the settings cannot share it evenly.
     """
-    wanted = validation.whole("effective_batch", effective_batch)
+    wanted, gpus = validation.whole("effective_batch", effective_batch), settings.num_gpus
     gpu = find_gpu(gpu)
+    if wanted % gpus:
+        raise validation.refuse("effective_batch", wanted, f"must be a multiple of num_gpus={gpus}")
 
     def predicted(batch: int) -> Prediction:
         return predict(shape, replace(settings, batch_size=batch, accumulation=wanted // batch), gpu)
 
     # the whole batch for itself: without accumulation it keeps no gradients, and may fit where a smaller one does not
-    batch, *smaller = divisors(wanted)
+    batch, *smaller = (size * gpus for size in divisors(wanted // gpus))
     prediction = predicted(batch)
     if smaller and not prediction.fits:
         place = bisect_left(smaller, True, key=lambda size: predicted(size).fits)
@@ -181,7 +187,7 @@ def suggest(
         return Suggestion(batch, wanted // batch, prediction)
     missing = -prediction.spare_bytes / GIB
     raise ValueError(
-        f"gpu is {gpu.name}: not even a batch of 1 fits; {missing:.2f} GiB more would be needed. "
+        f"gpu is {gpu.name}: not even a batch of {gpus} fits; {missing:.2f} GiB more would be needed. "
         "cures(shape, settings, gpu) says what would help"
     )
 

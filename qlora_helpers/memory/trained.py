@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlora_helpers.memory.shape import ModelShape
 from qlora_helpers.memory.tape import FLOAT32, rounded
@@ -108,15 +108,22 @@ class Trained:
         return -(-self.paged // PAGE_POOL) * PAGE_POOL
 
 
-def trained_tensors(shape: ModelShape, settings: Settings) -> list[TrainedTensor]:
-    """Every trained tensor: the two matrices of each adapter, or all weights."""
-    layers = shape.num_hidden_layers
+def trained_tensors(shape: ModelShape, settings: Settings, shards: int = 1) -> list[TrainedTensor]:
+    """Every trained tensor: the two matrices of each adapter, or all weights.
+
+    Args:
+        shards: that each is split into, along its first dimension: then the largest one of each, padding included.
+    """
+    layers, rank = shape.num_hidden_layers, settings.rank
     if settings.method != "full":
         return [
-            TrainedTensor(settings.rank * side, layers)
+            TrainedTensor(elements, layers)
             for linear in shape.targets(settings.target_modules)
-            for side in (linear.in_features, linear.out_features)
+            for elements in (-(-rank // shards) * linear.in_features, -(-linear.out_features // shards) * rank)
         ]
+    if shards > 1:
+        whole = trained_tensors(shape, settings)
+        return [replace(tensor, elements=-(-tensor.elements // shards)) for tensor in whole]
     table = shape.vocab_size * shape.hidden_size
     tensors = [TrainedTensor(linear.weights, layers) for linear in shape.linears]
     tensors.append(TrainedTensor(table, 1, is_embedding=True))
@@ -153,6 +160,9 @@ def trained_of(tensors: Iterable[TrainedTensor], settings: Settings) -> Trained:
 
 def trained_width(settings: Settings) -> int:
     """Bytes of one trained parameter."""
+    # with FSDP accelerate makes trained weights float32, unless there are bitsandbytes' layers (fsdp2_prepare_model)
+    if settings.sharding and settings.method != "qlora" and settings.compute_dtype != "float32":
+        return FLOAT32
     return DTYPES[settings.compute_dtype if settings.method == "full" else settings.adapter_dtype]
 
 
