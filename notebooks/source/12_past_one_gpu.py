@@ -334,7 +334,7 @@ stacked = {name: [sum(p.parts.get(part, 0) for part in some) / GIB for p in on_e
 fig, ax = plots.figure()
 plots.stacked_bars(ax, list(ways), stacked, "GiB on each GPU")
 ax.axvline(room, color=plots.RED, linestyle="--", linewidth=1.2)
-ax.text(room, -0.55, " an RTX 4090", color=plots.RED, va="bottom", fontsize=9)
+ax.text(room, 3, " the room of an RTX 4090", color=plots.RED, va="center", fontsize=9)
 ax.set_title("Copies save nothing; shards save half of what is split")
 plots.show(fig, "12.1")
 
@@ -424,16 +424,18 @@ show_table(["GPU", "link", "gather, ms", "hidden from … tokens"], table, forma
 # has twice the products: half of the tokens are enough.
 
 # %%
-tokens = [2**power for power in range(6, 16)]
+tokens = [2**power for power in range(4, 16)]
 fig, ax = plots.figure(figsize=(7.2, 4.2))
 for (name, rate), colour in zip(RATES.items(), (plots.BLUE, plots.ORANGE), strict=True):
     ax.plot(tokens, [2 * layer_weights * n / rate * 1e3 for n in tokens], color=colour, label=f"products, {name}")
 for link, speed in LINKS.items():
     ax.axhline(gather / speed * 1e3, color="#777777", linewidth=1, linestyle="--")
-    ax.text(80, gather / speed * 1e3, f"gather over {link}", va="bottom", fontsize=9)
+    ax.text(17, gather / speed * 1e3, f"gather over {link}", va="bottom", fontsize=9)
 for gpu, link in pairs:
     ax.plot(hidden[gpu, link], gather / LINKS[link] * 1e3, "o", color="#333333", markersize=5)
 ax.set(xscale="log", yscale="log", xlabel="tokens on one GPU in a pass", ylabel="ms for one layer, forward")
+ax.set_xticks([100, 1000, 10_000], labels=["100", "1,000", "10,000"])
+ax.set_yticks([0.1, 1, 10, 100], labels=["0.1", "1", "10", "100"])
 ax.set_title("NVLink and PCIe are hidden by a chat or two, a network is not")
 ax.legend(fontsize=9, loc="lower right")
 plots.show(fig, "12.2")
@@ -474,6 +476,90 @@ for length in (512, 2048):
     print()
 
 # %% [markdown]
+# A set without *FSDP* has the whole model on each card. Those with an offload are small in memory and slow: all that is not on the
+# card comes over the bus, twice in each pass. For the fewest cards that keep their shards the table says two of 32 GB, or
+# four of 20 or 24 GB. One card of 48 GB has less memory than all of these, and nothing to exchange: if you can choose, choose that.
+#
+# With the GPUs given, how many chats can each take? The more, the better their exchange is hidden. The most chats of 2,048 tokens
+# on each GPU, by kind, way and number:
+
+# %% tags=["nbval-check-output"]
+def chats_on_each(gpu: str, way: str, number: int) -> int:
+    """The most chats of 2,048 tokens that each of these GPUs can take; 0 if it does not fit."""
+    several = replace(run, batch_size=number, max_length=2048, num_gpus=number)
+    if way != "copies":
+        several = on_gpus(several, number, cpu_offload=way == "offloaded")
+    return largest_batch(large, several, gpu) // number
+
+
+numbers = (1, 2, 4, 8)
+table = [[gpu, way, *(chats_on_each(gpu, way, number) for number in numbers)]
+         for gpu in ("4090", "a6000", "a100-80") for way in ("copies", "shards", "offloaded")]
+show_table(["GPU", "", *(f"on {number}" for number in numbers)], table, formats=["", "", *["d"] * 4])
+
+# %% [markdown]
+# Where copies fit, more GPUs give none of them more room. Shards do, up to what is not split. An offload gives more room still, and
+# needs it: each layer takes longer to come.
+#
+# ### Several machines
+#
+# Between machines is a network. Should the shards be spread over all machines, or should each machine have all of them, split over
+# its own GPUs, and exchange only adapter gradients with the others? (The latter is called hybrid sharding.) For two machines of four
+# RTX 4090 each, with a network card of 10 or 100 gigabits that the four share:
+
+# %% tags=["nbval-check-output"]
+layers = large.linear_parameters / 2
+adapters = 4 * large.lora_parameters(run.rank)
+table = []
+for link in ("Ethernet 10", "Ethernet 100"):
+    # at the least: each machine gets the other's half of each layer once, forward and backward
+    spread = 2 * received(layers, 2) / LINKS[link]
+    within = 2 * received(adapters, 2) / LINKS[link]
+    table.append([link, spread, within])
+header = ["link", "spread over both, s a pass", "split within each, s a step"]
+show_table(header, table, formats=["", ".1f", ".2f"])
+products = 2 * 2048 * 3 * 2 * large.linear_parameters / RATES["RTX 4090"]
+print(f"products of 2 chats of 2,048 tokens on each GPU: {products:.1f} s a pass")
+
+# %% [markdown]
+# Over the slower network a pass would wait longer for weights than it computes. So split within a machine, and copy between
+# machines. What a GPU holds is then what the predictor says for the GPUs of one machine. This course's commands run on one
+# machine; for several, torchrun's documentation and accelerate's say how they find each other.
+#
+# ## The command
+#
+# `torchrun` starts one program several times, and tells each process its rank. Nothing else in the command changes:
+#
+# ```
+# torchrun --nproc-per-node 2 -m qlora_helpers run --model MODEL --data FILE
+# ```
+#
+# That is data parallel. Shards need a few settings more, which `accelerate launch` reads from a file that comes with the course
+# (`fsdp_offload.yaml` beside it keeps the shards in main memory):
+#
+# ```
+# accelerate launch --config_file data/accelerate/fsdp.yaml -m qlora_helpers run --model MODEL --data FILE
+# ```
+#
+# Two processes also run on a CPU, with gloo. Here are three runs of the shipped model, made beforehand, since two processes take as
+# long to load the libraries as this lesson to run (`data/measured/two_processes.json`): one process; two that share its batch;
+# and two that take a batch of that size *each*.
+
+# %% tags=["nbval-check-output"]
+made = json.loads(data_path("measured", "two_processes.json").read_text(encoding="utf-8"))["rows"]
+table = [[r["row"], r["chats_of_a_step"], r["loss_history"][-1][1], r["exact_match"], r["distance"]]
+         for r in made]
+header = ["run", "chats of a step", "last loss", "right answers", "adapter off by"]
+show_table(header, table, formats=["", "", ".3f", ".1%", ".1e"])
+for r in made:
+    print(r["command"])
+
+# %% [markdown]
+# Two processes learn what one learns: their adapters differ by rounding, which 300 steps have carried on. (They also print once
+# and write once: rank 0 does that, and the others wait.) With twice the chats in each step something else is learned.
+#
+# What was not done: these commands have not run on two GPUs. What was tried of them on a CPU is in the tests.
+#
 # ## Exercise 12.1: an average that changes nothing
 #
 # *Build · easy · about 8 minutes.* Write `averaged(gradients, tokens)`. It gets what some ranks have found: for each the gradient
@@ -565,3 +651,16 @@ counts = (factors / factors.min()).tolist()
 
 # %% tags=["nbval-check-output"]
 exercises.counts.check(counts)
+
+# %% [markdown]
+# ## You have
+# - seen what a 70B model takes on one card, and that an article's title promises what its code cannot do;
+# - shared a batch between two processes, and averaged their gradients by answer tokens;
+# - split the weights of a layer over two GPUs by hand, and made the same step as with copies, bit for bit;
+# - seen why 4-bit weights need another name before they can be split;
+# - computed what is sent in a step, and when two GPUs help and when they do not;
+# - found the GPUs that can train 70B, and the command that starts such a run.
+#
+# This was the last lesson. Now take your own file: [README.md](../README.md) has the commands, and
+# [TROUBLESHOOTING.md](../TROUBLESHOOTING.md) what to do when something goes wrong. What the articles claim, and what is true, is
+# listed in [CLAIMS.md](../CLAIMS.md).
