@@ -16,11 +16,13 @@ The scales of 4-bit weights are not parameters, so that each GPU holds all of th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import bitsandbytes as bnb
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import TrainerCallback
 
 from qlora_helpers import validation
 from qlora_helpers.launch import Launch
@@ -29,9 +31,9 @@ from qlora_helpers.settings import Settings
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, Trainer
+    from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
 
-__all__ = ["SHARDED_OPTIMIZER", "check_sharding", "prepare_sharding", "whole_weights"]
+__all__ = ["SHARDED_OPTIMIZER", "ScalesOnTheGPU", "check_sharding", "prepare_sharding", "whole_weights"]
 
 SHARDED_OPTIMIZER = "adamw_torch"  # where the settings name none
 _BITSANDBYTES = ("8bit", "paged", "4bit")  # in the names of its optimizers
@@ -85,6 +87,22 @@ def prepare_sharding(trainer: Trainer, compute_dtype: torch.dtype) -> None:
         )
     plugin.state_dict_config = plugin.optim_state_dict_config = None
     plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.add_callback(ScalesOnTheGPU)
+
+
+class ScalesOnTheGPU(TrainerCallback):
+    """Bring the scales of 4-bit weights to where the weights are gathered and decoded.
+
+    They are no parameters, which is why FSDP does not move them, and bitsandbytes moves them along with a whole weight: where
+    the model was loaded into main memory, or its shards are kept there, nothing else makes sure of it.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for layer in kwargs["model"].modules():
+            if isinstance(layer, bnb.nn.Linear4bit) and layer.quant_state is not None:
+                layer.quant_state.to(args.device)
 
 
 def whole_weights(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
