@@ -158,9 +158,7 @@ def _sampled() -> list[int]:
     return [place for sampler in samplers for place in sampler]
 
 
-def a_strange_gradient(
-    gradient_of: Callable[[list], tuple[torch.Tensor, int]], chats: Sequence[Any]
-) -> torch.Tensor:
+def a_strange_gradient(gradient_of: Callable[[list], tuple[torch.Tensor, int]], chats: Sequence[Any]) -> torch.Tensor:
     """The gradient of a step of two ranks on seven chats, averaged by answer tokens.
 
     Args:
