@@ -16,7 +16,7 @@ from qlora_helpers.memory.layers import LayerSettings
 from qlora_helpers.memory.loaded import loaded_bytes, weights_by_part
 from qlora_helpers.memory.shape import FAMILIES, ModelShape
 from qlora_helpers.memory.sharding import GATHERED, NCCL_BYTES, Gathered, check_sharding, of_each_gpu, shards_of
-from qlora_helpers.memory.step import Moment, mask_bytes, moments_of_a_step
+from qlora_helpers.memory.step import Moment, last_layer_forward, mask_bytes, moments_of_a_step
 from qlora_helpers.memory.trained import OPTIMIZERS, Trained, trained_width, what_is_trained
 from qlora_helpers.settings import DTYPES, GPU_OPTIMIZER, SHARDED_OPTIMIZERS, Settings
 
@@ -207,7 +207,8 @@ def _by_the_layers(shape: ModelShape, settings: Settings, gpu: GPU, run: Setting
     parameters, gathered, host = trained.parameters, {}, {}
     host_to_load = 2 * shape.largest_tensor + HOST_PROCESS
     if run.sharding:
-        shards = shards_of(shape, run, trained, moments, host_to_load)
+        last = last_layer_forward(shape, how, settings.gradient_checkpointing)
+        shards = shards_of(shape, run, trained, moments, last, host_to_load)
         weights, trained, moments = shards.weights, shards.trained, shards.moments
         gathered, host = shards.gathered, shards.host
     standing = sum(weights.values()) + trained.adapters + trained.states + gpu.workspace_bytes + masks

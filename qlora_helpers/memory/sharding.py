@@ -114,7 +114,7 @@ class Shards:
 
 
 def shards_of(
-    shape: ModelShape, settings: Settings, whole: Trained, moments: dict[str, Moment], per_process: int
+    shape: ModelShape, settings: Settings, whole: Trained, moments: dict[str, Moment], last: Moment, per_process: int
 ) -> Shards:
     """A run that is split over `settings.num_gpus` GPUs.
 
@@ -122,17 +122,28 @@ def shards_of(
         settings: of the run, with a dtype and an optimizer.
         whole: what is trained, as the layers see it: in the dtype of the products.
         moments: of the step of one GPU that has everything, for `whole`.
+        last: that of the last layer's forward pass.
         per_process: main memory that each process takes beside shards and copies.
     """
     weights, params = _weights(shape, settings)
     on_gpu = trained = trained_of(trained_tensors(shape, settings, settings.num_gpus), settings)
     if settings.cpu_offload:
         on_gpu = replace(trained, parameters=0, adapters=0, states=0, temporaries=0)
+    sizes = _Sizes.of(shape, settings, whole)
+    accumulated = whole.gradients if settings.accumulation > 1 else 0
+    x = rounded(settings.batch_per_gpu * settings.max_length * shape.hidden_size * DTYPES[settings.compute_dtype])
+    embeddings = Moment(Peak(x), accumulated), sizes.of_embeddings()
+    last = replace(last, gradients=accumulated), sizes.of_last_layer()
+    forward, in_forward = max(embeddings, last, key=lambda pair: pair[0].total + pair[1].total)
+    split = _split_gradients(settings, whole, on_gpu, moments)
+    step = split.pop("optimizer step")
+    if sizes.again and "embeddings backward" not in split:
+        split["embeddings backward"] = Moment(Peak(x), max(on_gpu.gradients, accumulated))
     return Shards(
         weights=weights,
         trained=on_gpu,
-        gathered=_gathered(shape, settings, whole),
-        moments=_split_gradients(shape, settings, whole, on_gpu, moments),
+        gathered={"forward": in_forward} | sizes.gathered(),
+        moments={"forward": forward} | split | {"optimizer step": step},
         host=_host(shape, settings, trained, params, per_process),
     )
 
@@ -171,58 +182,92 @@ def _weights(shape: ModelShape, settings: Settings) -> tuple[dict[str, int], lis
     return whole | on_gpu, linears + others
 
 
-def _gathered(shape: ModelShape, settings: Settings, whole: Trained) -> dict[str, Gathered]:
-    """Whole weights at each moment: a layer, the embeddings or the head, and the buffer that they or the next ones come in."""
-    compute, several, layers = DTYPES[settings.compute_dtype], settings.num_gpus > 1, shape.num_hidden_layers
-    full = settings.method == "full"
-    table = shape.vocab_size * shape.hidden_size * compute
-    adapters = 0 if full else whole.parameters * compute // layers
-    linears = sum(
-        linear.weights // 2 if settings.method == "qlora" else linear.weights * compute for linear in shape.linears
-    )
-    layer = linears + shape.small_parameters // layers * compute + adapters
-    # gradients of a layer, and those of the one before, which are still being summed
-    trained = linears if full else adapters
-    reduced = 2 * trained
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of what is gathered.
 
-    def buffer(size: int) -> int:  # one GPU gathers nothing; an offloaded shard is copied to it first
-        return (size + (_share(size, settings) if settings.cpu_offload else 0)) if several else 0
+    Attributes:
+        layer: a decoder layer with its adapters.
+        table: the embeddings, or a head of their size.
+        trained: of a layer's weights, those that are trained.
+        tied: the head is the embeddings, which stay whole from the forward to the end of the backward pass.
+        full: the embeddings and the head are trained.
+        again: the embeddings are gathered for their backward pass, too.
+        share: of a weight that is offloaded, which passes through the GPU; None if none is.
+    """
 
-    # a head that shares its weight with the embeddings is gathered with them, and stays
-    tied, head = (table, 0) if shape.tie_word_embeddings else (0, table)
-    again = 0 if tied or not (settings.gradient_checkpointing or full) else table  # for the embeddings' backward pass
-    found = {
-        "forward": Gathered(table, buffer(table)),
-        "loss": Gathered(tied + head, layer if several else 0),
-        "loss backward": Gathered(tied + head + (2 * table if full else 0)),
-        "last layer backward": Gathered(tied + layer + reduced, buffer(layer)),
-        "first layer backward": Gathered(tied + layer + reduced, buffer(max(layer, again))),
-        "optimizer step": Gathered(),
-    }
-    if again or full:
-        found["embeddings backward"] = Gathered(table + reduced, buffer(again))
-    return found
+    layer: int
+    table: int
+    trained: int
+    tied: bool
+    full: bool
+    again: bool
+    several: bool
+    share: int | None
+
+    @classmethod
+    def of(cls, shape: ModelShape, settings: Settings, whole: Trained) -> _Sizes:
+        compute, layers, full = DTYPES[settings.compute_dtype], shape.num_hidden_layers, settings.method == "full"
+        adapters = 0 if full else whole.parameters * compute // layers
+        four_bit = settings.method == "qlora"
+        linears = sum(linear.weights // 2 if four_bit else linear.weights * compute for linear in shape.linears)
+        last_norm = shape.hidden_size * (2 if shape.has_layer_norm else 1)
+        return cls(
+            layer=linears + (shape.small_parameters - last_norm) // layers * compute + adapters,
+            table=shape.vocab_size * shape.hidden_size * compute,
+            trained=linears if full else adapters,
+            tied=shape.tie_word_embeddings,
+            full=full,
+            again=not shape.tie_word_embeddings and (settings.gradient_checkpointing or full),
+            several=settings.num_gpus > 1,
+            share=settings.num_gpus if settings.cpu_offload else None,
+        )
+
+    def _buffer(self, size: int, before: int = 0) -> int:
+        """That of an all-gather, beside the one before: one GPU gathers nothing; an offloaded shard is copied to it first."""
+        if not self.several:
+            return 0
+        return before + size + (-(-size // self.share) if self.share else 0)
+
+    @property
+    def _stays(self) -> int:
+        return self.table if self.tied else 0
+
+    def of_embeddings(self) -> Gathered:
+        """While the embeddings run, or the first layer is copied out, whichever is more."""
+        first = Gathered(self.layer + self._stays, self._buffer(self.layer, before=self.table))
+        return max(Gathered(self.table, self._buffer(self.table)), first, key=lambda one: one.total)
+
+    def of_last_layer(self) -> Gathered:
+        return Gathered(self.layer + self._stays, self._buffer(self.layer, before=self.layer))
+
+    def gathered(self) -> dict[str, Gathered]:
+        """At each of the moments after the layers' forward pass."""
+        reduced = 2 * self.trained  # gradients of a layer, and those of the one before, which are still being summed
+        again = self.table if self.again else 0
+        found = {
+            # the buffer of the last layer is freed when the forward pass ends
+            "loss": Gathered(self.table, self.layer if self.several else 0),
+            "loss backward": Gathered(self.table + (2 * self.table if self.full else 0)),
+            "last layer backward": Gathered(self._stays + self.layer + reduced, self._buffer(self.layer)),
+            "first layer backward": Gathered(self._stays + self.layer + reduced, self._buffer(again)),
+        }
+        if self.again or self.full:
+            found["embeddings backward"] = Gathered(self.table + reduced, self._buffer(again))
+        return found
 
 
 def _split_gradients(
-    shape: ModelShape, settings: Settings, whole: Trained, trained: Trained, moments: dict[str, Moment]
+    settings: Settings, whole: Trained, trained: Trained, moments: dict[str, Moment]
 ) -> dict[str, Moment]:
-    """The moments with gradients that are split, and with those at which the embeddings are gathered."""
-    kept = settings.accumulation > 1
-    x = rounded(settings.batch_per_gpu * settings.max_length * shape.hidden_size * DTYPES[settings.compute_dtype])
+    """The moments with gradients that are split; with accumulation each GPU keeps all of them until the last pass."""
 
     def gradients(moment: Moment) -> int:
         split = trained.gradients * moment.gradients // max(whole.gradients, 1)
-        return max(moment.gradients, split) if kept else split
+        return max(moment.gradients, split) if settings.accumulation > 1 else split
 
     found = {name: replace(moment, gradients=gradients(moment), copies=0) for name, moment in moments.items()}
-    found["optimizer step"] = Moment(Peak(trained.temporaries), trained.gradients)
-    found = {"forward": Moment(Peak(x), whole.gradients if kept else 0)} | found
-    if settings.gradient_checkpointing and "embeddings backward" not in found:
-        last = found.pop("optimizer step")
-        found["embeddings backward"] = Moment(Peak(x), max(trained.gradients, whole.gradients if kept else 0))
-        found["optimizer step"] = last
-    return found
+    return found | {"optimizer step": Moment(Peak(trained.temporaries), trained.gradients)}
 
 
 def _host(

@@ -12,7 +12,17 @@ from qlora_helpers.memory.tape import FLOAT32, Tape, Tensor, rounded
 from qlora_helpers.memory.trained import Trained
 from qlora_helpers.settings import Settings
 
-__all__ = ["TILE_TOKENS", "TILE_VOCABULARY", "Cost", "Moment", "Peak", "cost_of", "mask_bytes", "moments_of_a_step"]
+__all__ = [
+    "TILE_TOKENS",
+    "TILE_VOCABULARY",
+    "Cost",
+    "Moment",
+    "Peak",
+    "cost_of",
+    "last_layer_forward",
+    "mask_bytes",
+    "moments_of_a_step",
+]
 
 # TRL's fused output head works on tiles (trl/kernels/chunked_logprob.py, trl/trainer/utils.py).
 TILE_TOKENS, TILE_VOCABULARY = 4_096, 32_768
@@ -177,6 +187,32 @@ def moments_of_a_step(shape: ModelShape, settings: Settings, how: LayerSettings,
     if settings.accumulation > 1:  # the gradients of earlier passes are there, and new ones are added to them
         moments = {name: replace(moment, gradients=trained.gradients) for name, moment in moments.items()}
     return moments
+
+
+class _NoGradient(Tape):
+    """A tape that records nothing, as torch does under `no_grad`: what no later operation needs is freed at once."""
+
+    def _noted(self, out: Tensor, inputs: tuple, backward: Callable) -> Tensor:
+        return out
+
+
+@lru_cache(maxsize=4096)
+def _forward_without_gradient(shape: ModelShape, how: LayerSettings) -> Peak:
+    tape = _NoGradient()
+    x = tape.new(how.tokens * shape.hidden_size, how.between)
+    DecoderLayer(shape, how, tape)(x)
+    return Peak.of(tape, x.buffer.size)
+
+
+def last_layer_forward(shape: ModelShape, how: LayerSettings, checkpointing: bool) -> Moment:
+    """The moment at which the last layer runs forward. It takes less than its backward pass, unless weights have to be gathered."""
+    first, layer, _ = _costs(shape, how, checkpointing)
+    layers = shape.num_hidden_layers
+    if not checkpointing:
+        return Moment(layer.forward, 0, max(first.kept + (layers - 2) * layer.kept, 0))
+    x = rounded(how.tokens * shape.hidden_size * how.between)
+    kept = rounded(how.tokens * shape.hidden_size * how.stream) + (layers - 1) * x
+    return Moment(_forward_without_gradient(shape, how), 0, kept)
 
 
 def _gradients_above_the_first_layer(shape: ModelShape, how: LayerSettings, trained: Trained, table: int) -> int:
