@@ -216,6 +216,25 @@ def gpu_of(hardware: Hardware) -> GPU | None:
     return measured_gpu(hardware.gpu_name, hardware.gpu_bytes, hardware.capability)
 
 
+def _check_main_memory(prediction: Prediction, settings: Settings, hardware: Hardware, ignore: bool) -> None:
+    """Make sure that main memory holds what a run that offloads keeps there.
+
+    Raises:
+        ValueError: it does not, and that is not to be ignored.
+    """
+    needed = prediction.host_bytes_of_run
+    if not settings.cpu_offload or needed <= hardware.host_bytes:
+        return
+    said = (
+        f"cpu_offload=True: {settings.num_gpus} process{'es' if settings.num_gpus > 1 else ''} are predicted to take "
+        f"{in_words(needed)} of main memory, and this machine has {in_words(hardware.host_bytes)}"
+    )
+    if not ignore:
+        cure = "shard without it if the GPUs hold the shards (data/accelerate/fsdp.yaml), or choose a smaller model"
+        raise ValueError(f"{said}: {cure}. To train all the same: --ignore-memory")
+    print(f"warning: {said}. It is tried all the same.")
+
+
 def predicted_memory(
     shape: ModelShape | AnyShape | None, settings: Settings, hardware: Hardware, ignore: bool = False
 ) -> Prediction | None:
@@ -238,6 +257,7 @@ def predicted_memory(
         return None
     settings = replace(settings, compute_dtype=str(hardware.compute_dtype).removeprefix("torch."))
     prediction = predict(shape, settings, gpu)
+    _check_main_memory(prediction, settings, hardware, ignore)
     said = f"{in_words(prediction.device_bytes)} of the {in_words(gpu.usable_bytes)} of this {gpu.name}"
     if prediction.fits:
         print(f"Memory, predicted: {said}.")

@@ -27,16 +27,13 @@ from transformers import TrainerCallback
 from qlora_helpers import validation
 from qlora_helpers.launch import Launch
 from qlora_helpers.models.loading import check_storage
-from qlora_helpers.settings import Settings
+from qlora_helpers.settings import SHARDED_OPTIMIZERS, Settings
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
 
-__all__ = ["SHARDED_OPTIMIZER", "ScalesOnTheGPU", "check_sharding", "prepare_sharding", "whole_weights"]
-
-SHARDED_OPTIMIZER = "adamw_torch"  # where the settings name none
-_BITSANDBYTES = ("8bit", "paged", "4bit")  # in the names of its optimizers
+__all__ = ["ScalesOnTheGPU", "check_sharding", "prepare_sharding", "whole_weights"]
 
 
 def check_sharding(model: PreTrainedModel | PeftModel, settings: Settings, launch: Launch) -> None:
@@ -55,10 +52,8 @@ def check_sharding(model: PreTrainedModel | PeftModel, settings: Settings, launc
     if settings.method == "full":
         cure = "full fine-tuning is not sharded here: adapters alone are gathered and saved. Use 'qlora' or 'lora'"
         raise validation.refuse("method", "full", cure)
-    if settings.optimizer and any(part in settings.optimizer for part in _BITSANDBYTES):
-        cure = (
-            f"its states cannot be gathered from shards. Leave it out for {SHARDED_OPTIMIZER!r}, with sharding='fsdp'"
-        )
+    if settings.optimizer not in (None, *SHARDED_OPTIMIZERS):
+        cure = f"with sharding='fsdp' choose one of {', '.join(SHARDED_OPTIMIZERS)}: bitsandbytes' optimizers take no shards"
         raise validation.refuse("optimizer", settings.optimizer, cure)
     for name in ("compile_layers", "activation_offloading", "liger_layers"):
         if getattr(settings, name):

@@ -26,7 +26,7 @@ from qlora_helpers.chats import Chat, check_chats, check_texts, tokenized
 from qlora_helpers.hardware import Hardware, given_or_detected
 from qlora_helpers.launch import launch_of_this_process, settings_in
 from qlora_helpers.models.weights import linear_layers
-from qlora_helpers.settings import GPU_OPTIMIZER, PREDICTOR_ONLY, SCHEDULES, Settings
+from qlora_helpers.settings import GPU_OPTIMIZER, PREDICTOR_ONLY, SCHEDULES, SHARDED_OPTIMIZERS, Settings
 from qlora_helpers.training.budget import in_whole_steps, kept_within, plan_of, use_segments_that_grow
 from qlora_helpers.training.checkpoints import failed_writing_explained
 from qlora_helpers.training.layer_options import (
@@ -36,7 +36,7 @@ from qlora_helpers.training.layer_options import (
     use_liger,
 )
 from qlora_helpers.training.packing import PackingCollator, check_packing
-from qlora_helpers.training.sharded import SHARDED_OPTIMIZER, check_sharding, prepare_sharding, whole_weights
+from qlora_helpers.training.sharded import check_sharding, prepare_sharding, whole_weights
 from qlora_helpers.training.together import ALONE, Together, begin_together
 from qlora_helpers.training.whole_steps import ROW_ENDS, ShareOfStep, WithRowEnds, safer, split, without_loss
 
@@ -412,7 +412,7 @@ def _config(
 
 def _usual_optimizer(settings: Settings, on_gpu: bool) -> str:
     if settings.sharding:
-        return SHARDED_OPTIMIZER
+        return SHARDED_OPTIMIZERS[0]
     return GPU_OPTIMIZER if on_gpu else "adamw_torch"
 
 
