@@ -385,7 +385,7 @@ for name, size in sent.items():
 # %% [markdown]
 # How long does that take? By the data sheets, one way at a time:
 #
-# - NVLink between H200s: 900 GB/s in both directions together, says NVIDIA. (On H100s, which have the same, a user
+# - NVLink, from one H200 to another: 900 GB/s in both directions together, says NVIDIA. (On H100, which has the same, a user
 #   [measured](https://github.com/NVIDIA/nccl/issues/1264) 380 of the 450 GB/s of one direction.)
 # - PCIe 4.0, the slot of an RTX 4090, which has no NVLink: 16 billion transfers of a bit per second on each of 16 lanes, of
 #   which 128 in 130 are data. Cards that cannot write to each other go through main memory, and are slower.
@@ -494,7 +494,6 @@ for length in (512, 2048):
         table.append([str(one), one.gpus[0], p.device_bytes / GIB, p.host_bytes_of_run / GIB])
     header = ["GPUs", "such as", "GiB on each", "GiB in main memory"]
     show_table(header, table, formats=["", "", ".1f", ".0f"])
-    print()
 
 # %% [markdown]
 # A set without *FSDP* has the whole model on each card. Those with an offload are small in memory and slow: all that is not on the
@@ -513,15 +512,15 @@ def chats_on_each(gpu: str, way: str, number: int) -> int:
     return largest_batch(large, several, gpu) // number
 
 
-numbers = (1, 2, 4, 8)
+numbers = (2, 4, 8)
 table = [[gpu, way, *(chats_on_each(gpu, way, number) for number in numbers)]
          for gpu in ("4090", "a6000", "a100-80") for way in ("copies", "shards", "offloaded")]
 header = ["GPU", "", *(f"on {number}" for number in numbers)]
-show_table(header, table, formats=["", "", *["d"] * 4])
+show_table(header, table, formats=["", "", *["d"] * 3])
 
 # %% [markdown]
-# Where copies fit, more GPUs give none of them more room. Shards do, up to what is not split. An offload gives more room still, and
-# needs it: each layer takes longer to come.
+# Copies take on each GPU what fits on one, however many there are. Shards give room, up to what is not split. An offload gives
+# more room still, and needs it: each layer takes longer to come.
 #
 # ### Several machines
 #
@@ -565,8 +564,8 @@ print(f"products of 2 chats of 2,048 tokens on each GPU: {products:.1f} s a pass
 #
 # (For one card with its weights in main memory: `fsdp_offload.yaml` and `--num_processes 1`.)
 #
-# Two processes also run on a CPU, with gloo. Here are three runs of the shipped model, made beforehand, since two processes take
-# longer to load the libraries than this lesson to run (`data/measured/two_processes.json`): one process; two that share its batch;
+# Two processes also run on a CPU, with gloo. Here are three runs of the shipped model, made beforehand, since they take longer
+# than the rest of this lesson (`data/measured/two_processes.json`): one process; two that share its batch;
 # and two that take a batch of that size *each*. Half of the chats have one question and half three, so that the two have different
 # numbers of answer tokens. Predict: will the second run learn what the first learns? And the third?
 

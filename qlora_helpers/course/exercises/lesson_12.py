@@ -147,7 +147,8 @@ way = Exercise(
 
 # ---- 12.4
 
-_CHATS, _SEED = 7, 3
+_CHATS = 7
+_SEED = 3
 
 
 def _sampled() -> list[int]:
