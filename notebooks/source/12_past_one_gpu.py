@@ -447,7 +447,8 @@ for (name, rate), colour in zip(RATES.items(), (plots.BLUE, plots.ORANGE), stric
     ax.plot(tokens, took, color=colour, label=f"products, {name}")
 for link, speed in LINKS.items():
     ax.axhline(gather / speed * 1e3, color="#777777", linewidth=1, linestyle="--")
-    ax.text(17, gather / speed * 1e3, f"gather over {link}", va="bottom", fontsize=9)
+    x, side = (tokens[-1], "right") if link == "NVLink" else (tokens[0], "left")
+    ax.text(x, gather / speed * 1e3, f"gather over {link}", ha=side, va="bottom", fontsize=9)
 for gpu, link in pairs:
     ax.plot(hidden[gpu, link], gather / LINKS[link] * 1e3, "o", color="#333333", markersize=5)
 ax.set(xscale="log", yscale="log")
