@@ -76,7 +76,9 @@ def command(args: argparse.Namespace) -> int:
         _say(f"and again and again for the largest batch, the longest sequence{helps} ...")
     found = as_dict(prediction)
     if args.cheapest:
-        found["cheapest_sets"] = [_set_as_dict(one) for one in cheapest_sets(shape, prediction.settings)]
+        # without what was filled in for this GPU
+        asked = replace(GPU_RUN, **named | {"dropout": prediction.settings.dropout})
+        found["cheapest_sets"] = [_set_as_dict(one) for one in cheapest_sets(shape, asked)]
     print(json.dumps(found, indent=1) if args.json else as_text(prediction, found))
     return 0 if prediction.fits else 1
 

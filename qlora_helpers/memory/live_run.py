@@ -90,7 +90,7 @@ def settings_of(
     # prepare_model_for_kbit_training switches it on only in the model
     checkpointing = bool(args.gradient_checkpointing or base.is_gradient_checkpointing)
     offloading = bool(getattr(args, "activation_offloading", False))
-    gpus = args.world_size  # processes, each on a GPU
+    gpus = getattr(args, "world_size", 1)  # processes, each on a GPU
     batch = {"batch_size": args.per_device_train_batch_size * gpus, "accumulation": args.gradient_accumulation_steps}
     more = {"checkpointed_layers": _checkpointed_layers(base)} if checkpointing and not offloading else {}
     if of_course is not None:  # of this course's trainer, whose own batch may be a whole step

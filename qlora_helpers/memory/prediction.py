@@ -165,7 +165,7 @@ def predict(shape: ModelShape | AnyShape, settings: Settings, gpu: str | GPU = "
 def _why_not_sharded(shape: ModelShape | AnyShape, settings: Settings) -> str:
     if isinstance(shape, AnyShape):
         known = ", ".join(FAMILIES)
-        return f"{shape.name or 'this model'} is a {shape.model_type}: with sharding only {known} are predicted"
+        return f"{shape.name or 'this model'} is a model of the family {shape.model_type}: with sharding only {known} are predicted"
     used = [name for name in ONLY_LIBRARIES if getattr(settings, name) != Settings.__dataclass_fields__[name].default]
     return f"is not predicted together with {' and '.join(used)}. Leave one of them out"
 

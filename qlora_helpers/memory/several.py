@@ -95,7 +95,7 @@ def several_gpus(shape: ModelShape | AnyShape, settings: Settings, gpu: str | GP
         ValueError: as `predict` does.
     """
     gpu = find_gpu(gpu)
-    if predict(shape, settings, gpu).fits or not _can_be_sharded(shape, settings):
+    if not _can_be_sharded(shape, settings) or predict(shape, settings, gpu).fits:
         return []
     numbers = [number for number in NUMBERS if number >= settings.num_gpus]
     several = [number for number in numbers if number > 1]

@@ -383,3 +383,80 @@ def test_a_verdict_within_1_gib_or_a_tenth_of_what_is_needed_is_said_to_be_close
     needed = predict(find_shape(model), run, "l4").device_bytes
     prediction = predict(find_shape(model), run, card(needed + round(spare * limit(needed))))
     assert ("too close to promise" in as_text(prediction, as_dict(prediction))) is (abs(spare) < 1)
+
+
+# ---- several GPUs
+
+
+def test_the_report_of_several_gpus_is_that_of_each_with_main_memory(capsys):
+    status, text, errors = report(
+        capsys, "Llama-3.1-70B", "--gpu", "3090", "--gpus", 2, "--sharding", "fsdp", "--cpu-offload"
+    )
+    run = replace(GPU_RUN, num_gpus=2, batch_size=2, sharding="fsdp", cpu_offload=True)  # a sequence on each GPU
+    prediction = predict(find_shape("Llama-3.1-70B"), run, "3090")
+    assert (status, errors) == (0, "")
+    words = " ".join(text.split())
+    assert "batch 2 x 2,048 tokens on 2 GPUs, split with FSDP, its shards in main memory" in words
+    assert "is derived from the libraries' code (qlora_helpers.memory.sharding), and not measured" in words
+    lines = {line[:26].strip(): line[26:36].strip() for line in text.splitlines()}
+    for name, size in {
+        **{name: size for name, size in prediction.parts.items() if size},
+        "on each card": prediction.device_bytes, "host memory of the run": prediction.host_bytes_of_run,
+        "really in 4 bits": 35_318_165_504,
+    }.items():  # fmt: skip
+        assert lines[name] == f"{size / GIB:.2f} GiB", name
+    assert "host memory to load" not in lines and "paged" not in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_a_run_that_does_not_fit_is_told_of_several_gpus(capsys):
+    status, text, _ = report(capsys, "Llama-3.1-70B", "--gpu", "3090")
+    assert status == 1
+    words = " ".join(text.split())
+    assert "With FSDP, derived and not measured, the fewest GPUs first: 1. FSDP on this GPU alone" in words
+    assert "2. or 2 GPUs like this one, the model split over them with FSDP, its shards in main memory" in words
+
+
+def test_the_cheapest_sets_are_listed_when_they_are_asked_for(capsys):
+    text = report(capsys, "Llama-3.1-70B", "--gpu", "3090")[1]
+    assert "Where it fits" not in text
+    text = report(capsys, "Llama-3.1-70B", "--gpu", "3090", "--cheapest")[1]
+    sets = text[text.index("Where it fits") :].splitlines()
+    totals = [int(line[:5]) for line in sets[1:] if line[5:9] == " GB:"]
+    assert len(totals) > 5 and totals == sorted(totals)
+    assert any("48 GB: 1 x 48 GB (" in line for line in sets)
+    of_a_t4 = report(capsys, "Llama-3.1-70B", "--gpu", "t4", "--cheapest")[1]
+    assert of_a_t4[of_a_t4.index("Where it fits") :].splitlines() == sets  # its float16 is not that of other cards
+    assert max(map(len, sets)) <= 100
+
+
+def test_json_has_main_memory_the_next_steps_and_the_cheapest_sets(capsys):
+    found = json.loads(report(capsys, "Llama-3.1-70B", "--gpu", "3090", "--cheapest", "--json")[1])
+    assert found["host_bytes_of_run"] == sum(found["host_parts"].values()) == found["host_bytes_to_load"]
+    assert [change["settings"]["num_gpus"] for change in found["several_gpus"]] == [1, 2, 4]
+    assert all(type(one["device_bytes"]) is type(one["host_bytes_of_run"]) is int for one in found["cheapest_sets"])
+    assert "cheapest_sets" not in json.loads(report(capsys, "Llama-3.1-70B", "--gpu", "3090", "--json")[1])
+
+
+def test_a_model_too_large_for_all_known_gpus_is_said_so(capsys):
+    wanted = ("--no-gradient-checkpointing", "--max-length", 131_072, "--cheapest")
+    assert "It fits on none of the known GPUs, up to 8 of them." in report(capsys, "Llama-3.1-70B", *wanted)[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--gpus", 2, "--batch-size", 3), "error: --gpus=2: must divide --batch-size=3"),
+        (("--cpu-offload",), "error: --cpu-offload=True: needs sharding='fsdp'"),
+        (("--sharding", "zero"), "error: --sharding='zero': choose one of fsdp"),
+        (("--sharding", "fsdp", "--memory-budget", "auto"), "error: --memory-budget='auto': leave it out"),
+        (
+            ("--sharding", "fsdp", "--optimizer", "adamw_8bit"),
+            "error: --optimizer='adamw_8bit': with --sharding='fsdp' choose",
+        ),
+        (("--gpus", "two"), "error: --gpus='two': must be a whole number"),
+    ],
+)
+def test_what_is_wrong_with_several_gpus_is_said_in_the_command_line_s_words(options, message, capsys):
+    status, _, errors = report(capsys, "Llama-3.1-8B", *options)
+    assert status == 2 and message in errors

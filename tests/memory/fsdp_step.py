@@ -1,6 +1,6 @@
 """One of several processes makes a step with the libraries' own FSDP2, on a CPU, with made-up neighbours: what it holds and gathers.
 
-`python -m tests.memory.fsdp_step GPUS OFFLOAD` prints JSON. torch's "fake" process group answers every collective at once and
+`python -m tests.memory.fsdp_step GPUS` prints JSON. torch's "fake" process group answers every collective at once and
 copies nothing, so that the numbers in the tensors mean nothing, and their sizes are those of a real run. The units are those
 of accelerate's `fsdp2_prepare_model`: each decoder layer, the embeddings, the output head, the rest.
 """
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param, _fsdp_param_group
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -99,13 +99,12 @@ class Watch:
         return dict(zip(("together", "weights", "buffers"), found, strict=True))
 
 
-def main(gpus: int, offload: bool) -> dict:
+def main(gpus: int) -> dict:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     model, watch = model_in_4_bits(), Watch()
     how = {
         "mesh": init_device_mesh("cpu", (gpus,)),
         "mp_policy": MixedPrecisionPolicy(param_dtype=HALF, reduce_dtype=HALF),
-        "offload_policy": CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy(),
     }
     layers = model.base_model.model.model.layers
     for layer in layers:
@@ -151,4 +150,4 @@ def main(gpus: int, offload: bool) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(int(sys.argv[1]), sys.argv[2] == "offload")))
+    print(json.dumps(main(int(sys.argv[1]))))

@@ -154,3 +154,18 @@ def test_a_model_whose_config_counts_no_layers_has_a_plan(monkeypatch):
     monkeypatch.setattr(AnyShape, "num_hidden_layers", 0)
     settings = Settings(batch_size=4, max_length=128, compute_dtype="bfloat16", gradient_checkpointing=True)
     assert not plan_for(shape, settings, CARD, 8 * GIB).chosen.settings.gradient_checkpointing
+
+
+def test_the_budget_of_several_gpus_is_that_of_each():
+    """The chats of a step are shared out, and each GPU is planned for as if it were alone, beside DDP's buckets and NCCL."""
+    two = plan(24, replace(RUN, num_gpus=2, batch_size=8)).chosen
+    assert two.settings.batch_size % 2 == 0 and two.settings.batch_size * two.settings.accumulation == 8
+    assert two.settings.num_gpus == 2 and two.prediction.parts["NCCL"] > 0
+    alone = plan(24).chosen
+    assert two.settings.batch_per_gpu == alone.settings.batch_size
+    assert two.settings.checkpointed_layers >= alone.settings.checkpointed_layers  # there is a little less room
+
+
+def test_a_budget_is_refused_with_sharding():
+    with pytest.raises(ValueError, match=r"^memory_budget='auto': leave it out of a run with sharding"):
+        plan(24, replace(RUN, sharding="fsdp"))

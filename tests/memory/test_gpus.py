@@ -89,7 +89,7 @@ LEFT_OPEN = {
     "colab free": ("t4", "a T4 is assumed"),
     "Google Colab Pro": ("t4", "a T4 is assumed"),
     "kaggle": ("t4", "kaggle p100"),
-    "kaggle t4 x2": ("t4", "one of the 2 cards"),
+    "kaggle t4 x2": ("t4", "one of the 2 cards is counted; for a run on all of them set num_gpus=2"),
     "Kaggle 2x T4": ("t4", "one of the 2 cards"),
     "2x 4090": ("4090", "one of the 2 cards"),
     "8xH100": ("h100", "one of the 8 cards"),
@@ -269,3 +269,9 @@ def test_what_is_not_known_is_refused_with_the_cure(name, words):
 def test_a_gpu_is_its_own_name():
     made_up = GPU("mine", 1, (8, 0), 0)
     assert find_gpu(made_up) is made_up
+
+
+def test_each_card_has_the_size_that_it_is_sold_with():
+    sizes = gpus.nominal_gib()
+    assert sizes.keys() == known_gpus().keys() and sizes["3090"] == 24 and sizes["t4"] == 16
+    assert all(gpu.usable_bytes <= sizes[key] * GIB for key, gpu in known_gpus().items())

@@ -300,3 +300,19 @@ def test_16_bits_are_those_that_the_card_is_fast_in():
 def test_torch_s_fused_optimizer_is_offered_in_place_of_its_slow_one_alone(optimizer):
     offered = list(_fused_optimizer(QWEN_7B, replace(GPU_RUN, optimizer=optimizer), find_gpu("l4")))
     assert [changed.optimizer for _, _, changed in offered] == ["adamw_torch_fused"] * (optimizer == "adamw_torch")
+
+
+def test_on_several_gpus_each_keeps_at_least_one_sequence():
+    run = replace(GPU_RUN, num_gpus=2, batch_size=24, gradient_checkpointing=False)
+    found = cures(QWEN_7B, run, "t4")
+    assert found
+    for change in found:
+        assert change.prediction.fits and change.settings.batch_size % 2 == 0
+        assert change.settings.batch_size * change.settings.accumulation == 24
+
+
+def test_with_sharding_no_cure_is_an_optimizer_that_takes_no_shards():
+    run = replace(GPU_RUN, num_gpus=2, batch_size=2, sharding="fsdp", rank=256)
+    needs = predict(LLAMA_8B, run, "l4").device_bytes
+    found = cures(LLAMA_8B, run, card(needs - 1))
+    assert found and all("8bit" not in change.what for change in found)

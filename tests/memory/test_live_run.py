@@ -114,6 +114,11 @@ def test_16_bits_and_what_was_made_float32(tmp_path):
     assert (run.compute_dtype, run.upcast_fp32) == ("float16", True)
 
 
+def test_several_processes_are_several_gpus(tmp_path):
+    run = settings_of(plain(), arguments(tmp_path, bf16=True, world_size=2, per_device_train_batch_size=3))
+    assert (run.num_gpus, run.batch_size, run.batch_per_gpu) == (2, 6, 3)
+
+
 @pytest.mark.parametrize(
     "config", [GEMMA3, QWEN3_MOE, QWEN3_MOE | {"mlp_only_layers": []}], ids=["gemma3_text", "qwen3_moe", "experts only"]
 )

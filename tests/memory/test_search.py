@@ -31,16 +31,18 @@ CASES = [
     (LLAMA_8B, replace(GPU_RUN, attention="math", batch_size=2), "t4"),
     (GPT_J, replace(GPU_RUN, max_length=1_024), "3060-12"),
     (find_shape("HuggingFaceTB/SmolLM2-360M"), replace(GPU_RUN, method="full", optimizer="adamw_torch"), "t4"),
+    (QWEN_7B, replace(GPU_RUN, num_gpus=2, batch_size=2), "t4"),
+    (LLAMA_70B, replace(GPU_RUN, num_gpus=4, batch_size=4, sharding="fsdp", max_length=512), "3090"),
 ]
 
 
 @pytest.mark.parametrize(("shape", "run", "gpu"), CASES)
-def test_the_largest_batch_fits_and_one_more_does_not(shape, run, gpu, asked):
+def test_the_largest_batch_fits_and_one_more_on_each_gpu_does_not(shape, run, gpu, asked):
     batch = largest_batch(shape, run, gpu)
     assert 0 < len(asked) < 40
-    assert batch > 0
+    assert batch > 0 and batch % run.num_gpus == 0
     assert predict(shape, replace(run, batch_size=batch), gpu).fits
-    assert not predict(shape, replace(run, batch_size=batch + 1), gpu).fits
+    assert not predict(shape, replace(run, batch_size=batch + run.num_gpus), gpu).fits
 
 
 @pytest.mark.parametrize(("shape", "run", "gpu"), CASES)
@@ -185,3 +187,12 @@ def test_the_table_has_a_row_per_model_and_a_cell_per_gpu():
     assert [cell.fits for cell in rows[2][1]] == [False, True]
     with pytest.raises(ValueError, match="no such"):
         what_fits(["no such"], ["t4"])
+
+
+def test_an_effective_batch_is_shared_among_the_gpus():
+    run = replace(GPU_RUN, num_gpus=4, batch_size=4)
+    found = suggest(QWEN_7B, "t4", run, effective_batch=16)
+    assert found.batch_size % 4 == 0 and found.batch_size * found.accumulation == 16
+    assert found.prediction.settings.num_gpus == 4 and found.prediction.fits
+    with pytest.raises(ValueError, match=r"^effective_batch=6: must be a multiple of num_gpus=4"):
+        suggest(QWEN_7B, "t4", run, effective_batch=6)
