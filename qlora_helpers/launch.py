@@ -131,6 +131,8 @@ def settings_in(launch: Launch, settings: Settings) -> Settings:
         ValueError: the settings name others; or `batch_size` cannot be divided among the processes; or a setting needs one
             process.
     """
+    if not isinstance(settings, Settings):
+        raise validation.refuse("settings", settings, "give a Settings(...)")
     found = {"num_gpus": launch.processes, "sharding": launch.sharding, "cpu_offload": launch.cpu_offload}
     for name in OF_SEVERAL_GPUS:
         value, default = getattr(settings, name), Settings.__dataclass_fields__[name].default

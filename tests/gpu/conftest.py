@@ -19,6 +19,12 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU that torch can see"))
 
 
+@pytest.fixture(autouse=True)
+def one_gpu_of_several(monkeypatch):
+    """With several GPUs, a process that no launcher has started is refused: these tests use the first, as if launched alone."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+
+
 @pytest.fixture(scope="session")
 def stand_ins():
     """A function that takes the name of a shape and returns a folder with random weights of it, written once."""

@@ -40,9 +40,9 @@ def start(*command: str, environment: dict[str, str] | None = None) -> subproces
     )
 
 
-def work(processes: int, folder: Path, *tasks: str) -> tuple[int, str, str]:
+def work(processes: int, folder: Path, *tasks: str, environment: dict[str, str] | None = None) -> tuple[int, str, str]:
     """Do tasks in so many processes: the exit status, what was printed, and what was said to standard error."""
-    process = launch(processes, "tests.support.launched", str(folder), *tasks)
+    process = launch(processes, "tests.support.launched", str(folder), *tasks, environment=environment)
     out, err = process.communicate(timeout=600)
     return process.returncode, out, err
 
@@ -118,7 +118,51 @@ def asked_to_stop(step: int) -> None:
     SFTTrainer.training_step = training_step
 
 
+def shard_on_a_cpu() -> None:
+    """Let accelerate shard CPU processes, which it leaves out without a word: FSDP itself works there, over gloo.
+
+    All else is the libraries' own: `fully_shard`, bitsandbytes' weights, transformers' and accelerate's checkpoints. Page-locked
+    memory is left out, which needs a GPU, and so is what decodes a tiny model's weights once on a CPU.
+    """
+    from contextlib import nullcontext
+
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    from qlora_helpers.training import run, together, trainer
+
+    begin, prepare = PartialState.__init__, trainer.prepare_sharding
+
+    def as_on_gpus(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    def without_page_locks(trainer, dtype):
+        prepare(trainer, dtype)
+        plugin = trainer.accelerator.state.fsdp_plugin
+        if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+            plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
+
+    PartialState.__init__ = as_on_gpus
+    trainer.prepare_sharding = without_page_locks
+    together.check_launch = lambda launch, hardware: None
+    run.decoded_once = lambda model: nullcontext()
+
+
+def compute_in(dtype: str) -> None:
+    """Let the cpu gear compute in another dtype, as GPUs do."""
+    import torch
+
+    from qlora_helpers import hardware
+
+    hardware.GEARS["cpu"] = getattr(torch, dtype)
+
+
 def main(folder: Path, tasks: list[str]) -> None:
+    if os.environ.get("ACCELERATE_USE_FSDP"):
+        shard_on_a_cpu()
     from qlora_helpers.launch import launch_of_this_process
     from qlora_helpers.training.interrupts import Interrupted
 
@@ -126,7 +170,9 @@ def main(folder: Path, tasks: list[str]) -> None:
     for task in tasks:
         name, _, text = task.partition(":")
         changed = json.loads(text or "{}")
-        before = {key: changed.pop(key) for key in ("dies", "stops", "resume") if key in changed}
+        before = {key: changed.pop(key) for key in ("dies", "stops", "resume", "dtype") if key in changed}
+        if "dtype" in before:
+            compute_in(before["dtype"])
         if "dies" in before:
             dying(*before["dies"])
         if "stops" in before:

@@ -103,6 +103,8 @@ DESCRIBES_ANOTHER_RUN = [
     ({"attention": "math"}, "attention='math': only the predictor takes it; training uses 'sdpa'"),
     ({"upcast_fp32": True}, "upcast_fp32=True: only the predictor takes it; training uses False"),
     ({"compute_dtype": "float16"}, "compute_dtype='float16': the cpu gear computes in float32"),
+    ({"num_gpus": 2}, "num_gpus=2: 1 process was launched. Start it with torchrun --nproc-per-node 2"),
+    ({"sharding": "fsdp"}, "sharding='fsdp': the processes were launched without it. Start them with accelerate launch"),
 ]
 
 

@@ -15,7 +15,7 @@ from qlora_helpers.settings import Settings
 from qlora_helpers.training import budget
 from qlora_helpers.training import trainer as trainer_module
 from qlora_helpers.training.trainer import build_trainer
-from qlora_helpers.training.whole_steps import ROW_ENDS, WithRowEnds, safer, split
+from qlora_helpers.training.whole_steps import ROW_ENDS, ShareOfStep, WithRowEnds, safer, split
 from qlora_helpers.units import GIB
 from tests.support.short_runs import CHATS, CPU, SHORT, TOKENIZER, assert_learnt_the_same, run, trainer_of
 
@@ -193,3 +193,25 @@ def test_a_resumed_run_can_fall_back_too(planned, monkeypatch, tmp_path, capsys)
     capsys.readouterr()
     run(tmp_path / "run", settings, resume=True)
     assert "Out of GPU memory in step 4: it is made again with batch_size=2." in capsys.readouterr().out
+
+
+# ---- Several processes
+
+
+def test_the_shares_of_the_processes_are_the_step_and_alike_in_length():
+    chats = [{"input_ids": [number] * length, "labels": [number] * length} for number, length in enumerate((3, 9, 5, 7, 1, 8))]
+    shares = [ShareOfStep(lambda share: {"share": list(share)}, rank, 3)(chats)["share"] for rank in range(3)]
+    assert sorted((len(chat["input_ids"]) for share in shares for chat in share), reverse=True) == [9, 8, 7, 5, 3, 1]
+    assert [[len(chat["input_ids"]) for chat in share] for share in shares] == [[9, 5], [8, 3], [7, 1]]
+
+
+def test_a_process_without_a_share_computes_without_a_loss():
+    chats = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}]
+
+    def collator(share):
+        return {name: torch.tensor([chat[name] for chat in share]) for name in ("input_ids", "labels")}
+
+    assert (ShareOfStep(collator, 0, 2)(chats)["labels"] == torch.tensor([[-100, 6, 7]])).all()
+    idle = ShareOfStep(collator, 1, 2)(chats)
+    assert (idle["labels"] == -100).all() and (idle["input_ids"] == torch.tensor([[5, 6, 7]])).all()
+    assert (collator(chats)["labels"] != -100).any()  # what was given is unchanged
