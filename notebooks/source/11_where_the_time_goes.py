@@ -542,6 +542,5 @@ exercises.repacked.check(repacked, model=model, chats=five)
 # - seen that packing is exact, and how it fails in silence;
 # - seen when to take another trainer.
 #
-# This was the last lesson. Now take your own file: [README.md](../README.md) has the commands, and
-# [TROUBLESHOOTING.md](../TROUBLESHOOTING.md) what to do when something goes wrong. What the articles claim, and what is true, is
-# listed in [CLAIMS.md](../CLAIMS.md).
+# Next: [lesson 12](12_past_one_gpu.ipynb) takes more than one GPU: for runs that should be faster, and for models that no card
+# holds alone.

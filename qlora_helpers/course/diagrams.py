@@ -470,11 +470,12 @@ def _map() -> dict:
 def course_map() -> Figure:
     """The lessons and the roads through them: three on the ground, one full run, and three roads from there."""
     plan = _map()
-    fig, ax = _canvas(5.6, "Three lessons lead to a full run; from there, take the road you need")
+    tall, step = 0.74, 0.9
+    height = 2.9 + step * max(map(len, plan["roads"].values()))
+    fig, ax = _canvas(height, "Three lessons lead to a full run; from there, take the road you need")
     gap = 0.2
     wide = (WIDTH - 0.2 - 2 * gap) / 3
     columns = [0.1 + place * (wide + gap) for place in range(3)]
-    tall, step = 0.74, 0.9
 
     def lesson(x: float, y: float, name: str, colour: str, width: float = wide) -> None:
         said = plan["lessons"][name]
@@ -483,7 +484,7 @@ def course_map() -> Figure:
         _write(ax, x + width / 2, y + tall / 2 + 0.1, "\n".join(lines), 8.5, fontweight="bold")
         _write(ax, x + width / 2, y + 0.21 - 0.05 * (len(lines) - 1), said["gives"], 8.5)
 
-    top = 4.4
+    top = height - 1.2
     for number, name in enumerate(plan["first"]):
         lesson(columns[number], top, name, plots.BLUE)
         if number:
