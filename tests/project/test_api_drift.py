@@ -57,6 +57,7 @@ METHODS = {
     "generate": "transformers.LlamaForCausalLM.generate",
     "train": "trl.SFTTrainer.train",
     "load_adapter": "peft.PeftModel.load_adapter",
+    "_save": "trl.SFTTrainer._save",
     "_save_checkpoint": "trl.SFTTrainer._save_checkpoint",
     "prediction_step": "trl.SFTTrainer.prediction_step",
     "preprocess_model": "transformers.quantizers.quantizer_bnb_4bit.Bnb4BitHfQuantizer.preprocess_model",
@@ -93,7 +94,7 @@ OTHERS = {
     r"ledger\.mark": "qlora_helpers.memory.fake.ledger",
     r"pick": "min or max (qlora_helpers.memory.timeline)",
     r"self\.collator": "a trainer's collator, with what it was called with (data.scripts.measure.speed_clock)",
-    r"self\.process\.communicate": "subprocess",
+    r"(self\.)?process\.communicate": "subprocess",
 }
 
 # The receivers of the keywords that a callee passes on through its **kwargs; a list gives names.
@@ -145,6 +146,7 @@ EXPANDED = {
     # what a library passes to a function of the course, which passes it back
     ("attention.py", "options"): lambda: (),
     ("trainer.py", "kwargs"): lambda: (),
+    ("several_gpus.py", "options"): lambda: known_config("Llama-3.1-8B").keys() - {"model_type"},
     ("04_qlora_run.py", "copied | changes"): lambda: given_to_dict("notebooks/source/04_qlora_run.py", "copied"),
     # what the trainer's collator returns
     ("08_stability.py", "batch"): lambda: ("input_ids", "attention_mask", "labels"),

@@ -104,7 +104,10 @@ DESCRIBES_ANOTHER_RUN = [
     ({"upcast_fp32": True}, "upcast_fp32=True: only the predictor takes it; training uses False"),
     ({"compute_dtype": "float16"}, "compute_dtype='float16': the cpu gear computes in float32"),
     ({"num_gpus": 2}, "num_gpus=2: 1 process was launched. Start it with torchrun --nproc-per-node 2"),
-    ({"sharding": "fsdp"}, "sharding='fsdp': the processes were launched without it. Start them with accelerate launch"),
+    (
+        {"sharding": "fsdp"},
+        "sharding='fsdp': the processes were launched without it. Start them with accelerate launch",
+    ),
 ]
 
 

@@ -199,7 +199,10 @@ def test_a_resumed_run_can_fall_back_too(planned, monkeypatch, tmp_path, capsys)
 
 
 def test_the_shares_of_the_processes_are_the_step_and_alike_in_length():
-    chats = [{"input_ids": [number] * length, "labels": [number] * length} for number, length in enumerate((3, 9, 5, 7, 1, 8))]
+    chats = [
+        {"input_ids": [number] * length, "labels": [number] * length}
+        for number, length in enumerate((3, 9, 5, 7, 1, 8))
+    ]
     shares = [ShareOfStep(lambda share: {"share": list(share)}, rank, 3)(chats)["share"] for rank in range(3)]
     assert sorted((len(chat["input_ids"]) for share in shares for chat in share), reverse=True) == [9, 8, 7, 5, 3, 1]
     assert [[len(chat["input_ids"]) for chat in share] for share in shares] == [[9, 5], [8, 3], [7, 1]]
