@@ -100,7 +100,7 @@ def file_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int) -> FileTokeniz
     saved = json.loads(backend.to_str())
     model, remarks = saved["model"], []
     _check_bpe(saved)
-    vocab = backend.get_vocab(with_added_tokens=True)
+    vocab = backend.get_vocab()
     if max(vocab.values()) >= rows:
         raise ValueError(
             f"tokenizer has ids up to {max(vocab.values())}, and the model's embedding has {rows} rows: take the tokenizer "
@@ -305,14 +305,20 @@ def read_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     )
     backend.decoder = decoders.ByteLevel()
     by_kind = {kind: [token for token, of in zip(tokens, kinds, strict=True) if of == kind] for kind in set(kinds)}
-    special, typed = by_kind.get(TokenType.CONTROL, []), by_kind.get(TokenType.USER_DEFINED, [])
-    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    control, typed = by_kind.get(TokenType.CONTROL, []), by_kind.get(TokenType.USER_DEFINED, [])
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     backend.add_tokens([AddedToken(token, normalized=False) for token in typed])
-    named = {
-        f"{name}_token": tokens[id]
-        for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
-        if (id := entry(f"ggml.{key}_token_id")) is not None
-    }
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **named)
+
+    def special(name: str) -> str | None:
+        id = entry(f"ggml.{name}_token_id")
+        return None if id is None else tokens[id]
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        padding_side="left",
+        bos_token=special("bos"),
+        eos_token=special("eos"),
+        pad_token=special("padding"),
+    )
     tokenizer.chat_template = entry("chat_template")
     return tokenizer

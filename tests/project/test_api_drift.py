@@ -29,7 +29,7 @@ from tests.support.short_runs import CPU
 
 FOLDERS = ("qlora_helpers", "notebooks/source", "data", "tests/gpu")
 FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
-LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets")
+LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "gguf")
 
 # What a call on a variable calls, by its last name: the code does not show the variable's type.
 METHODS = {
@@ -62,6 +62,8 @@ METHODS = {
     "prediction_step": "trl.SFTTrainer.prediction_step",
     "preprocess_model": "transformers.quantizers.quantizer_bnb_4bit.Bnb4BitHfQuantizer.preprocess_model",
     "named_parameters": "torch.nn.Module.named_parameters",
+    "add_tensor_info": "gguf.GGUFWriter.add_tensor_info",
+    "get_name": "gguf.TensorNameMap.get_name",
 }
 
 # Calls on variables that do not belong to the libraries: not checked.
