@@ -266,7 +266,8 @@ def record_of(
 
 def _left_out(name: str, value: object) -> bool:
     """Whether a record leaves a setting out: as older versions, which had none of these, unless it is used."""
-    return name in (*SWITCHES, "checkpointed_layers", "memory_budget") and (value is None or value is False)
+    newer = (*SWITCHES, "checkpointed_layers", "memory_budget", "merge_aware")
+    return name in newer and (value is None or value is False)
 
 
 def _digest(chats: Sequence[Chat]) -> str:

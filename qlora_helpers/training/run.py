@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,7 @@ from qlora_helpers.training.checkpoints import (
 )
 from qlora_helpers.training.interrupts import Interrupted, StopWhenAsked
 from qlora_helpers.training.layer_options import compiled_until_the_end
+from qlora_helpers.training.merge_aware import MergeAware, first_aware_step
 from qlora_helpers.training.run_folder import (
     RESULT,
     gone_if_refused,
@@ -170,12 +172,19 @@ def _run(trainer, tokenizer, checkpoint, output_dir: Path, settings: Settings, h
     """Train, and save what was trained."""
     recorder, watch, stop = Recorder(on_loss), LossWatch(trainer), StopWhenAsked()
     _add_callbacks(trainer, settings, progress_bar, recorder, stop, watch, checkpoint)
+    merge_aware = None
+    if settings.merge_aware is not None:
+        merge_aware = MergeAware(first_aware_step(settings.merge_aware, settings.steps))
+        trainer.add_callback(merge_aware)
     if hardware.device == "cpu":
         say_if_slowed(torch.get_num_threads())
         keep_freed_memory()
     with stop:
         started = time.perf_counter()
-        with compiled_until_the_end(trainer.model) if settings.compile_layers else decoded_once(trainer.model):
+        with (
+            compiled_until_the_end(trainer.model) if settings.compile_layers else decoded_once(trainer.model),
+            merge_aware.in_layers_of(trainer.model) if merge_aware else nullcontext(),
+        ):
             last_step = _train_to_the_end(trainer, checkpoint, settings, output_dir, recorder, stop)
         seconds = time.perf_counter() - started
         model = trainer.model.eval()
