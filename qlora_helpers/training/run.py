@@ -70,7 +70,8 @@ class Run:
 
     Attributes:
         model: the PEFT model with its adapters (after full fine-tuning, the model itself), in evaluation mode. With
-            validation, its weights are those of `best_step`.
+            validation, its weights are those of `best_step`. After merge-aware steps it is the model that was trained once
+            it is merged (`qlora_helpers.adapters.merge`).
         history: (step, loss) as logged, the loss averaged over the steps since the last entry.
         validation_history: (step, loss) of each evaluation, the first at step 0; the mean over the validation chats'
             answer tokens, in nats per token. Without validation it is empty.
@@ -198,6 +199,11 @@ def _run(trainer, tokenizer, checkpoint, output_dir: Path, settings: Settings, h
         print(peak_beside(trainer.plan, trainer.peak_bytes))
     _say_what_was_skipped(watch.skipped, settings.steps)
     _say_what_is_kept(recorder.validation_history, last_step, settings)
+    if merge_aware and last_step >= merge_aware.first:
+        print(
+            f"From step {merge_aware.first} on it was trained with the weights that a merge into 4 bits gives: merge it so "
+            "(--into 4bit). Beside its base, the adapter answers otherwise."
+        )
     if stop.signal is not None:  # it came in the last step, or while what was trained was being saved
         where = f"after the last of {last_step} steps; what was trained is in {saved_path}"
         raise Interrupted(where, output_dir, finished=True, signal=stop.signal)

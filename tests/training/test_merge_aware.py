@@ -116,8 +116,9 @@ def half(tmp_path_factory):
     return run(tmp_path_factory.mktemp("half") / "run", HALF, validation_chats=TEST)
 
 
-def test_a_run_is_a_plain_one_up_to_its_first_merge_aware_step(half, tmp_path):
+def test_a_run_is_a_plain_one_up_to_its_first_merge_aware_step(half, tmp_path, capsys):
     plain = run(tmp_path / "run", replace(HALF, merge_aware=None))
+    assert "merge it so" not in capsys.readouterr().out
     one, other = ([loss for _, loss in found.step_losses] for found in (half, plain))
     assert one[:3] == other[:3]
     assert all(a != b for a, b in zip(one[3:], other[3:], strict=True))
@@ -151,10 +152,12 @@ def test_validation_is_of_the_merged_model(half):
     ],
     ids=lambda options: "-".join(options),
 )
-def test_a_run_learns_the_same_with_other_ways_to_compute_a_step(options, tmp_path):
+def test_a_run_learns_the_same_with_other_ways_to_compute_a_step(options, tmp_path, capsys):
     """Rounding turns the last bit of an adapter into a step between two codes now and then, so losses are alike, not equal."""
     settings = replace(HALF, merge_aware=1.0, save_steps=None)
-    one, other = run(tmp_path / "one", settings), run(tmp_path / "other", replace(settings, **options))
+    one = run(tmp_path / "one", settings)
+    assert "From step 1 on it was trained with the weights that a merge into 4 bits gives" in capsys.readouterr().out
+    other = run(tmp_path / "other", replace(settings, **options))
     assert [loss for _, loss in other.step_losses] == pytest.approx([loss for _, loss in one.step_losses], rel=0.02)
 
 
