@@ -82,8 +82,28 @@ def test_the_model_starts_from_its_definition(kind, originals):
     torch.testing.assert_close(layer(x), x @ (variants.rounded(residual) + SCALING * B @ A).T, rtol=1e-3, atol=1e-3)
 
 
+def test_eva_starts_from_the_directions_in_which_the_inputs_vary_most():
+    job = Job("EVA", 1e-3, 0)
+    model = get_peft_model(load_model(hardware=CPU), variants.lora_config("EVA", variants.settings_of(job)))
+    torch.manual_seed(0)
+    labels = torch.randint(5, 100, (2, 3, 20))
+    labels[:, :, :8] = -100
+    batches = [{"input_ids": part.abs(), "attention_mask": torch.ones_like(part), "labels": part} for part in labels]
+    layer = model.get_base_model().get_submodule("model.layers.1.mlp.up_proj")
+    seen = []
+    hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, 8:].flatten(0, 1)))
+    variants.eva(model, batches)
+    hook.remove()
+    inputs = torch.cat(seen)
+    _, _, wanted = torch.linalg.svd(inputs - inputs.mean(0), full_matrices=False)
+    A = layer.lora_A["default"].weight.detach()
+    torch.testing.assert_close((A[:4] @ wanted[:4].T).abs(), torch.eye(4), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(A @ A.T, torch.eye(RANK), rtol=1e-4, atol=1e-4)
+    assert not layer.lora_B["default"].weight.any() and not layer._forward_pre_hooks
+
+
 def test_every_variant_is_tried_at_several_rates_with_several_seeds():
-    assert {job.kind for job in variants.JOBS} == {*variants.OF_PEFT, *variants.LOFTQ, variants.PISSA}
+    assert {job.kind for job in variants.JOBS} == {*variants.OF_PEFT, *variants.LOFTQ, variants.PISSA, variants.EVA}
     for kind, rates in variants.RATES.items():
         assert len(rates) >= 3 and list(rates) == sorted(rates), kind
         assert len([job for job in variants.JOBS if job.kind == kind]) == len(rates) * variants.SEEDS
@@ -104,6 +124,6 @@ def test_the_script_measures_each_variant(kind, monkeypatch):
     found = variants.measure(Job(kind, 1e-3, 0))
     assert found["outcome"] == "ran" and (found["validation"], found["test"]) == (8, 4)
     assert scored == sets[0][1:]
-    assert (found["recall_before"] > 0.97) == (kind not in ("OLoRA", "PiSSA"))
+    assert (found["recall_before"] > 0.96) == (kind != "OLoRA"), found  # it rounds the rounded weights again
     assert (found["trained_parameters"] == 262_144) == (kind != "DoRA")  # it trains the lengths of the rows, too
     assert 0 < found["error_at_the_start"] < 0.2

@@ -6,14 +6,17 @@
 
 Every run is 200 steps of 8 chats with the shipped model in NF4 with double quantisation, rank 16 on all linear layers, in
 float32 on one thread of a CPU. PEFT's own variants are asked for by their option of `LoraConfig`. PEFT refuses PiSSA on a
-4-bit base, and its LoftQ needs a GPU, so these two are made here from their definitions, with the course's quantiser:
+4-bit base, and its LoftQ needs a GPU. These, and EVA, are made here from their definitions, with the course's quantiser:
 
+- EVA (Paischer et al., arXiv 2410.07170): A is the directions in which a layer's inputs vary most. PEFT's own looks for them
+  batch by batch until they turn no more, and on these chats it had not ended after 1,400 of them; here they are those of
+  512 chats, at the tokens of the answers;
 - PiSSA (Meng et al., arXiv 2404.02948): A and B are the weight's r largest principal components, and the base is what is
   left of the weight, rounded to 4 bits;
 - LoftQ (Li et al., arXiv 2310.08659): in turns, the base is the weight less the adapter, rounded; and A and B are the r
   largest principal components of what rounding has lost.
 
-Both need the weights in 16 bits, and change the base: their adapters belong to it alone. So does PEFT's OLoRA.
+The last two need the weights in 16 bits, and change the base, to which their adapters then belong. So does PEFT's OLoRA.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 TABLE = ROOT / "data" / "measured" / "variants.json"
 BUDGET = {"steps": 200, "batch_size": 8, "warmup_steps": 10}
 SEEDS = 5
+EVA_CHATS = 512  # whose tokens tell the directions of EVA
 USUAL, LOWER = (7e-4, 1e-3, 1.5e-3, 3e-3), (2e-4, 4e-4, 8e-4, 1.5e-3)
 # The options of `LoraConfig`, and the rates that are tried. rsLoRA scales by alpha over the root of the rank, here 4 times
 # as much; where B does not begin at 0, A and B begin large, and the same rate turns them less.
@@ -39,12 +43,13 @@ OF_PEFT = {
     "default": ({}, USUAL),
     "rsLoRA": ({"use_rslora": True}, LOWER),
     "DoRA": ({"use_dora": True}, USUAL),
-    "EVA": ({"init_lora_weights": "eva"}, USUAL),
     "OLoRA": ({"init_lora_weights": "olora"}, LOWER),
 }
 LOFTQ = {"LoftQ, 1 iteration": 1, "LoftQ, 5 iterations": 5}
-PISSA = "PiSSA"
-RATES = {kind: rates for kind, (_, rates) in OF_PEFT.items()} | dict.fromkeys(LOFTQ, USUAL) | {PISSA: LOWER}
+PISSA, EVA = "PiSSA", "EVA"
+RATES = (
+    {kind: rates for kind, (_, rates) in OF_PEFT.items()} | {EVA: USUAL} | dict.fromkeys(LOFTQ, USUAL) | {PISSA: LOWER}
+)
 JOBS = jobs_of(RATES, dict.fromkeys(RATES, SEEDS))
 
 
@@ -132,23 +137,47 @@ def error_at_the_start(model, originals: dict[str, torch.Tensor]) -> float:
 
 def lora_config(kind: str, settings):
     """The config of PEFT for a kind of run."""
-    from peft import EvaConfig, LoraConfig
+    from peft import LoraConfig
 
-    options = dict(OF_PEFT[kind][0]) if kind in OF_PEFT else {}
-    if kind == "EVA":
-        options["eva_config"] = EvaConfig(rho=1.0)  # the same rank in each layer
+    options = OF_PEFT[kind][0] if kind in OF_PEFT else {}
     return LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, target_modules="all-linear", task_type="CAUSAL_LM", **options
     )
 
 
-def eva(trainer) -> None:
-    """Let PEFT compute EVA's start, from the inputs of the layers on the training chats."""
-    from peft import initialize_lora_eva_weights
-    from torch.utils.data import DataLoader
+def eva(model, batches) -> None:
+    """Let each A begin with the directions in which the layer's inputs vary most, at the tokens that are learnt; B stays 0.
 
-    batches = DataLoader(trainer.train_dataset, 32, collate_fn=trainer.data_collator)
-    initialize_lora_eva_weights(trainer.model, batches, show_progress_bar=False)
+    Args:
+        batches: of the trainer, with "labels".
+    """
+    import torch
+    from peft.tuners.lora.bnb import Linear4bit
+
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    sums: dict = {layer: 0.0 for layer in layers}
+    products, marked = dict(sums), []  # products: [in_features, in_features]; marked: which tokens, a list of one
+
+    def keep(layer, args):
+        inputs = args[0].detach()[marked[0]]  # [tokens, in_features]
+        sums[layer] = sums[layer] + inputs.sum(0)
+        products[layer] = products[layer] + inputs.T @ inputs
+
+    hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
+    tokens = 0
+    with torch.no_grad():
+        for batch in batches:
+            marked[:] = [batch["labels"] != -100]
+            tokens += int(marked[0].sum())
+            model.get_base_model().model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        for hook in hooks:
+            hook.remove()
+        for layer in layers:
+            [adapter] = layer.active_adapters
+            mean = sums[layer] / tokens
+            spread = products[layer] / tokens - torch.outer(mean, mean)
+            most = torch.linalg.eigh(spread).eigenvectors.flip(1)[:, : layer.r[adapter]]
+            layer.lora_A[adapter].weight.copy_(most.T)
 
 
 def settings_of(job: Job):
@@ -159,6 +188,8 @@ def settings_of(job: Job):
 
 def measure(job: Job) -> dict:
     """Make one run, and score it before and after."""
+    from torch.utils.data import DataLoader
+
     from data.scripts.measure.held_out import score, training_validation_test
     from qlora_helpers import evaluation
     from qlora_helpers.hardware import detect
@@ -178,8 +209,9 @@ def measure(job: Job) -> dict:
 
     def build_trainer(*args, **kwargs):
         trainer = trainers.build_trainer(*args, **kwargs)
-        if job.kind == "EVA":
-            eva(trainer)
+        if job.kind == EVA:
+            rows = trainer.train_dataset.select(range(min(EVA_CHATS, len(trainer.train_dataset))))
+            eva(trainer.model, DataLoader(rows, 64, collate_fn=trainer.data_collator))
         elif job.kind not in OF_PEFT:
             start_from(trainer.model, job.kind, originals)
         result["error_at_the_start"] = round(error_at_the_start(trainer.model, originals), 5)
