@@ -65,6 +65,9 @@ class Settings:
         alpha: LoRA's output is scaled by alpha / rank.
         dropout: LoRA dropout, the share of a layer's inputs that its adapter does not see, drawn anew at each step.
         target_modules: the layers that get adapters: "all-linear", or a list of names (q_proj,v_proj on the command line).
+        merge_aware: the share of the steps, the last ones, that train with the weights that a merge into the 4-bit base
+            will give (`qlora_helpers.training.merge_aware`), so that nothing is lost when the adapter is merged; None for
+            no such steps. It needs "qlora" and a dropout of 0.
         gradient_checkpointing: keep only each layer's input, and recompute the rest in the backward pass.
         checkpointed_layers: with gradient_checkpointing: how many decoder layers are checkpointed, from the first on; None
             for all of them. Each one that is not takes more memory and saves a forward pass through it.
@@ -136,6 +139,7 @@ class Settings:
     alpha: float = 32
     dropout: float = 0.0
     target_modules: str | Iterable[str] = "all-linear"
+    merge_aware: float | None = None
     gradient_checkpointing: bool = False
     checkpointed_layers: int | None = None
     activation_offloading: bool = False
@@ -226,6 +230,22 @@ class Settings:
         self._hold(validation.switch, "double_quant")
         self._hold(validation.whole, "block_size", among=BLOCK_SIZES)
         object.__setattr__(self, "target_modules", _targets(self.target_modules))
+        self._check_merge_aware()
+
+    def _check_merge_aware(self) -> None:
+        self._hold_unless_none(_share_of_steps, "merge_aware")
+        if self.merge_aware is None:
+            return
+        needs = {
+            "method": ("qlora", "only an adapter of a 4-bit base is rounded when it is merged"),
+            "dropout": (0, "a merged layer has no dropout"),
+            "compile_layers": (False, "its layers are not compiled"),
+            "memory_budget": (None, "its memory is not predicted"),
+            "sharding": (None, "a layer's weights are rounded whole"),
+        }
+        for name, (needed, reason) in needs.items():
+            if getattr(self, name) != needed:
+                raise validation.refuse("merge_aware", self.merge_aware, f"needs {name}={needed!r}: {reason}")
 
     def _check_the_run(self) -> None:
         self._check_the_length()
@@ -334,6 +354,14 @@ def _held_out(name: str, value: object) -> float | str:
         return validation.number(name, value, above=0, below=1)
     except ValueError:
         allowed = "must be a share of the chats, more than 0 and less than 1, or the path of a chat file, or None"
+        raise validation.refuse(name, value, allowed) from None
+
+
+def _share_of_steps(name: str, value: object) -> float:
+    try:
+        return validation.number(name, value, above=0, at_most=1)
+    except ValueError:
+        allowed = "must be a share of the steps, more than 0 and at most 1, or None for no such steps"
         raise validation.refuse(name, value, allowed) from None
 
 

@@ -17,6 +17,7 @@ WARM_UP = (
 SHARE = "must be a share of the chats, more than 0 and less than 1, or the path of a chat file, or None"
 TARGETS = 'must be "all-linear", or a list of names such as'
 BUDGET = 'must be "auto", a number of bytes, or a text such as "16GiB", or None to leave the settings as they are'
+MERGE_AWARE = "must be a share of the steps, more than 0 and at most 1, or None for no such steps"
 REFUSED = [
     ("method", "dora", "choose one of qlora, lora, full"),
     ("steps", 0, WHOLE),
@@ -50,6 +51,7 @@ REFUSED = [
     ("target_modules", np.array([1, 2]), TARGETS),
     ("target_modules", ["q_proj", ""], TARGETS),
     ("alpha", 10**400, "must be a number, more than 0"),
+    *(("merge_aware", value, MERGE_AWARE) for value in (0, -0.1, 1.5, True, "all", math.nan)),
     ("gradient_checkpointing", 3, SWITCH),
     ("gradient_checkpointing", "no", SWITCH),
     ("optimizer", ["x"], "name one that transformers' optim takes, or None"),
@@ -176,6 +178,23 @@ def test_a_warm_up_that_was_chosen_is_never_changed():
     with pytest.raises(ValueError, match=r"^warmup_steps=15: must be a whole number, 0 to 5, or None"):
         replace(Settings(), steps=5)  # a copy has every value, and cannot know that this one was a default
     assert replace(Settings(), steps=5, warmup_steps=None).warmup_steps == 5
+
+
+@pytest.mark.parametrize(
+    ("other", "value"),
+    [
+        ("method", "lora"),
+        ("method", "full"),
+        ("dropout", 0.05),
+        ("compile_layers", True),
+        ("memory_budget", "auto"),
+        ("sharding", "fsdp"),
+    ],
+)
+def test_merge_aware_steps_are_refused_beside_what_they_cannot_have(other, value):
+    with pytest.raises(ValueError, match=rf"^merge_aware=0\.3: needs {other}="):
+        Settings(merge_aware=0.3, **{other: value})
+    assert Settings(**{other: value}).merge_aware is None
 
 
 # Epochs

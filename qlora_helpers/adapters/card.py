@@ -22,10 +22,10 @@ _SETTINGS = {  # the names that a card shows, in this order
     "accumulation": "batches per step", "max_length": "longest sequence in tokens", "learning_rate": "peak learning rate",
     "warmup_steps": "warm-up steps", "schedule": "schedule", "max_grad_norm": "gradients clipped at the norm",
     "optimizer": "optimizer", "rank": "LoRA rank", "alpha": "LoRA alpha", "dropout": "LoRA dropout",
-    "target_modules": "layers with adapters", "double_quant": "double quantisation",
+    "target_modules": "layers with adapters", "merge_aware": "share of the steps with merged weights", "double_quant": "double quantisation",
     "gradient_checkpointing": "gradient checkpointing", "compute_dtype": "compute dtype", "seed": "seed",
 }  # fmt: skip
-_OF_ADAPTERS = ("rank", "alpha", "dropout", "target_modules", "double_quant")
+_OF_ADAPTERS = ("rank", "alpha", "dropout", "target_modules", "merge_aware", "double_quant")
 
 
 def model_card(report: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ SAVE_STEPS = 100
 # what a run can vary; how often it saves does not change what it learns
 VARIED = (
     "method", "epochs", "steps", "batch_size", "accumulation", "max_length", "learning_rate", "warmup_steps", "schedule",
-    "max_grad_norm", "rank", "alpha", "dropout", "target_modules", "gradient_checkpointing", "checkpointed_layers",
+    "max_grad_norm", "rank", "alpha", "dropout", "target_modules", "merge_aware", "gradient_checkpointing", "checkpointed_layers",
     "activation_offloading", "packing", "compile_layers", "liger_layers", "expandable_segments", "memory_budget", "optimizer",
     "eval_steps", "patience", "seed",
 )  # fmt: skip
@@ -254,6 +254,9 @@ def predicted_memory(
     if (
         gpu is None or shape is None or settings.memory_budget is not None
     ):  # a budget is planned when the model is loaded
+        return None
+    if settings.merge_aware is not None:
+        print("note: the memory of the run is not predicted: its merge-aware steps take more, which was not measured.")
         return None
     settings = replace(settings, compute_dtype=str(hardware.compute_dtype).removeprefix("torch."))
     prediction = predict(shape, settings, gpu)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["NOT_PREDICTED", "SPEED", "settings_of", "shape_of"]
 
 # what `Settings` of this course's trainer say of a run's speed
-SPEED = ("checkpointed_layers", "packing", "compile_layers", "liger_layers", "expandable_segments")
+SPEED = ("checkpointed_layers", "packing", "compile_layers", "liger_layers", "expandable_segments", "merge_aware")
 # settings of TrainingArguments and SFTConfig that change the step in ways the predictor does not know
 NOT_PREDICTED = ("use_liger_kernel", "packing", "padding_free", "torch_compile", "deepspeed", "fsdp")
 

@@ -122,6 +122,9 @@ def _check(shape: ModelShape, settings: Settings) -> None:
         raise validation.refuse("rank", settings.rank, allowed)
     if isinstance(shape, AnyShape) and settings.method != "full":
         shape.refuse_unknown(settings.target_modules)
+    if settings.merge_aware is not None:
+        cure = "its steps take more memory, which was not measured. Leave it out for that of all other steps"
+        raise validation.refuse("merge_aware", settings.merge_aware, cure)
     longest = shape.max_position_embeddings
     if longest and settings.max_length > longest:
         allowed = f"must be no more than max_position_embeddings of this model, {longest}"

@@ -305,7 +305,7 @@ def record_of(
 
 def _left_out(name: str, value: object) -> bool:
     """Whether a record leaves a setting out: as older versions, which had none of these, unless it is used."""
-    younger = (*SWITCHES, "checkpointed_layers", "memory_budget")
+    younger = (*SWITCHES, "checkpointed_layers", "memory_budget", "merge_aware")
     return name in younger and value == Settings.__dataclass_fields__[name].default
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,7 @@ from qlora_helpers.training.checkpoints import (
 )
 from qlora_helpers.training.interrupts import Interrupted, StopWhenAsked
 from qlora_helpers.training.layer_options import compiled_until_the_end
+from qlora_helpers.training.merge_aware import MergeAware, first_aware_step
 from qlora_helpers.training.run_folder import (
     RESULT,
     gone_if_refused,
@@ -75,7 +76,8 @@ class Run:
     Attributes:
         model: the PEFT model with its adapters (after full fine-tuning, the model itself), in evaluation mode. With
             validation, its weights are those of `best_step`. Of a sharded run each process has a part of it: load what is in
-            `saved_path` to use it.
+            `saved_path` to use it. After merge-aware
+            steps it is the model that was trained once it is merged (`qlora_helpers.adapters.merge`).
         history: (step, loss) as logged, the loss averaged over the steps since the last entry.
         validation_history: (step, loss) of each evaluation, the first at step 0; the mean over the validation chats'
             answer tokens, in nats per token. Without validation it is empty.
@@ -221,12 +223,19 @@ def _run(trainer, tokenizer, checkpoint, output_dir: Path, settings: Settings, h
     recorder, watch, stop = Recorder(on_loss), LossWatch(trainer), StopWhenAsked(together)
     trainable, total = _counted(trainer.model, settings.method)
     _add_callbacks(trainer, settings, progress_bar, recorder, stop, watch, checkpoint)
+    merge_aware = None
+    if settings.merge_aware is not None:
+        merge_aware = MergeAware(first_aware_step(settings.merge_aware, settings.steps))
+        trainer.add_callback(merge_aware)
     if hardware.device == "cpu":
         say_if_slowed(torch.get_num_threads())
         keep_freed_memory()
     with stop:
         started = time.perf_counter()
-        with compiled_until_the_end(trainer.model) if settings.compile_layers else decoded_once(trainer.model):
+        with (
+            compiled_until_the_end(trainer.model) if settings.compile_layers else decoded_once(trainer.model),
+            merge_aware.in_layers_of(trainer.model) if merge_aware else nullcontext(),
+        ):
             last_step = _train_to_the_end(trainer, checkpoint, settings, output_dir, recorder, stop)
         seconds = time.perf_counter() - started
         model = trainer.model.eval()
@@ -242,6 +251,11 @@ def _run(trainer, tokenizer, checkpoint, output_dir: Path, settings: Settings, h
         print(peak_beside(trainer.plan, trainer.peak_bytes))
     _say_what_was_skipped(watch.skipped, settings.steps)
     _say_what_is_kept(recorder.validation_history, last_step, settings)
+    if merge_aware and last_step >= merge_aware.first:
+        print(
+            f"From step {merge_aware.first} on it was trained with the weights that a merge into 4 bits gives: merge it so "
+            "(--into 4bit). Beside its base, the adapter answers otherwise."
+        )
     if stop.signal is not None:  # it came in the last step, or while what was trained was being saved
         where = f"after the last of {last_step} steps; what was trained is in {saved_path}"
         raise Interrupted(where, output_dir, finished=True, signal=stop.signal)

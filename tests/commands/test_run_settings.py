@@ -148,6 +148,15 @@ def test_no_memory_is_predicted_without_a_gpu_or_a_known_shape(monkeypatch):
     assert run_settings.predicted_memory(shape, settings, CPU).fits
 
 
+def test_a_merge_aware_run_on_a_gpu_goes_on_without_a_prediction(monkeypatch, capsys):
+    from qlora_helpers.memory import find_gpu
+
+    monkeypatch.setattr(run_settings, "gpu_of", lambda hardware: find_gpu("t4"))
+    shape = run_settings.shape_of("tiny-llama")
+    assert run_settings.predicted_memory(shape, Settings(merge_aware=0.3), CPU) is None
+    assert capsys.readouterr().out.startswith("note: the memory of the run is not predicted: its merge-aware steps")
+
+
 def test_a_model_of_an_unknown_family_is_named(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "no such family"}', encoding="utf-8")
     assert run_settings.shape_of(str(tmp_path)) is None

@@ -55,7 +55,7 @@ def test_only_options_that_differ_from_their_defaults_were_typed():
         ("epochs", "abc"), ("steps", "1.5"), ("batch_size", "0"), ("accumulation", "x"), ("max_length", "-1"),
         ("learning_rate", "fast"), ("warmup_steps", "0.5"), ("schedule", "steep"), ("max_grad_norm", "0"), ("rank", "-1"),
         ("alpha", "0"), ("dropout", "1"), ("target_modules", ""), ("eval_steps", "x"), ("patience", "0"), ("seed", "-1"),
-        ("method", "dora"), ("validation", "1.5"),
+        ("method", "dora"), ("validation", "1.5"), ("merge_aware", "2"),
     ],
 )  # fmt: skip
 def test_a_setting_that_run_refuses_is_called_by_its_option(name, value, tmp_path, capsys):

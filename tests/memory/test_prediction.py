@@ -156,6 +156,11 @@ def test_what_does_not_go_with_the_model_is_refused():
         predict(LLAMA, GPU_RUN, "gtx")
 
 
+def test_merge_aware_steps_are_not_predicted():
+    with pytest.raises(ValueError, match=r"^merge_aware=0\.3: its steps take more memory, which was not measured"):
+        predict(LLAMA, replace(GPU_RUN, dropout=0.0, merge_aware=0.3))
+
+
 def test_a_prediction_needs_no_torch_and_little_time():
     code = "import sys, qlora_helpers.memory as m; m.predict(m.find_shape('Qwen/Qwen2.5-7B'), m.GPU_RUN); " + (
         "print([name for name in ('torch', 'transformers', 'peft', 'numpy') if name in sys.modules])"

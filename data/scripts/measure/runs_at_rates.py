@@ -1,0 +1,157 @@
+"""Many short runs of a few kinds, each at several learning rates with several seeds: made, kept, and chosen among.
+
+Each finished run is written at once as a line beside the table, so that a stopped script goes on where it was. A rate is
+chosen by a score on the validation questions alone; what it does on the test questions is only reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean
+
+__all__ = ["Job", "best_rate", "command_line", "jobs_of", "make", "read", "write"]
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: its kind, its learning rate, its seed."""
+
+    kind: str
+    rate: float
+    seed: int
+
+
+def jobs_of(rates: dict[str, tuple[float, ...]], seeds: dict[str, int]) -> list[Job]:
+    """All runs of a plan.
+
+    Args:
+        rates: of each kind, those that are tried.
+        seeds: of each kind, how many.
+    """
+    return [Job(kind, rate, seed) for kind, tried in rates.items() for rate in tried for seed in range(seeds[kind])]
+
+
+def best_rate(runs: Iterable[dict], kind: str, score: Callable[[dict], float]) -> float:
+    """The learning rate of a kind whose runs have the best mean score over their seeds.
+
+    Args:
+        score: of a run, the larger the better; given nothing but what the run found on the validation questions, its
+            "validation".
+
+    Raises:
+        ValueError: there is no run of this kind.
+    """
+    by_rate: dict[float, list[float]] = {}
+    for run in runs:
+        if run["kind"] == kind:
+            by_rate.setdefault(run["learning_rate"], []).append(score(run["validation"]))
+    if not by_rate:
+        raise ValueError(f"kind={kind!r}: there are no runs of it")
+    return max(by_rate, key=lambda rate: (mean(by_rate[rate]), -rate))  # of equals the lower
+
+
+def _job_of(run: dict) -> Job:
+    return Job(run["kind"], run["learning_rate"], run["seed"])
+
+
+def read(table: Path) -> list[dict]:
+    """The finished runs of a table, and those on the lines beside it."""
+    runs = json.loads(table.read_text(encoding="utf-8"))["runs"] if table.exists() else []
+    lines = table.with_suffix(".jsonl")
+    for line in lines.read_text(encoding="utf-8").splitlines() if lines.exists() else []:
+        with suppress(json.JSONDecodeError):  # one that a kill has cut: it is made again
+            runs.append(json.loads(line))
+    return list({_job_of(run): run for run in runs}.values())
+
+
+def _here(workers: int) -> dict:
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {workers} runs at a time, one thread each",
+        "versions": {name: importlib.metadata.version(name).partition("+")[0] for name in PACKAGES},
+    }
+
+
+def make(jobs: list[Job], measure: Callable[[Job], dict], workers: int, table: Path) -> None:
+    """Make the runs, `workers` at a time, each on one thread; each is written as a line when it ends."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    made_on, started, lines = _here(workers), time.perf_counter(), table.with_suffix(".jsonl")
+    with (
+        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
+        lines.open("a", encoding="utf-8") as file,
+    ):
+        file.write("\n" * (lines.stat().st_size > 0))  # the last line may have been cut
+        for done, job in enumerate(as_completed([pool.submit(measure, job) for job in jobs]), start=1):
+            run = job.result()
+            file.write(json.dumps(run | {"made_on": made_on}) + "\n")
+            file.flush()
+            took = time.perf_counter() - started
+            print(
+                f"{done:4}/{len(jobs)} {took:5.0f} s  {run['kind']:28} {run['learning_rate']:g} {run['seed']}",
+                flush=True,
+            )
+
+
+def write(table: Path, jobs: list[Job], more: dict) -> int:
+    """Put all finished runs into the table, in the order of the plan, with `more` about them. Returns how many are missing."""
+    found = {_job_of(run): run for run in read(table)}
+    runs = [dict(found[job]) for job in jobs if job in found]
+    kept = any("made_on" not in run for run in runs)  # of the table as it was
+    before = json.loads(table.read_text(encoding="utf-8"))["made_on"] if kept else []
+    made_on = before + [made for run in runs if (made := run.pop("made_on", None))]
+    text = json.dumps(
+        {
+            "made_on": [made for place, made in enumerate(made_on) if made not in made_on[:place]],
+            **more,
+            "runs": runs,
+        },
+        indent=1,
+    )
+    table.write_text(text + "\n", encoding="utf-8")
+    table.with_suffix(".jsonl").unlink(missing_ok=True)
+    return len(jobs) - len(runs)
+
+
+def command_line(doc: str, jobs: list[Job], measure: Callable[[Job], dict], table: Path, more: dict) -> None:
+    """The command of a script that makes such runs."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--row", help="one kind of run")
+    parser.add_argument("--rate", type=float, help="one learning rate; by default all of a kind's")
+    parser.add_argument("--seed", type=int, help="one seed; by default all of a kind's")
+    parser.add_argument("--missing", action="store_true", help="keep what is done already, and make the rest")
+    parser.add_argument("--list", action="store_true", help="only say which runs these are")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, each on one thread")
+    parser.add_argument("--table", type=Path, default=table)
+    args = parser.parse_args()
+    if args.row and args.row not in (kinds := dict.fromkeys(job.kind for job in jobs)):
+        sys.exit(f"no row {args.row!r}: there are {', '.join(kinds)}")
+    have = {_job_of(run) for run in read(args.table)} if args.missing else set()
+    asked = [
+        job
+        for job in jobs
+        if args.row in (None, job.kind)
+        and args.rate in (None, job.rate)
+        and args.seed in (None, job.seed)
+        and job not in have
+    ]
+    if args.list:
+        for job in asked:
+            print(f"{job.kind:28} {job.rate:g} {job.seed}")
+    elif args.row and args.rate and args.seed is not None:
+        print(json.dumps([measure(job) for job in asked], indent=1))
+    else:
+        make(asked, measure, args.workers, args.table)
+        print(f"{write(args.table, jobs, more)} runs are missing")
