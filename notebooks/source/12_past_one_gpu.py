@@ -583,7 +583,8 @@ show_table(header, table, formats=["", "", ".3f", ".3f", ".1e"])
 # each step something else is learned, and each step costs twice as much. (Of several processes the first alone prints and writes;
 # the others wait for it.)
 #
-# What was not done: none of these commands has run on two GPUs. What of them can be tried on a CPU is in the tests.
+# What was not done: none of these commands has run on two GPUs. What of them can be tried on a CPU is in the tests. On a machine
+# with two GPUs `python -m data.scripts.measure.several_gpus` measures memory and speed.
 #
 # ## Exercise 12.1: an average that changes nothing
 #
