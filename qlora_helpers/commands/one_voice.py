@@ -77,7 +77,7 @@ class Voice:
         from torch.distributed import TCPStore
 
         host, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", "0"))
-        return TCPStore(host, port, is_master=False, timeout=WAIT)
+        return TCPStore(host, port, None, False, WAIT)  # not the master
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from data.scripts.measure import out_of_memory as measure_oom
-from data.scripts.measure import speed_plan, speed_variants
+from data.scripts.measure import speed_plan, speed_variants, variants
 from qlora_helpers.evaluation.batches import padded
 from qlora_helpers.memory import known_config
 from qlora_helpers.models.loading import load_tokenizer
@@ -81,6 +81,7 @@ OTHERS = {
     r"checked_by": "a function of qlora_helpers.validation",
     r"function": "the operation that torch dispatches",
     r"cls": "a class of the course",
+    r"type\(self\.layer\)\.forward": "peft's layer, as it was (qlora_helpers.training.merge_aware)",
     r"self\.fault|answer": "what an exercise judges with, and a learner's function (qlora_helpers.course.exercises)",
     r"want|wanted|right_ones|tried": "what an exercise computes when it is asked (qlora_helpers.course.exercises)",
     r"inspect\.signature\(self\.fault\)\.bind": "inspect",
@@ -148,6 +149,7 @@ EXPANDED = {
     # what a library passes to a function of the course, which passes it back
     ("attention.py", "options"): lambda: (),
     ("trainer.py", "kwargs"): lambda: (),
+    ("variants.py", "options"): lambda: {name for options, _ in variants.OF_PEFT.values() for name in options},
     ("several_gpus.py", "options"): lambda: known_config("Llama-3.1-8B").keys() - {"model_type"},
     ("04_qlora_run.py", "copied | changes"): lambda: given_to_dict("notebooks/source/04_qlora_run.py", "copied"),
     # what the trainer's collator returns

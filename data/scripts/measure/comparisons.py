@@ -323,8 +323,8 @@ def main() -> None:
         print(json.dumps(measure(*chosen[0]), indent=1))
         return
     if not args.collect:
-        jobs.sort(key=lambda job: -_chats(job[0]))
-        measure_all(jobs, args.workers, args.table.with_suffix(".jsonl"))
+        longest_first = sorted(jobs, key=lambda job: -_chats(job[0]))
+        measure_all(longest_first, args.workers, args.table.with_suffix(".jsonl"))
     print(f"{write(args.table)} runs are missing")
 
 

@@ -64,7 +64,7 @@ def principal(weight: torch.Tensor, rank: int, scaling: float) -> tuple[torch.Te
     """A, [rank, in_features], and B, [out_features, rank]: scaling · B A is the best approximation of this rank."""
     import torch
 
-    U, S, V = torch.linalg.svd(weight, full_matrices=False)
+    U, S, V = torch.linalg.svd(weight, False)  # not the full matrices
     root = (S[:rank] / scaling).sqrt()
     return root[:, None] * V[:rank], U[:, :rank] * root
 
