@@ -38,7 +38,7 @@ QUESTIONS = [chat[:1] for chat in CHATS[:2]] + [
 def tuned(folder, tmp_path_factory):
     """The adapter of a short run, and the merged model."""
     out = tmp_path_factory.mktemp("run")
-    settings = Settings(steps=8, batch_size=2, warmup_steps=1, rank=4, learning_rate=1e-3, max_length=96)
+    settings = Settings(steps=6, batch_size=1, warmup_steps=1, rank=4, learning_rate=1e-3, max_length=96)
     train(load_model(NAME, hardware=CPU), load_tokenizer(NAME), CHATS, out, settings, hardware=CPU)
     return out / "adapter", merge_files(folder, out / "adapter", out / "merged")
 
@@ -51,7 +51,7 @@ def test_the_file_answers_as_the_adapter_does(kind, most, tuned, tmp_path):
     def live():
         return load_adapter(load_model(NAME, quantization=None, hardware=CPU), adapter), load_tokenizer(NAME)
 
-    proof = prove(file.path, merged, QUESTIONS, live=live, max_new_tokens=16, hardware=CPU)
+    proof = prove(file.path, merged, QUESTIONS, live=live, max_new_tokens=12, hardware=CPU)
     print(proof)
     assert proof.broken is None and [check.hop for check in proof.checks] == [MERGE] * 4 + [EXPORT] * 6
     assert proof.export.mean_kl < most and (kind != "f16" or proof.export.same_answers == len(QUESTIONS))
