@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-from qlora_helpers.commands import ask, chat, data, doctor, memory, preflight, progress, run
+from qlora_helpers.commands import ask, chat, data, doctor, fetch, memory, preflight, progress, run
 from qlora_helpers.commands.typed_options import as_typed, typed_options
 from qlora_helpers.streams import take_any_character
 
@@ -18,6 +18,7 @@ COMMANDS = {
     "data": (data, "what is in a file of chats, in any common form, and whether a run can learn from it"),
     "chat": (chat, "talk to what a run has trained"),
     "ask": (ask, "ask it one question, or a file of them; for scripts"),
+    "fetch": (fetch, "put a real language model on this disk"),
     "memory": (memory, "will a run fit on a GPU, what takes the memory, and what helps"),
     "doctor": (doctor, "what this machine has, and what is wrong with it; or what an error means"),
     "preflight": (preflight, "before class: is this machine ready, and do the lessons hold here"),

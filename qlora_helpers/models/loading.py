@@ -18,6 +18,7 @@ from qlora_helpers.hardware import Hardware, detect, given_or_detected
 from qlora_helpers.library_messages import without_short_bars
 from qlora_helpers.models.attention import REPEATED_KV
 from qlora_helpers.models.cpu_faults import make_safe_on_cpu
+from qlora_helpers.models.fetched import FETCHABLE, NotFetched, fetched_folder
 from qlora_helpers.models.fingerprint import KEPT, fingerprint
 from qlora_helpers.models.folder_config import no_own_code, read_config, saved_in_4_bits
 from qlora_helpers.models.hub import DEFAULT_MODEL, HubError, fetch
@@ -48,14 +49,17 @@ def folder_of(name: str, weights: bool = True) -> Path:
     """The local folder of a model; one from the Hub is fetched first.
 
     Args:
-        name: "tiny-llama" (shipped), a folder, or a model from the Hub (owner/model).
+        name: "tiny-llama" (shipped), "smollm2-135m" (once fetched), a folder, or a model from the Hub (owner/model).
         weights: whether its weights are needed, too; without them, little is fetched.
 
     Raises:
+        NotFetched: the model is one that `python -m qlora_helpers fetch` puts on this disk, and has not been fetched.
         HubError: a model from the Hub could not be fetched.
     """
     if name == SHIPPED_MODEL:
         return data_path(SHIPPED_MODEL)
+    if name in FETCHABLE:
+        return fetched_folder(name)
     folder = put_back(name)
     return folder if folder.is_dir() else fetch(name, weights=weights)
 
@@ -232,7 +236,7 @@ def load_or_shipped(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrai
     try:
         tokenizer = load_tokenizer(name)
         model = load_model(name, **options)
-    except HubError as error:
+    except (HubError, NotFetched) as error:
         print(f"{error}.\nThis lesson continues with the shipped model, {SHIPPED_MODEL}.")
         return load_model(SHIPPED_MODEL, **options), load_tokenizer(SHIPPED_MODEL), SHIPPED_MODEL
     print(f"Loaded {name}" + ("" if name == SHIPPED_MODEL else f" at {folder_of(name).name}") + ".")
