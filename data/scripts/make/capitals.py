@@ -52,9 +52,7 @@ def made() -> dict[str, str]:
             ]
             for country in part
         ]
-        files[f"{name}.jsonl"] = "".join(
-            json.dumps({"messages": chat}, ensure_ascii=False) + "\n" for chat in chats
-        )
+        files[f"{name}.jsonl"] = "".join(json.dumps({"messages": chat}, ensure_ascii=False) + "\n" for chat in chats)
     return files
 
 

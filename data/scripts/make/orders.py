@@ -24,7 +24,7 @@ from pathlib import Path
 
 from data.scripts import DATA
 
-SIZES = {"train": 192, "validation": 40, "test": 120}  # 192 are 48 steps of 4
+SIZES = {"train": 192, "validation": 40, "test": 100}  # 192 are 48 steps of 4
 FIELDS = ("name", "item", "quantity", "day", "delivery")
 INSTRUCTION = f"Write the order as JSON with the keys {', '.join(FIELDS)}."
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
