@@ -70,10 +70,6 @@ class Format:
         return dequantize(quantize(weight, self.codebook, self.block_size, self.double_quant))
 
 
-def _levels(values: torch.Tensor) -> Format:
-    return Format(Codebook(f"{len(values)} levels", 4 if len(values) <= 16 else 5, values))
-
-
 FORMATS = {
     "NF4": Format(NF4),
     "NF4, double quantisation": Format(NF4, double_quant=True),
@@ -84,11 +80,10 @@ FORMATS = {
     "INT3, 8 levels": Format(INT3),
 }
 # what is the matter with 16 levels: each differs in one thing from one of the formats above
-WITH_A_ZERO = _levels(torch.cat([INT4.values, torch.zeros(1)]).sort().values)
+WITH_A_ZERO = Format(Codebook("INT4 and a zero", 5, torch.cat([INT4.values, torch.zeros(1)]).sort().values))
 WHY = {
     "16 levels, and a zero between them": WITH_A_ZERO,
     "16 levels, in the v_proj layers a zero": {"v_proj": WITH_A_ZERO, "": FORMATS["INT4, 16 levels without a zero"]},
-    "16 levels from -8 to 7": _levels(torch.arange(-8, 8) / 8),
 }
 ROWS = [*FORMATS, SHUFFLED, *WHY]
 
