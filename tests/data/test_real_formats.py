@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -67,12 +68,11 @@ def tiny():
 def test_the_inputs_that_are_added_up_are_those_of_each_layer(tiny):
     seen = {}
     layers = [name for name in tiny.layers if ".0." in name or ".1." in name]
-    hooks = [
-        tiny.layers[name].register_forward_hook(
-            lambda _, inputs, output, name=name: seen.setdefault(name, (inputs[0], output))
-        )
-        for name in layers
-    ]
+
+    def watch(name, _, inputs, output):
+        seen[name] = inputs[0], output
+
+    hooks = [tiny.layers[name].register_forward_hook(partial(watch, name)) for name in layers]
     tiny._losses(tiny.pieces[: real_formats.WATCHED])
     for hook in hooks:
         hook.remove()
