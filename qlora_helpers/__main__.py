@@ -1,4 +1,4 @@
-"""python -m qlora_helpers run | data | chat | ask | memory | doctor | preflight | progress"""
+"""python -m qlora_helpers run | data | chat | ask | fetch | memory | doctor | preflight | progress"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMMANDS = {
     "data": (data, "what is in a file of chats, in any common form, and whether a run can learn from it"),
     "chat": (chat, "talk to what a run has trained"),
     "ask": (ask, "ask it one question, or a file of them; for scripts"),
-    "fetch": (fetch, "put a real language model on this disk"),
+    "fetch": (fetch, "put a real language model on this disk, of 135 million parameters"),
     "memory": (memory, "will a run fit on a GPU, what takes the memory, and what helps"),
     "doctor": (doctor, "what this machine has, and what is wrong with it; or what an error means"),
     "preflight": (preflight, "before class: is this machine ready, and do the lessons hold here"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_helpers.json_files import read_json_if_whole
+from qlora_helpers.models.fetched import FETCHABLE, NotFetched, fetched_folder
 from qlora_helpers.safe_folders import put_back
 from qlora_helpers.training.run_folder import RESULT, complete_checkpoints, read_record
 from qlora_helpers.validation import refuse
@@ -64,11 +65,17 @@ def is_adapter(folder: Path) -> bool:
 def locate(folder: str | Path = LATEST) -> Path:
     """The folder of the adapter or of the whole model: `folder` itself, or the result of the run in it.
 
+    Args:
+        folder: of a run, an adapter or a model; or the name of a model that can be fetched (`qlora_helpers.models.fetched`).
+
     Raises:
+        NotFetched: that model is not on this disk.
         FileNotFoundError: there is no such folder, or none of these in it; or the run in it is not finished.
         NotADirectoryError: `folder` is a file.
     """
     folder = put_back(folder)
+    if str(folder) in FETCHABLE and not folder.exists():
+        return fetched_folder(str(folder))
     if folder.is_file():
         raise NotADirectoryError(f"{folder} is a file: name the folder of a run, of an adapter or of a model")
     if not folder.is_dir():
@@ -141,7 +148,7 @@ def _base_of(adapter: Path, run: Path | None) -> str:
 def _can_be_loaded(name: str) -> bool:
     from qlora_helpers.models.loading import SHIPPED_MODEL
 
-    return name == SHIPPED_MODEL or Path(name).is_dir() or bool(_ON_THE_HUB.fullmatch(name))
+    return name == SHIPPED_MODEL or name in FETCHABLE or Path(name).is_dir() or bool(_ON_THE_HUB.fullmatch(name))
 
 
 def load_tuned(
@@ -164,6 +171,7 @@ def load_tuned(
             model has no tokenizer in its folder.
         WrongBase: the adapter was trained on another base.
         HubError: the base could not be fetched from the Hub.
+        NotFetched: the base is a model that can be fetched, and is not on this disk.
     """
     from qlora_helpers.adapters.files import load_adapter
     from qlora_helpers.models.hub import HubError
@@ -179,8 +187,8 @@ def load_tuned(
     try:
         tokenizer = load_tokenizer(str(found.folder) if has_tokenizer else found.base)
         base = load_model(found.base, found.quantization, found.double_quant, hardware)
-    except HubError as error:
-        raise HubError(
+    except (HubError, NotFetched) as error:
+        raise type(error)(
             f"{error}. It is the base of the adapter in {found.folder}; if you have it in a folder, name that as the model "
             "(--model FOLDER)"
         ) from error

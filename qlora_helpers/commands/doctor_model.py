@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_helpers.models.fetched import FETCHABLE, fetched_folder, is_fetched
 from qlora_helpers.paths import data_path
 
 if TYPE_CHECKING:
@@ -79,7 +80,10 @@ def _found(model: str) -> tuple[Path | None, dict[str, Any]]:
     from qlora_helpers.memory.catalogue import known_config
     from qlora_helpers.models.folder_config import read_config
 
-    path = data_path(SHIPPED) if model == SHIPPED else Path(model)
+    if model in FETCHABLE and is_fetched(model):
+        path = fetched_folder(model)
+    else:  # the config of one that can be fetched is known by its name
+        path = data_path(SHIPPED) if model == SHIPPED else Path(model)
     if path.suffix == ".json":
         path = path.parent if path.name == "config.json" else path
         if path.is_file():

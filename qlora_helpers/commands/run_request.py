@@ -15,6 +15,7 @@ from typing import Any
 from qlora_helpers.adapters.tuned import is_adapter, locate
 from qlora_helpers.commands.settings_options import given, option_of
 from qlora_helpers.json_files import read_json_if_whole
+from qlora_helpers.models.fetched import FETCHABLE, fetched_folder
 
 __all__ = ["SHIPPED", "SUGGESTED", "Request", "asked_for", "refuse_another"]
 
@@ -27,7 +28,7 @@ class Request:
     """What a run is asked for.
 
     Attributes:
-        model: a folder, a name of the Hub, or "tiny-llama".
+        model: a folder, a name of the Hub, "tiny-llama", or one that can be fetched, such as "smollm2-135m".
         data: the file of the chats; None for those that the course ships.
         validation: the share that is held out, or the full path of another file, or "suggested", or None.
         form, on_bad, too_long: how the files are read, as in `qlora_helpers.chats.read_chats`.
@@ -91,9 +92,13 @@ def _path_or_name(model: str) -> str:
 
     Raises:
         ValueError: it is empty, or what a run has trained on top of a model.
+        NotFetched: it can be fetched, and is not on this disk.
     """
     if not model.strip():
         raise ValueError(f"--model={model!r}: name a model, or leave it out for the shipped one")
+    if model in FETCHABLE:
+        fetched_folder(model)  # else this would be found only once the libraries are loaded
+        return model
     if model == SHIPPED or not Path(model).is_dir():
         return model
     with suppress(OSError):  # a folder that holds neither a run nor a model is refused when it is loaded

@@ -6,6 +6,7 @@ leaves out how text is parted before the merges. Both are completed here.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,7 @@ def read_gguf(file: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         ValueError: it parts text in a way that is not known here.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     file = Path(file)
     where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "local_files_only": True}
@@ -46,8 +47,11 @@ def read_gguf(file: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     if tokenizer.chat_template:
         tokenizer.chat_template = marked(tokenizer.chat_template)
     read = AutoModelForCausalLM.from_pretrained(dtype=torch.float16, **where)
-    config = AutoConfig.from_pretrained(**where)
-    config.name_or_path = ""
+    config = copy.deepcopy(read.config)
+    # what stops it from being saved; and a title within the file, which is no name of a model
+    for stale in ("quantization_config", "_model_name_or_path"):
+        vars(config).pop(stale, None)
+    tokenizer.model_max_length = config.max_position_embeddings
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
     model.load_state_dict(read.state_dict(), assign=True)

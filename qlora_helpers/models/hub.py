@@ -27,16 +27,17 @@ class HubError(OSError):
     """A model could not be fetched; the message says why, and what to do."""
 
 
-def fetch(name: str, revision: str | None = None, weights: bool = True) -> Path:
+def fetch(name: str, revision: str | None = None, weights: bool = True, into: Path | None = None) -> Path:
     """Download a model's files from the Hub, or find them in the local cache.
 
     Args:
         name: owner/model.
         revision: a commit, branch or tag; by default the pinned commit if there is one, else the newest.
         weights: False fetches a few megabytes, the config and the tokenizer: enough to see whether the model will do.
+        into: a folder for the files; by default they go into the Hub's cache.
 
     Returns:
-        The local folder of the files. Its name is the commit.
+        The local folder of the files. In the Hub's cache its name is the commit.
 
     Raises:
         HubError: there is no network, no such model or revision, no access, no room on the disk, or the model has no weights
@@ -45,7 +46,9 @@ def fetch(name: str, revision: str | None = None, weights: bool = True) -> Path:
     revision = revision or REVISIONS.get(name)
     try:
         patterns = [*SMALL_FILES, *[WEIGHTS] * weights]
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        folder = Path(
+            snapshot_download(name, revision=revision, allow_patterns=patterns, **{"local_dir": into} if into else {})
+        )
     except (OSError, errors.HFValidationError) as error:
         raise HubError(_sentence(name, revision, error)) from error
     if weights and not any(folder.glob(WEIGHTS)):  # off the network, the Hub's library is content with what is there

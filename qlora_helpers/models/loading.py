@@ -67,7 +67,8 @@ def folder_of(name: str, weights: bool = True) -> Path:
 def default_model(hardware: Hardware | None = None) -> str:
     """The model that this machine's gear trains: the shipped one on a CPU, a 1.5B one from the Hub on a GPU.
 
-    The environment variable QLORA_MODEL selects another: a model from the Hub, a folder, or "tiny-llama".
+    The environment variable QLORA_MODEL selects another: a model from the Hub, a folder, "tiny-llama", or
+    one that `python -m qlora_helpers fetch` has put on this disk.
     """
     on_gpu = (hardware or detect()).device == "cuda"
     return os.environ.get("QLORA_MODEL", "").strip() or (DEFAULT_MODEL if on_gpu else SHIPPED_MODEL)
@@ -82,6 +83,7 @@ def load_tokenizer(name: str = SHIPPED_MODEL) -> PreTrainedTokenizerBase:
 
     Raises:
         HubError: a model from the Hub could not be fetched.
+        NotFetched: it is one for `python -m qlora_helpers fetch`, and not on this disk.
         FileNotFoundError, ValueError: `name` is a folder without a tokenizer, and that of no model, or of an adapter; or
             the tokenizer needs code of its own.
     """
@@ -113,7 +115,7 @@ def load_model(
     """Load a causal language model onto this machine's device.
 
     Args:
-        name: "tiny-llama" (shipped), a folder, or a model from the Hub (owner/model).
+        name: "tiny-llama" (shipped), "smollm2-135m" (once fetched), a folder, or a model from the Hub (owner/model).
         quantization: "nf4" or "fp4" for 4-bit linear layers through bitsandbytes, None to leave them as they are. A
             model that was saved in 4 bits stays as it was saved, with or without double quantisation.
         double_quant: store the scales of a 4-bit layer in 8 bits.
@@ -123,6 +125,7 @@ def load_model(
 
     Raises:
         HubError: a model from the Hub could not be fetched.
+        NotFetched: it is one for `python -m qlora_helpers fetch`, and not on this disk.
         ValueError: an unknown `quantization`, or an argument of a wrong kind; most of the decoder would not be in 4 bits
             (see `qlora_helpers.models.in_4_bits`), which is found before the weights are fetched or read; the layers did
             not come as asked for; `name` is a folder that needs code of its own, is quantised in another way, or is that of
@@ -225,7 +228,7 @@ def name_in(folder: PurePath) -> str:
 
 
 def load_or_shipped(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """Load a model and its tokenizer; if the Hub fails, say why and load the shipped ones instead.
+    """Load a model and its tokenizer; if it cannot be had, say why and load the shipped ones instead.
 
     Args:
         name, options: as in `load_model`.
@@ -239,5 +242,6 @@ def load_or_shipped(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrai
     except (HubError, NotFetched) as error:
         print(f"{error}.\nThis lesson continues with the shipped model, {SHIPPED_MODEL}.")
         return load_model(SHIPPED_MODEL, **options), load_tokenizer(SHIPPED_MODEL), SHIPPED_MODEL
-    print(f"Loaded {name}" + ("" if name == SHIPPED_MODEL else f" at {folder_of(name).name}") + ".")
+    local = name == SHIPPED_MODEL or name in FETCHABLE
+    print(f"Loaded {name}" + ("" if local else f" at {folder_of(name).name}") + ".")
     return model, tokenizer, name

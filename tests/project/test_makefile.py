@@ -168,6 +168,8 @@ ATTACK = (
         ("test-all", "ruff format", "ruff format --check --quiet ."),
         ("test-all", "-m pytest", "python -m pytest -n 2 -q --everything"),
         ("test-all", "support.kills", "python -m tests.support.kills"),
+        ("test-real", "fetch smollm2-135m", "python -m qlora_helpers fetch smollm2-135m"),
+        ("test-real", "-m pytest", "python -m pytest -q --real tests/real"),
         ("test-kills", "support.kills", "python -m tests.support.kills"),  # before a pipe
         ("attack", "tests/attack", ATTACK),
         ("mutants", "support.mutants", "python -m tests.support.mutants"),

@@ -34,7 +34,19 @@ def test_the_readme_s_commands_are_those_of_the_makefile_and_ci_checks_everythin
     quick_start = set(re.findall(r"^make ([\w-]+)", README, re.M))
     assert {"run", "test", "lab"} <= quick_start <= targets
     assert (
-        {"run", "preflight", "teaching", "test", "test-all", "test-colab", "attack", "mutants", "notebooks", "site"}
+        {
+            "run",
+            "preflight",
+            "teaching",
+            "test",
+            "test-all",
+            "test-real",
+            "test-colab",
+            "attack",
+            "mutants",
+            "notebooks",
+            "site",
+        }
         == in_the_table
         <= targets
     )
