@@ -6,7 +6,8 @@
 # - repeat one of these runs yourself;
 # - tell a difference from noise;
 # - see what matters more than the format: the learning rate, which layers are adapted, and alpha;
-# - set all this beside the QLoRA paper, and beside later work that disagrees.
+# - set all this beside the QLoRA paper, and beside later work that disagrees;
+# - look at a real language model: what each format costs it, what a short run teaches it, and what it does not.
 #
 # Takes about {{seconds}} seconds and {{gigabytes}} GB of memory on two processor cores. The runs of the tables were made by
 # `data/scripts/measure/quality.py`, most of them on a machine of 16 cores.
@@ -572,6 +573,7 @@ show_table(["", "seeds", "valid", "right"], table, formats=["", "", ".0%", ""])
 # - repeated one of these runs;
 # - told differences from noise: double quantisation costs nothing, 4 bits cost something here;
 # - seen that the learning rate, the adapted layers and alpha matter more than the format;
-# - set it beside the paper, which found less loss on larger models, and beside later work.
+# - set it beside the paper, which found less loss on larger models, and beside later work;
+# - looked at a real model: a short run teaches it a form, and no facts.
 #
 # Next: [lesson 8](08_stability.ipynb) breaks runs on purpose, and mends them.

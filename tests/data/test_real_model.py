@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from data.scripts.measure import real_model
+from qlora_helpers.statistics import interval
 
 HEAD = {"command": "c", "source": {"sha256": "a"}, "processor": "p", "threads": 1, "versions": {"torch": "1"}}
 
@@ -60,7 +61,7 @@ def test_a_row_of_another_machine_says_so(tmp_path):
 
 def test_the_source_says_that_weights_of_the_package_were_rounded_before(tmp_path, monkeypatch):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    monkeypatch.setattr(real_model, "folder_of", lambda name: tmp_path)
+    monkeypatch.setattr("qlora_helpers.models.loading.folder_of", lambda name: tmp_path)
     found = real_model.source_of(real_model.MODEL)
     assert "Q4_1" in found["weights"] and len(found["sha256"]) == 64
     known = real_model.FETCHABLE[real_model.MODEL]
@@ -68,3 +69,17 @@ def test_the_source_says_that_weights_of_the_package_were_rounded_before(tmp_pat
     monkeypatch.setitem(real_model.FETCHABLE, real_model.MODEL, published)
     assert real_model.source_of(real_model.MODEL)["weights"] == f"the 16-bit weights of {known.title}"
     assert real_model.source_of("a-folder")["weights"] == "a-folder"
+
+
+def test_the_readme_takes_the_seeds_together(tmp_path):
+    def row(name, each, valid):
+        return {"name": name, "questions": 4, "each": each, "valid": [valid, 0.1]}
+
+    rows = [row("no example", "0000", 0.0), row("NF4, seed 0", "1110", 1.0), row("NF4, seed 1", "1010", 0.5)]
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps({"rows": [*rows, {"name": "capitals"}]}), encoding="utf-8")
+    half = 100 * interval([1, 0.5, 1, 0]).half
+    assert real_model.markdown_table(table).splitlines()[2:] == [
+        "| before | 1 | 0 % | 0 % ± 0 % |",
+        f"| after, in 4 bits (NF4, double quantisation) | 2 | 75 % | 62 % ± {half:.0f} % |",
+    ]

@@ -4,12 +4,8 @@ import pytest
 
 from data.scripts.measure import real_formats, real_model, real_task
 from qlora_helpers.json_files import read_json
-from qlora_helpers.models.fetched import is_fetched
 from qlora_helpers.models.loading import load_tokenizer
 
-pytestmark = pytest.mark.skipif(
-    not is_fetched(real_model.MODEL), reason=f"needs the model: python -m qlora_helpers fetch {real_model.MODEL}"
-)
 PIECES, ORDERS = 2, 5
 
 

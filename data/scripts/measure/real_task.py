@@ -35,7 +35,7 @@ import torch
 
 from data.scripts import ROOT
 from data.scripts.make.orders import FIELDS
-from data.scripts.measure.real_model import MODEL, fill, head_of
+from data.scripts.measure.real_model import MODEL, TASK, fill, head_of
 from qlora_helpers import evaluation
 from qlora_helpers.adapters.files import load_adapter
 from qlora_helpers.chats import Chat, read_chats, split_question
@@ -48,7 +48,7 @@ from qlora_helpers.paths import data_path
 from qlora_helpers.settings import Settings
 from qlora_helpers.training.run import train
 
-TABLE = ROOT / "data" / "measured" / "real_task.json"
+TABLE = TASK
 KEPT = ROOT / "runs" / "real_task"
 CPU = detect("cpu")
 BUDGET = {"steps": 48, "batch_size": 4, "max_length": 160, "warmup_steps": 5, "rank": 16, "alpha": 32}
