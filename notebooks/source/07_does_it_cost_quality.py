@@ -31,7 +31,7 @@ from qlora_helpers.models.weights import quantize_dequantize
 from qlora_helpers.paths import data_path
 from qlora_helpers.quantize import NF4
 from qlora_helpers.settings import GPU_RUN, Settings
-from qlora_helpers.statistics import difference, interval
+from qlora_helpers.statistics import difference, interval, mcnemar
 from qlora_helpers.training.run import train
 from qlora_helpers.training.run_folder import new_run_folder
 
@@ -501,7 +501,8 @@ print("16 levels put out more error than 15 in:", ", ".join(worse))
 check("NF4's cost on real weights", interval(costs["NF4"]).mean, at_least=0.1, at_most=0.3)
 
 # %% [markdown]
-# The order is the paper's, and that of lesson 2: NF4, then FP4, then INT4. Shuffled weights show what a model without
+# The order is the paper's: NF4, then FP4, then INT4. Double quantisation costs 0.003 nats, which only a paired comparison can
+# see, and smaller blocks gain nothing. Shuffled weights show what a model without
 # knowledge would have. These weights had been rounded to Q4_1 before we got them (another 4-bit format, in blocks of 32), so
 # the costs are those of rounding a second time.
 #
@@ -548,7 +549,7 @@ for message in orders[0]:
 # orders. Then the test orders are asked, once. Two things stand beside the run, and every comparison should have them. One is
 # the same model with three of the training orders as examples in its prompt, which costs no training at all. The other is the
 # same run on shuffled weights. "Valid" is the share of answers that are a JSON object, "right" that of orders with all five
-# fields right. With several seeds the answers are taken together:
+# fields right, and then come the fields one by one. Several seeds are taken together:
 
 # %% tags=["nbval-check-output"]
 stored = json.loads(data_path("measured", "real_task.json").read_text(encoding="utf-8"))
@@ -559,13 +560,45 @@ for row in stored["rows"]:
 names_of = {"no example": "no run, no example", "three examples": "no run, three examples",
             "NF4": "QLoRA, NF4", "16 bit": "LoRA, 16 bit", "shuffled": "LoRA, shuffled weights"}
 table = []
-for label, name in names_of.items():
+for label in filter(tasks.get, names_of):
     asked = [list(map(int, row["each"])) for row in tasks[label]]
-    by_order = [sum(of) / len(of) for of in zip(*asked)]  # the seeds answer the same orders
-    right = interval(by_order)
-    valid = sum(row["valid"][0] for row in tasks[label]) / len(asked)
-    table.append([name, len(asked), valid, f"{right.mean:.1%} ± {right.half:.1%}"])
-show_table(["", "seeds", "valid", "right"], table, formats=["", "", ".0%", ""])
+    right = interval([sum(of) / len(of) for of in zip(*asked)])  # the seeds answer the same orders
+    shares = [{"valid": row["valid"]} | row["fields"] for row in tasks[label]]
+    means = [sum(share[name][0] for share in shares) / len(shares) for name in shares[0]]
+    table.append([names_of[label], len(asked), f"{right.mean:.0%} ± {right.half:.0%}", *means])
+columns = ["", "seeds", "right", *shares[0]]
+show_table(columns, table, formats=["", "", "", *[".0%"] * len(shares[0])])
+each = {label: [one == "1" for one in tasks[label][0]["each"]] for label in tasks}
+chance = mcnemar(each["three examples"], each["NF4"])
+check("how likely chance alone would tell the run from the examples", chance, at_most=0.001)
+
+# %% [markdown]
+# Before the run, the model chats about orders; three examples teach it the form; the run teaches it the task better than the
+# examples do, at a quarter of the prompt's length. On shuffled weights TASKTEXT
+#
+# Look at the fields, too. Names, items, numbers and days stand in the text, and words of no training order are copied from it.
+# Whether an order is to be delivered must be understood: "leave it on my porch" was in no training order. There, this run is
+# no better than tossing a coin. 192 orders teach a model of this size to copy and to count, not to understand.
+#
+# ## What it does not learn
+#
+# Form is one thing, facts are another. The same run, on questions for the capitals of 50 countries, each answered by the
+# capital alone. The test asks for 50 others, whose capitals the model must know by itself:
+
+# %% tags=["nbval-check-output"]
+(capitals,) = [row for row in stored["rows"] if row["name"] == "capitals"]
+tries = {"before": "before", "after": "after", "after_on_training": "after, on the training questions"}
+table = [[words, capitals[key]["alone"][0], capitals[key]["right"][0]] for key, words in tries.items()]
+show_table(["", "answers of up to four words", "right"], table, formats=["", ".0%", ".0%"])
+gained = mcnemar(*([one == "1" for one in capitals[when]["each"]] for when in ("before", "after")))
+print(f"by chance alone, as many would change sides in {gained:.1%} of all cases")
+
+# %% [markdown]
+# CAPTEXT
+
+# %% tags=["nbval-check-output"]
+for row in (tasks["NF4"][0], capitals):
+    print(f"{row['name']}: {row['kept']['said']}\n")
 
 # %% [markdown]
 # ## You have
