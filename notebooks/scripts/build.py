@@ -38,7 +38,7 @@ import nbformat
 from nbclient import NotebookClient
 
 from data.scripts.markdown_tables import fill
-from data.scripts.measure import memory_errors, speed
+from data.scripts.measure import memory_errors, real_model, speed
 from notebooks.scripts import ROOT, quiz_cells
 from notebooks.scripts.running import code_cells, has_tag, in_one_kernel, peak_bytes
 from qlora_helpers import suggestions
@@ -295,6 +295,7 @@ def readme_tables() -> dict[str, str]:
     return {
         "lessons": "\n".join(table),
         "results": "\n".join(results),
+        "real": real_model.markdown_table(),
         "commands": commands_table(),
         "course": f"![{alt_texts['course_map']}](notebooks/{MAP})",
         "map": map_table(),

@@ -6,7 +6,8 @@
 # - repeat one of these runs yourself;
 # - tell a difference from noise;
 # - see what matters more than the format: the learning rate, which layers are adapted, and alpha;
-# - set all this beside the QLoRA paper, and beside later work that disagrees.
+# - set all this beside the QLoRA paper, and beside later work that disagrees;
+# - look at a real language model: what each format costs it, what a short run teaches it, and what it does not.
 #
 # Takes about {{seconds}} seconds and {{gigabytes}} GB of memory on two processor cores. The runs of the tables were made by
 # `data/scripts/measure/quality.py`, most of them on a machine of 16 cores.
@@ -22,11 +23,15 @@ from qlora_helpers.course import plots
 from qlora_helpers.course.checks import check
 from qlora_helpers.course.exercises import lesson_07 as exercises
 from qlora_helpers.course.tables import show_table
+from qlora_helpers.evaluation.losses import losses_of
 from qlora_helpers.memory import find_shape, predict
+from qlora_helpers.models.fetched import is_fetched
 from qlora_helpers.models.loading import load_model, load_tokenizer
+from qlora_helpers.models.weights import quantize_dequantize
 from qlora_helpers.paths import data_path
+from qlora_helpers.quantize import NF4
 from qlora_helpers.settings import GPU_RUN, Settings
-from qlora_helpers.statistics import difference, interval
+from qlora_helpers.statistics import difference, interval, mcnemar
 from qlora_helpers.training.run import train
 from qlora_helpers.training.run_folder import new_run_folder
 
@@ -450,12 +455,158 @@ show_table(["8B on an H200", "peak GiB", "tokens/s"], table, formats=["", ".2f",
 #   data, the batch is not too large and the learning rate is tuned for each.
 #
 # We tried none of these at their size. What is shown here is a mechanism, on a model of 3 million weights.
+
+# %% [markdown]
+# ## On a real model
 #
+# All of this is a model of 3 million weights in an invented world. SmolLM2-135M-Instruct has 135 million, learned from the
+# web, and runs on any laptop. One command fetches it, without an account: `python -m qlora_helpers fetch smollm2-135m`. The
+# tables below were measured with it beforehand, on one processor core, by `data/scripts/measure/real_formats.py` and
+# `real_task.py`.
+#
+# First the formats. The text is this course's own questions and answers about QLoRA, which are younger than the model. What
+# a format costs is the loss with the decoded weights minus the loss with the weights as they came, on the same tokens. The
+# errors are shares: of the weights; of what the query layers (q) and the value layers (v) of attention put out on that text;
+# and of those weights in the value layers that the loudest input is multiplied with.
+
+# %% tags=["nbval-check-output"]
+stored = json.loads(data_path("measured", "real_formats.json").read_text(encoding="utf-8"))
+print(stored["source"]["weights"])
+print(f"{stored['tokens']:,} tokens, a loss of {stored['loss']:.2f} nats per token")
+formats = {row["name"]: row for row in stored["rows"]}
+table = []
+for name, row in formats.items():
+    cost, outputs = interval(row["costs"]), row["output_errors"]
+    shown = f"{cost.mean:+.3f} ± {cost.half:.3f}"
+    loudest = row["loudest_errors"]["v_proj"]
+    table.append([name, shown, row["weight_error"], outputs["q_proj"], outputs["v_proj"], loudest])
+columns = ["format", "cost (nats)", "weights", "q outputs", "v outputs", "v, loudest"]
+show_table(columns, table, formats=["", "", ".3f", ".3f", ".3f", ".2f"])
+
+# %% tags=["nbval-check-output"]
+costs = {name: row["costs"] for name, row in formats.items()}
+zero, no_zero = "INT4, 15 levels with a zero", "INT4, 16 levels without a zero"
+given_back = "16 levels, in the v_proj layers a zero"
+pairs = [("NF4, double quantisation", "NF4"), ("NF4, blocks of 32", "NF4"), ("FP4", "NF4"),
+         (zero, "NF4"), (no_zero, zero), (given_back, no_zero), (given_back, zero)]
+table = []
+for one, other in pairs:
+    found = difference(costs[one], costs[other])
+    verdict = "within noise" if found.is_noise else "a difference"
+    table.append([one, other, f"{found.mean:+.3f} ± {found.half:.3f}", verdict])
+show_table(["one", "other", "nats", "verdict"], table)
+worse = [kind for kind, error in formats[no_zero]["output_errors"].items()
+         if error > formats[zero]["output_errors"][kind]]
+print("16 levels put out more error than 15 in:", ", ".join(worse))
+check("NF4's cost on real weights", interval(costs["NF4"]).mean, at_least=0.1, at_most=0.3)
+
+# %% [markdown]
+# The order is the paper's: NF4, then FP4, then INT4. Double quantisation costs 0.003 nats, which only a paired comparison can
+# see, and smaller blocks gain nothing. Shuffled weights show what a model without
+# knowledge would have. These weights had been rounded to Q4_1 before we got them (another 4-bit format, in blocks of 32), so
+# the costs are those of rounding a second time.
+#
+# **Two lines do not fit.** With 16 levels the weights are closer to what they were than with 15, and the loss is much
+# higher. So the error of the weights is not what counts. What the layers put out is: with 16 levels it is closer, too, in six
+# kinds of layers, and further away in one, the value layers. There, the weights for the loudest input are next to zero, as
+# their large errors show: the model has learned not to listen to it. The 16 levels have no zero, so each of these weights
+# becomes at least a fifteenth of the largest one of its block.
+#
+# That is a guess until it is tested. The last line of the first table gives a zero to the value layers alone. They are few, and
+# the mean error of all weights hardly moves. The cost falls from 0.589 to 0.353, back to that of 15 levels.
+#
+# If the model is on this disk, here is a row once more, on the first pieces of the text:
+
+# %%
+REAL = "smollm2-135m"
+if is_fetched(REAL):
+    real, its_tokenizer = load_model(REAL, quantization=None), load_tokenizer(REAL)
+    chats = read_chats(data_path("chats", "qlora", "test.jsonl"))
+    text = "\n\n".join("\n".join(message["content"] for message in chat) for chat in chats)
+    ids = its_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    pieces = [{"input_ids": ids[at : at + 256], "assistant_masks": [1] * 256} for at in (0, 256)]
+    before = losses_of(real, its_tokenizer, pieces)
+    quantize_dequantize(real, NF4)
+    after = losses_of(real, its_tokenizer, pieces)
+    here = sum(b - a for (a, _), (b, _) in zip(before, after)) / sum(count for _, count in before)
+    print(f"NF4 costs {here:+.3f} nats here, {sum(costs['NF4'][:2]) / 2:+.3f} in the table")
+else:
+    print(f"It is not: python -m qlora_helpers fetch {REAL}  gets it, and this cell measures a row.")
+
+# %% [markdown]
+# ## One task that it learns
+#
+# Now a run on it. The task is one that people do fine-tune small models for: an order in free text becomes JSON. Training,
+# validation and test orders share no name, no word of an item and no phrasing. Here is one of the test:
+
+# %% tags=["nbval-check-output"]
+orders = read_chats(data_path("chats", "orders", "test.jsonl"))
+for message in orders[0]:
+    print(f"{message['role']:10}{message['content']}")
+
+# %% [markdown]
+# The run is short: rank 16, 48 steps of 4 orders. Its learning rate is the one with the lowest loss on the validation
+# orders. Then the test orders are asked, once. Two things stand beside the run, and every comparison should have them. One is
+# the same model with three of the training orders as examples in its prompt, which costs no training at all. The other is the
+# same run on shuffled weights. "Valid" is the share of answers that are a JSON object, "right" that of orders with all five
+# fields right, and then come the fields one by one. Several seeds are taken together:
+
+# %% tags=["nbval-check-output"]
+stored = json.loads(data_path("measured", "real_task.json").read_text(encoding="utf-8"))
+tasks = defaultdict(list)
+for row in stored["rows"]:
+    if "right" in row:
+        tasks[row["name"].partition(", seed")[0]].append(row)
+names_of = {"no example": "no run, no example", "three examples": "no run, three examples",
+            "NF4": "QLoRA, NF4", "16 bit": "LoRA, 16 bit", "shuffled": "LoRA, shuffled weights"}
+table = []
+for label in filter(tasks.get, names_of):
+    asked = [list(map(int, row["each"])) for row in tasks[label]]
+    right = interval([sum(of) / len(of) for of in zip(*asked)])  # the seeds answer the same orders
+    shares = [{"valid": row["valid"]} | row["fields"] for row in tasks[label]]
+    means = [sum(share[name][0] for share in shares) / len(shares) for name in shares[0]]
+    table.append([names_of[label], len(asked), f"{right.mean:.0%} ± {right.half:.0%}", *means])
+columns = ["", "seeds", "right", *shares[0]]
+show_table(columns, table, formats=["", "", "", *[".0%"] * len(shares[0])])
+each = {label: [one == "1" for one in tasks[label][0]["each"]] for label in tasks}
+chance = mcnemar(each["three examples"], each["NF4"])
+check("how likely chance alone would tell the run from the examples", chance, at_most=0.001)
+
+# %% [markdown]
+# Before the run, the model chats about orders; three examples teach it the form; the run teaches it the task better than the
+# examples do, at a quarter of the prompt's length. On shuffled weights TASKTEXT
+#
+# Look at the fields, too. Names, items, numbers and days stand in the text, and words of no training order are copied from it.
+# Whether an order is to be delivered must be understood: "leave it on my porch" was in no training order. There, this run is
+# no better than tossing a coin. 192 orders teach a model of this size to copy and to count, not to understand.
+#
+# ## What it does not learn
+#
+# Form is one thing, facts are another. The same run, on questions for the capitals of 50 countries, each answered by the
+# capital alone. The test asks for 50 others, whose capitals the model must know by itself:
+
+# %% tags=["nbval-check-output"]
+(capitals,) = [row for row in stored["rows"] if row["name"] == "capitals"]
+tries = {"before": "before", "after": "after", "after_on_training": "after, on the training questions"}
+table = [[words, capitals[key]["alone"][0], capitals[key]["right"][0]] for key, words in tries.items()]
+show_table(["", "answers of up to four words", "right"], table, formats=["", ".0%", ".0%"])
+gained = mcnemar(*([one == "1" for one in capitals[when]["each"]] for when in ("before", "after")))
+print(f"by chance alone, as many would change sides in {gained:.1%} of all cases")
+
+# %% [markdown]
+# CAPTEXT
+
+# %% tags=["nbval-check-output"]
+for row in (tasks["NF4"][0], capitals):
+    print(f"{row['name']}: {row['kept']['said']}\n")
+
+# %% [markdown]
 # ## You have
 # - compared full fine-tuning, 16-bit LoRA and QLoRA in five formats, with five seeds each and error bars;
 # - repeated one of these runs;
 # - told differences from noise: double quantisation costs nothing, 4 bits cost something here;
 # - seen that the learning rate, the adapted layers and alpha matter more than the format;
-# - set it beside the paper, which found less loss on larger models, and beside later work.
+# - set it beside the paper, which found less loss on larger models, and beside later work;
+# - looked at a real model: a short run teaches it a form, and no facts.
 #
 # Next: [lesson 8](08_stability.ipynb) breaks runs on purpose, and mends them.
