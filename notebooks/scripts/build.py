@@ -356,6 +356,11 @@ HELPERS = {
         "evaluation/scores",
         "evaluation/comparison",
         "evaluation/knowledge",
+        "adapters/effect",
+        "adapters/proven_merge",
+        "adapters/gguf_export",
+        "adapters/hops",
+        "adapters/serving",
     ),
     "11_where_the_time_goes": ("memory/budget", "training/packing", "training/step_profile"),
 }
