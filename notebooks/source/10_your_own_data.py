@@ -6,7 +6,9 @@
 # - see the data as the model will see it: which tokens count, what is too long, whether the tokenizer knows the words;
 # - hold rows out without a leak, and choose settings with a reason for each;
 # - make a run that is validated, keeps its best step, and stops when it only learns its rows by heart;
-# - compare the model before and after on rows that it has never seen, find out what it has forgotten, and talk to it.
+# - compare the model before and after on rows that it has never seen, find out what it has forgotten, and talk to it;
+# - take it out of the door: prove that the adapter takes effect, merge it, write a file for llama.cpp and Ollama, and check
+#   each hop of the way.
 #
 # Takes about {{seconds}} seconds and {{gigabytes}} GB of memory on two processor cores. None of it needs a GPU.
 
@@ -14,6 +16,7 @@
 import copy
 import json
 import re
+import shutil
 from dataclasses import asdict, replace
 
 from qlora_helpers import evaluation
@@ -396,6 +399,133 @@ from qlora_helpers.course.widgets import chat_widget
 chat_widget(run.model, tokenizer)
 
 # %% [markdown]
+# ## Did it take effect?
+#
+# What you give away is not this notebook but the folder of the adapter. An adapter that does nothing loads without an error,
+# so ask first. `effect_of` loads the saved adapter onto its base, puts the same questions to both, and compares their answers
+# and [logits](../GLOSSARY.md#logits). The questions are some of the fresh file:
+
+# %%
+from safetensors.torch import load_file, save_file
+
+from qlora_helpers.adapters.effect import effect_of
+
+asked = [chat[:1] for chat in sharegpt.chats[:6]]
+questions = folder / "questions.txt"
+_ = questions.write_text("\n".join(chat[0]["content"] for chat in asked), encoding="utf-8")
+works = effect_of(run.saved_path, questions=questions, max_new_tokens=12)
+print(works)
+
+# %% tags=["nbval-check-output"]
+check("it takes effect", works.took_effect, True, exact=True)
+check("mean shift of the logits / their spread", works.adapter.shift, at_least=0.1)
+check("causes that would take the effect away", len(works.causes), 0, exact=True)
+
+# %% [markdown]
+# Now break it, as tools that rename tensors do: take away what the names of the tensors begin with. PEFT loads none of them,
+# and raises no error. The model is its base again, and the reason is in the files:
+
+# %% tags=["nbval-check-output"]
+renamed = folder / "renamed"
+shutil.copytree(run.saved_path, renamed)
+tensors = load_file(renamed / "adapter_model.safetensors")
+tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+save_file(tensors, renamed / "adapter_model.safetensors", metadata={"format": "pt"})
+nothing = effect_of(renamed, questions=questions, max_new_tokens=12)
+print(nothing)
+check("the cause that is named", [cause.name for cause in nothing.causes], ["names"], exact=True)
+
+# %% [markdown]
+# ## Merged
+#
+# Most programs want one whole model, without PEFT. [Lesson 6](06_adapters_and_merging.ipynb) compares the ways to
+# [merge](../GLOSSARY.md#merge). `plan_merge` chooses the one that keeps what was trained: the adapter was trained on decoded 4-bit
+# weights, so it is added to those, and the sum stays in 16 bits.
+#
+# Then comes the proof. Transformers alone loads the merged folder, and gets the same questions as the adapter:
+
+# %%
+from qlora_helpers.adapters.proven_merge import merge_with_proof, plan_merge
+
+merged = folder / "merged"
+plan = plan_merge(run.saved_path, merged)
+print(f"{plan.into}: {plan.why}\n")
+proof = merge_with_proof(plan, merged, questions=questions, max_new_tokens=12)
+print(proof)
+
+# %% tags=["nbval-check-output"]
+check("the way of merging", plan.into, "dequantised", exact=True)
+check("faults that the proof found", len(proof.faults), 0, exact=True)
+check("merged model's shift / what the adapter changes", proof.share, at_most=0.06)
+check("share of B A in the merged weights, the least of all layers", proof.survived.least, at_least=0.9)
+
+# %% [markdown]
+# The folder has a model card, too. It says what was merged into what, whose licence counts, and what the proof has measured:
+
+# %%
+card = (merged / "README.md").read_text(encoding="utf-8")
+print(card[card.index("## What was measured") :])
+
+# %% [markdown]
+# ## One file for llama.cpp and Ollama
+#
+# Both load [GGUF](../GLOSSARY.md#gguf), one file with the weights, the tokenizer and the chat template. Much can go wrong on the
+# way to it, and none of it is an error: rows in another order, words cut in another way, another template. The file loads,
+# and answers, only worse. So `prove` reads it back, and asks the same at each hop: adapter → merged → GGUF.
+
+# %%
+from qlora_helpers.adapters.files import load_adapter
+from qlora_helpers.adapters.gguf_export import export_gguf
+from qlora_helpers.adapters.hops import prove
+
+
+def live():
+    """The adapter on the weights that it was merged into."""
+    return load_adapter(load_model().dequantize(), run.saved_path), tokenizer
+
+
+file = export_gguf(merged, folder / "people.gguf")
+hops = prove(file.path, merged, asked, live=live, max_new_tokens=12)
+print(hops)
+
+# %% [markdown]
+# Each line has what was measured beside what is expected. Text and tokens must be the same. Weights may differ by the rounding
+# to 16 bits, and logits by what follows from that:
+
+# %% tags=["nbval-check-output"]
+show_table(["hop", "what", "holds"], [[one.hop, one.what, one.holds] for one in hops.checks])
+check("hops that break", sum(not one.holds for one in hops.checks), 0, exact=True)
+check("mean KL from the merged model to the file, in nats", hops.export.mean_kl, at_most=1e-4)
+
+# %% [markdown]
+# A table in which everything holds proves little until it has been seen to fail. Write the file once more with another chat
+# template, which marks a question as if it were an answer. No weight is wrong now:
+
+# %% tags=["nbval-check-output"]
+other = copy.deepcopy(tokenizer)
+other.chat_template = tokenizer.chat_template.replace("<|user|>", "<|assistant|>")
+other.save_pretrained(folder / "other")
+export_gguf(merged, folder / "other.gguf", tokenizer_folder=folder / "other")
+wrong = prove(folder / "other.gguf", merged, asked, max_new_tokens=12)
+show_table(["hop", "what", "holds"], [[one.hop, one.what, one.holds] for one in wrong.checks])
+print(wrong.broken.measured)
+check("what breaks", f"{wrong.broken.hop}: {wrong.broken.what}", "merged → GGUF: prompt", exact=True)
+
+# %% [markdown]
+# The model is not asked any more, since an answer to another prompt says nothing.
+#
+# llama.cpp takes the template from the file. Ollama takes it from a Modelfile, in another language, and one is written only if it
+# gives the same text. These programs are not run here:
+
+# %% tags=["nbval-check-output"]
+from qlora_helpers.adapters.gguf_tokenizer import read_tokenizer
+from qlora_helpers.adapters.serving import modelfile, serving_lines
+
+text = modelfile(file.path, read_tokenizer(file.path), file.tokenizer.add_bos)
+print(text, end="\n\n")
+print(serving_lines("people.gguf", file.tokenizer.template, "merged", has_modelfile=True))
+
+# %% [markdown]
 # ## The same from a terminal
 #
 # Three commands do what this lesson did, and take your file and your model:
@@ -409,7 +539,20 @@ chat_widget(run.model, tokenizer)
 # Give `data` and `run` a `--model`, such as `Qwen/Qwen2.5-1.5B-Instruct`; without it they take the shipped one. `run` chooses the
 # settings as above where you name none. It writes `report.json`, and beside the adapter a model card, `README.md`. The card has
 # the data and what was left out of it, the settings, both loss curves, the scores before and after with sample answers, what was
-# forgotten, how to load the adapter, and its limits. Here is the first command, on the third file. It ends with the command
+# forgotten, how to load the adapter, and its limits.
+#
+# Three more lead out of the door, and end with an error if something does not hold:
+#
+# ```
+# python -m qlora_helpers effect runs/people
+# python -m qlora_helpers merge runs/people merged/people
+# python -m qlora_helpers export runs/people people.gguf --into dequantised --modelfile --check questions.txt
+# ```
+#
+# With a real model on your own machine, begin with `python -m qlora_helpers fetch smollm2-135m` and give `--model smollm2-135m` to
+# `data` and `run`; the other commands are the same. On a T4, name a model of the Hub.
+#
+# Here is the first of all, `data`, on the third file. It ends with the command
 # that trains on that file, which is left out here, since it has the paths of the machine:
 
 # %% tags=["nbval-check-output"]
@@ -532,12 +675,39 @@ stopped = train(load_model(), tokenizer, rows, new_run_folder("lesson-10-stop"),
 exercises.in_time.check(stopped, steps=careless.steps)
 
 # %% [markdown]
+# ## Exercise 10.5: which hop broke?
+#
+# *Run · medium · about 12 minutes.* Three colleagues have exported this run. Each folder has their `merged` model and their
+# `model.gguf`. All six load without an error, and two of the three files answer as if nothing had been learnt. Who lost it,
+# and where? Answer with a dictionary from the folders' names to `"merge"`, if the merged model is wrong already, to `"export"`,
+# if it is right and the file is not, or to `"none"`.
+
+# %%
+colleagues = exercises.three_exports(merged, new_run_folder("lesson-10-colleagues"))
+print(*(path.name for path in colleagues))
+
+# %% tags=["exercise"]
+hop = ...
+
+# %% tags=["solution"]
+hop = {}
+for path in colleagues:
+    found = prove(path / "model.gguf", path / "merged", asked[:2], live=live, max_new_tokens=12)
+    broken = found.broken
+    hop[path.name] = "none" if not broken else "merge" if "adapter" in broken.hop else "export"
+    print(path.name, broken and f"{broken.hop}: {broken.what}")
+
+# %% tags=["nbval-check-output"]
+exercises.lost.check(hop)
+
+# %% [markdown]
 # ## You have
 # - read a table, an Alpaca file and a ShareGPT file, and been told what became of each row, and of each that was bad;
 # - seen the data as the model sees it, and found the answers' tokens by comparison, equal to the template's own marks;
 # - held rows out without a leak, and been given settings with a reason for each;
 # - made a run that learnt its rows by heart, and one that did not; the step with the lowest validation loss was kept;
-# - compared both models on rows from another file, measured what a run forgets, and talked to the result.
+# - compared both models on rows from another file, measured what a run forgets, and talked to the result;
+# - proved that the adapter takes effect, merged it, written it as a GGUF file, and seen a broken hop named.
 #
 # Next: [lesson 11](11_where_the_time_goes.ipynb) shows where the time of a run goes, and how to make it faster. Or take your
 # own file now: [README.md](../README.md) has the commands, and [TROUBLESHOOTING.md](../TROUBLESHOOTING.md) what to do when

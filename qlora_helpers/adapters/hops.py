@@ -13,14 +13,16 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import gguf
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, modeling_gguf_pytorch_utils
 
 from qlora_helpers.adapters.gguf_tokenizer import FileTokenizer, chat_text, file_tokenizer, read_tokenizer, with_blanks
 from qlora_helpers.adapters.same_answers import Likeness, Said, compared, said
@@ -166,7 +168,7 @@ def _export_proved(
 ) -> Proof:
     found = prove_tokenizer(path, tokenizer, chats)
     checks += found
-    with without_short_bars(0):
+    with without_short_bars(0), _without_the_readers_bar():
         model = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=hardware.compute_dtype, local_files_only=True
         ).to(hardware.device)
@@ -181,6 +183,17 @@ def _export_proved(
     del model
     gc.collect()
     return Proof(tuple(checks), likeness)
+
+
+@contextmanager
+def _without_the_readers_bar() -> Iterator[None]:
+    """Hide the bar of transformers' reader of GGUF files: it takes tqdm as it is, and asks no setting whether to show it."""
+    own = modeling_gguf_pytorch_utils.tqdm
+    modeling_gguf_pytorch_utils.tqdm = partial(own, disable=True)
+    try:
+        yield
+    finally:
+        modeling_gguf_pytorch_utils.tqdm = own
 
 
 def prove_tokenizer(path: str | Path, tokenizer: PreTrainedTokenizerBase, chats: list[Chat]) -> list[Check]:

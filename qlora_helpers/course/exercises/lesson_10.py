@@ -1,8 +1,13 @@
-"""The exercises of lesson 10: rows that cannot be used, which tokens count, a row that is mended, a run that stops in time."""
+"""The exercises of lesson 10, from the data to the file that is given away.
+
+Rows that cannot be used, which tokens count, a row that is mended, a run that stops in time, and exports that lost what was
+learnt.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -10,7 +15,7 @@ from typing import Any
 from qlora_helpers.chats import Chat, read_file, tokenized
 from qlora_helpers.course.exercises.asking import Exercise, choice, function
 
-__all__ = ["in_time", "marks", "mended", "usable"]
+__all__ = ["in_time", "lost", "marks", "mended", "three_exports", "usable"]
 
 
 def _usable(answer: Any, *, file: str | PathLike, tokenizer: Any) -> str:
@@ -188,4 +193,59 @@ in_time = Exercise(
         "the kept one to the end are about eval_steps times patience.",
     ),
     fault=_in_time,
+)
+
+
+# ---- A hop that broke
+
+HOPS = ("merge", "export", "none")
+_LOST_AT = {"anna": "export", "ben": "none", "clara": "merge"}
+
+
+def three_exports(merged: str | PathLike, folder: str | PathLike) -> list[Path]:
+    """Write what three colleagues have exported: a file of the base, a right one, and one of a merge that changed nothing.
+
+    Args:
+        merged: the folder of a merged model whose base is the shipped one.
+        folder: gets a folder for each of them, with `merged/` and `model.gguf`.
+
+    Returns:
+        Their folders.
+    """
+    from qlora_helpers.adapters.gguf_export import export_gguf
+    from qlora_helpers.models.loading import SHIPPED_MODEL, folder_of
+
+    base = folder_of(SHIPPED_MODEL)
+    for name, hop in _LOST_AT.items():
+        own = Path(folder) / name
+        shutil.copytree(base if hop == "merge" else merged, own / "merged")
+        export_gguf(base if hop == "export" else own / "merged", own / "model.gguf", name=name)
+    return [Path(folder) / name for name in _LOST_AT]
+
+
+def _lost(answer: Any) -> str:
+    names = ", ".join(_LOST_AT)
+    if not isinstance(answer, Mapping):
+        return f"a dictionary is needed, with a hop for each of {names}."
+    given = {str(name).strip().lower(): str(hop).strip().lower() for name, hop in answer.items()}
+    if given.keys() != _LOST_AT.keys():
+        return f"your dictionary has {', '.join(given) or 'nobody'}, and the folders are those of {names}."
+    for name, hop in given.items():
+        if hop not in HOPS:
+            return f"of {name} you say {hop!r}, which is none of: {', '.join(HOPS)}."
+    wrong = [name for name, hop in given.items() if hop != _LOST_AT[name]]
+    return f"what you say of {wrong[0]} is not right: which is the first check that does not hold?" if wrong else ""
+
+
+lost = Exercise(
+    number="10.5",
+    title="which hop broke?",
+    kind="run",
+    difficulty="medium",
+    minutes=12,
+    hints=(
+        "`prove` compares the adapter, the merged model and the file, as in the lesson. Give it each colleague's folder and file.",
+        "without `live=live` the first hop is not looked at. What `prove` gives back has `broken`, and that has `hop`.",
+    ),
+    fault=_lost,
 )

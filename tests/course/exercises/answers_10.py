@@ -233,6 +233,10 @@ def made(every, best, last, start=5.2, lowest=1.5):
 
 STEPS = {"steps": 150}
 
+# ---- 10.5
+
+LOST = {"anna": "export", "ben": "none", "clara": "merge"}
+
 RIGHT = {
     "usable": [Tried(answer, **READ) for answer in ({1, 4}, [4, 1], (1, 4), {"1", "4"}, "1, 4", "1 4")],
     "marks": [
@@ -243,6 +247,11 @@ RIGHT = {
     "in_time": [
         Tried(run, **STEPS)
         for run in (made(5, 50, 70), made(2, 24, 32), made(4, 80, 92), made(10, 80, 100), made(3, 48, 57))
+    ],
+    "lost": [
+        Tried(LOST),
+        Tried(dict(reversed(LOST.items()))),
+        Tried({name.title(): f" {hop.upper()}" for name, hop in LOST.items()}),
     ],
 }
 
@@ -280,5 +289,14 @@ WRONG = {
         Tried(made(1, 12, 13, lowest=2.85), says="more patience", **STEPS),  # at the first hump
         Tried(made(5, 50, 110), says="that is long", **STEPS),
         Tried("validation=0.2", says="a finished run", **STEPS),
+    ],
+    "lost": [
+        Tried(LOST | {"ben": "export"}, says="of ben is not right"),
+        Tried(LOST | {"anna": "merge"}, says="of anna is not right"),  # both files answer as the base does
+        Tried(LOST | {"clara": "export"}, says="of clara is not right"),  # the first hop was not looked at
+        Tried(dict.fromkeys(LOST, "none"), says="is not right"),
+        Tried(LOST | {"ben": "nothing"}, says="none of: merge, export, none"),
+        Tried({"anna": "export"}, says="the folders are those of"),
+        Tried(["export", "none", "merge"], says="a dictionary is needed"),
     ],
 }
