@@ -132,7 +132,6 @@ torch.manual_seed(0)
 model = load_model(hardware=cpu)
 model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
 
-# %% tags=["nbval-check-output"]
 trained = [weight for weight in model.parameters() if weight.requires_grad]
 
 
@@ -146,7 +145,7 @@ def gradient_of(some: list) -> tuple[torch.Tensor, int]:
     flat = torch.cat([weight.grad.flatten() for weight in trained])
     return flat, (batch["labels"] != -100).sum().item()
 
-
+# %% tags=["nbval-check-output"]
 wanted, total = gradient_of(short + long)  # one GPU, the whole batch
 (first, few), (second, many) = gradient_of(short), gradient_of(long)
 print(f"a token of rank 0 counts as {many / few:.2f} tokens of rank 1")
