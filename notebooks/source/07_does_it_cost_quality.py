@@ -549,7 +549,7 @@ for message in orders[0]:
 # orders. Then the test orders are asked, once. Two things stand beside the run, and every comparison should have them. One is
 # the same model with three of the training orders as examples in its prompt, which costs no training at all. The other is the
 # same run on shuffled weights. "Valid" is the share of answers that are a JSON object, "right" that of orders with all five
-# fields right, and then come the fields one by one. Several seeds are taken together:
+# fields right, and then come the fields one by one:
 
 # %% tags=["nbval-check-output"]
 stored = json.loads(data_path("measured", "real_task.json").read_text(encoding="utf-8"))
@@ -574,31 +574,17 @@ check("how likely chance alone would tell the run from the examples", chance, at
 
 # %% [markdown]
 # Before the run, the model chats about orders; three examples teach it the form; the run teaches it the task better than the
-# examples do, at a quarter of the prompt's length. On shuffled weights TASKTEXT
+# examples do, at a quarter of the prompt's length. On shuffled weights
+# the same run does not even learn the form. All of this is one seed each, and the ± are of the questions alone.
 #
 # Look at the fields, too. Names, items, numbers and days stand in the text, and words of no training order are copied from it.
 # Whether an order is to be delivered must be understood: "leave it on my porch" was in no training order. There, this run is
 # no better than tossing a coin. 192 orders teach a model of this size to copy and to count, not to understand.
 #
-# ## What it does not learn
-#
-# Form is one thing, facts are another. The same run, on questions for the capitals of 50 countries, each answered by the
-# capital alone. The test asks for 50 others, whose capitals the model must know by itself:
+# And what has the run wiped out? A fixed set of facts of general knowledge was asked before it and after it:
 
 # %% tags=["nbval-check-output"]
-(capitals,) = [row for row in stored["rows"] if row["name"] == "capitals"]
-tries = {"before": "before", "after": "after", "after_on_training": "after, on the training questions"}
-table = [[words, capitals[key]["alone"][0], capitals[key]["right"][0]] for key, words in tries.items()]
-show_table(["", "answers of up to four words", "right"], table, formats=["", ".0%", ".0%"])
-gained = mcnemar(*([one == "1" for one in capitals[when]["each"]] for when in ("before", "after")))
-print(f"by chance alone, as many would change sides in {gained:.1%} of all cases")
-
-# %% [markdown]
-# CAPTEXT
-
-# %% tags=["nbval-check-output"]
-for row in (tasks["NF4"][0], capitals):
-    print(f"{row['name']}: {row['kept']['said']}\n")
+print(tasks["NF4"][0]["kept"]["said"])
 
 # %% [markdown]
 # ## You have
