@@ -151,9 +151,9 @@ def test_ctrl_c_at_the_launcher_stops_the_command_after_a_step_and_it_can_be_con
     folder = tmp_path / "run"
     options = ["--steps", "40", "--batch-size", "4", "--rank", "4", "--output", str(folder)]
     process = launch(2, "qlora_helpers", "run", *options)
-    while not (folder / "run.json").exists() and process.poll() is None:
-        time.sleep(0.2)
-    time.sleep(1)
+    for line in process.stderr:  # the progress bar, a line for each step
+        if re.search(r"\b[1-9]\d*/40\b", line):
+            break
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     saved = re.findall(r"Stopped after step (\d+) of 40, which is saved\.", err)
