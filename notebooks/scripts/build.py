@@ -212,6 +212,7 @@ def execute_all_editions(name: str) -> tuple[dict[str, nbformat.NotebookNode], d
     set_up = nbformat.v4.new_notebook(cells=[copy.deepcopy(code_cells(editions["colab"])[0])])
     with tempfile.TemporaryDirectory() as folder:  # a new one: a lesson continues an unfinished run that it finds
         os.environ["QLORA_RUNS"] = folder
+        os.environ["QLORA_CACHE"] = str(Path(folder, "cache"))  # whether a model was fetched here shows in no output
         measured = execute(lesson, EDITIONS["learner"], with_bars=False)
         execute(set_up, EDITIONS["colab"])
     outputs = {

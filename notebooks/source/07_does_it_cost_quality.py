@@ -574,8 +574,8 @@ check("how likely chance alone would tell the run from the examples", chance, at
 
 # %% [markdown]
 # Before the run, the model chats about orders; three examples teach it the form; the run teaches it the task better than the
-# examples do, at a quarter of the prompt's length. On shuffled weights
-# the same run does not even learn the form. All of this is one seed each, and the ± are of the questions alone.
+# examples do, at a quarter of the prompt's length. On shuffled weights the same run does not even learn the form. All of this is
+# one seed each, and the ± are of the questions alone.
 #
 # Look at the fields, too. Names, items, numbers and days stand in the text, and words of no training order are copied from it.
 # Whether an order is to be delivered must be understood: "leave it on my porch" was in no training order. There, this run is
@@ -593,6 +593,6 @@ print(tasks["NF4"][0]["kept"]["said"])
 # - told differences from noise: double quantisation costs nothing, 4 bits cost something here;
 # - seen that the learning rate, the adapted layers and alpha matter more than the format;
 # - set it beside the paper, which found less loss on larger models, and beside later work;
-# - looked at a real model: a short run teaches it a form, and no facts.
+# - looked at a real model: what formats cost it, and what a short run teaches it.
 #
 # Next: [lesson 8](08_stability.ipynb) breaks runs on purpose, and mends them.
