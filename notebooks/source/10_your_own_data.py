@@ -457,7 +457,7 @@ print(proof)
 check("the way of merging", plan.into, "dequantised", exact=True)
 check("faults that the proof found", len(proof.faults), 0, exact=True)
 check("merged model's shift / what the adapter changes", proof.share, at_most=0.06)
-check("share of B A in the merged weights, the least of all layers", proof.survived.least, at_least=0.9)
+check("least share of B A in a layer's merged weights", proof.survived.least, at_least=0.9)
 
 # %% [markdown]
 # The folder has a model card, too. It says what was merged into what, whose licence counts, and what the proof has measured:

@@ -57,6 +57,11 @@ def test_a_right_file_holds_and_what_is_equal_is_called_equal(family, folders, t
     assert proof.export.mean_kl < 1e-9 and proof.export.same_answers == 2
 
 
+def test_no_bar_of_the_reader_stays_on_the_page(folders, tmp_path, capfd):
+    proved(folders["llama3"], tmp_path)
+    assert "de-quantizing" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(("kind", "most"), [("f16", 1e-6), ("q8_0", 0.02)])
 def test_rounding_is_within_what_is_expected_of_it_and_no_more(kind, most, folders, tmp_path):
     proof = proved(folders["qwen2"], tmp_path, kind)

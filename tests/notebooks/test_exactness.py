@@ -20,8 +20,8 @@ from tests.course.exercises.test_answers import of_lesson as exercises_of
 
 # The results of these depend on the gear, unless an argument names the CPU.
 OF_THE_GEAR = {
-    "build_trainer", "collator_run", "default_model", "detect", "load_base", "load_model", "load_or_shipped", "merge",
-    "sft_trainer", "train",
+    "build_trainer", "collator_run", "default_model", "detect", "effect_of", "load_base", "load_model", "load_or_shipped",
+    "merge", "merge_with_proof", "plan_merge", "prove", "sft_trainer", "train",
 }  # fmt: skip
 
 # "count": a whole number or a truth value that does not depend on floats; "text": words, tokens, names and dtypes;
@@ -70,9 +70,11 @@ DECIDED = {
         "in_time": "bound",  # a few rows are learnt by heart long before the last step
         "it takes effect": "count",  # the base says something else entirely
         "causes that would take the effect away": "count",  # of its files: the last bits do not decide
+        "the cause that is named": "text",  # of the names in its files
         "the way of merging": "text",  # by what the run trained on
         "faults that the proof found": "count",  # of rounding to 16 bits a fifteenth of what is allowed is seen
         "hops that break": "count",  # of rounding to 16 bits a hundredth of what is allowed is seen
+        "what breaks": "text",  # of tokens and texts
         "lost": "bound",  # two of three files are those of the base, in which nothing was learnt
     },
 }

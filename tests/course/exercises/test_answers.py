@@ -6,6 +6,7 @@ import re
 import pytest
 
 from qlora_helpers.course import exercises
+from qlora_helpers.course.exercises import lesson_10 as exercises_of_10
 from qlora_helpers.course.exercises.asking import NOT_SOLVED, Exercise
 from tests import ROOT
 from tests.course.exercises.tried import Tried
@@ -97,3 +98,26 @@ def test_dots_are_not_solved_yet_and_no_hint_has_the_answer(number, name, capsys
             if isinstance(tried.answer, str):  # the name of an option may be a common word, or be asked for
                 continue
             assert tells(hint, tried.answer) == [], hint
+
+
+def test_two_of_three_exports_lost_what_was_learnt(tmp_path):
+    """Each at the hop that the answer names, as `prove` finds it."""
+    from qlora_helpers.adapters.file_merge import merge_files
+    from qlora_helpers.adapters.files import load_adapter
+    from qlora_helpers.adapters.hops import EXPORT, MERGE, prove
+    from qlora_helpers.models.loading import SHIPPED_MODEL, folder_of, load_model, load_tokenizer
+    from qlora_helpers.paths import data_path
+    from tests.support.short_runs import CPU
+
+    adapter = data_path("adapters", "sentences")
+    merge_files(folder_of(SHIPPED_MODEL), adapter, tmp_path / "merged")
+
+    def live():
+        return load_adapter(load_model(quantization=None, hardware=CPU), adapter), load_tokenizer()
+
+    chats = [[{"role": "user", "content": "What is the job of Isabel Grayfield?"}]]
+    found = {}
+    for path in exercises_of_10.three_exports(tmp_path / "merged", tmp_path):
+        proof = prove(path / "model.gguf", path / "merged", chats, live=live, max_new_tokens=8, hardware=CPU)
+        found[path.name] = "none" if proof.broken is None else {MERGE: "merge", EXPORT: "export"}[proof.broken.hop]
+    assert found == answers("10").LOST
