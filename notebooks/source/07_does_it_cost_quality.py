@@ -7,7 +7,7 @@
 # - tell a difference from noise;
 # - see what matters more than the format: the learning rate, which layers are adapted, and alpha;
 # - set all this beside the QLoRA paper, and beside later work that disagrees;
-# - look at a real language model: what each format costs it, what a short run teaches it, and what it does not.
+# - look at a real language model: what each format costs it, and what a short run teaches it.
 #
 # Takes about {{seconds}} seconds and {{gigabytes}} GB of memory on two processor cores. The runs of the tables were made by
 # `data/scripts/measure/quality.py`, most of them on a machine of 16 cores.
@@ -506,7 +506,7 @@ check("NF4's cost on real weights", interval(costs["NF4"]).mean, at_least=0.1, a
 # knowledge would have. These weights had been rounded to Q4_1 before we got them (another 4-bit format, in blocks of 32), so
 # the costs are those of rounding a second time.
 #
-# **Two lines do not fit.** With 16 levels the weights are closer to what they were than with 15, and the loss is much
+# **Something does not fit.** With 16 levels the weights are closer to what they were than with 15, and the loss is much
 # higher. So the error of the weights is not what counts. What the layers put out is: with 16 levels it is closer, too, in six
 # kinds of layers, and further away in one, the value layers. There, the weights for the loudest input are next to zero, as
 # their large errors show: the model has learned not to listen to it. The 16 levels have no zero, so each of these weights
@@ -545,11 +545,11 @@ for message in orders[0]:
     print(f"{message['role']:10}{message['content']}")
 
 # %% [markdown]
-# The run is short: rank 16, 48 steps of 4 orders. Its learning rate is the one with the lowest loss on the validation
-# orders. Then the test orders are asked, once. Two things stand beside the run, and every comparison should have them. One is
-# the same model with three of the training orders as examples in its prompt, which costs no training at all. The other is the
-# same run on shuffled weights. "Valid" is the share of answers that are a JSON object, "right" that of orders with all five
-# fields right, and then come the fields one by one:
+# The run is short: rank 16, 48 steps of 4 orders. Its learning rate is the one with the lower loss on the validation orders.
+# Then the test orders are asked, once. No run should stand alone, so two things stand beside it: the same model with three of
+# the training orders as examples in its prompt, which costs no training at all, and the same run on shuffled weights. "Valid"
+# is the share of answers that are a JSON object, "right" that of orders with all five fields right, and then come the fields
+# one by one. Where there are several seeds, they are taken together:
 
 # %% tags=["nbval-check-output"]
 stored = json.loads(data_path("measured", "real_task.json").read_text(encoding="utf-8"))
@@ -565,7 +565,8 @@ for label in filter(tasks.get, names_of):
     right = interval([sum(of) / len(of) for of in zip(*asked)])  # the seeds answer the same orders
     shares = [{"valid": row["valid"]} | row["fields"] for row in tasks[label]]
     means = [sum(share[name][0] for share in shares) / len(shares) for name in shares[0]]
-    table.append([names_of[label], len(asked), f"{right.mean:.0%} ± {right.half:.0%}", *means])
+    shown = f"{right.mean:.0%} ± {right.half:.0%}" if right.half else f"{right.mean:.0%}"
+    table.append([names_of[label], len(asked), shown, *means])
 columns = ["", "seeds", "right", *shares[0]]
 show_table(columns, table, formats=["", "", "", *[".0%"] * len(shares[0])])
 each = {label: [one == "1" for one in tasks[label][0]["each"]] for label in tasks}
@@ -573,15 +574,17 @@ chance = mcnemar(each["three examples"], each["NF4"])
 check("how likely chance alone would tell the run from the examples", chance, at_most=0.001)
 
 # %% [markdown]
-# Before the run, the model chats about orders; three examples teach it the form; the run teaches it the task better than the
-# examples do, at a quarter of the prompt's length. On shuffled weights the same run does not even learn the form. All of this is
-# one seed each, and the ± are of the questions alone.
+# Before the run, the model chats about orders. Three examples teach it the form. The run teaches it more of the task, and its
+# prompts need no examples. On shuffled weights the same run teaches no valid answer: what it uses is in the weights.
 #
 # Look at the fields, too. Names, items, numbers and days stand in the text, and words of no training order are copied from it.
-# Whether an order is to be delivered must be understood: "leave it on my porch" was in no training order. There, this run is
-# no better than tossing a coin. 192 orders teach a model of this size to copy and to count, not to understand.
+# Whether an order is to be delivered must be understood: "leave it on my porch" is in no training order. There, both do no
+# better than tossing a coin. So many orders teach a model of this size to copy and to count, not to understand.
 #
-# And what has the run wiped out? A fixed set of facts of general knowledge was asked before it and after it:
+# These are single runs: the orders give the intervals, other seeds would widen them.
+#
+# Has it forgotten anything? The set of general knowledge that [lesson 10](10_your_own_data.ipynb) uses says what is left of
+# the facts that it knew before:
 
 # %% tags=["nbval-check-output"]
 print(tasks["NF4"][0]["kept"]["said"])
@@ -593,6 +596,6 @@ print(tasks["NF4"][0]["kept"]["said"])
 # - told differences from noise: double quantisation costs nothing, 4 bits cost something here;
 # - seen that the learning rate, the adapted layers and alpha matter more than the format;
 # - set it beside the paper, which found less loss on larger models, and beside later work;
-# - looked at a real model: what formats cost it, and what a short run teaches it.
+# - looked at a real model: what formats cost it, why a level at zero matters, and what a short run teaches it.
 #
 # Next: [lesson 8](08_stability.ipynb) breaks runs on purpose, and mends them.

@@ -80,6 +80,6 @@ def test_the_readme_takes_the_seeds_together(tmp_path):
     table.write_text(json.dumps({"rows": [*rows, {"name": "capitals"}]}), encoding="utf-8")
     half = 100 * interval([1, 0.5, 1, 0]).half
     assert real_model.markdown_table(table).splitlines()[2:] == [
-        "| before | 1 | 0 % | 0 % ± 0 % |",
+        "| before | 1 | 0 % | 0 % |",
         f"| after, in 4 bits (NF4, double quantisation) | 2 | 75 % | 62 % ± {half:.0f} % |",
     ]
