@@ -23,13 +23,9 @@ from qlora_helpers.course import plots
 from qlora_helpers.course.checks import check
 from qlora_helpers.course.exercises import lesson_07 as exercises
 from qlora_helpers.course.tables import show_table
-from qlora_helpers.evaluation.losses import losses_of
 from qlora_helpers.memory import find_shape, predict
-from qlora_helpers.models.fetched import is_fetched
 from qlora_helpers.models.loading import load_model, load_tokenizer
-from qlora_helpers.models.weights import quantize_dequantize
 from qlora_helpers.paths import data_path
-from qlora_helpers.quantize import NF4
 from qlora_helpers.settings import GPU_RUN, Settings
 from qlora_helpers.statistics import difference, interval, mcnemar
 from qlora_helpers.training.run import train
@@ -518,12 +514,17 @@ check("NF4's cost on real weights", interval(costs["NF4"]).mean, at_least=0.1, a
 # If the model is on this disk, here is a row once more, on the first pieces of the text:
 
 # %%
+from qlora_helpers.evaluation.losses import losses_of
+from qlora_helpers.models.fetched import is_fetched
+from qlora_helpers.models.weights import quantize_dequantize
+from qlora_helpers.quantize import NF4
+
 REAL = "smollm2-135m"
 if is_fetched(REAL):
     real, its_tokenizer = load_model(REAL, quantization=None), load_tokenizer(REAL)
     chats = read_chats(data_path("chats", "qlora", "test.jsonl"))
     text = "\n\n".join("\n".join(message["content"] for message in chat) for chat in chats)
-    ids = its_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = its_tokenizer(text)["input_ids"]
     pieces = [{"input_ids": ids[at : at + 256], "assistant_masks": [1] * 256} for at in (0, 256)]
     before = losses_of(real, its_tokenizer, pieces)
     quantize_dequantize(real, NF4)

@@ -107,6 +107,8 @@ def markdown_table(table: Path = TASK) -> str:
             continue
         by_order = [fmean(map(int, asked)) for asked in zip(*(row["each"] for row in of), strict=True)]
         right, valid = interval(by_order), fmean(row["valid"][0] for row in of)
-        within = f" ± {right.half:.0%}" if right.half else ""  # all answers alike: the formula would say that this is sure
+        within = (
+            f" ± {right.half:.0%}" if right.half else ""
+        )  # all answers alike: the formula would say that this is sure
         lines.append(f"| {words} | {len(of)} | {valid:.0%} | {right.mean:.0%}{within} |".replace("%", " %"))
     return "\n".join(lines)

@@ -296,7 +296,7 @@ def chosen_rate(rows: dict[str, dict]) -> float:
 def measure(name: str, rows: dict[str, dict], model: str = MODEL) -> dict:
     """One row."""
     started, processor_time = time.perf_counter(), time.process_time()
-    found = ROWS[name](rows=rows, model=model) | {"name": name}
+    found = ROWS[name](rows, model) | {"name": name}
     took = {"seconds": time.perf_counter() - started, "processor_seconds": time.process_time() - processor_time}
     return {"name": name} | found | {what: round(value, 1) for what, value in took.items()}
 
