@@ -170,9 +170,8 @@ def command(args: argparse.Namespace) -> int:
                 held.enter_context(locked(args.output, "--output"))
                 return _where_to_begin(args)
 
-            if launch.processes == 1:
-                return _load_and_run(begin(), launch)
-            return _load_and_run(_from_first(begin), launch)
+            plan = begin() if launch.processes == 1 else _from_first(begin)
+            return _load_and_run(plan, launch)
     except KeyboardInterrupt as stop:  # during training it is an Interrupted, which says where
         if not launch.leads:
             return 128 + getattr(stop, "signal", signal.SIGINT)

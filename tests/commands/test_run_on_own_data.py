@@ -274,7 +274,7 @@ def test_the_command_that_continues_keeps_what_a_resumed_run_needs(few, tmp_path
     assert main(typed) == 130
     assert capsys.readouterr().err.strip().endswith(" ".join(typed))
 
-    def begins(plan):
+    def begins(plan, launch):
         (tmp_path / "new" / "run.json").write_text(json.dumps(record), encoding="utf-8")
         stop()
 
@@ -288,7 +288,7 @@ def resumed(tmp_path, monkeypatch, few):
     """What a resumed run is asked for."""
     monkeypatch.chdir(tmp_path)
     plans = []
-    monkeypatch.setattr(run_command, "_load_and_run", lambda plan: plans.append(plan) or 0)
+    monkeypatch.setattr(run_command, "_load_and_run", lambda plan, launch: plans.append(plan) or 0)
 
     def run(*options):
         assert main(["run", "--resume", "--output", "out", *options]) == 0

@@ -230,7 +230,7 @@ def test_it_is_said_where_a_run_begins_and_its_steps_come_from_its_record(
     begins = []
     monkeypatch.setattr(
         "qlora_helpers.commands.run._load_and_run",
-        lambda plan: begins.append((plan.record.get("steps"), plan.begin.name)) or 0,
+        lambda plan, launch: begins.append((plan.record.get("steps"), plan.begin.name)) or 0,
     )
     assert main(["run", "--output", "latest", *arguments]) == 0
     how = "NEW" if begun is None else "RESUME" if arguments else "ASIDE"
@@ -255,7 +255,7 @@ def test_a_run_that_lacks_only_its_report_gets_it(report, here, capsys, monkeypa
     begins = []
     monkeypatch.setattr(
         "qlora_helpers.commands.run._load_and_run",
-        lambda plan: begins.append(plan.begin.name) or 0,
+        lambda plan, launch: begins.append(plan.begin.name) or 0,
         raising=False,
     )
     assert main(["run", "--output", "latest", "--resume"]) == 0
