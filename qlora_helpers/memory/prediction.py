@@ -218,7 +218,7 @@ def _by_the_layers(shape: ModelShape, settings: Settings, gpu: GPU, run: Setting
     totals = {name: moment.total + gathered.get(name, Gathered()).total for name, moment in moments.items()}
     peak = max(totals, key=totals.__getitem__)
     reserved = _reserved_bytes(standing, moments, trained, settings.gradient_checkpointing, gathered)
-    more = {GATHERED: gathered[peak].total} if gathered else {}
+    more = {GATHERED: gathered[peak].total} if peak in gathered else {}
     return Prediction(
         shape=shape,
         settings=settings,
