@@ -42,11 +42,11 @@ def read_gguf(file: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
 
     file = Path(file)
     where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(**where)
+    tokenizer = AutoTokenizer.from_pretrained(trust_remote_code=False, **where)
     _part_text(tokenizer, _field(file, "tokenizer.ggml.pre"), file)
     if tokenizer.chat_template:
         tokenizer.chat_template = marked(tokenizer.chat_template)
-    read = AutoModelForCausalLM.from_pretrained(dtype=torch.float16, **where)
+    read = AutoModelForCausalLM.from_pretrained(dtype=torch.float16, trust_remote_code=False, **where)
     config = copy.deepcopy(read.config)
     # what stops it from being saved; and a title within the file, which is no name of a model
     for stale in ("quantization_config", "_model_name_or_path"):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import bitsandbytes as bnb
 import torch
@@ -26,6 +26,7 @@ from qlora_helpers.models.decoded_once import MOST_BYTES
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 __all__ = ["MergeAware", "first_aware_step", "merged_weight"]
 
@@ -163,11 +164,15 @@ class MergeAware(TrainerCallback):
         for of_layer in self._layers:
             of_layer.merged = None
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._forget()
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.now = state.global_step + 1 >= self.first
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._forget()  # A and B have changed
