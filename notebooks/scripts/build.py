@@ -365,7 +365,7 @@ HELPERS = {
         "adapters/serving",
     ),
     "11_where_the_time_goes": ("memory/budget", "training/packing", "training/step_profile"),
-    "12_past_one_gpu": ("memory/several", "memory/sharding", "launch", "training/sharded"),
+    "12_past_one_gpu": ("memory/several",),
 }
 
 

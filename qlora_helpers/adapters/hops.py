@@ -170,7 +170,11 @@ def _export_proved(
     checks += found
     with without_short_bars(0), _without_the_readers_bar():
         model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=hardware.compute_dtype, local_files_only=True
+            path.parent,
+            gguf_file=path.name,
+            dtype=hardware.compute_dtype,
+            local_files_only=True,
+            trust_remote_code=False,
         ).to(hardware.device)
     divided = divide_rope(model, path)
     weights, exact, kind = _weights(model, path, folder)

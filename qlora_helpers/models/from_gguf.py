@@ -53,7 +53,7 @@ def read_gguf(file: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         vars(config).pop(stale, None)
     tokenizer.model_max_length = config.max_position_embeddings
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float16, trust_remote_code=False)
     model.load_state_dict(read.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = read.generation_config
