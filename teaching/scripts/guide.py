@@ -111,7 +111,7 @@ def extents() -> dict[str, Extent]:
 # The paths through the course: its lessons by number; * with the time for the exercises in class.
 PATHS = {
     "half a day": ("1", "2", "4*", "10"),
-    "a day": ("1", "2", "3", "4*", "5", "8", "10*"),
+    "a day": ("1", "2", "3", "4*", "5", "8", "10"),
     "two days": ("1*", "2*", "3", "4*", "5*", "6", "7", "8*", "9", "10*", "11", "12"),
 }
 HOURS = {"half a day": 3.5, "a day": 6, "two days": 12}  # in class, without breaks

@@ -333,9 +333,9 @@ def test_a_best_checkpoint_that_is_damaged_is_noticed_before_the_run_goes_on(
 def test_checkpoints_go_only_once_a_new_one_is_complete(tmp_path, monkeypatch):
     seen, write = [], checkpoints.write_checksums
 
-    def noted(checkpoint, **options):
+    def noted(checkpoint, *how):
         seen.append({step_of(path) for path in complete_checkpoints(tmp_path)})
-        write(checkpoint, **options)
+        write(checkpoint, *how)
 
     monkeypatch.setattr(checkpoints, "write_checksums", noted)
     run(tmp_path, Settings(steps=5, batch_size=1, rank=4, save_steps=1))
