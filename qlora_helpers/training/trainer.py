@@ -225,7 +225,7 @@ def build_trainer(
             predictor takes; or a chat has a fault that `read_chats` would find, is longer than `settings.max_length`
             tokens, or its answers cannot be told from the rest, as in `qlora_helpers.chats.tokenized`.
     """
-    together = begin_together(hardware) if together is None else together
+    together = begin_together(given_or_detected(hardware)) if together is None else together
     launch = together.launch
     settings = settings_in(launch, settings)
     check_settings(model, settings, hardware)
