@@ -1,6 +1,5 @@
-"""The plan of the fair comparisons: who may choose, what is trained, and that a stopped script goes on."""
+"""The plan of the fair comparisons: what is tried, and what is trained."""
 
-import json
 from collections import Counter
 
 import pytest
@@ -11,12 +10,11 @@ from qlora_helpers.models.loading import load_tokenizer
 from qlora_helpers.training.trainer import check_settings
 from tests.support.short_runs import CPU
 
-KINDS = comparisons.kinds()
+KINDS = comparisons.KINDS.values()
 
 
 def test_each_kind_is_tried_at_several_rates_but_where_the_rate_is_the_point():
-    labels = [kind.label for kind in KINDS]
-    assert len(labels) == len(set(labels))
+    assert len(comparisons.kinds()) == len(KINDS), "a label of two kinds"
     for kind in KINDS:
         assert len(kind.rates) >= (1 if kind.group == "alpha" else 2) and list(kind.rates) == sorted(set(kind.rates))
         assert kind.seeds >= 3, "no interval of less"
@@ -32,7 +30,9 @@ def test_every_setting_can_be_trained(base):
 
 
 def test_a_comparison_of_batches_sees_as_many_chats_in_each():
-    assert {comparisons._chats(kind) for kind in KINDS if kind.group == "batch"} == {6400}
+    assert {comparisons.chats_seen(job) for job in comparisons.JOBS if comparisons.GROUPS[job.kind] == "batch"} == {
+        6400
+    }
 
 
 def test_answers_dealt_anew_are_the_same_answers_to_the_same_questions():
@@ -49,24 +49,3 @@ def test_answers_dealt_anew_are_the_same_answers_to_the_same_questions():
     assert sum(right[q["content"]] == a["content"] for q, a in dealt) < 100, "few are dealt what is true"
     assert 1 < bits / 400 < 8
     assert comparisons.dealt_anew(training, 400) == (dealt, bits)
-
-
-def test_a_stopped_script_keeps_what_is_done(tmp_path, monkeypatch):
-    """Finished runs are lines beside the table; a line that was cut is made again, and the table has each run once."""
-    kind = comparisons.Kind("short", "method", (1e-3, 2e-3), seeds=3)
-    monkeypatch.setattr(comparisons, "kinds", lambda: [kind])
-    table = tmp_path / "comparisons.json"
-    made_on = {"machine": "a", "versions": {}}
-
-    def run(rate, seed):
-        return {"kind": "short", "learning_rate": rate, "seed": seed, "outcome": "ran", "made_on": made_on}
-
-    lines = [json.dumps(run(1e-3, seed)) for seed in (0, 1, 1)]
-    table.with_suffix(".jsonl").write_text(
-        "\n".join([*lines, lines[0][:20], lines[0][: lines[0].index("}") + 1]]), encoding="utf-8"
-    )
-    assert comparisons.write(table) == 4
-    written = json.loads(table.read_text(encoding="utf-8"))
-    assert [(one["learning_rate"], one["seed"]) for one in written["runs"]] == [(1e-3, 0), (1e-3, 1)]
-    assert written["made_on"] == [made_on]
-    assert comparisons.write(table) == 4 and json.loads(table.read_text(encoding="utf-8")) == written

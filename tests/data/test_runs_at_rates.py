@@ -100,3 +100,13 @@ def test_the_command_makes_what_is_missing(tmp_path, monkeypatch, capsys):
     assert command("--seed", "1") == [jobs[1], jobs[3]]
     with pytest.raises(SystemExit, match="no row 'z': there are a"):
         command("--row", "z")
+
+
+def test_a_group_is_made_alone_and_the_longest_runs_first(tmp_path, monkeypatch):
+    jobs, made = jobs_of({"a": (1e-3,), "b": (1e-3, 2e-3), "c": (1e-3,)}, {"a": 1, "b": 1, "c": 1}), []
+    monkeypatch.setattr(runs_at_rates, "make", lambda asked, *how: made.extend(asked))
+    monkeypatch.setattr("sys.argv", ["x", "--group", "two", "--table", str(tmp_path / "t.json")])
+    groups = {"a": "one", "b": "two", "c": "two"}
+    costs = {jobs[1]: 1, jobs[2]: 3, jobs[3]: 2}
+    runs_at_rates.command_line("", jobs, measured_here, tmp_path / "t.json", {}, groups, costs.__getitem__)
+    assert made == [jobs[2], jobs[3], jobs[1]]

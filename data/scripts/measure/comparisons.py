@@ -1,48 +1,33 @@
 """Fair comparisons of methods, formats, ranks, batches and sizes: each at its own learning rate, chosen on validation questions.
 
-    python -m data.scripts.measure.comparisons --workers 16           # all runs; about six hours of one core in all
-    python -m data.scripts.measure.comparisons --group method         # one group of them
-    python -m data.scripts.measure.comparisons --list                 # the kinds of runs, and how many are missing
-    python -m data.scripts.measure.comparisons --kind "QLoRA NF4" --rate 0.002 --seed 3   # one run, printed
+    python -m data.scripts.measure.comparisons --workers 16 --missing   # all runs; about six hours of one core in all
+    python -m data.scripts.measure.comparisons --group method --missing # one group of them
+    python -m data.scripts.measure.comparisons --list --missing         # those that are not made yet
+    python -m data.scripts.measure.comparisons --row "QLoRA NF4" --rate 0.002 --seed 3   # one run, printed
 
-Each finished run is written at once to comparisons.jsonl beside the table, and not made again, so that a stopped script goes on
-where it was; at the end all of them are put into the table, data/measured/comparisons.json. Every run is the shipped model in float32 on
-one thread of a CPU, with `BUDGET` and what its kind changes.
+`data.scripts.measure.runs_at_rates` makes and keeps them. Every run is the shipped model in float32 on one thread of a CPU, with
+`BUDGET` and what its kind changes.
 
 A learning rate is chosen by the exact match on 500 validation questions, and reported on 500 test questions. The people of the
 training chats, of the validation and of the test questions are others (`data.scripts.measure.held_out`). Where a run is to
 learn by heart what it is trained on, there is nothing to hold out: one seed chooses, the others report.
 """
 
-import argparse
-import importlib.metadata
-import json
 import math
-import os
-import platform
 import random
 import re
-import sys
 import tempfile
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 
 from data.scripts import ROOT
+from data.scripts.measure.quality import IN_4_BITS, load
+from data.scripts.measure.runs_at_rates import Job, command_line
 
 TABLE = ROOT / "data" / "measured" / "comparisons.json"
 BUDGET = {"steps": 200, "batch_size": 8, "warmup_steps": 10}
-IN_4_BITS = (
-    "NF4",
-    "NF4 + double quant",
-    "FP4",
-)  # bases that bitsandbytes has; others are rounded to, and kept in 32 bits
-PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 LAYERS = {
     "all linear": "all-linear",
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -142,22 +127,6 @@ def _by_heart() -> Iterable[Kind]:
             yield Kind(f"rank {rank}, {chats} facts", "by heart", tried, "16 bit", settings, seeds=3, by_heart=chats)
 
 
-def load(base: str):
-    """The shipped model with its linear weights in a format: by bitsandbytes if it has it, else rounded to it."""
-    from qlora_helpers import quantize
-    from qlora_helpers.hardware import detect
-    from qlora_helpers.models.loading import load_model
-    from qlora_helpers.models.weights import quantize_dequantize
-
-    hardware = detect("cpu")
-    if base in IN_4_BITS:
-        return load_model(quantization=base[:3].lower(), double_quant=base.endswith("double quant"), hardware=hardware)
-    model = load_model(quantization=None, hardware=hardware)
-    if base != "16 bit":
-        quantize_dequantize(model, {"INT4": quantize.INT4, "INT4 symmetric": quantize.INT4_SYMMETRIC}[base])
-    return model
-
-
 def settings_of(kind: Kind, rate: float, seed: int):
     """The settings of a run. Its base says whether LoRA is QLoRA."""
     from qlora_helpers.settings import Settings
@@ -190,7 +159,7 @@ def dealt_anew(chats: list, count: int, seed: int = 0) -> tuple[list, float]:
     return found, bits
 
 
-def measure(kind: Kind, rate: float, seed: int) -> dict:
+def measure(job: Job) -> dict:
     """Make one run and score it."""
     from data.scripts.measure.held_out import score, training_validation_test
     from qlora_helpers import evaluation
@@ -201,10 +170,12 @@ def measure(kind: Kind, rate: float, seed: int) -> dict:
     from qlora_helpers.training.callbacks import TrainingDiverged
     from qlora_helpers.training.run import train
 
+    kind = KINDS[job.kind]
     tokenizer, model = load_tokenizer(), load(kind.base)
-    settings = settings_of(kind, rate, seed)
+    settings = settings_of(kind, job.rate, job.seed)
     training, validation, test = training_validation_test(tokenizer, settings.max_length)
-    result = {"kind": kind.label, "learning_rate": rate, "seed": seed, "base_bytes": sum(bytes_by_part(model).values())}
+    result = {"kind": job.kind, "learning_rate": job.rate, "seed": job.seed}
+    result["base_bytes"] = sum(bytes_by_part(model).values())
     scored = {"validation": validation, "test": test}
     if kind.by_heart:
         training, bits = dealt_anew(training, kind.by_heart)
@@ -224,115 +195,16 @@ def measure(kind: Kind, rate: float, seed: int) -> dict:
         }
 
 
-def key(run: dict) -> tuple[str, float, int]:
-    """What tells a run from the others."""
-    return run["kind"], run["learning_rate"], run["seed"]
-
-
-def read(path: Path) -> list[dict]:
-    """The finished runs of a table, and of the lines beside it that are not in it yet."""
-    runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
-    lines = path.with_suffix(".jsonl")
-    for line in lines.read_text(encoding="utf-8").splitlines() if lines.exists() else []:
-        with suppress(json.JSONDecodeError):  # one that a kill has cut: it is made again
-            runs.append(json.loads(line))
-    return list({key(run): run for run in runs}.values())
-
-
-def here(workers: int) -> dict:
-    return {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {workers} runs at a time, one thread each",
-        "versions": {name: importlib.metadata.version(name).partition("+")[0] for name in PACKAGES},
-    }
-
-
-def measure_all(jobs: list[tuple[Kind, float, int]], workers: int, lines: Path) -> None:
-    """Make the runs, `workers` at a time, the longest first; each is written as a line when it ends."""
-    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    made_on, started = here(workers), time.perf_counter()
-    with (
-        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
-        lines.open("a", encoding="utf-8") as file,
-    ):
-        file.write("\n" * (lines.stat().st_size > 0))  # the last line may have been cut
-        for done, job in enumerate(as_completed([pool.submit(measure, *job) for job in jobs]), start=1):
-            run = job.result()
-            file.write(json.dumps(run | {"made_on": made_on}) + "\n")
-            file.flush()
-            part = run.get("test", run.get("learnt"))
-            found = run["outcome"] if part is None else f"{part['exact_match']:.1%}"
-            took = time.perf_counter() - started
-            print(
-                f"{done:4}/{len(jobs)} {took:5.0f} s  {run['kind']:34} {run['learning_rate']:g} {run['seed']} {found}",
-                flush=True,
-            )
-
-
-def write(path: Path) -> int:
-    """Put all finished runs into the table, in the order of the plan. Returns how many are missing."""
-    found = {key(run): run for run in read(path)}
-    wanted = [(kind.label, rate, seed) for kind in kinds() for rate in kind.rates for seed in range(kind.seeds)]
-    runs = [found[one] for one in wanted if one in found]
-    before = json.loads(path.read_text(encoding="utf-8"))["made_on"] if path.exists() else []
-    made_on = before + [made for run in runs if (made := run.pop("made_on", None))]
-    table = {
-        "made_on": [made for place, made in enumerate(made_on) if made not in made_on[:place]],
-        "budget": BUDGET,
-        "groups": {kind.label: kind.group for kind in kinds()},
-        "runs": runs,
-    }
-    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".jsonl").unlink(missing_ok=True)
-    return len(wanted) - len(runs)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--group", help="the kinds of one group")
-    parser.add_argument("--kind", help="the label of one kind")
-    parser.add_argument("--rate", type=float, help="one learning rate; by default all of a kind's")
-    parser.add_argument("--seed", type=int, help="one seed; by default all of a kind's")
-    parser.add_argument("--list", action="store_true", help="what there is, and how many runs are missing")
-    parser.add_argument("--collect", action="store_true", help="only put the finished runs into the table")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--table", type=Path, default=TABLE)
-    args = parser.parse_args()
-    plan = kinds()
-    for name, value in (("group", args.group), ("label", args.kind)):
-        if value and value not in (there := {getattr(kind, name): None for kind in plan}):
-            sys.exit(f"there is no {name} {value!r}: choose one of {', '.join(there)}")
-    have = {key(run) for run in read(args.table)}
-    chosen = [
-        (kind, rate, seed)
-        for kind in plan
-        if args.group in (None, kind.group) and args.kind in (None, kind.label)
-        for rate in kind.rates
-        if args.rate in (None, rate)
-        for seed in range(kind.seeds)
-        if args.seed in (None, seed)
-    ]
-    jobs = [job for job in chosen if (job[0].label, *job[1:]) not in have]
-    if args.list:
-        missing = Counter(kind.label for kind, _, _ in jobs)
-        for kind in plan:
-            print(
-                f"{kind.group:9} {kind.label:34} {len(kind.rates) * kind.seeds:3} runs, {missing[kind.label]} missing"
-            )
-        return
-    if args.kind and args.rate and args.seed is not None:
-        print(json.dumps(measure(*chosen[0]), indent=1))
-        return
-    if not args.collect:
-        longest_first = sorted(jobs, key=lambda job: -_chats(job[0]))
-        measure_all(longest_first, args.workers, args.table.with_suffix(".jsonl"))
-    print(f"{write(args.table)} runs are missing")
-
-
-def _chats(kind: Kind) -> int:
+def chats_seen(job: Job) -> int:
     """How many chats a run is trained on, which decides how long it takes."""
-    settings = {**BUDGET, **kind.settings}
+    settings = {**BUDGET, **KINDS[job.kind].settings}
     return settings["steps"] * settings["batch_size"]
 
 
+KINDS = {kind.label: kind for kind in kinds()}
+JOBS = [Job(kind.label, rate, seed) for kind in KINDS.values() for rate in kind.rates for seed in range(kind.seeds)]
+GROUPS = {label: kind.group for label, kind in KINDS.items()}
+
+
 if __name__ == "__main__":
-    main()
+    command_line(__doc__, JOBS, measure, TABLE, {"budget": BUDGET, "groups": GROUPS}, GROUPS, chats_seen)

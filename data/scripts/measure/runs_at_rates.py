@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
@@ -125,10 +125,25 @@ def write(table: Path, jobs: list[Job], more: dict) -> int:
     return len(jobs) - len(runs)
 
 
-def command_line(doc: str, jobs: list[Job], measure: Callable[[Job], dict], table: Path, more: dict) -> None:
-    """The command of a script that makes such runs."""
+def command_line(
+    doc: str,
+    jobs: list[Job],
+    measure: Callable[[Job], dict],
+    table: Path,
+    more: dict,
+    groups: Mapping[str, str] | None = None,
+    cost: Callable[[Job], float] = lambda job: 0,
+) -> None:
+    """The command of a script that makes such runs.
+
+    Args:
+        groups: of each kind, its group, for scripts that have many kinds: `--group` makes those of one.
+        cost: how long a run takes, in any unit: the longest are begun first, so that none is left alone at the end.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", help="one kind of run")
+    if groups:
+        parser.add_argument("--group", choices=dict.fromkeys(groups.values()), help="the kinds of one group")
     parser.add_argument("--rate", type=float, help="one learning rate; by default all of a kind's")
     parser.add_argument("--seed", type=int, help="one seed; by default all of a kind's")
     parser.add_argument("--missing", action="store_true", help="keep what is done already, and make the rest")
@@ -145,6 +160,7 @@ def command_line(doc: str, jobs: list[Job], measure: Callable[[Job], dict], tabl
         if args.row in (None, job.kind)
         and args.rate in (None, job.rate)
         and args.seed in (None, job.seed)
+        and (not groups or args.group in (None, groups[job.kind]))
         and job not in have
     ]
     if args.list:
@@ -153,5 +169,5 @@ def command_line(doc: str, jobs: list[Job], measure: Callable[[Job], dict], tabl
     elif args.row and args.rate and args.seed is not None:
         print(json.dumps([measure(job) for job in asked], indent=1))
     else:
-        make(asked, measure, args.workers, args.table)
+        make(sorted(asked, key=lambda job: -cost(job)), measure, args.workers, args.table)
         print(f"{write(args.table, jobs, more)} runs are missing")
