@@ -27,7 +27,6 @@ from transformers import AutoModelForCausalLM, modeling_gguf_pytorch_utils
 from qlora_helpers.adapters.gguf_tokenizer import FileTokenizer, chat_text, file_tokenizer, read_tokenizer, with_blanks
 from qlora_helpers.adapters.same_answers import Likeness, Said, compared, said
 from qlora_helpers.chats import Chat
-from qlora_helpers.course.tables import as_table
 from qlora_helpers.evaluation.answers import prompts_of
 from qlora_helpers.hardware import Hardware, given_or_detected
 from qlora_helpers.library_messages import without_short_bars
@@ -95,14 +94,15 @@ class Proof:
         return next((check for check in self.checks if not check.holds), None)
 
     def __str__(self) -> str:
-        rows = [
-            (check.hop, check.what, "yes" if check.holds else "NO", check.measured, check.expected)
-            for check in self.checks
-        ]
-        table = as_table(["hop", "what", "holds", "measured", "expected"], rows)
-        if (broken := self.broken) is None:
-            return f"{table}\nEvery hop holds."
-        return f"{table}\nThe hop {broken.hop} breaks: {broken.what}, {broken.measured}; expected: {broken.expected}."
+        lines, hop = [], None
+        for check in self.checks:
+            if check.hop != hop:
+                lines.append(hop := check.hop)
+            lines.append(f"  {check.what} {'holds' if check.holds else 'BREAKS'}: {check.measured}")
+            lines.append(f"    expected: {check.expected}")
+        broken = self.broken
+        end = "Every hop holds." if broken is None else f"The hop {broken.hop} breaks: {broken.what}."
+        return "\n".join([*lines, end])
 
 
 def prove(

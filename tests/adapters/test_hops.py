@@ -84,7 +84,7 @@ def live():
 def broken(proof, hop, what, measured):
     found = proof.broken
     assert (found.hop, found.what) == (hop, what) and measured in found.measured, proof
-    assert f"The hop {hop} breaks: {what}, " in str(proof)
+    assert f"The hop {hop} breaks: {what}." in str(proof)
 
 
 @pytest.mark.parametrize("family", ["llama3", "smollm"])
