@@ -124,9 +124,10 @@ def test_a_sharded_run_learns_what_a_whole_one_learns_and_is_resumed(tmp_path):
     assert_alike(whole, found(tmp_path, "checkpointed"))
     assert_alike(whole, found(tmp_path, "packed"), losses=1e-3)
     for name in ("adapter_config.json", "base.json"):
-        assert (tmp_path / "two" / "adapter" / name).read_bytes() == (
-            tmp_path / "whole" / "adapter" / name
-        ).read_bytes()
+        saved = [json.loads((tmp_path / run / "adapter" / name).read_text()) for run in ("two", "whole")]
+        for config in saved:  # PEFT writes a set, in an order that differs from process to process
+            config["target_modules"] = sorted(config.get("target_modules", []))
+        assert saved[0] == saved[1]
     # killed after step 3, it is resumed bit for bit; and on one process within rounding
     code, _, _ = work(2, tmp_path, 'cut:{"dies": [1, 4]}', environment=sharded)
     assert code != 0 and (tmp_path / "cut" / "checkpoint-3" / "optimizer.bin").is_file()
@@ -141,7 +142,7 @@ def test_a_sharded_run_learns_what_a_whole_one_learns_and_is_resumed(tmp_path):
     assert_alike(whole | {"step_losses": whole["step_losses"][-len(less["step_losses"]) :]}, less)
     # an unsharded process is told how to go on
     with pytest.raises(
-        ValueError, match=r"sharding=None: .*checkpoint-3 was written with sharding='fsdp': resume it with accelerate"
+        ValueError, match=r"sharding=None: .*checkpoint-\d was written with sharding='fsdp': resume it with accelerate"
     ):
         work(2, tmp_path, 'plain:{"dies": [-1, 4]}', environment=sharded)
         a_run(tmp_path / "plain", {}, resume=True)

@@ -128,7 +128,7 @@ def build_model(row: dict, dry: bool):
 
     hardware, launch = detect(), launch_of_this_process()
     options = known_config(SHAPES[row["model"]])
-    options = tiny(options) if dry else options
+    options = tiny(options) | {"vocab_size": 4_096} if dry else options  # no less than the tokenizer of `step_row` has
     config = AutoConfig.for_model(options.pop("model_type"), **options)
     dtype, device = hardware.compute_dtype, "cpu" if dry else launch.local_rank
     with torch.device("meta"):
@@ -270,7 +270,9 @@ def launched(row: dict, dry: bool, cap: int) -> dict:
     if any(result["outcome"] == "out of memory" for result in results):
         return row | {"outcome": "out of memory", "processes_said": results} | seconds
     if process.returncode or len(results) != row["processes"]:
-        return row | {"outcome": f"ended with {process.returncode}", "stderr": err[-3_000:]} | seconds
+        # the launcher adds as much of its own
+        own = "\n".join(line for line in err.splitlines() if re.match(r"\[rank\d+\]", line))
+        return row | {"outcome": f"ended with {process.returncode}", "stderr": (own or err)[-3_000:]} | seconds
     return row | put_together(sorted(results, key=lambda result: result["rank"])) | seconds
 
 
