@@ -42,8 +42,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--everything",
         action="store_true",
-        help="all editions of the notebooks, each as it is, and the tests marked `everything`; without it, each lesson "
-        "runs once: the solved edition, with the learner's unsolved exercises in the same kernel",
+        help="also the learners' and the Colab editions, each as it is, and the tests marked `everything`; without it, "
+        "each lesson runs once: the solved edition, with the learner's unsolved exercises in the same kernel",
     )
     parser.addoption(
         "--real",
@@ -190,11 +190,11 @@ def pytest_collect_file(file_path, parent):
         return found
     config = parent.config
     named = {(config.invocation_params.dir / str(arg).partition("::")[0]).resolve() for arg in config.args}
-    if _everything(config) or file_path in named:
+    if file_path in named:
         return [Notebook.from_parent(parent, path=file_path)]
     if file_path.parent.name == "solutions":
         return [LessonOnce.from_parent(parent, path=file_path)]
-    return []
+    return [Notebook.from_parent(parent, path=file_path)] if _everything(config) else []
 
 
 # ---- Which tests, in which order
@@ -275,5 +275,5 @@ def pytest_terminal_summary(terminalreporter, config):
             terminalreporter.write_line(text)
     if not _everything(config):
         terminalreporter.write_line(
-            "Each lesson ran once. --everything also runs all its editions as they are, and the tests marked `everything`."
+            "Each lesson ran once. --everything also runs the other editions as they are, and the tests marked `everything`."
         )

@@ -51,7 +51,6 @@ def test_the_readme_s_commands_are_those_of_the_makefile_and_ci_checks_everythin
         <= targets
     )
     assert re.findall(r"^make (\S+)$", (ROOT / ".ci" / "run").read_text(), re.M) == [
-        "test",
         "test-all",
         "test-colab",
         "attack",
