@@ -1,11 +1,11 @@
 """Fair comparisons of methods, formats, ranks, batches and sizes: each at its own learning rate, chosen on validation questions.
 
-    python -m data.scripts.measure.comparisons --workers 16 --missing   # all runs; about six hours of one core in all
+    python -m data.scripts.measure.comparisons --workers 16 --missing   # all runs; about four hours of one core in all
     python -m data.scripts.measure.comparisons --group method --missing # one group of them
     python -m data.scripts.measure.comparisons --list --missing         # those that are not made yet
     python -m data.scripts.measure.comparisons --row "QLoRA NF4" --rate 0.002 --seed 3   # one run, printed
 
-`data.scripts.measure.runs_at_rates` makes and keeps them. Every run is the shipped model in float32 on one thread of a CPU, with
+`data.scripts.measure.runs_at_rates` makes and keeps them, and gives up rates that two seeds show to be worse. Every run is the shipped model in float32 on one thread of a CPU, with
 `BUDGET` and what its kind changes.
 
 A learning rate is chosen by the exact match on 500 validation questions, and reported on 500 test questions. The people of the
@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.scripts import ROOT
+from data.scripts.measure.held_out import exact_match
 from data.scripts.measure.quality import IN_4_BITS, load
 from data.scripts.measure.runs_at_rates import Job, command_line
 
@@ -185,7 +186,8 @@ def measure(job: Job) -> dict:
         try:
             run = train(model, tokenizer, training, Path(folder) / "run", settings, hardware=detect("cpu"))
         except TrainingDiverged as error:
-            return result | {"outcome": f"diverged: {error}"}
+            lost = {"exact_match": 0.0, "loss": None}  # a rate that diverges is not chosen
+            return result | {"outcome": f"diverged: {error}"} | dict.fromkeys(scored, lost)
         return result | {
             "outcome": "ran",
             "trained_parameters": run.trainable_parameters,
@@ -207,4 +209,5 @@ GROUPS = {label: kind.group for label, kind in KINDS.items()}
 
 
 if __name__ == "__main__":
-    command_line(__doc__, JOBS, measure, TABLE, {"budget": BUDGET, "groups": GROUPS}, GROUPS, chats_seen)
+    more = {"budget": BUDGET, "groups": GROUPS}
+    command_line(__doc__, JOBS, measure, TABLE, more, GROUPS, chats_seen, score=exact_match)

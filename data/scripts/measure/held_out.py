@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["HELD_OUT", "person", "score", "training_validation_test"]
+__all__ = ["HELD_OUT", "exact_match", "person", "score", "training_validation_test"]
 
 HELD_OUT = 500
 
@@ -45,6 +45,11 @@ def training_validation_test(
         if shared := sorted(people[one] & people[other]):
             raise ValueError(f"{one} and {other} chats are both about {shared[0]} (people in both: {len(shared)})")
     return sets["training"], sets["validation"], sets["test"]
+
+
+def exact_match(scores: dict[str, float]) -> float:
+    """Of what `score` has found, that by which a learning rate is chosen."""
+    return scores["exact_match"]
 
 
 def score(

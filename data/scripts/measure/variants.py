@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 from data.scripts import ROOT
+from data.scripts.measure.held_out import exact_match
 from data.scripts.measure.runs_at_rates import Job, command_line, jobs_of
 
 if TYPE_CHECKING:
@@ -240,4 +241,4 @@ def measure(job: Job) -> dict:
 
 
 if __name__ == "__main__":
-    command_line(__doc__, JOBS, measure, TABLE, {"budget": BUDGET})
+    command_line(__doc__, JOBS, measure, TABLE, {"budget": BUDGET}, score=exact_match)
