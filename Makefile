@@ -20,7 +20,7 @@ help:
 	@echo "make preflight  before class: the machine, and every lesson as learners get it; LESSON=03 for one"
 	@echo "make teaching   slides, handouts, quizzes and a zip for learners, in dist/teaching; LESSON=03 for one"
 	@echo "make test       every test of the helpers, and each lesson once"
-	@echo "make test-all   all of that; the other editions of the lessons, the long tests, 20 killed runs"
+	@echo "make test-all   all of that; the lessons as learners get them, the long tests, 20 killed runs"
 	@echo "make test-real  fetch a real model of 135 million parameters, and test the course on it"
 	@echo "make test-colab the Colab editions under the versions that Colab has, in a separate environment"
 	@echo "make attack     random inputs, kills, full disks and tampered folders, against the package"

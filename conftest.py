@@ -42,7 +42,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--everything",
         action="store_true",
-        help="also the learners' and the Colab editions, each as it is, and the tests marked `everything`; without it, "
+        help="also the learners' editions, each as it is, and the tests marked `everything`; without it, "
         "each lesson runs once: the solved edition, with the learner's unsolved exercises in the same kernel",
     )
     parser.addoption(
@@ -128,7 +128,7 @@ class Notebook(IPyNbFile):
     """A notebook as it is: each cell is run, and the outputs of tagged cells are compared, but for what checks measured.
 
     Its runs have their own folder, since a lesson continues an unfinished run that it finds. Kernels see no GPU, since
-    the stored outputs were made in the cpu gear. Those of the Colab editions run without AVX-512: the checked numbers
+    the stored outputs were made in the cpu gear. All but the solved editions run without AVX-512: the checked numbers
     must hold on such a processor, too.
     """
 
@@ -155,7 +155,7 @@ class Notebook(IPyNbFile):
             runs = Path(self.config.course_runs) / self.path.parent.name / self.path.stem
             patch.setenv("QLORA_RUNS", str(runs))
             patch.setenv("CUDA_VISIBLE_DEVICES", "")  # the stored outputs were made in the cpu gear
-            if self.path.parent.name == "colab":
+            if self.path.parent.name != "solutions":
                 patch.setenv("ATEN_CPU_CAPABILITY", "avx2")
             self.start_kernel(patch)
 
@@ -275,5 +275,5 @@ def pytest_terminal_summary(terminalreporter, config):
             terminalreporter.write_line(text)
     if not _everything(config):
         terminalreporter.write_line(
-            "Each lesson ran once. --everything also runs the other editions as they are, and the tests marked `everything`."
+            "Each lesson ran once. --everything also runs the learners' editions as they are, and the tests marked `everything`."
         )

@@ -389,7 +389,7 @@ COMMANDS = {
     "preflight": "the machine; every lesson as learners get it: its text against its source, each cell run, outputs compared",
     "teaching": "slides, handouts and quizzes of all lessons from their stored outputs, and a zip for learners; LESSON=03 for one",
     "test": "ruff; every test of the helpers, the data and this project; each lesson once, with its exercises unsolved and solved",
-    "test-all": "everything that `make test` covers; the learners' and the Colab editions as they are, long tests, the 16-bit and the shuffled control, 20 killed runs",
+    "test-all": "everything that `make test` covers; the learners' editions as they are, without AVX-512; long tests, the 16-bit and the shuffled control, 20 killed runs",
     "test-real": "a real model of 135 million parameters: fetched once, then its weights, tokens, template and a step in 4 bits",
     "test-colab": "the Colab editions and the troubleshooting page under Colab's versions, beside what else Colab has",
     "attack": "random inputs of every kind, kills at every file operation, tampered checkpoints, full disks",

@@ -98,8 +98,8 @@ class Proof:
         for check in self.checks:
             if check.hop != hop:
                 lines.append(hop := check.hop)
-            lines.append(f"  {check.what} {'holds' if check.holds else 'BREAKS'}: {check.measured}")
-            lines.append(f"    expected: {check.expected}")
+            lines.append(f"  {'ok' if check.holds else 'BREAKS':6}  {check.what}: {check.measured}")
+            lines.append(f"          expected: {check.expected}")
         broken = self.broken
         end = "Every hop holds." if broken is None else f"The hop {broken.hop} breaks: {broken.what}."
         return "\n".join([*lines, end])

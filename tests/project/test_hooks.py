@@ -134,6 +134,11 @@ def everything(course):
 
 
 @pytest.fixture(scope="module")
+def of_colab(course):
+    return Ran(course, "-q", "--everything", "colab")
+
+
+@pytest.fixture(scope="module")
 def faulty(tmp_path_factory):
     folder = small_course(tmp_path_factory.mktemp("faulty"))
     lesson(folder, LONG, cells=1, stored="value 0.26\n")
@@ -167,15 +172,15 @@ def test_an_unsolved_exercise_is_compared_too(faulty):
     assert f"{SHORT}.ipynb, cell [5] (the unsolved exercise): the notebook stores 'got something else'" in faulty.output
 
 
-def test_with_everything_the_other_editions_run_as_they_are_besides(once, everything):
+def test_with_everything_the_learners_editions_run_as_they_are_besides(once, everything):
     assert everything.code == 0, everything.output
-    assert len(everything.kernels) == 6 and set(once.kernels) <= set(everything.kernels)
+    learners = {f"notebooks-{LONG}", f"notebooks-{SHORT}"}
+    assert set(everything.kernels) == {*once.kernels, *learners}
     here = everything.output
     assert f"solutions/{SHORT}.ipynb::Cell 4, unsolved" in here and f"notebooks/{SHORT}.ipynb::Cell 4 " in here
-    assert f"colab/{SHORT}.ipynb::Cell 4 " in here
     unsolved = set(re.findall(r"\S+::Cell \d+, unsolved", here))
     assert unsolved == set(re.findall(r"\S+::Cell \d+, unsolved", once.output)) != set()
-    assert re.search(rf"\b{(2 * 6 + 6 + 1) + 2 * (2 * 4 + 6 + 1) + 2} passed", here)
+    assert re.search(rf"\b{(2 * 6 + 6 + 1) + (2 * 4 + 6 + 1) + 2} passed", here)
 
 
 def test_a_notebook_that_is_named_runs_as_it_is(course):
@@ -185,7 +190,7 @@ def test_a_notebook_that_is_named_runs_as_it_is(course):
 
 def test_each_kernel_has_its_runs_in_a_folder_of_its_own_and_no_network(everything):
     folders = [kernel["QLORA_RUNS"] for kernel in everything.kernels.values()]
-    assert len(set(folders)) == 6
+    assert len(set(folders)) == 4
     assert {Path(folder).name for folder in folders} == {LONG, SHORT}
     assert not any(Path(folder).exists() for folder in folders), "they are removed at the end"
     assert {kernel["CUDA_VISIBLE_DEVICES"] for kernel in everything.kernels.values()} == {""}
@@ -193,10 +198,15 @@ def test_each_kernel_has_its_runs_in_a_folder_of_its_own_and_no_network(everythi
     assert {kernel["OMP_NUM_THREADS"] for kernel in everything.kernels.values()} == {"1"}
 
 
-def test_the_colab_editions_run_without_avx_512_and_the_others_with_all_that_is_there(everything):
-    for place, kernel in everything.kernels.items():
-        colab = place.startswith("colab-")
-        assert kernel.get("ATEN_CPU_CAPABILITY") == ("avx2" if colab else None), place
+def test_the_colab_editions_run_where_they_are_named(of_colab):
+    assert of_colab.code == 0, of_colab.output
+    assert set(of_colab.kernels) == {f"colab-{LONG}", f"colab-{SHORT}"}
+
+
+def test_the_solved_editions_run_with_all_that_is_there_and_the_others_without_avx_512(everything, of_colab):
+    for place, kernel in (everything.kernels | of_colab.kernels).items():
+        solved, colab = place.startswith("solutions-"), place.startswith("colab-")
+        assert kernel.get("ATEN_CPU_CAPABILITY") == (None if solved else "avx2"), place
         if torch.backends.cpu.get_cpu_capability().startswith("AVX"):  # an Arm processor has another value
             assert kernel.get("capability", "AVX2") == "AVX2", place
         assert ("capability" in kernel) == colab
