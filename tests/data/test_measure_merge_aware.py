@@ -22,7 +22,7 @@ def test_plain_and_merge_aware_runs_are_tried_at_the_same_rates_and_seeds():
 def test_each_way_has_its_own_rate():
     def run(rate, **found):
         ways = {way: {"exact_match": value} for way, value in found.items()}
-        return {"kind": "k", "learning_rate": rate, "validation": ways, "test": {}}
+        return {"kind": "k", "learning_rate": rate, "seed": 0, "validation": ways, "test": {}}
 
     runs = [run(1e-3, beside=0.9, merged=0.5), run(2e-3, beside=0.8, merged=0.7)]
     assert [script.rate_of(runs, "k", way) for way in ("beside", "merged")] == [1e-3, 2e-3]
