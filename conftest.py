@@ -30,7 +30,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that tries to use the network fails
 
 # Longest first, so that both workers finish together. (`--no-loadscope-reorder` keeps pytest-xdist from re-sorting.)
 FIRST = (
-    "04_qlora_run", "test_site", "10_your_own_data", "08_stability", "06_adapters", "07_does_it", "02_nf4_vs_int4", "test_quality",
+    "test_together", "test_sharded", "04_qlora_run", "test_site", "test_lesson_figures", "10_your_own_data", "08_stability", "06_adapters", "07_does_it", "02_nf4_vs_int4", "test_quality",
     "test_shipped_model", "test_checkpoints", "test_run", "09_out_of_memory", "05_will_it_fit", "01_memory_maths", "test_shipped_data",
     "test_layers", "test_hooks", "test_preflight", "test_troubleshooting", "test_measure_out_of_memory",
 )  # fmt: skip

