@@ -11,6 +11,7 @@ import pytest
 from qlora_helpers.__main__ import main
 from qlora_helpers.chats import read_chats, read_file
 from qlora_helpers.commands.command_line import command_line
+from qlora_helpers.models.fetched import FETCHABLE
 from qlora_helpers.models.hub import DEFAULT_MODEL
 from qlora_helpers.paths import data_path
 from tests.support.chats import GOOD, chat
@@ -27,8 +28,9 @@ faq.csv: 4 rows of question-answer (CSV, semicolons): "Frage" became the user's 
 
 
 @pytest.fixture
-def call(tmp_path, capsys):
-    """Exit status, standard output and standard error of the command, for a file with this content."""
+def call(tmp_path, capsys, monkeypatch):
+    """Exit status, standard output and standard error of the command, for a file with this content, on a machine with a GPU."""
+    on_a(monkeypatch, "cuda")
 
     def run(content, *options, name="faq.csv"):
         (tmp_path / name).write_text(content, encoding="utf-8")
@@ -36,6 +38,10 @@ def call(tmp_path, capsys):
         return status, *capsys.readouterr()
 
     return run
+
+
+def on_a(monkeypatch, device):
+    monkeypatch.setattr("qlora_helpers.hardware.detect", lambda: SimpleNamespace(device=device))
 
 
 def next_is(*words):
@@ -138,6 +144,32 @@ def test_the_next_command_names_a_model_that_knows_the_words(call, tmp_path):
     assert status == 0 and next_words(said) == ["run", "--model", DEFAULT_MODEL, "--data", str(tmp_path / "faq.csv")]
     folder = str(data_path("tiny-llama"))  # named, so it is meant
     assert next_words(call(f"question,answer\n{rows}", "--model", folder)[1])[1:3] == ["--model", folder]
+
+
+@pytest.mark.parametrize("options", [[], ["--model", "none"]])
+def test_without_a_gpu_the_next_command_fetches_a_model_that_learns_here(options, call, tmp_path, monkeypatch):
+    on_a(monkeypatch, "cpu")
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    rows = "\n".join(f"Could you explain topic number {n}?,Certainly; it concerns quarterly budgets." for n in range(9))
+    name = next(iter(FETCHABLE))
+    train = command_line("run", "--model", name, "--data", tmp_path / "faq.csv")
+    _, said, _ = call(f"question,answer\n{rows}", *options)
+    assert said.partition("\nnext: ")[2].splitlines() == [
+        command_line("fetch", name),
+        "      a model of 135 million parameters, which also learns without a GPU; 93 or 271 MB to download, once",
+        f"then: {train}",
+    ]
+    assert DEFAULT_MODEL not in said.partition("\nnext: ")[2]
+    folder = tmp_path / "cache" / name
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    made = {"source": "hub", "files": {"config.json": 2}}
+    (folder / "fetched.json").write_text(json.dumps(made), encoding="utf-8")
+    assert call(f"question,answer\n{rows}", *options)[1].endswith(f"\nnext: {train}\n")
+    (folder / "config.json").unlink()  # what is damaged is not there
+    assert command_line("fetch", name) in call(f"question,answer\n{rows}", *options)[1]
+    on_a(monkeypatch, "cuda")
+    assert DEFAULT_MODEL in call(f"question,answer\n{rows}", *options)[1].partition("\nnext: ")[2]
 
 
 def test_the_next_command_leaves_out_what_is_too_long(call, tmp_path):
