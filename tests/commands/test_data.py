@@ -197,7 +197,7 @@ def test_bad_rows_stop_it_and_the_error_says_how_to_leave_them_out(call, tmp_pat
     assert errors.splitlines() == [
         f'error: {tmp_path / "faq.csv"}, row 2: "answer" is empty',
         f'{tmp_path / "faq.csv"}, row 3: "answer" is empty',
-        "To leave such rows out: --on-bad drop",
+        "Rows are counted without the header. To leave such rows out: --on-bad drop",
     ]
     assert not (tmp_path / "out.jsonl").exists()
 
@@ -205,7 +205,10 @@ def test_bad_rows_stop_it_and_the_error_says_how_to_leave_them_out(call, tmp_pat
 def test_bad_rows_are_left_out_with_a_count(call, tmp_path):
     status, said, errors = call(BAD, "--model", "none", "--on-bad", "drop", "--to", tmp_path / "out.jsonl")
     assert (status, errors) == (0, "")
-    assert '2 rows of faq.csv cannot be used, and are left out:\n  2 rows, such as row 2: "answer" is empty\n' in said
+    assert (
+        '2 rows of faq.csv cannot be used, and are left out (rows are counted without the header):\n  2 rows, such as row 2: "answer" is empty\n'
+        in said
+    )
     assert read_chats(tmp_path / "out.jsonl") == [GOOD]
 
 
