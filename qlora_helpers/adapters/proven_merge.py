@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -297,6 +297,7 @@ def merge_with_proof(
     max_new_tokens: int = 64,
     prove: bool = True,
     hardware: Hardware | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Proof | None:
     """Merge, and prove that the folder does what the adapter does.
 
@@ -309,6 +310,7 @@ def merge_with_proof(
         max_new_tokens: an answer is cut off after so many.
         prove: False to merge only; the card then says that nothing was measured.
         hardware: what to load for; by default what `detect()` finds.
+        say: called with a line before each part that takes long.
 
     Returns:
         What was found; None without proof.
@@ -326,6 +328,7 @@ def merge_with_proof(
         if prove or not plan.by_files:
             model = _loaded(plan.tuned, plan.tuned.quantization, hardware)
         if asked is not None:
+            say(f"Asking the adapter and its base ({asked.source}) …")
             own, base = _asked(plan, model, asked, max_new_tokens)
         if (other := _other_base(plan)) is not None:
             model = None
@@ -333,6 +336,7 @@ def merge_with_proof(
             model = _loaded(plan.tuned, other or None, hardware)
         if plan.by_files:
             model = None
+        say("Writing the merged weights …")
         _write(plan, model, part, hardware)
         model = None
         let_go()
@@ -341,6 +345,7 @@ def merge_with_proof(
             _describe_folder(part, about, None)
             return None
         with _kept_if_not_proven(part, Path(folder), about):
+            say("Asking the merged model the same …")
             proof = _proof(plan, part, asked, own, base, max_new_tokens, hardware)
             _describe_folder(part, about, proof)
             if not proof.holds:

@@ -111,6 +111,9 @@ def command(args: argparse.Namespace) -> int:
         )
         try:
             if questions:
+                asked = "the model" if plan is None else "the adapter, the merged model"
+                many = f"{len(questions)} question{'s' * (len(questions) != 1)}"
+                print(f"Asking {asked} and the file, which is read back, {many} …", flush=True)
                 proof = prove(file.path, folder, questions, live=_live(plan))
                 broken, said = proof.broken is not None, str(proof)
             else:

@@ -86,7 +86,7 @@ def command(args: argparse.Namespace) -> int:
     print(f"Merging {harmless(str(plan.tuned))},\ninto {plan.into}: {plan.why}.", flush=True)
     try:
         proof = merge_with_proof(
-            plan, args.out, questions=args.questions, max_new_tokens=limit, prove=not args.no_proof
+            plan, args.out, questions=args.questions, max_new_tokens=limit, prove=not args.no_proof, say=_say
         )
     except NotProven as error:
         sys.stdout.flush()
@@ -96,3 +96,7 @@ def command(args: argparse.Namespace) -> int:
     print(f"The merged model is in {args.out}, with its card ({CARD}) and these figures ({PROOF}).")
     print(f"To talk to it: {command_line('chat', args.out)}")
     return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

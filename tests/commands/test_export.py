@@ -46,6 +46,7 @@ def test_an_adapter_becomes_a_file_that_is_checked_and_can_be_served(export, tmp
         "q.txt",
     )
     assert code == 0 and "Every hop holds." in out and "1 of 1 the same" in out
+    assert "Asking the adapter, the merged model and the file, which is read back, 1 question …" in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["Modelfile", "merged", "people.gguf", "q.txt"]
     card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")  # what was checked is in it
     assert "Not proven" not in card and "Every hop holds." in card and "Calls itself" not in card

@@ -66,6 +66,8 @@ def test_by_default_it_becomes_what_was_trained_and_plain_transformers_answers_a
         "Loaded by transformers alone, it gives 1 of 1 answers as the adapter does (1 question of q.txt, greedy)."
         in out
     )
+    steps = ["Asking the adapter and its base (1 question of q.txt) …", "Writing the merged weights …"]
+    assert "\n".join([*steps, "Asking the merged model the same …"]) in out  # on a CPU, each takes long
     assert "Expected of dequantised: lesson 6 measured 0.4% and, at 8B, 1.4%" in out
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
     model, answer = plainly(tmp_path / "out")

@@ -1,10 +1,10 @@
 """What a new user waits for without a GPU: each command from the example of a shop's questions to a file for llama.cpp.
 
-    python -m data.scripts.measure.new_user
+    python -m data.scripts.measure.new_user FOLDER             # a new folder, for the model and all that is made
+    python -m data.scripts.measure.new_user FOLDER merge export  # some of the commands, in the folder of the others
 
-The commands are those of the README, in a cache and a folder of their own, which are then deleted. The result is
-`data/measured/new_user.json`. The time on the clock depends on what else the machine does; the processor's, which sums
-over cores, does so less.
+The result is `data/measured/new_user.json`. The time on the clock depends on what else the machine does; the processor's,
+which sums over cores, does so less, and is what an idle machine needs at most, but for the download.
 """
 
 import json
@@ -13,7 +13,6 @@ import platform
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from datetime import date
 from importlib.metadata import version
@@ -48,17 +47,26 @@ def measured(command: str, folder: Path) -> dict:
     if done.returncode:
         sys.exit(f"{command} ended with {done.returncode}")
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"command": command, "seconds": round(seconds), "processor_seconds": round(used)}
+    row = {"command": command, "seconds": round(seconds), "processor_seconds": round(used)}
+    return row | {"busy_cores": round(os.getloadavg()[1], 1)}  # how many others wanted them, this command among them
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [measured(command, Path(folder)) for command in COMMANDS]
+    folder, only = Path(sys.argv[1]).absolute(), sys.argv[2:]
+    folder.mkdir(exist_ok=True)
+    table = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {"rows": []}
+    rows = {row["command"]: row for row in table["rows"]}
+    for command in COMMANDS:
+        if not only or command.split()[0] in only:
+            rows[command] = measured(command, folder)
+            write([rows[one] for one in COMMANDS if one in rows])
+
+
+def write(rows: list[dict]) -> None:
     result = {
         "rows": rows,
         "processor": processor(),
         "cores": os.cpu_count(),
-        "busy_cores": round(os.getloadavg()[2], 1),  # of the last 15 minutes, these commands among them
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl", "bitsandbytes")},
         "python": platform.python_version(),
         "date": str(date.today()),
