@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PureWindowsPath
 from typing import Any
 
+from qlora_helpers.models.fetched import FETCHABLE
 from qlora_helpers.units import in_words
 from qlora_helpers.visible import shortened, visible
 
@@ -385,9 +386,11 @@ def _loading(base: str, report: Mapping[str, Any]) -> list[str]:
         "from qlora_helpers.models.loading import load_model, load_tokenizer",
     ]
     ask = 'print(answer(model, tokenizer, [[{"role": "user", "content": "…"}]], max_new_tokens=200)[0])'
-    where = (
-        "" if _ON_THE_HUB.fullmatch(base) or method == "full" else f"{_text(base)} is a folder: write its path there. "
-    )
+    where = ""
+    if method != "full" and base in FETCHABLE:
+        where = f"`python -m qlora_helpers fetch {base}` says where {base} is on a disk: write that path there. "
+    elif method != "full" and not _ON_THE_HUB.fullmatch(base):
+        where = f"{_text(base)} is a folder: write its path there. "
     return [
         f"{where}With transformers" + ("" if method == "full" else " and PEFT") + " alone:",
         _code(code),

@@ -240,3 +240,9 @@ def test_the_code_of_the_card_is_python_and_names_what_there_is(method, base):
     )
     assert (json.dumps(base) in blocks[1]) == (method != "full")
     assert ("float16" in blocks[0]) == (method == "qlora")  # the t4 gear's
+
+
+def test_the_card_says_where_a_base_that_was_fetched_is():
+    card = model_card(WHOLE | {"model": "smollm2-135m"})
+    assert "`python -m qlora_helpers fetch smollm2-135m` says where smollm2-135m is on a disk: write that path" in card
+    assert "tiny-llama is a folder: write its path there." in model_card(WHOLE | {"model": "tiny-llama"})
