@@ -253,7 +253,8 @@ check("16 bit, then 4 bit: exact match against unmerged", lost, at_least=-0.05)
 
 # %% [markdown]
 # - **Dequantised** is the model that was trained, apart from rounding: almost none in the CPU's float32, more in a GPU's 16
-#   bits. It takes 16 bits for each weight, and it is faster, since nothing has to be decoded.
+#   bits. It takes 16 bits for each weight, and it is faster, since nothing has to be decoded. The commands `merge` and `export`
+#   do this by default: only then does the result answer as the model that the run has scored.
 # - **16bit** is a different model. Its logits move far. Here its answers get *better*: this base knows its facts best in 16
 #   bits, and the adapter asks for them just as well. That is no law. For some models the same step produces nonsense
 #   (Falcon-H1 is one on record, unslothai/unsloth-zoo #810). Measure it on test questions of your own.

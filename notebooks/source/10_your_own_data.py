@@ -440,7 +440,7 @@ check("the cause that is named", [cause.name for cause in nothing.causes], ["nam
 #
 # Most programs want one whole model, without PEFT. [Lesson 6](06_adapters_and_merging.ipynb) compares the ways to
 # [merge](../GLOSSARY.md#merge). `plan_merge` chooses the one that keeps what was trained: the adapter was trained on decoded 4-bit
-# weights, so it is added to those, and the sum stays in 16 bits.
+# weights, so it is added to those, and the sum stays in 16 bits. The commands `merge` and `export` have the same default.
 #
 # Then comes the proof. Transformers alone loads the merged folder, and gets the same questions as the adapter:
 
@@ -545,7 +545,7 @@ print(serving_lines("people.gguf", file.tokenizer.template, "merged", has_modelf
 # ```
 # python -m qlora_helpers effect runs/people
 # python -m qlora_helpers merge runs/people merged/people
-# python -m qlora_helpers export runs/people people.gguf --into dequantised --modelfile --check questions.txt
+# python -m qlora_helpers export runs/people people.gguf --modelfile --check questions.txt
 # ```
 #
 # With a real model on your own machine, begin with `python -m qlora_helpers fetch smollm2-135m` and give `--model smollm2-135m` to

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PureWindowsPath
 from typing import Any
 
+from qlora_helpers.models.fetched import FETCHABLE
 from qlora_helpers.units import in_words
 from qlora_helpers.visible import shortened, visible
 
@@ -17,6 +18,23 @@ LONGEST = 300  # characters of a text that are shown
 CURVE = 8  # points of a loss curve that are shown
 NOT_MEASURED = "not measured"
 _ON_THE_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+# what Markdown, or a site that shows it, would take for more than a sign, where it stands
+_MARKS = re.compile(
+    r"""
+    [`|$\[]                          # code, a cell's end, a formula, a link
+    | \\(?=[^\w\s]|_|$)              # an escape
+    | (?<!\s)\* | \*(?=\S) | ^\*     # emphasis; white space on both sides makes it a star
+    | (?<![^\W_])_ | _(?![^\W_])     # emphasis, but not inside a word
+    | ~(?=\S) | (?<=\S)~             # struck through
+    | <(?=[A-Za-z/!?]) | ^>          # a tag, a quotation
+    | &(?=\#?\w+;)                   # an entity
+    | (?<![^\s\#])\#                 # a heading's beginning, or its end
+    | :(?=//) | :(?=[\w+-]+:)        # an address, an emoji's name
+    | (?<=mailto): | (?<=xmpp):
+    | @(?=\w)                        # an address of mail, a person
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
 _SETTINGS = {  # the names that a card shows, in this order
     "method": "method", "epochs": "epochs", "steps": "optimizer steps", "batch_size": "batch size",
     "accumulation": "batches per step", "max_length": "longest sequence in tokens", "learning_rate": "peak learning rate",
@@ -174,9 +192,9 @@ def _file_name(path: str) -> str:
 
 
 def _text(value: object, longest: int = LONGEST) -> str:
-    """A text that Markdown, in a table or out of it, shows as it is."""
+    """A text that Markdown, in a table or out of it, shows as it is. What it would show so anyway is not escaped."""
     text = shortened(visible(str(value)).strip(), longest)
-    text = re.sub(r"[\\`*_\[\]<>#|~$&:@!]", r"\\\g<0>", text)
+    text = _MARKS.sub(r"\\\g<0>", text)
     return re.sub(r"(?i)(www)\.", r"\1\\.", text)  # else some sites make it a link
 
 
@@ -368,9 +386,11 @@ def _loading(base: str, report: Mapping[str, Any]) -> list[str]:
         "from qlora_helpers.models.loading import load_model, load_tokenizer",
     ]
     ask = 'print(answer(model, tokenizer, [[{"role": "user", "content": "…"}]], max_new_tokens=200)[0])'
-    where = (
-        "" if _ON_THE_HUB.fullmatch(base) or method == "full" else f"{_text(base)} is a folder: write its path there. "
-    )
+    where = ""
+    if method != "full" and base in FETCHABLE:
+        where = f"`python -m qlora_helpers fetch {base}` says where {base} is on a disk: write that path there. "
+    elif method != "full" and not _ON_THE_HUB.fullmatch(base):
+        where = f"{_text(base)} is a folder: write its path there. "
     return [
         f"{where}With transformers" + ("" if method == "full" else " and PEFT") + " alone:",
         _code(code),

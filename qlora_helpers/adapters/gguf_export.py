@@ -140,7 +140,7 @@ def export_gguf(
         writer = gguf.GGUFWriter(part, gguf.MODEL_ARCH_NAMES[arch])
         try:
             _write_entries(
-                writer, folder, full, kind, tokens, name or name_in(folder), base, licence or _licence(folder)
+                writer, folder, full, kind, tokens, name or name_in(folder), base, licence or licence_of(folder)
             )
             if divisors is not None:
                 writer.add_tensor_info("rope_freqs.weight", divisors.shape, divisors.dtype, divisors.nbytes)
@@ -341,7 +341,7 @@ def _second_end(folder: Path, tokens: FileTokenizer) -> int | None:
     return next((id for id in ends if isinstance(id, int) and id != tokens.eos), None)
 
 
-def _licence(folder: Path) -> str | None:
+def licence_of(folder: Path) -> str | None:
     """What the model card beside the weights states; nothing is assumed."""
     card = folder / "README.md"
     if not card.is_file():

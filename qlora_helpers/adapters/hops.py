@@ -420,7 +420,7 @@ def _likeness(hop: str, kind: str, found: Likeness, exactly: bool) -> list[Check
             "answers",
             "the same"
             if exactly or kind != "Q8_0"
-            else "the same; one may differ where two tokens are nearly as likely",
+            else "the same; some may differ where two tokens are nearly as likely",
             f"{found.same_answers} of {found.prompts} the same"
             + (f"; {found.first_difference}" if found.first_difference else ""),
             found.same_answers == found.prompts or (not exactly and holds),

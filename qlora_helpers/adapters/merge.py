@@ -5,6 +5,9 @@ A QLoRA adapter is trained on top of the *dequantised* 4-bit weights. It can be 
 - "4bit": each weight is dequantised, the difference added, and the sum rounded to 4 bits again (PEFT's merge_and_unload);
 - "dequantised": the 4-bit weights are dequantised once, and the sum is kept in 16 bits: exactly what the run trained;
 - "16bit": the original weights, which the run never saw; the sum differs by the quantisation error.
+
+By default it is what was trained that is merged (`way_of_merging`): only then does the result answer as the model that the
+run has scored. Whatever merges without being told how asks that function.
 """
 
 from __future__ import annotations
@@ -21,17 +24,60 @@ from qlora_helpers.adapters.files import describe, load_adapter, read_adapter_co
 from qlora_helpers.adapters.lora_options import IN_MEMORY, check_options
 from qlora_helpers.hardware import Hardware
 from qlora_helpers.models.fingerprint import KEPT
+from qlora_helpers.models.folder_config import read_config, saved_in_4_bits
 from qlora_helpers.models.loading import SHIPPED_MODEL, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["BASES", "load_base", "merge", "merge_into"]
+    from qlora_helpers.adapters.tuned import TunedFiles
+
+__all__ = ["BASES", "load_base", "merge", "merge_into", "way_of_merging"]
 
 BASES = ("4bit", "dequantised", "16bit")
 
 # PEFT warns at each layer that rounding may change generations; `adapters.drift` measures how much.
 _ROUNDING = "Merge lora module to 4-bit linear"
+
+
+def way_of_merging(tuned: TunedFiles, base: str | Path, into: str | None = None) -> tuple[str, str]:
+    """The way of merging an adapter, and the reason for it.
+
+    Args:
+        tuned: the adapter and how its base was loaded for training.
+        base: the folder of its base.
+        into: one of `BASES`; by default what was trained: "dequantised" if the run trained on a 4-bit base, "16bit" if on
+            an unquantised one.
+
+    Raises:
+        ValueError: `into` is none of them, or the adapter cannot be merged in this way.
+    """
+    packed = saved_in_4_bits(read_config(base, str(base), argument="base"), str(base), argument="base")
+    if into is not None:
+        validation.one_of("into", into, BASES)
+    if into == "16bit" and packed:
+        raise validation.refuse(
+            "into",
+            into,
+            f"the base, {tuned.base}, was saved in 4 bits ({packed}): choose dequantised, or name the 16-bit model (--base)",
+        )
+    if into == "dequantised" and tuned.quantization is None:
+        raise validation.refuse(
+            "into", into, f"the run trained on the unquantised base, {tuned.base}: 16bit is what was trained"
+        )
+    reasons = {
+        "16bit": "the adapter is added to the original 16-bit weights, rounded once",
+        "dequantised": "the adapter is added to the decoded 4-bit weights, and kept in 16 bits: what was trained",
+        "4bit": "the adapter is added to the 4-bit weights, which are rounded to 4 bits again: small changes are lost",
+    }
+    if into is not None:
+        return into, reasons[into]
+    if tuned.quantization is None:
+        return "16bit", "the run trained on the unquantised base, so this is what was trained"
+    return "dequantised", (
+        "the run trained on the decoded 4-bit weights, so this is what was trained, in 16 bits (--into 16bit would add it to "
+        "the original weights, whose answers may be better or worse)"
+    )
 
 
 def load_base(into: str, name: str = SHIPPED_MODEL, hardware: Hardware | None = None) -> PreTrainedModel:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,14 +26,14 @@ from qlora_helpers.adapters.effect import NOTHING, causes_in, said_of_survival, 
 from qlora_helpers.adapters.file_merge import changes_of, merge_files
 from qlora_helpers.adapters.files import check_base, describe, load_adapter, read_adapter_config
 from qlora_helpers.adapters.lora_options import IN_MEMORY, PLAIN, check_options
-from qlora_helpers.adapters.merge import BASES, merge_into
+from qlora_helpers.adapters.merge import BASES, merge_into, way_of_merging
 from qlora_helpers.adapters.plain_loading import let_go, loaded_plainly
 from qlora_helpers.adapters.questions import Questions, questions_for
 from qlora_helpers.adapters.same_answers import Likeness, Said, compared, said
 from qlora_helpers.adapters.survival import Survival
 from qlora_helpers.adapters.tuned import TunedFiles, find_tuned
 from qlora_helpers.hardware import Hardware, given_or_detected
-from qlora_helpers.json_files import write_json, write_whole
+from qlora_helpers.json_files import read_json_if_whole, write_json, write_whole
 from qlora_helpers.memory import find_shape, predict_merge
 from qlora_helpers.models.fingerprint import fingerprint, weight_files
 from qlora_helpers.models.folder_config import read_config, saved_in_4_bits
@@ -48,7 +48,17 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-__all__ = ["EXPECTED", "PROOF", "Expected", "MergePlan", "NotProven", "Proof", "merge_with_proof", "plan_merge"]
+__all__ = [
+    "EXPECTED",
+    "PROOF",
+    "Expected",
+    "MergePlan",
+    "NotProven",
+    "Proof",
+    "keep_proof",
+    "merge_with_proof",
+    "plan_merge",
+]
 
 PROOF, CARD = "merge.json", "README.md"
 UNPROVEN = "-unproven"  # is added to the name of a folder of which the proof does not hold
@@ -221,41 +231,13 @@ def plan_merge(
         raise ValueError(
             f"the adapter in {tuned.folder} cannot be merged as it is: {'; '.join(cause.said for cause in causes)}"
         )
-    into, why = _way(tuned, base_folder, into)
+    into, why = way_of_merging(tuned, base_folder, into)
     plan = MergePlan(
         tuned, base_folder, into, why, by_files=into == "16bit" and _merges_by_files(base_folder, tuned.folder)
     )
     _check_disk(plan, Path(folder))
     _check_memory(plan, prove, hardware)
     return plan
-
-
-def _way(tuned: TunedFiles, base: Path, into: str | None) -> tuple[str, str]:
-    """The way of merging, with the reason."""
-    packed = saved_in_4_bits(read_config(base, str(base), argument="base"), str(base), argument="base")
-    if into == "16bit" and packed:
-        raise validation.refuse(
-            "into",
-            into,
-            f"the base, {tuned.base}, was saved in 4 bits ({packed}): choose dequantised, or name the 16-bit model",
-        )
-    if into == "dequantised" and tuned.quantization is None:
-        raise validation.refuse(
-            "into", into, f"the run trained on the unquantised base, {tuned.base}: 16bit is what was trained"
-        )
-    reasons = {
-        "16bit": "the adapter is added to the original 16-bit weights, rounded once",
-        "dequantised": "the adapter is added to the decoded 4-bit weights, and kept in 16 bits: what was trained",
-        "4bit": "the adapter is added to the 4-bit weights, which are rounded to 4 bits again: small changes are lost",
-    }
-    if into is not None:
-        return into, reasons[into]
-    if tuned.quantization is None:
-        return "16bit", "the run trained on the unquantised base, so this is what was trained"
-    return "dequantised", (
-        "the run trained on the decoded 4-bit weights, so this is what was trained, in 16 bits (--into 16bit would add it to "
-        "the original weights, whose answers may be better or worse)"
-    )
 
 
 def _merges_by_files(base: Path, adapter: Path) -> bool:
@@ -315,6 +297,7 @@ def merge_with_proof(
     max_new_tokens: int = 64,
     prove: bool = True,
     hardware: Hardware | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Proof | None:
     """Merge, and prove that the folder does what the adapter does.
 
@@ -327,6 +310,7 @@ def merge_with_proof(
         max_new_tokens: an answer is cut off after so many.
         prove: False to merge only; the card then says that nothing was measured.
         hardware: what to load for; by default what `detect()` finds.
+        say: called with a line before each part that takes long.
 
     Returns:
         What was found; None without proof.
@@ -344,6 +328,7 @@ def merge_with_proof(
         if prove or not plan.by_files:
             model = _loaded(plan.tuned, plan.tuned.quantization, hardware)
         if asked is not None:
+            say(f"Asking the adapter and its base ({asked.source}) …")
             own, base = _asked(plan, model, asked, max_new_tokens)
         if (other := _other_base(plan)) is not None:
             model = None
@@ -351,6 +336,7 @@ def merge_with_proof(
             model = _loaded(plan.tuned, other or None, hardware)
         if plan.by_files:
             model = None
+        say("Writing the merged weights …")
         _write(plan, model, part, hardware)
         model = None
         let_go()
@@ -359,6 +345,7 @@ def merge_with_proof(
             _describe_folder(part, about, None)
             return None
         with _kept_if_not_proven(part, Path(folder), about):
+            say("Asking the merged model the same …")
             proof = _proof(plan, part, asked, own, base, max_new_tokens, hardware)
             _describe_folder(part, about, proof)
             if not proof.holds:
@@ -457,6 +444,18 @@ def _describe_folder(part: Path, about: dict[str, Any], proof: Proof | None, fai
         report["proof_failed"] = failed
     write_json(part / PROOF, report)
     write_whole(part / CARD, merged_card(report))
+
+
+def keep_proof(folder: str | Path, said: str) -> None:
+    """Write into a merged folder's card and `merge.json` what another proof has found, one that holds.
+
+    Args:
+        folder: from `merge_with_proof`, merged without its own proof.
+        said: what was found, in lines.
+    """
+    about = read_json_if_whole(Path(folder) / PROOF) | {"proof": {"holds": True, "said": said}}
+    write_json(Path(folder) / PROOF, about)
+    write_whole(Path(folder) / CARD, merged_card(about))
 
 
 @contextmanager

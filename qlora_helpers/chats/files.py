@@ -62,6 +62,11 @@ class ChatFile:
     changed: dict[str, int] = field(default_factory=dict)
     plain: bool = False
 
+    @property
+    def counted(self) -> str:
+        """How its rows are counted, where that is not what a spreadsheet shows; else ""."""
+        return "rows are counted without the header" if {".csv", ".tsv"}.intersection(self.path.suffixes) else ""
+
     def kinds_of_faults(self) -> list[tuple[int, int, str]]:
         """The faults of the rows left out, the commonest first: how many rows, the first of them, and its fault.
 
@@ -229,7 +234,8 @@ def _kind(fault: str) -> str:
 def said_of_the_dropped(file: ChatFile) -> str:
     """Which rows were left out of a file: a line for all, and one for each kind of fault."""
     are = "is" if len(file.dropped) == 1 else "are"
-    lines = [f"{_rows(len(file.dropped))} of {file.path.name} cannot be used, and {are} left out:"]
+    counted = f" ({file.counted})" if file.counted else ""
+    lines = [f"{_rows(len(file.dropped))} of {file.path.name} cannot be used, and {are} left out{counted}:"]
     kinds = file.kinds_of_faults()
     for count, first, fault in kinds[:NAMED]:
         lines.append(f"  {_rows(count)}{', such as' if count > 1 else ':'} {file.row_name} {first}: {fault}")

@@ -81,7 +81,8 @@ def warning_of_spelling(chats: list[Chat], tokenizer: PreTrainedTokenizerBase) -
     if shipped:
         return (
             f"{count}: the shipped model knows only the words of its invented world. It spells yours letter by letter, so it "
-            "cannot learn from this data. Take another model (--model), such as Qwen/Qwen2.5-1.5B-Instruct on a GPU"
+            "cannot learn from this data. Take another model (--model): on a GPU such as Qwen/Qwen2.5-1.5B-Instruct, and without "
+            "one smollm2-135m, which the command fetch puts on this disk"
         )
     return (
         f"{count}: this tokenizer knows few words of your data and spells them out, so the model can hardly learn them: take "

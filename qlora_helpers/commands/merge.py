@@ -15,7 +15,11 @@ from qlora_helpers.visible import harmless
 __all__ = ["add_arguments", "add_proof_options", "command"]
 
 WAYS = ("16bit", "dequantised", "4bit")
-_DESCRIPTION = """\
+WHICH = (  # also for other commands that merge; `adapters.merge.way_of_merging` chooses
+    "The default is what was trained: dequantised for a run on a 4-bit base, 16bit for one on an unquantised base.\n"
+    "Only then does the result answer as the model did that the run has scored."
+)
+_DESCRIPTION = f"""\
 Merges an adapter into its base, and proves it: transformers alone loads the merged folder and is asked the same
 questions as the adapter. OUT appears complete or not at all.
 
@@ -24,7 +28,7 @@ questions as the adapter. OUT appears complete or not at all.
                has never seen
   4bit         the 4-bit weights plus the adapter, rounded to 4 bits again: small changes are lost (lesson 6)
 
-The default is what was trained: dequantised for a run on a 4-bit base, 16bit for one on an unquantised base."""
+{WHICH}"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class, parser.description = argparse.RawDescriptionHelpFormatter, _DESCRIPTION
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of a run or of an adapter")
     parser.add_argument("out", metavar="OUT", type=Path, help="a new folder for the merged model")
-    parser.add_argument("--into", choices=WAYS, help="the way of merging (default: what was trained)")
+    parser.add_argument("--into", choices=WAYS, help="the way of merging, as above (default: what was trained)")
     add_proof_options(parser)
     parser.add_argument(
         "--no-proof",
@@ -82,7 +86,7 @@ def command(args: argparse.Namespace) -> int:
     print(f"Merging {harmless(str(plan.tuned))},\ninto {plan.into}: {plan.why}.", flush=True)
     try:
         proof = merge_with_proof(
-            plan, args.out, questions=args.questions, max_new_tokens=limit, prove=not args.no_proof
+            plan, args.out, questions=args.questions, max_new_tokens=limit, prove=not args.no_proof, say=_say
         )
     except NotProven as error:
         sys.stdout.flush()
@@ -92,3 +96,7 @@ def command(args: argparse.Namespace) -> int:
     print(f"The merged model is in {args.out}, with its card ({CARD}) and these figures ({PROOF}).")
     print(f"To talk to it: {command_line('chat', args.out)}")
     return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

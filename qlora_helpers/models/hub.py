@@ -8,9 +8,9 @@ import errno
 import os
 from pathlib import Path
 
-from huggingface_hub import errors, snapshot_download
+from huggingface_hub import constants, errors, get_session, snapshot_download
 
-__all__ = ["DEFAULT_MODEL", "LARGER_MODEL", "REVISIONS", "HubError", "fetch"]
+__all__ = ["DEFAULT_MODEL", "LARGER_MODEL", "REVISIONS", "HubError", "answers", "fetch"]
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-1.5B-Instruct"  # Apache-2.0; 1.54 billion parameters, 3.1 GB to download
 LARGER_MODEL = "Qwen/Qwen2.5-7B-Instruct"  # Apache-2.0; 7.62 billion parameters, 15.2 GB to download
@@ -25,6 +25,15 @@ WEIGHTS = "*.safetensors"  # no second copy as .bin
 
 class HubError(OSError):
     """A model could not be fetched; the message says why, and what to do."""
+
+
+def answers(seconds: float = 10) -> bool:
+    """Whether the Hub answers, be it with an error. A download that finds no network asks five times, and says so each time."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=seconds)
+    except Exception:  # of the library that makes the connection, which differs by the version of huggingface_hub
+        return False
+    return True
 
 
 def fetch(name: str, revision: str | None = None, weights: bool = True, into: Path | None = None) -> Path:

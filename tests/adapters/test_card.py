@@ -2,6 +2,7 @@
 
 import ast
 import json
+import random
 import re
 from dataclasses import asdict
 from itertools import pairwise
@@ -10,6 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+from qlora_helpers.adapters.card import _text as card_text
 from qlora_helpers.adapters.card import model_card
 from qlora_helpers.settings import Settings
 
@@ -165,7 +167,7 @@ def test_a_report_without_its_base_or_settings_is_refused(name):
 HOSTILE = [
     "a | b || c", "`code` and ``more``", "<script>alert(1)</script>", "[x](http://y.example) ![i](z)", "**b** _i_ ~~s~~ # h",
     "$x$ and $$y$$", "&lt; &amp; &copy;", "back\\slash \\| end\\", "http://a.example www.b.example c@d.example", "---", "- [ ] x",
-    "<!-- --> <br>", "1. one", "| --- |",
+    "<!-- --> <br>", "1. one", "| --- |", ":smile:", "mailto:a", "@someone",
 ]  # fmt: skip
 
 
@@ -178,8 +180,39 @@ def test_a_text_of_the_user_s_is_shown_as_it_is(text):
     assert len(cells(card)) == len(cells(model_card(WHOLE))) - 8  # the worst row and its head are gone, nothing else
     html = MARKDOWN.render(ModelCard(card).text)
     assert "<script>" not in html and "<a " not in html and "<img" not in html and "<!--" not in html
-    # what some sites make a link or a formula of is escaped, too
-    assert not re.search(r"(?<!\\)://|(?<!\\)\$|www\.", card.partition("## How to load")[0])
+    # what some sites make a link, a formula or an emoji of is escaped, too
+    assert not re.search(
+        r"(?<!\\)://|(?<!\\)\$|www\.|(?<!\\)@\w|(?<!\\):\w+:|mailto:", card.partition("## How to load")[0]
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "KL 0.0021 nats per token: 1.4% of what the adapter changes.", "sha256:1f2e", "q_proj, v_proj in my_run/adapter",
+        "Tuesday to Saturday, 9:30 am to 6 pm!", "a < b > c, 3 * 4 = 12, ~ 5", "C# & C++ (see above); what? no. 50%", "C:\\models\\a",
+    ],
+)  # fmt: skip
+def test_what_markdown_shows_as_it_is_anyway_is_not_escaped(text):
+    assert card_text(text) == text
+    assert text in cells(model_card(WHOLE | {"data_form": text}))
+
+
+SIGNS = ["a", "b1", *" \\`*_[]()<>#|~$&;:@!-+/"]
+
+
+def test_any_signs_are_shown_as_they_are_in_a_cell_a_point_and_a_heading():
+    github = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    chance = random.Random(0)
+    for _ in range(5_000):
+        text = "".join(chance.choices(SIGNS, k=chance.randint(1, 10))).strip() or "a"
+        escaped = card_text(text)
+        for before, name in (("| a |\n|---|\n| ", "td_open"), ("Said: ", "paragraph_open"), ("# ", "heading_open")):
+            tokens = github.parse(f"{before}{escaped}{' |' * (name == 'td_open')}")
+            found = [after for token, after in pairwise(tokens) if token.type == name]
+            assert [child.type for child in found[0].children if child.type not in ("text", "text_special")] == [], text
+            shown = "".join(child.content for child in found[0].children).removeprefix("Said: ")
+            assert shown == text, (text, escaped)
 
 
 def test_hidden_characters_long_texts_and_line_ends_are_made_visible():
@@ -207,3 +240,9 @@ def test_the_code_of_the_card_is_python_and_names_what_there_is(method, base):
     )
     assert (json.dumps(base) in blocks[1]) == (method != "full")
     assert ("float16" in blocks[0]) == (method == "qlora")  # the t4 gear's
+
+
+def test_the_card_says_where_a_base_that_was_fetched_is():
+    card = model_card(WHOLE | {"model": "smollm2-135m"})
+    assert "`python -m qlora_helpers fetch smollm2-135m` says where smollm2-135m is on a disk: write that path" in card
+    assert "tiny-llama is a folder: write its path there." in model_card(WHOLE | {"model": "tiny-llama"})

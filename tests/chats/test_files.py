@@ -227,12 +227,14 @@ def test_bad_rows_can_be_dropped_and_are_counted(save, capsys):
     assert file.kinds_of_faults() == [(2, 2, '"answer" is empty'), (1, 5, '"question" is empty')]
     assert read_chats(file.path, on_bad="drop") == file.chats
     assert capsys.readouterr().out.splitlines()[1:] == [
-        "3 rows of faq.csv cannot be used, and are left out:",
+        "3 rows of faq.csv cannot be used, and are left out (rows are counted without the header):",
         '  2 rows, such as row 2: "answer" is empty',
         '  1 row: row 5: "question" is empty',
     ]
     one = read_file(save("question,answer\nWhere?,Here.\nWhen?,\n"), on_bad="drop")
-    assert said_of_the_dropped(one).startswith("1 row of faq.csv cannot be used, and is left out:\n")
+    assert said_of_the_dropped(one).startswith(
+        "1 row of faq.csv cannot be used, and is left out (rows are counted without the header):\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,8 @@ def test_the_shipped_tokenizer_knows_its_own_words_and_spells_all_others(shipped
     said = warning_of_spelling(ENGLISH, shipped)
     assert said == (
         f"{tokens_per_word(ENGLISH, shipped):.1f} tokens per word: the shipped model knows only the words of its invented world. "
-        "It spells yours letter by letter, so it cannot learn from this data. Take another model (--model), such as "
-        "Qwen/Qwen2.5-1.5B-Instruct on a GPU"
+        "It spells yours letter by letter, so it cannot learn from this data. Take another model (--model): on a GPU such as "
+        "Qwen/Qwen2.5-1.5B-Instruct, and without one smollm2-135m, which the command fetch puts on this disk"
     )
     other = copy.copy(shipped)
     other.name_or_path = "some/model"

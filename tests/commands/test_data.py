@@ -11,6 +11,7 @@ import pytest
 from qlora_helpers.__main__ import main
 from qlora_helpers.chats import read_chats, read_file
 from qlora_helpers.commands.command_line import command_line
+from qlora_helpers.models.fetched import FETCHABLE
 from qlora_helpers.models.hub import DEFAULT_MODEL
 from qlora_helpers.paths import data_path
 from tests.support.chats import GOOD, chat
@@ -27,8 +28,9 @@ faq.csv: 4 rows of question-answer (CSV, semicolons): "Frage" became the user's 
 
 
 @pytest.fixture
-def call(tmp_path, capsys):
-    """Exit status, standard output and standard error of the command, for a file with this content."""
+def call(tmp_path, capsys, monkeypatch):
+    """Exit status, standard output and standard error of the command, for a file with this content, on a machine with a GPU."""
+    on_a(monkeypatch, "cuda")
 
     def run(content, *options, name="faq.csv"):
         (tmp_path / name).write_text(content, encoding="utf-8")
@@ -36,6 +38,10 @@ def call(tmp_path, capsys):
         return status, *capsys.readouterr()
 
     return run
+
+
+def on_a(monkeypatch, device):
+    monkeypatch.setattr("qlora_helpers.hardware.detect", lambda: SimpleNamespace(device=device))
 
 
 def next_is(*words):
@@ -140,6 +146,32 @@ def test_the_next_command_names_a_model_that_knows_the_words(call, tmp_path):
     assert next_words(call(f"question,answer\n{rows}", "--model", folder)[1])[1:3] == ["--model", folder]
 
 
+@pytest.mark.parametrize("options", [[], ["--model", "none"]])
+def test_without_a_gpu_the_next_command_fetches_a_model_that_learns_here(options, call, tmp_path, monkeypatch):
+    on_a(monkeypatch, "cpu")
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    rows = "\n".join(f"Could you explain topic number {n}?,Certainly; it concerns quarterly budgets." for n in range(9))
+    name = next(iter(FETCHABLE))
+    train = command_line("run", "--model", name, "--data", tmp_path / "faq.csv")
+    _, said, _ = call(f"question,answer\n{rows}", *options)
+    assert said.partition("\nnext: ")[2].splitlines() == [
+        command_line("fetch", name),
+        "      a model of 135 million parameters, which also learns without a GPU; 93 or 271 MB to download, once",
+        f"then: {train}",
+    ]
+    assert DEFAULT_MODEL not in said.partition("\nnext: ")[2]
+    folder = tmp_path / "cache" / name
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    made = {"source": "hub", "files": {"config.json": 2}}
+    (folder / "fetched.json").write_text(json.dumps(made), encoding="utf-8")
+    assert call(f"question,answer\n{rows}", *options)[1].endswith(f"\nnext: {train}\n")
+    (folder / "config.json").unlink()  # what is damaged is not there
+    assert command_line("fetch", name) in call(f"question,answer\n{rows}", *options)[1]
+    on_a(monkeypatch, "cuda")
+    assert DEFAULT_MODEL in call(f"question,answer\n{rows}", *options)[1].partition("\nnext: ")[2]
+
+
 def test_the_next_command_leaves_out_what_is_too_long(call, tmp_path):
     both = f"{FEW}{'Who is it? ' * 20},Carl.\n"
     assert next_words(call(FEW, "--max-length", 40)[1])[-2:] == ["--max-length", "40"]
@@ -165,7 +197,7 @@ def test_bad_rows_stop_it_and_the_error_says_how_to_leave_them_out(call, tmp_pat
     assert errors.splitlines() == [
         f'error: {tmp_path / "faq.csv"}, row 2: "answer" is empty',
         f'{tmp_path / "faq.csv"}, row 3: "answer" is empty',
-        "To leave such rows out: --on-bad drop",
+        "Rows are counted without the header. To leave such rows out: --on-bad drop",
     ]
     assert not (tmp_path / "out.jsonl").exists()
 
@@ -173,7 +205,10 @@ def test_bad_rows_stop_it_and_the_error_says_how_to_leave_them_out(call, tmp_pat
 def test_bad_rows_are_left_out_with_a_count(call, tmp_path):
     status, said, errors = call(BAD, "--model", "none", "--on-bad", "drop", "--to", tmp_path / "out.jsonl")
     assert (status, errors) == (0, "")
-    assert '2 rows of faq.csv cannot be used, and are left out:\n  2 rows, such as row 2: "answer" is empty\n' in said
+    assert (
+        '2 rows of faq.csv cannot be used, and are left out (rows are counted without the header):\n  2 rows, such as row 2: "answer" is empty\n'
+        in said
+    )
     assert read_chats(tmp_path / "out.jsonl") == [GOOD]
 
 

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
 from qlora_helpers.__main__ import main
-from qlora_helpers.adapters import gguf_export
+from qlora_helpers.adapters import gguf_export, proven_merge
 from qlora_helpers.adapters.file_merge import merge_files
+from qlora_helpers.commands.merge import WHICH
 from qlora_helpers.paths import data_path
 from tests.support.tiny_chat_models import changed_json, saved_chat_model
 
@@ -44,10 +46,10 @@ def test_an_adapter_becomes_a_file_that_is_checked_and_can_be_served(export, tmp
         "q.txt",
     )
     assert code == 0 and "Every hop holds." in out and "1 of 1 the same" in out
+    assert "Asking the adapter, the merged model and the file, which is read back, 1 question …" in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["Modelfile", "merged", "people.gguf", "q.txt"]
-    wanted = merge_files(BASE, ADAPTER, tmp_path / "wanted")
-    assert {path.name for path in wanted.iterdir()} == {path.name for path in (tmp_path / "merged").iterdir()}
-    assert (tmp_path / "merged" / "model.safetensors").read_bytes() == (wanted / "model.safetensors").read_bytes()
+    card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")  # what was checked is in it
+    assert "Not proven" not in card and "Every hop holds." in card and "Calls itself" not in card
     fields = GGUFReader(tmp_path / "people.gguf").fields
     assert fields["general.name"].contents() == "people"
     assert fields["general.base_model.0.name"].contents() == "tiny-llama"
@@ -60,13 +62,40 @@ def test_an_adapter_becomes_a_file_that_is_checked_and_can_be_served(export, tmp
         assert f"  {line}\n" in out
 
 
-def test_the_4_bit_weights_can_be_written_out_instead(export, tmp_path):
-    code, out, _ = export(ADAPTER, "a.gguf", "--into", "dequantised", "--type", "bf16", "--merged", "dequantised")
+def test_by_default_it_is_merged_as_merge_does_and_into_16_bits_on_request(export, tmp_path):
+    code, out, _ = export(ADAPTER, "a.gguf", "--type", "bf16", "--merged", "dequantised")
     assert code == 0 and "read back, are the same" in out and "--modelfile writes" in out
-    other = merge_files(BASE, ADAPTER, tmp_path / "16bit")
+    assert "Merging into dequantised: the run trained on the decoded 4-bit weights, so this is what was trained" in out
+    assert main(["merge", str(ADAPTER), "merged", "--no-proof"]) == 0
+    for name in ("model.safetensors", "tokenizer.json", "chat_template.jinja", "README.md", "merge.json"):
+        assert (tmp_path / "dequantised" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes(), name
+    assert "**Not proven.**" in (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
+    code, out, _ = export(ADAPTER, "b.gguf", "--into", "16bit", "--merged", "16bit")
+    assert code == 0 and "Merging into 16bit: the adapter is added to the original 16-bit weights" in out
+    other = merge_files(BASE, ADAPTER, tmp_path / "other")
+    assert (tmp_path / "16bit" / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     name = "model.layers.0.mlp.up_proj.weight"
     found, original = (load_file(folder / "model.safetensors")[name] for folder in (tmp_path / "dequantised", other))
     assert found.dtype == torch.bfloat16 and 0.01 < (found - original).norm() / original.norm() < 0.2  # NF4's error
+
+
+def test_what_needs_more_memory_than_there_is_says_what_needs_little(export, tmp_path, monkeypatch):
+    (tmp_path / "q.txt").write_text("Who?\n", encoding="utf-8")
+    monkeypatch.setattr(proven_merge.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20, total=2**30))
+    code, _, err = export(ADAPTER, "a.gguf", "--check", "q.txt")
+    assert code == 2 and "into dequantised takes" in err and "--into 16bit, without --check" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["q.txt"]
+    assert export(ADAPTER, "a.gguf", "--into", "16bit")[0] == 0
+
+
+def test_both_commands_say_the_same_of_the_default(capsys):
+    said = []
+    for name in ("merge", "export"):
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        said.append(" ".join(capsys.readouterr().out.split()))
+    assert all(" ".join(WHICH.split()) in text for text in said)
+    assert all("default: 16bit" not in text and "default: dequantised" not in text for text in said)
 
 
 def test_a_whole_model_is_exported_as_it_is(export, tmp_path):
@@ -77,8 +106,9 @@ def test_a_whole_model_is_exported_as_it_is(export, tmp_path):
     (tmp_path / "q.txt").write_text("word " * 600, encoding="utf-8")
     code, _, err = export("model", "b.gguf", "--check", "q.txt")
     assert code == 2 and "shorten it" in err and not (tmp_path / "b.gguf").exists()  # nor is one that was not compared
-    code, _, err = export("model", "b.gguf", "--merged", "other")
-    assert code == 2 and "model is a whole model already: leave it out" in err
+    for option in ("--merged=other", "--into=16bit"):
+        code, _, err = export("model", "b.gguf", option)
+        assert code == 2 and "model is a whole model already: leave it out" in err
 
 
 def test_the_tokenizer_of_the_adapter_is_the_one_in_the_file(export, tmp_path):
@@ -110,7 +140,7 @@ def test_a_file_that_fails_its_check_is_not_kept(export, tmp_path, monkeypatch):
     ("arguments", "match"),
     [
         (["a.gguf", "--type", "q4_0"], r"--type='q4_0': choose one of f16, bf16, f32, q8_0"),
-        (["a.gguf", "--into", "4bit"], r"--into='4bit': choose one of 16bit, dequantised"),
+        (["a.gguf", "--into", "4bit"], r"--into='4bit': choose one of dequantised, 16bit"),
         (["a.bin"], r"OUT='a.bin': its name must end in .gguf"),
         (["no/a.gguf"], r"there is no folder no: make it first"),
         (["there.gguf"], r"OUT='there.gguf' is there already"),

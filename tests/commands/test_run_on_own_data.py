@@ -178,7 +178,11 @@ def test_the_validation_file_may_be_of_another_form(few, tmp_path, up_to_loading
     ("rows", "options", "said"),
     [
         (1, [], "--data has one chat that can be used, so none can be held out for validation. Name a file with"),
-        (3, ["--on-bad", "stop"], 'few.csv, row 4: "answer" is empty\nTo leave such rows out: --on-bad drop'),
+        (
+            3,
+            ["--on-bad", "stop"],
+            'few.csv, row 4: "answer" is empty\nRows are counted without the header. To leave such rows out: --on-bad drop',
+        ),
         (3, ["--on-bad", "drop", "--max-length", "16"], "--too-long drop, --too-long cut-question"),
     ],
 )

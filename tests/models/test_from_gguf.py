@@ -1,11 +1,15 @@
 """A GGUF file becomes a folder of a model: the same values, the same tokens, the same text."""
 
+import logging
+from contextlib import nullcontext
+
 import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_helpers.chats.templates import has_marks
+from qlora_helpers.models import from_gguf
 from qlora_helpers.models.from_gguf import MARKED_TURN, TURN, marked, read_gguf, write_from_gguf
 from tests.support import tiny_gguf
 
@@ -116,3 +120,26 @@ def test_a_way_of_parting_text_that_is_not_known_is_refused(tmp_path):
         ValueError, match=r"^file='.*tiny\.gguf': its tokenizer parts text as 'deepseek-llm' does, which is"
     ):
         read_gguf(tmp_path / "tiny.gguf")
+
+
+def test_nothing_is_said_that_is_meant_for_a_model_that_is_to_answer(tmp_path, monkeypatch, capfd):
+    file, heard = tmp_path / "tiny.gguf", []
+    tiny_gguf.write(file, "Q4_1")
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    logging.getLogger("transformers").addHandler(handler)
+
+    def told(folder):
+        heard.clear()
+        capfd.readouterr()
+        (tmp_path / folder).mkdir()
+        write_from_gguf(file, tmp_path / folder)
+        return any("weights packed" in line for line in heard), "Loading weights" in capfd.readouterr().err
+
+    try:
+        assert told("a") == (False, False)
+        for name in ("silenced", "without_short_bars"):
+            monkeypatch.setattr(from_gguf, name, lambda *_: nullcontext())
+        assert told("b") == (True, True)
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)

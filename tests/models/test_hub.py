@@ -2,9 +2,11 @@
 
 import errno
 import socket
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-from huggingface_hub import errors
+from huggingface_hub import constants, errors
 
 from qlora_helpers.models import hub
 from qlora_helpers.models import loading as models
@@ -134,3 +136,23 @@ def test_what_was_loaded_is_said_with_its_commit(capsys, monkeypatch, tmp_path):
 def test_the_gear_s_model_unless_qlora_model_names_another(gear, named, wanted, monkeypatch):
     monkeypatch.setenv("QLORA_MODEL", named)
     assert models.default_model(type(CPU)(gear, "gear", None, 0, None, False, 1, 0)) == wanted
+
+
+@pytest.mark.parametrize("code", [200, 503])
+def test_a_server_answers_whatever_it_says_and_a_closed_door_does_not(code, monkeypatch):
+    class Says(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(code)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Says) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        assert hub.answers()
+        thread.join()
+    assert not hub.answers(1)

@@ -1,12 +1,12 @@
-"""A real model, tuned on a few English chats, answers from its GGUF file as the adapter does, hop by hop."""
+"""A real model, tuned on a few English chats, answers merged and from its GGUF file as the adapter does, hop by hop."""
 
 import pytest
 
-from qlora_helpers.adapters.file_merge import merge_files
 from qlora_helpers.adapters.files import load_adapter
 from qlora_helpers.adapters.gguf_export import export_gguf
 from qlora_helpers.adapters.gguf_tokenizer import chat_text, read_tokenizer
 from qlora_helpers.adapters.hops import EXPORT, MERGE, prove
+from qlora_helpers.adapters.proven_merge import merge_with_proof, plan_merge
 from qlora_helpers.adapters.serving import chat_format, go_template
 from qlora_helpers.models.loading import load_model, load_tokenizer
 from qlora_helpers.settings import Settings
@@ -36,20 +36,31 @@ QUESTIONS = [chat[:1] for chat in CHATS[:2]] + [
 
 @pytest.fixture(scope="module")
 def tuned(folder, tmp_path_factory):
-    """The adapter of a short run, and the merged model."""
+    """The adapter of a short run, the model that is merged of it by default, and what that was proven to do."""
     out = tmp_path_factory.mktemp("run")
     settings = Settings(steps=6, batch_size=1, warmup_steps=1, rank=4, learning_rate=1e-3, max_length=96)
     train(load_model(NAME, hardware=CPU), load_tokenizer(NAME), CHATS, out, settings, hardware=CPU)
-    return out / "adapter", merge_files(folder, out / "adapter", out / "merged")
+    plan = plan_merge(out / "adapter", out / "merged", base=NAME, hardware=CPU)
+    asked = out / "questions.txt"
+    asked.write_text("\n".join(ROWS), encoding="utf-8")
+    proof = merge_with_proof(plan, out / "merged", questions=asked, max_new_tokens=12, hardware=CPU)
+    return plan, out / "merged", proof
+
+
+def test_the_merged_model_answers_as_the_adapter_on_4_bits_does(tuned):
+    plan, _, proof = tuned
+    print(proof)
+    assert plan.into == "dequantised" and proof.holds
+    assert proof.merged.same_answers == len(ROWS) and proof.survived.least > 0.9
 
 
 @pytest.mark.parametrize(("kind", "most"), [("f16", 1e-5), ("q8_0", 0.02)])
 def test_the_file_answers_as_the_adapter_does(kind, most, tuned, tmp_path):
-    adapter, merged = tuned
+    plan, merged, _ = tuned
     file = export_gguf(merged, tmp_path / "a.gguf", kind)
 
     def live():
-        return load_adapter(load_model(NAME, quantization=None, hardware=CPU), adapter), load_tokenizer(NAME)
+        return load_adapter(load_model(NAME, hardware=CPU), plan.tuned.folder), load_tokenizer(NAME)
 
     proof = prove(file.path, merged, QUESTIONS, live=live, max_new_tokens=12, hardware=CPU)
     print(proof)
