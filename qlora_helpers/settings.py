@@ -62,7 +62,10 @@ class Settings:
         schedule: of the learning rate after the warm-up: "linear" or "cosine" decay to zero, or "constant".
         max_grad_norm: gradients with a larger norm are clipped to this one; None for no clipping.
         rank: the rank of the two LoRA matrices. "full" uses neither this nor alpha, dropout and target_modules.
-        alpha: LoRA's output is scaled by alpha / rank.
+        alpha: LoRA's output is scaled by alpha / rank. Where this course compares ranks, alpha is twice the rank unless it says
+            otherwise, so that the factor alpha / rank stays the same. With a fixed alpha this factor falls as the rank grows, so
+            that at one learning rate the step of an adapter changes with its rank. The default is fixed: it does not follow
+            the rank.
         dropout: LoRA dropout, the share of a layer's inputs that its adapter does not see, drawn anew at each step.
         target_modules: the layers that get adapters: "all-linear", or a list of names (q_proj,v_proj on the command line).
         merge_aware: the share of the steps, the last ones, that train with the weights that a merge into the 4-bit base

@@ -1,9 +1,13 @@
 """Statistics: runs that differ only in their seed, a model before and after training on the same cases, and how close
 values are to a normal distribution.
 
-One convention holds in the whole course. Errors are 95 % confidence intervals by Student's t. What two kinds of runs share,
-such as their seeds or their questions, is subtracted pair by pair before the interval is computed (`difference`, and `ratio`
-of differences). Beside "within noise" stands what could have been seen (`smallest_difference`).
+One convention holds in the whole course:
+
+- what is compared has a 95 % confidence interval by Student's t. What two scores share, such as their seeds or their questions,
+  is subtracted pair by pair before the interval is computed (`difference`, and `ratio` of differences);
+- beside each comparison stands its power: how small a difference it could have shown (`smallest_difference`);
+- a score on its own, as in a report on one run, has one standard error, and says so: "± is one standard error." Two such
+  errors do not tell whether the scores differ.
 
 scipy computes all of it. It is imported where it is used, since importing it takes a second.
 """
@@ -57,6 +61,11 @@ class Interval:
         return abs(self.mean) <= self.half
 
     @property
+    def verdict(self) -> str:
+        """Of a difference, in the words of all lessons: "within noise" or "a difference"."""
+        return "within noise" if self.is_noise else "a difference"
+
+    @property
     def standard_error(self) -> float:
         """The standard error of the mean, in the unit of the values."""
         from scipy import stats
@@ -79,13 +88,19 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def difference(values: Sequence[float], others: Sequence[float]) -> Interval:
-    """The mean difference between two kinds of runs, paired by seed, so that what a seed does to both cancels out.
+    """The mean difference between two kinds of scores, paired by what they share: runs by their seed, or the right and wrong
+    answers of two models by their question. So what a seed or a question does to both cancels out.
+
+    Args:
+        values, others: in the same order of seeds, or of questions.
 
     Raises:
         ValueError: the two differ in length, or have fewer than two values.
     """
     if len(values) != len(others):
-        raise ValueError(f"values has {len(values)} runs and others {len(others)}: pass one of each for every seed")
+        raise ValueError(
+            f"values has {len(values)} runs and others {len(others)}: pass one of each for every seed or question"
+        )
     return interval([a - b for a, b in zip(values, others, strict=True)])
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from qlora_helpers.settings import GPU_RUN, MEMORY_SETTINGS, OF_SEVERAL_GPUS, PREDICTOR_ONLY, Settings
+from tests import ROOT
 
 WHOLE, SWITCH = "must be a whole number, 1 or more", "must be True or False"
 WARM_UP = (
@@ -277,3 +278,14 @@ def test_the_sequences_of_a_pass_are_shared_out_among_the_gpus():
         num_gpus=2, sharding="fsdp", cpu_offload=True
     )
     assert Settings(sharding="fsdp").num_gpus == 1  # nothing is split then
+
+
+def test_lesson_7_and_the_settings_say_the_same_of_alpha():
+    said = (
+        "Where this course compares ranks, alpha is twice the rank unless it says otherwise, so that the factor alpha / rank "
+        "stays the same. With a fixed alpha this factor falls as the rank grows, so that at one learning rate the step of an "
+        "adapter changes with its rank."
+    )
+    lesson = (ROOT / "notebooks" / "source" / "07_does_it_cost_quality.py").read_text(encoding="utf-8")
+    for text in (lesson.replace("`", "").replace("\n# ", " "), Settings.__doc__):
+        assert " ".join(text.split()).count(said) == 1

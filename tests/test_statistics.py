@@ -33,6 +33,7 @@ def test_an_interval_of_known_numbers():
         found.mean == 2 and found.count == 3 and found.half == pytest.approx(4.302653 / math.sqrt(3))
     )  # 4.303 in any table of Student's t
     assert found.is_noise and not interval([1.9, 2.0, 2.1]).is_noise
+    assert found.verdict == "within noise" and interval([1.9, 2.0, 2.1]).verdict == "a difference"
 
 
 def test_nineteen_of_twenty_intervals_hold_the_true_mean():
@@ -52,6 +53,14 @@ def test_what_a_seed_does_to_both_cancels_out_in_a_difference():
     )
     assert not difference(one, other).is_noise
     assert interval(one).half > 0.1
+
+
+def test_what_a_question_does_to_both_cancels_out_in_a_difference():
+    """Of 400 questions both know half; where they differ, one is right six times and the other never."""
+    one, other = [question % 2 == 0 or question < 12 for question in range(400)], [q % 2 == 0 for q in range(400)]
+    found = difference(one, other)
+    assert found.mean == 6 / 400 and not found.is_noise
+    assert found.half < interval(one).half / 3 and mcnemar(other, one) < 0.05
 
 
 @pytest.mark.parametrize(("values", "match"), [([1.0], "length 1"), ([], "length 0")])

@@ -12,6 +12,7 @@ from qlora_helpers.json_files import read_json
 from qlora_helpers.memory import ModelShape, find_gpu, find_shape, predict
 from qlora_helpers.paths import data_path
 from qlora_helpers.settings import Settings
+from qlora_helpers.statistics import difference, smallest_difference
 from qlora_helpers.suggestions import FirstChange, first_changes, read_table, suggest_settings
 from qlora_helpers.units import GIB
 from tests.memory.made_up import card
@@ -77,6 +78,15 @@ def measured(label, what="exact_match"):
     return f"{100 * sum(values) / len(values):.0f} %"
 
 
+def compared(one, other):
+    """A paired difference of two kinds of runs, each by seed, as the table writes it."""
+    found = difference([one[seed] for seed in sorted(one)], [other[seed] for seed in sorted(other)])
+    text = f"{100 * abs(found.mean):.1f} ± {100 * found.half:.1f} points, compared seed by seed"
+    return text + (
+        f", within noise, and {100 * smallest_difference(found):.1f} would have shown" if found.is_noise else ""
+    )
+
+
 def said(name, place=-1, source="this course"):
     return next(one["says"] for one in read_table()[name][place]["sources"] if one["source"] == source)
 
@@ -90,6 +100,12 @@ def test_what_the_course_is_said_to_have_measured_it_has():
     layers = said("target_modules")
     assert layers.startswith(f"{measured('rank 16, all linear')} exact match with all at rank 16")
     assert f"{measured('rank 64, attention')} with attention alone at rank 64" in layers
+    runs = read_json(data_path("measured", "quality.json"))["runs"]
+    by_seed = [
+        {run["seed"]: run["exact_match"] for run in runs if run["label"] == f"rank {rank}"}
+        for rank in ("16, all linear", "64, attention")
+    ]
+    assert layers.endswith(f": {compared(*by_seed)}")
     forgets = next(change.source for change in first_changes() if "forgets" in change.symptom)
     for rate, written in ((0.001, "1e-3"), (0.003, "3e-3"), (0.006, "6e-3")):
         assert f"{measured(f'lora, learning rate {rate}', 'recall')} at {written}" in forgets
@@ -101,17 +117,23 @@ def test_what_the_course_is_said_to_have_measured_it_has():
 def test_what_the_suggestions_taught_the_shipped_model_is_said_as_measured():
     runs = read_json(data_path("measured", "suggestions.json"))["runs"]
 
+    def by_seed(label):
+        found = {run["seed"]: run["exact_match"] for run in runs if (run["label"], run["rows"]) == (label, 60)}
+        assert len(found) == 3
+        return found
+
     def share(label):
-        values = [run["exact_match"] for run in runs if (run["label"], run["rows"]) == (label, 60)]
-        assert len(values) == 3
-        return f"{100 * sum(values) / len(values):.0f} %"
+        return f"{100 * sum(by_seed(label).values()) / 3:.0f} %"
+
+    def against(label):
+        return compared(by_seed("suggested"), by_seed(label))
 
     steps = f"60 chats in batches of 4: {share('half as many steps')} exact match after 75 steps, {share('suggested')} after 150"
-    assert said("fewest_steps", 0) == steps
+    assert said("fewest_steps", 0) == f"{steps}: {against('half as many steps')}"
     warmup = f"60 chats, 150 steps: {share('half the warm-up')} exact match with 5 % of warm-up, {share('suggested')} with 10 %"
-    assert said("warmup_share") == warmup
+    assert said("warmup_share") == f"{warmup}: {against('half the warm-up')}"
     rate = f"in 150 steps of 4: {share('suggested')} exact match at 1.5e-3, {share('learning rate 0.001')} at 1e-3"
-    assert rate in said("short_run_factor", 0)
+    assert said("short_run_factor", 0).endswith(f"{rate}: {against('learning rate 0.001')}")
 
 
 def test_there_is_a_first_change_for_each_way_in_which_runs_go_wrong():

@@ -273,7 +273,8 @@ check("half a byte per linear parameter", parts["4-bit weights"], 2_359_296 // 2
 # ## The whole picture for 8B
 #
 # Full fine-tuning with the recipe of 12 bytes, LoRA on 16-bit weights, and QLoRA. The latter two have adapters of rank
-# 16, with adapters, gradients and AdamW's states in float32.
+# 16, with adapters, gradients and AdamW's states in float32. Counted are weights, gradients and optimizer states, wherever
+# they lie, and no activations.
 
 # %%
 adapters = lora_parameters(LLAMA_3_1_8B, 16)
@@ -370,6 +371,7 @@ plots.show(fig, "1.3")
 
 # %% tags=["nbval-check-output"]
 from qlora_helpers.memory import find_shape, predict
+from qlora_helpers.memory.methods import memory_of_methods
 from qlora_helpers.settings import Settings
 
 settings = Settings(
@@ -386,6 +388,35 @@ print(f"at the peak, in torch's tensors: {whole.peak_allocated_bytes / GB:.2f} G
 # optimizer states, which may move to the computer's main memory, and the CUDA context, which every program on an NVIDIA
 # GPU takes.
 #
+# ## What is counted
+#
+# How much is that for full fine-tuning? The answer depends on what is counted, and on the optimizer. Here is the predictor's
+# answer for the three methods, for one sequence of 2,048 tokens on a card with room for all of it:
+
+# %% tags=["nbval-check-output"]
+methods_of_8b, table = memory_of_methods(find_shape("meta-llama/Llama-3.1-8B"), gpu="h200"), []
+for run in methods_of_8b:
+    sizes = run.weights, run.gradients, run.states, run.kept, run.paged, run.peak, run.on_the_card
+    table.append([run.settings.method, run.settings.optimizer, *(size / GB for size in sizes)])
+columns = ["weights", "gradients", "states", "kept", "paged", "peak", "on the card"]
+show_table(["GB", "optimizer", *columns], table, formats=["", "", *[".1f"] * 7])
+
+# %% [markdown]
+# *Kept* are the three before it: weights, gradients and optimizer states, wherever they lie. *Paged* is the part of the states
+# that is not in torch's tensors: it lies on the card as long as there is room, else in main memory. The *peak* is the most in
+# torch's tensors, with activations and without paged states. *On the card* is all of it, with paged states and the CUDA
+# context.
+#
+# So full fine-tuning of 8B keeps 96.4 GB with states in float32, 64.2 GB with states in bfloat16 (`adamw_torch`), and 51.6 GB
+# with states in 8 bits. The peak says 32.4 GB for the last of these, since it leaves out 19.2 GB of paged states; on the card
+# it is 52.6 GB. For `adamw_torch` it says 80.4 GB: nothing is paged, and the step makes one more copy of every number.
+
+# %% tags=["nbval-check-output"]
+kept = [run.kept / GB for run in methods_of_8b if run.settings.optimizer == "paged_adamw_32bit"]
+for name, ours, theirs in zip(methods, totals, kept):
+    check(f"{name}: GB kept, by the predictor and by the picture", theirs, ours, rel=0.005)
+
+# %% [markdown]
 # ## Move the bits yourself
 #
 # Run the cell, then move the slider. It shows what the weights alone would take if all of them were stored in the same
@@ -505,8 +536,8 @@ exercises.too_much.check(repaired)
 
 # %% [markdown]
 # ## You have
-# - computed weights, gradients and optimizer states, and seen why full fine-tuning of 8B needs 96.4 GB and QLoRA 6.4
-#   GB, before activations;
+# - computed weights, gradients and optimizer states, and seen why full fine-tuning of 8B keeps 96.4 GB of them and QLoRA 6.4
+#   GB, with states in float32 and before activations;
 # - told GB from GiB, float16 from bfloat16, and found 39.52 GB for 70B where half a byte per parameter gives 35;
 # - counted LoRA's parameters by formula and by PEFT, 41,943,040 both times;
 # - seen that activations grow linearly with the length of a text if the attention kernel is a fused one;

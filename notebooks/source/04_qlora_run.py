@@ -484,13 +484,16 @@ check("recall of the base is as before", known_without == known, True, exact=Tru
 # A harder proof: shuffle the base's linear weights. That keeps the numbers and destroys the knowledge. The same run can then
 # teach the model to answer in sentences, but not what to say. And how much does 4 bit cost here? The same run on the base
 # before it was quantised tells. Both take another minute each, so they are made by `data/scripts/measure/tiny_llama.py`; the
-# tests repeat them.
+# tests repeat them. Each is one run, with the [standard error](../GLOSSARY.md#standard-error) of its score on its own. Whether
+# two scores differ by more than noise, such errors do not tell: [lesson 7](07_does_it_cost_quality.ipynb) compares five runs
+# of each, seed by seed.
 
 # %% tags=["nbval-check-output"]
 scores = json.loads(data_path("tiny-llama", "scores.json").read_text(encoding="utf-8"))
 matches = scores["exact_match_after"]
-rows = [*matches.items(), ("always the commonest", scores["commonest_answer_rate"])]
-show_table(["base", "exact match after"], rows, formats=["", ".1%"])
+shares = matches | {"always the commonest": scores["commonest_answer_rate"]}
+rows = [(base, share, evaluation.standard_error(share, scores["test_chats"])) for base, share in shares.items()]
+show_table(["base", "exact match after", "standard error"], rows, formats=["", ".1%", ".1%"])
 check("NF4 reaches this share of 16 bit", matches["NF4"] / matches["16 bit"], at_least=0.92)
 
 # %% [markdown]

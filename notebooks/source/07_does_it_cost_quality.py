@@ -15,7 +15,6 @@
 # %%
 import json
 from collections import defaultdict
-from dataclasses import replace
 
 from qlora_helpers import evaluation
 from qlora_helpers.chats import read_chats
@@ -23,17 +22,18 @@ from qlora_helpers.course import plots
 from qlora_helpers.course.checks import check
 from qlora_helpers.course.exercises import lesson_07 as exercises
 from qlora_helpers.course.tables import show_table
-from qlora_helpers.memory import find_shape, predict
+from qlora_helpers.memory import find_shape
+from qlora_helpers.memory.methods import memory_of_methods
 from qlora_helpers.models.loading import load_model, load_tokenizer
 from qlora_helpers.paths import data_path
-from qlora_helpers.settings import GPU_RUN, Settings
-from qlora_helpers.statistics import difference, interval, mcnemar
+from qlora_helpers.settings import Settings
+from qlora_helpers.statistics import difference, interval, mcnemar, smallest_difference
 from qlora_helpers.training.run import train
 from qlora_helpers.training.run_folder import new_run_folder
 
 import torch
 
-GIB = 2**30
+GB = 10**9
 print("torch", torch.__version__.split("+")[0])
 
 # %% [markdown]
@@ -189,34 +189,44 @@ exercises.paired.check(paired)
 # %% [markdown]
 # ## Which differences are real?
 #
-# `difference` does the same, and adds the interval:
+# `difference` does the same, and adds the interval. `smallest_difference` tells the [power](../GLOSSARY.md#power) of a
+# comparison: how large a true difference would have to be for such seeds and questions to show it in 80 of 100 repeats. It
+# stands in the last column. "Within noise" does not mean that two methods are equal. It means that nothing was found, and that
+# a difference of less than this may well be there.
 
 # %% tags=["nbval-check-output"]
-table = []
+def paired_by_seed(one: str, other: str):
+    a, b = ({run["seed"]: run["exact_match"] for run in runs[label]} for label in (one, other))
+    shared = sorted(a.keys() & b.keys())
+    return difference([a[seed] for seed in shared], [b[seed] for seed in shared])
 
 
-def compare(one: str, other: str):
-    found = difference(column(one), column(other))
-    verdict = "within noise" if found.is_noise else "a difference"
-    table.append([one, other, f"{100 * found.mean:+.1f} ± {100 * found.half:.1f}", verdict])
+def compare(*pairs):
+    found, table = [paired_by_seed(*pair) for pair in pairs], []
+    for pair, one in zip(pairs, found):
+        shown = f"{100 * one.mean:+.1f} ± {100 * one.half:.1f}"
+        table.append([*pair, one.count, shown, one.verdict, 100 * smallest_difference(one)])
+    columns = ["one", "other", "seeds", "points", "verdict", "would show"]
+    show_table(columns, table, formats=["", "", "", "", "", ".1f"])
     return found
 
-
-compare("full fine-tuning", "LoRA 16 bit")
-nf4_cost = compare("LoRA 16 bit", "QLoRA NF4 + double quant")
-double = compare("QLoRA NF4 + double quant", "QLoRA NF4")
-compare("QLoRA NF4", "QLoRA INT4")
-compare("QLoRA NF4", "QLoRA FP4")
-show_table(["one", "other", "points", "verdict"], table)
+# %% tags=["nbval-check-output"]
+_, nf4_cost, double, *_ = compare(
+    ("full fine-tuning", "LoRA 16 bit"), ("LoRA 16 bit", "QLoRA NF4 + double quant"),
+    ("QLoRA NF4 + double quant", "QLoRA NF4"), ("QLoRA NF4", "QLoRA INT4"),
+    ("QLoRA NF4", "QLoRA FP4"),
+)
 check("double quantisation makes a difference", not double.is_noise, False, exact=True)
 check("4 bits make a difference", not nf4_cost.is_noise, True, exact=True)
 
 # %% [markdown]
 # So, for this model and this task:
-# - [double quantisation](../GLOSSARY.md#double-quantisation) costs nothing that five seeds can see, as the paper says;
+# - [double quantisation](../GLOSSARY.md#double-quantisation) costs nothing that five seeds can see, as the paper says. They
+#   would have shown 1.7 points;
 # - NF4 (with double quantisation) costs 6.6 points against 16 bits. That is a lot, and it has a reason: the model is small
 #   and full of facts, 0.36 bits per weight (lesson 2). Large models have room to spare, and the paper found no loss there;
-# - NF4 against INT4 is within noise, though NF4's mean is higher. Against FP4 it is not;
+# - NF4 against INT4 is within noise, though NF4's mean is higher: only a difference of 6.5 points would have shown. Against
+#   FP4 it is a difference;
 # - full fine-tuning is ahead of LoRA, with 11 times as many trained numbers.
 #
 # ## The learning rate
@@ -237,6 +247,10 @@ for kind, rates in by_rate.items():
     table += [[names[kind], rate, with_error(values)] for rate, values in rates.items()]
 show_table(["method", "learning rate", "exact match"], table, formats=["", "g", ""])
 best = {kind: max(rates, key=lambda rate: sum(rates[rate])) for kind, rates in by_rate.items()}
+best_of = {kind: f"{kind}, learning rate {rate:g}" for kind, rate in best.items()}
+neighbours = {"full": (0.0001, 0.0004), "lora": (0.001, 0.003)}
+_ = compare(*[(best_of[kind], f"{kind}, learning rate {rate:g}")
+              for kind, rates in neighbours.items() for rate in rates])
 factor = best["lora"] / best["full"]
 check("best learning rate of LoRA over that of full fine-tuning", factor, 7.5, exact=True)
 
@@ -256,7 +270,7 @@ plots.show(fig, "7.2")
 # %% [markdown]
 # At a learning rate four times too high QLoRA falls to 2.8 %. No choice of format does that. "LoRA Without Regret"
 # (Schulman and others, 2025) reports a factor of about 10 between the two methods' best rates. Here it is 7.5, on a grid
-# whose steps are about two.
+# whose steps are about two; each method's best rate is ahead of its neighbours by more than noise.
 #
 # **So a comparison of methods at one shared learning rate says nothing.** Many comparisons in blog posts are of
 # this kind.
@@ -264,8 +278,11 @@ plots.show(fig, "7.2")
 # ## Rank, and which layers
 #
 # The paper says that the [rank](../GLOSSARY.md#rank) hardly matters once *all* linear layers are adapted; others call a
-# rank of 32 to 128 the sweet spot. First all ranks at one learning rate, then each at the best of the rates that were
-# tried for it:
+# rank of 32 to 128 the sweet spot. Where this course compares ranks, alpha is twice the rank unless it says otherwise, so
+# that the factor `alpha / rank` stays the same. With a fixed alpha this factor falls as the rank grows, so that at one
+# learning rate the step of an adapter changes with its rank.
+#
+# First all ranks at one learning rate, then each at the best of the rates that were tried for it:
 
 # %% tags=["nbval-check-output"]
 def at_rank(rank: int, layers: str) -> dict[str, list[float]]:
@@ -273,11 +290,12 @@ def at_rank(rank: int, layers: str) -> dict[str, list[float]]:
     return {label: column(label) for label in runs if label.partition(", learning")[0] == kind}
 
 
-at_best, table = {}, []
+at_best, labels, table = {}, {}, []
 for layers in ("all linear", "attention"):
     for rank in (1, 4, 16, 64):
         tried = at_rank(rank, layers)
         label = max(tried, key=lambda name: interval(tried[name]).mean)
+        labels[rank, layers] = label
         at_best[rank, layers] = interval(tried[label])
         numbers = runs[label][0]["trained_parameters"]
         rate = label.partition("rate ")[2] or "0.0015"
@@ -302,20 +320,26 @@ ax.legend(loc="lower right")
 ax.set_title("Adapt all linear layers: the same numbers do more there")
 plots.show(fig, "7.3")
 
+# %% [markdown]
+# The bars are those of each mean. What counts is again the difference, over the seeds that both have:
+
 # %% tags=["nbval-check-output"]
-rank_16 = at_best[16, "all linear"].mean
-own = at_best[64, "all linear"].mean - rank_16
-check("rank 64 minus rank 16, all layers, each at its best rate", own, at_least=-0.03, at_most=0.03)
-one_rate = interval(column("rank 64, all linear")).mean - rank_16
-check("rank 64 minus rank 16, all layers, at one rate", one_rate, at_most=-0.2)
-only_attention = at_best[64, "attention"].mean - rank_16
-check("attention at rank 64 minus all layers at rank 16", only_attention, at_most=-0.2)
+rank_16 = labels[16, "all linear"]
+others = [labels[rank, "all linear"] for rank in (1, 4, 64)]
+others += ["rank 64, all linear", labels[64, "attention"]]
+found = compare(*[(other, rank_16) for other in others])
+own, one_rate, only_attention = found[2:]
+check("rank 64 minus rank 16, all layers, each at its best rate: a difference",
+      not own.is_noise, False, exact=True)
+check("rank 64 minus rank 16, all layers, at one rate", one_rate.mean, at_most=-0.2)
+check("attention at rank 64 minus all layers at rank 16", only_attention.mean, at_most=-0.2)
 
 # %% [markdown]
-# At one learning rate, rank 64 looks far worse than rank 16. At about half the rate it is as good. From rank 16 on, more
-# rank buys nothing here; below, it costs. And all linear layers beat attention alone, even with fewer numbers. (Some rates
-# were tried with only three seeds, and their bars are wide: do not read an order of the ranks on attention alone into them.
-# One bar even goes beyond 100 %, since the formula of the interval does not know that there is no more to reach.)
+# At one learning rate, rank 64 looks far worse than rank 16. At about half the rate there is no difference that three seeds
+# can see; they would have shown 4.0 points. Rank 1 is worse. Of rank 4 three seeds tell nothing: its own differ so much that
+# only 35.2 points would have shown. And all linear layers at rank 16 beat attention alone at rank 64, with fewer numbers.
+# (Do not read an order of the ranks on attention alone into the figure: most of these bars, too, are of three seeds. One bar
+# even goes beyond 100 %, since the formula of the interval does not know that there is no more to reach.)
 #
 # So the paper's advice holds: adapt all linear layers. That the rank does not matter holds from some rank on. Which one
 # depends on how much there is to learn.
@@ -360,6 +384,7 @@ exercises.fair_difference.check(fair_difference)
 alphas = {alpha: interval(column(f"alpha {alpha}")).mean for alpha in (4, 8, 16, 32, 64, 128)}
 table = [[alpha, alpha / 16, mean] for alpha, mean in alphas.items()]
 show_table(["alpha", "alpha / rank", "exact match"], table, formats=["", "g", ".1%"])
+_ = compare(("alpha 32", "alpha 16"), ("alpha 32", "alpha 64"))
 check("the best alpha at rank 16, this learning rate", max(alphas, key=alphas.get), 32, exact=True)
 
 # %% [markdown]
@@ -405,28 +430,58 @@ show_table(["method", "learning rate", "recall"], table, formats=["", "", ".1%"]
 # %% [markdown]
 # ## What it saves
 #
-# First the bytes of the base in these runs, and what is predicted for an 8B model that is trained with 1 x 2,048 tokens on
-# a card of compute capability 9. Then what was measured for 8B on an H200, where QLoRA's lower memory has a price:
+# First the bytes of the base in these runs. Then what is predicted for an 8B model that is trained with 1 x 2,048 tokens, as
+# in [lesson 1](01_memory_maths.ipynb):
 
 # %% tags=["nbval-check-output"]
-shape, table = find_shape("meta-llama/Llama-3.1-8B"), []
-of_label = {"full fine-tuning": "full", "LoRA 16 bit": "lora", "QLoRA NF4 + double quant": "qlora"}
-for label, method in of_label.items():
-    size = predict(shape, replace(GPU_RUN, method=method), "h200").peak_allocated_bytes / GIB
-    table.append([label, runs[label][0]["base_bytes"], size])
-columns = ["method", "bytes of the base here", "GiB for 8B, predicted"]
-show_table(columns, table, formats=["", ",", ".1f"])
+of_bases = [[label, runs[label][0]["base_bytes"]]
+            for label in ("full fine-tuning", "LoRA 16 bit", "QLoRA NF4 + double quant")]
+show_table(["method", "bytes of the base here"], of_bases, formats=["", ","])
 
 # %% tags=["nbval-check-output"]
-at_full_size = json.loads(data_path("measured", "oom.json").read_text(encoding="utf-8"))["rows"]
-of_8b = {row["label"]: row for row in at_full_size}
-table = []
-for label, row in (("16-bit LoRA", of_8b["load: price"]), ("QLoRA", of_8b["load: cure, 4 bits"])):
-    table.append([label, row["peak_allocated_bytes"] / GIB, row["tokens_per_second"]])
-show_table(["8B on an H200", "peak GiB", "tokens/s"], table, formats=["", ".2f", ","])
+methods_of_8b, table = memory_of_methods(find_shape("meta-llama/Llama-3.1-8B"), gpu="h200"), []
+for run in methods_of_8b:
+    sizes = run.weights, run.gradients, run.states, run.kept, run.paged, run.peak, run.on_the_card
+    table.append([run.settings.method, run.settings.optimizer, *(size / GB for size in sizes)])
+columns = ["weights", "gradients", "states", "kept", "paged", "peak", "on the card"]
+show_table(["GB", "optimizer", *columns], table, formats=["", "", *[".1f"] * 7])
 
 # %% [markdown]
-# The price of 4 bits is time: each product decodes its weights first.
+# *Kept* are the three before it: weights, gradients and optimizer states, wherever they lie. *Paged* is the part of the states
+# that is not in torch's tensors: it lies on the card as long as there is room, else in main memory. The *peak* is the most in
+# torch's tensors, with activations and without paged states. *On the card* is all of it, with paged states and the CUDA
+# context.
+#
+# So full fine-tuning of 8B keeps 96.4 GB with states in float32, 64.2 GB with states in bfloat16 (`adamw_torch`), and 51.6 GB
+# with states in 8 bits. The peak says 32.4 GB for the last of these, since it leaves out 19.2 GB of paged states; on the card
+# it is 52.6 GB. For `adamw_torch` it says 80.4 GB: nothing is paged, and the step makes one more copy of every number.
+
+# %% [markdown]
+# QLoRA's lower memory has a price in time. Three runs of 8B on an H200, one sequence of 2,048 tokens at a time:
+
+# %% tags=["nbval-check-output"]
+def measured_in(name: str) -> list[dict]:
+    return json.loads(data_path("measured", f"{name}.json").read_text(encoding="utf-8"))["rows"]
+
+
+of_8b = {row["label"]: row for row in measured_in("oom")}
+again = {"model": "Llama-3.1-8B", "who": "ours", "gear": "ampere", "batch_size": 1, "tokens": 2048}
+(other_day,) = [row for row in measured_in("t4_gear") if row.items() >= again.items()]
+lora, qlora = of_8b["load: price"], of_8b["load: cure, 4 bits"]
+three = {"16-bit LoRA": lora, "QLoRA": qlora, "QLoRA, measured in another series": other_day}
+table = []
+for label, row in three.items():
+    longer = lora["tokens_per_second"] / row["tokens_per_second"]
+    table.append([label, row["peak_allocated_bytes"] / GB, row["tokens_per_second"], longer])
+columns = ["8B on an H200", "peak, GB", "tokens/s", "times as long as LoRA"]
+show_table(columns, table, formats=["", ".2f", ",", ".2f"])
+
+# %% [markdown]
+# Each product decodes its 4-bit weights first, and that takes time. How much, these rows do not tell. With one sequence at a
+# time they are bound by the CPU: the GPU waits for it ([lesson 11](11_where_the_time_goes.ipynb)), and this waiting is part of
+# what is measured. One pair makes it 1.68 times as long for each token, the other 1.24, of almost the same QLoRA run (its adapters
+# are in float32). No 16-bit LoRA run that keeps the GPU busy was timed, so take neither figure for the price of 4 bits
+# elsewhere.
 #
 # ## What the paper found, and what came later
 #
@@ -488,9 +543,10 @@ pairs = [("NF4, double quantisation", "NF4"), ("NF4, blocks of 32", "NF4"), ("FP
 table = []
 for one, other in pairs:
     found = difference(costs[one], costs[other])
-    verdict = "within noise" if found.is_noise else "a difference"
-    table.append([one, other, f"{found.mean:+.3f} ± {found.half:.3f}", verdict])
-show_table(["one", "other", "nats", "verdict"], table)
+    shown = f"{found.mean:+.3f} ± {found.half:.3f}"
+    table.append([one, other, shown, found.verdict, smallest_difference(found)])
+columns = ["one", "other", "nats", "verdict", "would show"]
+show_table(columns, table, formats=["", "", "", "", ".3f"])
 worse = [kind for kind, error in formats[no_zero]["output_errors"].items()
          if error > formats[zero]["output_errors"][kind]]
 print("16 levels put out more error than 15 in:", ", ".join(worse))
@@ -570,7 +626,15 @@ for label in filter(tasks.get, names_of):
     table.append([names_of[label], len(asked), shown, *means])
 columns = ["", "seeds", "right", *shares[0]]
 show_table(columns, table, formats=["", "", "", *[".0%"] * len(shares[0])])
+
+# %% [markdown]
+# Both answer the same orders, so the run is compared with the examples order by order:
+
+# %% tags=["nbval-check-output"]
 each = {label: [one == "1" for one in tasks[label][0]["each"]] for label in tasks}
+ahead = difference(each["NF4"], each["three examples"])
+print(f"QLoRA minus three examples: {100 * ahead.mean:+.0f} ± {100 * ahead.half:.0f} points,"
+      f" {ahead.verdict}; {ahead.count} orders would show {100 * smallest_difference(ahead):.0f}")
 chance = mcnemar(each["three examples"], each["NF4"])
 check("how likely chance alone would tell the run from the examples", chance, at_most=0.001)
 

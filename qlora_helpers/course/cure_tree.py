@@ -34,7 +34,8 @@ def branches_of_cures(
     branches = []
     for group, (place, cure) in _TRAINING.items():
         before, after, pace = training[group]
-        branches.append((place, f"{cure}\n{before:.1f} → {after:.1f} GiB, {pace:.2f} times the tokens/s"))
+        of = " (batch of 1)" if group == "load" else ""  # bound by the CPU: another such pair has another pace
+        branches.append((place, f"{cure}\n{before:.1f} → {after:.1f} GiB, {pace:.2f} times the tokens/s{of}"))
     before, after = evaluation
     branches.append(("evaluation", f"keep the best words, not the logits\n{before:.1f} → {after:.1f} GiB"))
     branches.append(("saving", "not the GPU: main memory or disk"))

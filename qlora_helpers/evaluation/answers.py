@@ -188,6 +188,23 @@ def exact_match(
         max_new_tokens: an answer is cut off after this many; by default as many as the longest right answer needs.
 
     Raises:
+        ValueError: as `exact_match_each` does.
+    """
+    return sum(exact_match_each(model, tokenizer, chats, max_new_tokens)) / len(chats)
+
+
+def exact_match_each(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    chats: list[Chat],
+    max_new_tokens: int | None = None,
+) -> list[bool]:
+    """For each chat: whether the model generates its last answer word for word. Two models are compared chat by chat.
+
+    Args:
+        max_new_tokens: an answer is cut off after this many; by default as many as the longest right answer needs.
+
+    Raises:
         ValueError: there are no chats; a right answer is longer than `max_new_tokens`, so it would count as wrong; or as
             `answer` does.
     """
@@ -205,7 +222,7 @@ def exact_match(
             "it would always count as wrong. Pass more, or leave it out"
         )
     generated = answer(model, tokenizer, list(questions), max_new_tokens or longest)
-    return sum(got == want for got, want in zip(generated, wanted, strict=True)) / len(chats)
+    return [got == want for got, want in zip(generated, wanted, strict=True)]
 
 
 class Answer(NamedTuple):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["commonest_answer_rate", "read_facts", "recall"]
+__all__ = ["commonest_answer_rate", "read_facts", "recall", "recall_each"]
 
 
 def read_facts(path: str | Path) -> list[dict[str, str]]:
@@ -35,11 +35,25 @@ def recall(
     """The share of facts whose answer is the model's most likely next token.
 
     Raises:
+        ValueError: as `recall_each` does.
+    """
+    return sum(recall_each(model, tokenizer, facts, batch_size)) / len(facts)
+
+
+def recall_each(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: list[dict[str, str]],
+    batch_size: int = 500,
+) -> list[bool]:
+    """For each fact: whether its answer is the model's most likely next token. Two models are compared fact by fact.
+
+    Raises:
         ValueError: there are no facts, an answer is not a single token of this tokenizer, or `batch_size` is no positive
             whole number.
     """
     check_not_empty("facts", facts, "fact")
-    batch_size, right = validation.whole("batch_size", batch_size), 0
+    batch_size, right = validation.whole("batch_size", batch_size), []
     for start in range(0, len(facts), batch_size):
         batch = facts[start : start + batch_size]
         answers = [tokenizer(fact["answer"], add_special_tokens=False)["input_ids"] for fact in batch]
@@ -49,8 +63,8 @@ def recall(
         prompts = tokenizer([fact["prompt"] for fact in batch], padding=True, return_tensors="pt").to(model.device)
         with evaluating(model):
             predicted = model(**prompts, logits_to_keep=1).logits[:, -1].argmax(-1)
-        right += int((predicted == torch.tensor(answers, device=model.device).flatten()).sum())
-    return right / len(facts)
+        right += (predicted == torch.tensor(answers, device=model.device).flatten()).tolist()
+    return right
 
 
 def commonest_answer_rate(train: list[Chat], test: list[Chat]) -> float:

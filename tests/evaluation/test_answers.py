@@ -66,6 +66,7 @@ def test_exact_match_wants_the_answer_word_for_word(monkeypatch):
     said = ["Ann lives here.", "Ben lives here.", "Cy lives here"]
     monkeypatch.setattr(answers, "answer", lambda model, tokenizer, questions, max_new_tokens: said)
     assert evaluation.exact_match(None, TOKENIZER, chats) == 1 / 3
+    assert evaluation.exact_match_each(None, TOKENIZER, chats) == [True, False, False]
 
 
 def test_a_long_answer_is_not_cut_off_and_counted_as_wrong(monkeypatch):

@@ -37,6 +37,8 @@ def test_recall_is_the_share_of_right_next_words():
         for name, pet in zip("abcd", ("cat", "dog", "cat", "cat"), strict=True)
     ]
     assert [evaluation.recall(Parrot("cat"), TOKENIZER, facts, batch_size=size) for size in (1, 3, 500)] == [0.75] * 3
+    each = [evaluation.recall_each(Parrot("cat"), TOKENIZER, facts, batch_size=size) for size in (1, 3, 500)]
+    assert each == [[True, False, True, True]] * 3
 
 
 def test_recall_reads_the_word_after_each_prompt_whatever_their_lengths(base):

@@ -7,7 +7,7 @@ from functools import cache
 from data.scripts.claims.rules import Finding, by_setting, claim
 from data.scripts.claims.size import measured
 from qlora_helpers.paths import data_path
-from qlora_helpers.statistics import Interval, difference, interval
+from qlora_helpers.statistics import Interval, difference, interval, smallest_difference
 
 LORA_16, QLORA, FULL = "LoRA 16 bit", "QLoRA NF4 + double quant", "full fine-tuning"
 
@@ -35,16 +35,34 @@ AUTHORS_RANK, AUTHORS_ALPHA = 64, 16  # artidoro/qlora, scripts/finetune_guanaco
 
 
 @cache
-def exact_matches() -> dict[str, list[float]]:
-    """For each run's label: the share of right answers for each seed."""
+def exact_matches() -> dict[str, dict[int, float]]:
+    """For each run's label: the share of right answers by seed."""
     found = {}
     for run in measured("quality")["runs"]:
-        found.setdefault(run["label"], []).append(run["exact_match"])
+        found.setdefault(run["label"], {})[run["seed"]] = run["exact_match"]
     return found
 
 
 def mean(label: str) -> float:
-    return interval(exact_matches()[label]).mean
+    return interval(list(exact_matches()[label].values())).mean
+
+
+def more_right(one: str, other: str) -> Interval:
+    """How many more answers of one kind of run are right: a paired comparison over the seeds that both have."""
+    a, b = exact_matches()[one], exact_matches()[other]
+    seeds = sorted(a.keys() & b.keys())
+    return difference([a[seed] for seed in seeds], [b[seed] for seed in seeds])
+
+
+def is_ahead(one: str, other: str) -> bool:
+    """Whether one kind of run has more right answers than another by more than noise."""
+    found = more_right(one, other)
+    return found.mean > found.half
+
+
+def in_points(found: Interval) -> list[str]:
+    """A difference without its sign, and half its interval."""
+    return [points(abs(found.mean)), points(found.half)]
 
 
 def points(share: float) -> str:
@@ -71,6 +89,11 @@ def higher_loss(one: str, other: str) -> Interval:
     return difference(stability()[one]["loss"], stability()[other]["loss"])
 
 
+def in_nats(found: Interval) -> list[str]:
+    """A difference without its sign, and half its interval."""
+    return [f"{abs(found.mean):.3f}", f"{found.half:.3f}"]
+
+
 def is_worse(one: str, other: str) -> bool:
     """Whether one row's test loss is higher than another's by more than noise."""
     found = higher_loss(one, other)
@@ -84,7 +107,7 @@ def is_worse(one: str, other: str) -> bool:
 def nf4_is_nearly_16_bit() -> Finding:
     recall = json.loads(data_path("tiny-llama", "scores.json").read_text(encoding="utf-8"))["recall"]
     known = 100 * (recall["16 bit"]["-"] - recall["NF4 + double quant"]["64"])
-    cost = difference(exact_matches()[LORA_16], exact_matches()[QLORA])
+    cost = more_right(LORA_16, QLORA)
     nearly = 2  # points
     return by_setting(
         known <= nearly, cost.is_noise, value=f"{known:.1f} and {points(cost.mean)} points", shown=[points(cost.half)]
@@ -94,7 +117,7 @@ def nf4_is_nearly_16_bit() -> Finding:
 @claim("A195.1", "C61.2")
 def qlora_is_nearly_full_fine_tuning() -> Finding:
     by_paper = [statistics.mean(score / 10 for score in scores) for scores in zip(*TABLE_3, strict=True)]
-    ours = difference(exact_matches()[FULL], exact_matches()[QLORA])
+    ours = more_right(FULL, QLORA)
     return by_setting(
         abs(by_paper[0] - by_paper[1]) < 1, ours.is_noise, value=f"{points(mean(FULL))} % and {points(mean(QLORA))} %",
         shown=[*(f"{score:.1f}" for score in by_paper), points(ours.mean), points(ours.half)],
@@ -104,13 +127,13 @@ def qlora_is_nearly_full_fine_tuning() -> Finding:
 @claim("A195.2")
 def difference_is_below_one_per_cent() -> Finding:
     pairs = TABLE_3 + TABLE_4
-    in_points = sum(abs(a - b) < 10 for a, b in pairs)
-    in_per_cent = sum(abs(a - b) < a / 100 for a, b in pairs)
-    ours = mean(LORA_16) - mean(QLORA)
+    by_points = sum(abs(a - b) < 10 for a, b in pairs)
+    by_per_cent = sum(abs(a - b) < a / 100 for a, b in pairs)
+    ours = more_right(LORA_16, QLORA)
     return by_setting(
-        in_points > len(pairs) / 2, in_per_cent > len(pairs) / 2, ours < 0.01,
-        value=f"{in_points} of {len(pairs)} pairs", claimed="1 %",
-        shown=[f"{in_per_cent}", *MEANS_OF_TABLE_4, points(ours)],
+        by_points > len(pairs) / 2, by_per_cent > len(pairs) / 2, ours.mean < 0.01,
+        value=f"{by_points} of {len(pairs)} pairs", claimed="1 %",
+        shown=[f"{by_per_cent}", *MEANS_OF_TABLE_4, *in_points(ours)],
     )  # fmt: skip
 
 
@@ -119,11 +142,16 @@ def difference_is_below_one_per_cent() -> Finding:
 
 @claim("B63.3")
 def more_rank_is_not_always_better() -> Finding:
-    one_rate = [mean(f"rank {rank}, all linear") for rank in (64, 16)]
-    own_rate = [mean(best_rate(f"rank {rank}, all linear")) for rank in (64, 16)]
+    labels = [f"rank {rank}, all linear" for rank in (64, 16)]
+    own_rate = [best_rate(label) for label in labels]
+    compared = more_right(*labels), more_right(*own_rate)
     return by_setting(
-        one_rate[0] <= one_rate[1], own_rate[0] <= own_rate[1] + 0.01,
-        value="{} % instead of {} %".format(*map(points, one_rate)), shown=map(points, own_rate),
+        not is_ahead(*labels), not is_ahead(*own_rate),
+        value="{} % instead of {} %".format(*(points(mean(label)) for label in labels)),
+        shown=[
+            *(points(mean(label)) for label in own_rate), *in_points(compared[0]), *in_points(compared[1]),
+            points(smallest_difference(compared[1])),
+        ],
     )  # fmt: skip
 
 
@@ -134,18 +162,25 @@ def all_linear_layers_are_best() -> Finding:
         everywhere, attention = (mean(best_rate(f"rank {rank}, {layers}")) for layers in ("all linear", "attention"))
         outcomes.append(everywhere > attention)
         shown += [points(everywhere), points(attention)]
-    many = mean(best_rate("rank 64, attention"))  # more trainable parameters than rank 16 on all layers
-    few = mean(best_rate("rank 16, all linear"))
-    return by_setting(*outcomes, few > many, value=f"{points(few)} % instead of {points(many)} %", shown=shown)
+    many = best_rate("rank 64, attention")  # more trainable parameters than rank 16 on all layers
+    few = best_rate("rank 16, all linear")
+    return by_setting(
+        *outcomes, is_ahead(few, many), value=f"{points(mean(few))} % instead of {points(mean(many))} %",
+        shown=[*shown, *in_points(more_right(few, many))],
+    )  # fmt: skip
 
 
 @claim("B65.2")
 def alpha_is_twice_the_rank() -> Finding:
     ours = {alpha: mean(f"alpha {alpha}") for alpha in (4, 8, 16, 32, 64, 128)}  # at rank 16
+    compared = [more_right("alpha 32", f"alpha {alpha}") for alpha in (16, 64)]
     return by_setting(
-        max(ours, key=ours.get) == 2 * 16, AUTHORS_ALPHA == 2 * AUTHORS_RANK,
+        all(is_ahead("alpha 32", f"alpha {alpha}") for alpha in ours if alpha != 2 * 16), AUTHORS_ALPHA == 2 * AUTHORS_RANK,
         value=f"r / {AUTHORS_RANK // AUTHORS_ALPHA}", claimed="2 r",
-        shown=[f"{AUTHORS_RANK}", f"{AUTHORS_ALPHA}", *(points(ours[alpha]) for alpha in (8, 32, 128)), *map(str, ours)],
+        shown=[
+            f"{AUTHORS_RANK}", f"{AUTHORS_ALPHA}", *(points(ours[alpha]) for alpha in (8, 32, 128)), *map(str, ours),
+            *(number for found in compared for number in in_points(found)),
+        ],
     )  # fmt: skip
 
 
@@ -153,9 +188,11 @@ def alpha_is_twice_the_rank() -> Finding:
 def two_in_ten_thousand_is_a_good_start() -> Finding:
     at_it, best = mean("lora, learning rate 0.0002"), mean(best_rate("lora"))
     rate = best_rate("lora").rpartition(" ")[2]
+    ahead = more_right(best_rate("lora"), "lora, learning rate 0.0002")
     return by_setting(
         RATE_OF_THE_AUTHORS["7B"] == RATE_OF_THE_AUTHORS["13B"] == 2e-4, at_it > 0.9 * best,
-        value=f"{points(at_it)} % and {points(best)} %", shown=[f"{float(rate):.1e}".replace("e-0", "e-"), "2e-4"],
+        value=f"{points(at_it)} % and {points(best)} %",
+        shown=[f"{float(rate):.1e}".replace("e-0", "e-"), "2e-4", *in_points(ahead)],
     )  # fmt: skip
 
 
@@ -169,7 +206,10 @@ def clipping_at_a_third_is_safe() -> Finding:
     return by_setting(
         not any(row["spikes"]) and not is_worse(name, usual),
         value=f"{row['settings']['max_grad_norm']}", claimed="0.3",
-        shown=[f"{loss(key):.3f}" for key in (name, usual, "no clipping")],
+        shown=[
+            *(f"{loss(key):.3f}" for key in (name, usual, "no clipping")),
+            *in_nats(higher_loss("no clipping", usual)), *in_nats(higher_loss(name, usual)),
+        ],
     )  # fmt: skip
 
 
@@ -178,4 +218,5 @@ def losses_without_warm_up() -> tuple[list[bool], list[str]]:
     rates = {"as it should be": "no warm-up"}
     rates |= {f"{times} times the rate": f"{times} times the rate, no warm-up" for times in ("2.5", "5")}
     worse = [is_worse(without, with_it) for with_it, without in rates.items()]
-    return worse, [f"{loss(name):.3f}" for pair in rates.items() for name in reversed(pair)]
+    losses = [f"{loss(name):.3f}" for pair in rates.items() for name in reversed(pair)]
+    return worse, losses + [number for pair in rates.items() for number in in_nats(higher_loss(*reversed(pair)))]

@@ -28,7 +28,15 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as CollatorOfTRL
 
-from data.scripts.claims.quality import higher_loss, is_worse, loss, losses_without_warm_up, stability
+from data.scripts.claims.quality import (
+    higher_loss,
+    in_nats,
+    in_points,
+    is_worse,
+    loss,
+    losses_without_warm_up,
+    stability,
+)
 from data.scripts.claims.rules import NOWHERE, Finding, by_setting, claim, parts, refusal
 from data.scripts.claims.size import of_merging
 from qlora_helpers import evaluation
@@ -38,6 +46,7 @@ from qlora_helpers.memory import find_shape, predict_merge
 from qlora_helpers.models.loading import load_model, load_tokenizer
 from qlora_helpers.models.weights import linear_layers
 from qlora_helpers.paths import data_path
+from qlora_helpers.statistics import difference
 
 ALL_LINEAR = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -318,9 +327,10 @@ def only_the_answer_is_learnt() -> Finding:
     right = [
         statistics.mean(stability()[name]["exact_match"]) for name in ("loss on the question, too", "as it should be")
     ]
+    more = difference(*(stability()[name]["exact_match"] for name in ("as it should be", "loss on the question, too")))
     return by_setting(
         *(share < 1 for share in shares), value=f"{100 * shares[0]:.0f} % and {100 * shares[1]:.0f} %",
-        shown=[f"{100 * share:.1f}" for share in right],
+        shown=[*(f"{100 * share:.1f}" for share in right), *in_points(more)],
     )  # fmt: skip
 
 
@@ -470,7 +480,8 @@ def the_authors_schedule_warms_up_or_decays() -> Finding:
     constant = "the paper's: constant, clipped at 0.3"
     return by_setting(
         len(rates["constant"]) > 1, *worse, is_worse(constant, "as it should be"),
-        value=f"test loss {losses[0]} without, {losses[1]} with it", shown=[*losses, f"{loss(constant):.3f}"],
+        value=f"test loss {losses[0]} without, {losses[1]} with it", 
+        shown=[*losses, f"{loss(constant):.3f}", *in_nats(higher_loss(constant, "as it should be"))],
     )  # fmt: skip
 
 

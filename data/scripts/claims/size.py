@@ -16,6 +16,7 @@ from qlora_helpers.memory import (
     predict_merge,
 )
 from qlora_helpers.memory.catalogue import predicted_models
+from qlora_helpers.memory.methods import memory_of_methods
 from qlora_helpers.paths import data_path
 from qlora_helpers.settings import GPU_RUN, Settings
 from qlora_helpers.units import GB, GIB, MIB
@@ -330,10 +331,9 @@ def qlora_70b_on_one_a100_80() -> Finding:
 
 
 def before_activations(method: str) -> float:
-    """Bytes of weights, trainable parameters, gradients and optimizer states of Llama-3.1-8B, at rank 16 in float32."""
-    trained = LLAMA_8B.lora_parameters(16) * (4 + 4 + 8)
-    weights = {"full": LLAMA_8B.parameters * 12, "lora": LLAMA_8B.parameters * 2, "qlora": weight_bytes(LLAMA_8B)}
-    return weights[method] + (0 if method == "full" else trained)
+    """Bytes of weights, gradients and optimizer states of Llama-3.1-8B, wherever they lie: states in float32, rank 16."""
+    (run,) = memory_of_methods(LLAMA_8B, [(method, "paged_adamw_32bit")])
+    return run.kept
 
 
 @claim("C49.4")
@@ -653,10 +653,8 @@ def paged_32_bit_saves_memory() -> Finding:
 
 @claim("B220.2")
 def optimizer_states_weigh_much() -> Finding:
-    shares = {}
-    for method in ("full", "qlora"):
-        p = predict(LLAMA_8B, replace(LEAST, method=method, optimizer="adamw_torch"))
-        shares[method] = p.parts["optimizer (GPU)"] / p.peak_allocated_bytes
+    runs = memory_of_methods(LLAMA_8B, [(method, "adamw_torch") for method in ("full", "qlora")], LEAST)
+    shares = {run.settings.method: run.states / run.peak for run in runs}
     return by_setting(
         *(share > 0.25 for share in shares.values()), value=f"{100 * shares['qlora']:.0f} % of the peak",
         shown=[f"{100 * shares['full']:.0f}"],
