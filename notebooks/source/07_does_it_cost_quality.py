@@ -628,15 +628,17 @@ columns = ["", "seeds", "right", *shares[0]]
 show_table(columns, table, formats=["", "", "", *[".0%"] * len(shares[0])])
 
 # %% [markdown]
-# Both answer the same orders, so the run is compared with the examples order by order:
+# Both answer the same orders, so the runs are compared with the examples order by order. For each order it counts how many of the
+# seeds got it right:
 
 # %% tags=["nbval-check-output"]
-each = {label: [one == "1" for one in tasks[label][0]["each"]] for label in tasks}
-ahead = difference(each["NF4"], each["three examples"])
+by_order = {label: [sum(map(int, of)) / len(of) for of in zip(*(row["each"] for row in rows))]
+            for label, rows in tasks.items()}
+ahead = difference(by_order["NF4"], by_order["three examples"])
 print(f"QLoRA minus three examples: {100 * ahead.mean:+.0f} ± {100 * ahead.half:.0f} points,"
       f" {ahead.verdict}; {ahead.count} orders would show {100 * smallest_difference(ahead):.0f}")
-chance = mcnemar(each["three examples"], each["NF4"])
-check("how likely chance alone would tell the run from the examples", chance, at_most=0.001)
+of_seed_0 = ([one == "1" for one in tasks[label][0]["each"]] for label in ("three examples", "NF4"))
+check("how likely chance alone would tell seed 0 from the examples", mcnemar(*of_seed_0), at_most=0.001)
 
 # %% [markdown]
 # Before the run, the model chats about orders. Three examples teach it the form. The run teaches it more of the task, and its
@@ -646,13 +648,51 @@ check("how likely chance alone would tell the run from the examples", chance, at
 # Whether an order is to be delivered must be understood: "leave it on my porch" is in no training order. There, both do no
 # better than tossing a coin. So many orders teach a model of this size to copy and to count, not to understand.
 #
-# These are single runs: the orders give the intervals, other seeds would widen them.
+# ## Is that luck?
 #
-# Has it forgotten anything? The set of general knowledge that [lesson 10](10_your_own_data.ipynb) uses says what is left of
-# the facts that it knew before:
+# The intervals come from the orders. Other seeds are another kind of luck. Here are the three runs of each kind one by one, and
+# what 4 bits cost this task, order by order:
 
 # %% tags=["nbval-check-output"]
-print(tasks["NF4"][0]["kept"]["said"])
+table = [[names_of[label], *(row["right"][0] for row in tasks[label])] for label in ("NF4", "16 bit", "shuffled")]
+show_table(["right", "seed 0", "seed 1", "seed 2"], table, formats=["", ".0%", ".0%", ".0%"])
+price = difference(by_order["16 bit"], by_order["NF4"])
+print(f"16 bits minus 4 bits: {100 * price.mean:+.1f} ± {100 * price.half:.1f} points, {price.verdict};"
+      f" {price.count} orders would show {100 * smallest_difference(price):.0f}")
+
+# %% [markdown]
+# Seeds differ by several points, as the orders do. Four bits cost this task nothing that three seeds and 100 orders can show. That
+# is not the price per token of the table of formats: there, nothing was trained after the rounding. Here the adapters were trained
+# on the rounded weights, and can make up for what the task needs.
+#
+# ## What it does not learn
+#
+# Form is one thing, facts are another. The same run, with questions for the capitals of 50 countries, each answered by the
+# capital alone. The test asks for those of 50 other countries. The run cannot teach them; the model must know them by itself:
+
+# %% tags=["nbval-check-output"]
+(capitals,) = [row for row in stored["rows"] if row["name"] == "capitals"]
+tries = {"before": "before the run", "after": "after it", "after_on_training": "after it, on the training questions"}
+table = [[words, (found := capitals[key])["questions"], found["alone"][0], found["right"][0]]
+         for key, words in tries.items()]
+show_table(["", "countries", "up to four words", "right"], table, formats=["", "", ".0%", ".0%"])
+of_test = [[one == "1" for one in capitals[when]["each"]] for when in ("before", "after")]
+check("how likely chance alone would make the answers so much worse", mcnemar(*of_test), at_most=0.01)
+for answer in capitals["after"]["some_answers"]:
+    print(answer)
+
+# %% [markdown]
+# The form is learned at once: every answer is short. The training capitals are learned by heart, most of them. But of the 50
+# others the model now gets 12 % right, where it had 44 % before. What it has learned is that a short answer is wanted, even
+# where it does not know one. So do not teach facts by a short run in the hope that more of them follow. Give the model what it
+# should know in its prompt, and train it to use that.
+#
+# Has it forgotten anything else? The set of general knowledge that [lesson 10](10_your_own_data.ipynb) uses says what is left
+# of the facts that the model knew before, after the run on orders and after the one on capitals:
+
+# %% tags=["nbval-check-output"]
+for row in (tasks["NF4"][0], capitals):
+    print(f"{row['name']}: {row['kept']['said']}\n")
 
 # %% [markdown]
 # ## You have
@@ -661,6 +701,6 @@ print(tasks["NF4"][0]["kept"]["said"])
 # - told differences from noise: double quantisation costs nothing, 4 bits cost something here;
 # - seen that the learning rate, the adapted layers and alpha matter more than the format;
 # - set it beside the paper, which found less loss on larger models, and beside later work;
-# - looked at a real model: what formats cost it, why a level at zero matters, and what a short run teaches it.
+# - looked at a real model: what formats cost it, why a level at zero matters, what a short run teaches it, and what it does not.
 #
 # Next: [lesson 8](08_stability.ipynb) breaks runs on purpose, and mends them.

@@ -34,6 +34,12 @@ RELEASES = {
 }
 PINNED = "as pinned"
 NAMES = [PINNED, *(f"{package} {version}" for package, versions in RELEASES.items() for version in versions)]
+# The last releases before transformers 5 that go together: other packages of today do not go with them.
+BEFORE_5 = {
+    "before transformers 5": ("transformers 4.57.6", "trl 0.24.0", "peft 0.18.0", "accelerate 1.11.0", "datasets 4.4.1",
+                              "huggingface-hub 0.36.0", "tokenizers 0.22.2"),
+}  # fmt: skip
+NAMES += BEFORE_5
 RATES, SEEDS = (1e-3, 2e-3, 4e-3), 2
 BUDGET = {"max_steps": 100, "per_device_train_batch_size": 8, "warmup_steps": 5, "logging_steps": 10}
 HELD_OUT = 500  # as in held_out.py, whose imports another release might break
@@ -137,9 +143,9 @@ def exact_match(model, tokenizer, chats) -> float:
 def overlay(name: str, folder: Path) -> None:
     """Download a release into a folder; of the pinned ones nothing."""
     if name != PINNED:
-        package, version = name.split()
+        releases = [release.replace(" ", "==") for release in BEFORE_5.get(name, (name,))]
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
-        subprocess.run([*pip, f"{package}=={version}"], check=True)
+        subprocess.run([*pip, *releases], check=True)
 
 
 def attempt(folder: Path, rate: float, seed: int) -> dict:
