@@ -9,7 +9,8 @@ as pinned. So this needs a network, and is not part of the tests. The run is the
 words, with 100 steps of 8 chats; what it does not name is left to the release. Each rate has `SEEDS` seeds. A rate is chosen
 on the validation questions (data/scripts/measure/held_out.py), and reported on the test questions.
 
-`settings` are the values of `SFTConfig` that differ from the pinned release's; None is a setting that one of them lacks.
+`begins` are two runs with seed 0, as they begin: the sum of the absolute values in their adapters. `settings` are the values of
+`SFTConfig` that differ from the pinned release's; None is a setting that one of them lacks.
 """
 
 import argparse
@@ -50,8 +51,8 @@ OF_PATHS = {"output_dir", "logging_dir", "run_name"}
 # ---- In the process of a release: nothing but its own libraries
 
 
-def run(rate: float, seed: int) -> dict:
-    """Lesson 4's plain run on a CPU, and what it has learnt."""
+def run(rate: float, seed: int, learns: bool = True) -> dict:
+    """Lesson 4's plain run on a CPU, and what it has learnt; without `learns`, only how it would begin."""
     import torch
     from datasets import load_dataset
     from peft import LoraConfig
@@ -102,6 +103,9 @@ def run(rate: float, seed: int) -> dict:
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        if not learns:
+            begin = [one.double().abs().sum().item() for one in trainer.model.parameters() if one.requires_grad]
+            return {"adapters": round(sum(begin), 6)}
         trainer.train()
     right = {
         name: exact_match(trainer.model, tokenizer, part) for name, part in (("validation", validation), ("test", test))
@@ -148,7 +152,7 @@ def overlay(name: str, folder: Path) -> None:
         subprocess.run([*pip, *releases], check=True)
 
 
-def attempt(folder: Path, rate: float, seed: int) -> dict:
+def attempt(folder: Path, rate: float, seed: int, learns: bool = True) -> dict:
     """One run under the release in a folder; of one that fails, the last line of its error."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
@@ -156,7 +160,14 @@ def attempt(folder: Path, rate: float, seed: int) -> dict:
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    command = [sys.executable, "-m", "data.scripts.measure.drift", "--run", str(rate), str(seed)]
+    command = [
+        sys.executable,
+        "-m",
+        "data.scripts.measure.drift",
+        "--run" if learns else "--begin",
+        str(rate),
+        str(seed),
+    ]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()]
@@ -168,14 +179,16 @@ def measure(name: str) -> dict:
     """All runs under one release: the best rate on the validation questions, and what it reaches on the test questions."""
     with tempfile.TemporaryDirectory() as folder:
         overlay(name, Path(folder))
+        begins = [attempt(Path(folder), RATES[0], 0, learns=False).get("adapters") for _ in range(2)]
         first = attempt(Path(folder), RATES[0], 0)
         if first["outcome"] != "ran":
             return {"name": name, "outcome": first["outcome"]}
         runs = {(RATES[0], 0): first}
         for rate in RATES:
             for seed in range(SEEDS):
-                runs.setdefault((rate, seed), attempt(Path(folder), rate, seed))
-    return {"name": name} | summary(runs)
+                if (rate, seed) not in runs:
+                    runs[rate, seed] = attempt(Path(folder), rate, seed)
+    return {"name": name} | summary(runs) | {"begins": begins}
 
 
 def summary(runs: dict[tuple[float, int], dict]) -> dict:
@@ -221,10 +234,11 @@ def main() -> None:
     parser.add_argument("--row", choices=NAMES, metavar="NAME", help="one release, printed and not written")
     parser.add_argument("--list", action="store_true", help="the releases")
     parser.add_argument("--table", type=Path, default=TABLE)
-    parser.add_argument("--run", nargs=2, type=float, metavar=("RATE", "SEED"), help=argparse.SUPPRESS)
+    for mode in ("--run", "--begin"):
+        parser.add_argument(mode, nargs=2, type=float, metavar=("RATE", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.run:
-        print("RESULT " + json.dumps(run(args.run[0], int(args.run[1]))))
+    if asked := args.run or args.begin:
+        print("RESULT " + json.dumps(run(asked[0], int(asked[1]), learns=bool(args.run))))
     elif args.list:
         print("\n".join(NAMES))
     elif args.row:
