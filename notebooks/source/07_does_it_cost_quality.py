@@ -638,7 +638,8 @@ ahead = difference(by_order["NF4"], by_order["three examples"])
 print(f"QLoRA minus three examples: {100 * ahead.mean:+.0f} ± {100 * ahead.half:.0f} points,"
       f" {ahead.verdict}; {ahead.count} orders would show {100 * smallest_difference(ahead):.0f}")
 of_seed_0 = ([one == "1" for one in tasks[label][0]["each"]] for label in ("three examples", "NF4"))
-check("how likely chance alone would tell seed 0 from the examples", mcnemar(*of_seed_0), at_most=0.001)
+chance = mcnemar(*of_seed_0)
+check("how likely chance alone would tell seed 0 from the examples", chance, at_most=0.001)
 
 # %% [markdown]
 # Before the run, the model chats about orders. Three examples teach it the form. The run teaches it more of the task, and its
@@ -654,11 +655,12 @@ check("how likely chance alone would tell seed 0 from the examples", mcnemar(*of
 # what 4 bits cost this task, order by order:
 
 # %% tags=["nbval-check-output"]
-table = [[names_of[label], *(row["right"][0] for row in tasks[label])] for label in ("NF4", "16 bit", "shuffled")]
+kinds = ("NF4", "16 bit", "shuffled")
+table = [[names_of[kind], *(row["right"][0] for row in tasks[kind])] for kind in kinds]
 show_table(["right", "seed 0", "seed 1", "seed 2"], table, formats=["", ".0%", ".0%", ".0%"])
 price = difference(by_order["16 bit"], by_order["NF4"])
-print(f"16 bits minus 4 bits: {100 * price.mean:+.1f} ± {100 * price.half:.1f} points, {price.verdict};"
-      f" {price.count} orders would show {100 * smallest_difference(price):.0f}")
+print(f"16 bits minus 4 bits: {100 * price.mean:+.1f} ± {100 * price.half:.1f} points,"
+      f" {price.verdict}; {price.count} orders would show {100 * smallest_difference(price):.0f}")
 
 # %% [markdown]
 # Seeds differ by several points, as the orders do. Four bits cost this task nothing that three seeds and 100 orders can show. That
@@ -672,12 +674,14 @@ print(f"16 bits minus 4 bits: {100 * price.mean:+.1f} ± {100 * price.half:.1f} 
 
 # %% tags=["nbval-check-output"]
 (capitals,) = [row for row in stored["rows"] if row["name"] == "capitals"]
-tries = {"before": "before the run", "after": "after it", "after_on_training": "after it, on the training questions"}
+tries = {"before": "before the run", "after": "after it",
+         "after_on_training": "after it, on the training questions"}
 table = [[words, (found := capitals[key])["questions"], found["alone"][0], found["right"][0]]
          for key, words in tries.items()]
 show_table(["", "countries", "up to four words", "right"], table, formats=["", "", ".0%", ".0%"])
 of_test = [[one == "1" for one in capitals[when]["each"]] for when in ("before", "after")]
-check("how likely chance alone would make the answers so much worse", mcnemar(*of_test), at_most=0.01)
+chance = mcnemar(*of_test)
+check("how likely chance alone would make the answers so much worse", chance, at_most=0.01)
 for answer in capitals["after"]["some_answers"]:
     print(answer)
 

@@ -699,7 +699,7 @@ drift = json.loads(data_path("measured", "drift.json").read_text(encoding="utf-8
 ran = [row for row in drift["rows"] if row["outcome"] == "ran"]
 table = [[row["name"], *row["validation"].values(), row["best_rate"], *row["test"],
           "the same" if len(set(row["begins"])) == 1 else "others"] for row in ran]
-columns = ["release", *(f"{rate:g}" for rate in drift["rates"]), "best", "test, seed 0", "seed 1", "repeated"]
+columns = ["release", *map("{:g}".format, drift["rates"]), "best", "test, seed 0", "seed 1", "repeated"]
 show_table(columns, table, formats=["", *[".1%"] * 3, "g", ".1%", ".1%", ""])
 for row in drift["rows"]:
     if row["outcome"] != "ran":
@@ -712,7 +712,8 @@ for row in ran[1:]:
 of_transformers = [row for row in ran if "transformers" in row["name"]]
 check("releases of transformers with other losses than here",
       sum(row["losses"] != ran[0]["losses"] for row in of_transformers), 0, exact=True)
-check("releases with another best rate", sum(row["best_rate"] != ran[0]["best_rate"] for row in ran), 0, exact=True)
+moved = sum(row["best_rate"] != ran[0]["best_rate"] for row in ran)
+check("releases with another best rate", moved, 0, exact=True)
 
 # %% [markdown]
 # From release to release of transformers not one digit of the losses moves. TRL is another matter. Up to 1.14 it made the adapters
@@ -720,7 +721,7 @@ check("releases with another best rate", sum(row["best_rate"] != ran[0]["best_ra
 # breaks where there is no Triton, as on a machine without a GPU. The best of the three rates is the same everywhere. And what
 # transformers 5 has saved cannot always be read by what came before: here it is the tokenizer.
 #
-# **Cure: note the versions beside every result, as the report of `run` does. After an update, make one known run again.**
+# **So note the versions beside every result, as the report of `run` does. After an update, make one known run again.**
 #
 # ## What to do when
 #

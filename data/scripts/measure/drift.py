@@ -131,10 +131,13 @@ def exact_match(model, tokenizer, chats) -> float:
             tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, tokenize=False) for chat in some
         ]
         inputs = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
-        inputs.pop("token_type_ids", None)
         with torch.no_grad():
             found = model.generate(
-                **inputs, max_new_tokens=LONGEST, do_sample=False, pad_token_id=tokenizer.pad_token_id
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=LONGEST,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
             )
         said = tokenizer.batch_decode(found[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         right += sum(a.strip() == chat[-1]["content"].strip() for a, chat in zip(said, some, strict=True))
@@ -244,7 +247,11 @@ def main() -> None:
     elif args.row:
         print(json.dumps(measure(args.row), indent=1))
     else:
-        rows = {row["name"]: row for row in json.loads(args.table.read_text())["rows"]} if args.table.exists() else {}
+        rows = (
+            {row["name"]: row for row in json.loads(args.table.read_text(encoding="utf-8"))["rows"]}
+            if args.table.exists()
+            else {}
+        )
         for name in NAMES:
             if name not in rows:
                 rows[name] = measure(name)
