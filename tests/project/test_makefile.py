@@ -174,6 +174,11 @@ ATTACK = (
         ("attack", "tests/attack", ATTACK),
         ("mutants", "support.mutants", "python -m tests.support.mutants"),
         ("test-colab", "--everything colab", "python -m pytest -q -p no:anyio --everything colab"),
+        (
+            "test-colab",
+            "test_troubleshooting",
+            "python -m pytest -q -p no:anyio -n 2 tests/course/test_troubleshooting.py",
+        ),
         ("site", "-m website.build", "python -m website.build"),
         ("lint", "ruff format", "ruff format --check ."),
     ],
