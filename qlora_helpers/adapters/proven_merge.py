@@ -193,6 +193,7 @@ def plan_merge(
     base: str | None = None,
     prove: bool = True,
     hardware: Hardware | None = None,
+    by_files: str = "--into 16bit --no-proof",
 ) -> MergePlan:
     """Choose the way of merging, and refuse what cannot be done, before any weight is loaded.
 
@@ -204,6 +205,7 @@ def plan_merge(
         base: where the adapter's base is, if it is not where the files say.
         prove: whether the merged model is to be loaded.
         hardware: what to load for; by default what `detect()` finds.
+        by_files: how the caller's user asks for a merge from file to file, as errors say it.
 
     Raises:
         FileNotFoundError, NotADirectoryError: there is no adapter.
@@ -236,7 +238,7 @@ def plan_merge(
         tuned, base_folder, into, why, by_files=into == "16bit" and _merges_by_files(base_folder, tuned.folder)
     )
     _check_disk(plan, Path(folder))
-    _check_memory(plan, prove, hardware)
+    _check_memory(plan, prove, hardware, by_files)
     return plan
 
 
@@ -265,7 +267,7 @@ def _check_disk(plan: MergePlan, folder: Path) -> None:
         )
 
 
-def _check_memory(plan: MergePlan, prove: bool, hardware: Hardware) -> None:
+def _check_memory(plan: MergePlan, prove: bool, hardware: Hardware, by_files: str) -> None:
     """Refuse what is predicted not to fit; a shape that the predictor does not know is not checked."""
     if plan.by_files and not prove:
         return
@@ -280,7 +282,7 @@ def _check_memory(plan: MergePlan, prove: bool, hardware: Hardware) -> None:
     if need > free:
         cure = "take a machine with more"
         if _merges_by_files(plan.base, plan.tuned.folder):
-            cure += ", or merge from file to file, which needs little, without proof: --into 16bit --no-proof"
+            cure += f", or merge from file to file, which needs little, without proof: {by_files}"
         raise ValueError(
             f"a merge of {plan.tuned.base} into {plan.into} takes {in_words(need)} of {where}, and {in_words(free)} is free: {cure}"
         )

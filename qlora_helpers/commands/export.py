@@ -163,10 +163,8 @@ def _plan(args: argparse.Namespace, found: TunedFiles) -> MergePlan | None:
                 raise validation.refuse(name, str(given), f"{found.folder} is a whole model already: leave it out")
         return None
     place = args.merged or args.out.with_name(f".{args.out.name}")  # which disk it will be on
-    try:
-        return plan_merge(found.folder, place, args.into, base=args.base, prove=args.check is not None)
-    except ValueError as error:
-        raise type(error)(str(error).replace("--into 16bit --no-proof", "--into 16bit, without --check")) from error
+    prove, by_files = args.check is not None, "--into 16bit, without --check"
+    return plan_merge(found.folder, place, args.into, base=args.base, prove=prove, by_files=by_files)
 
 
 @contextmanager
