@@ -16,12 +16,13 @@ The scales of 4-bit weights are not parameters, so that each GPU holds all of th
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import bitsandbytes as bnb
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from transformers import TrainerCallback
 
 from qlora_helpers import validation
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
 
-__all__ = ["ScalesOnTheGPU", "check_sharding", "prepare_sharding", "whole_weights"]
+__all__ = ["HeadOnTheGPU", "ScalesOnTheGPU", "check_sharding", "prepare_sharding", "whole_weights"]
 
 
 def check_sharding(model: PreTrainedModel | PeftModel, settings: Settings, launch: Launch) -> None:
@@ -83,6 +84,8 @@ def prepare_sharding(trainer: Trainer, compute_dtype: torch.dtype) -> None:
     plugin.state_dict_config = plugin.optim_state_dict_config = None
     plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.add_callback(ScalesOnTheGPU)
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        trainer.add_callback(HeadOnTheGPU)
 
 
 class ScalesOnTheGPU(TrainerCallback):
@@ -98,6 +101,30 @@ class ScalesOnTheGPU(TrainerCallback):
         for layer in kwargs["model"].modules():
             if isinstance(layer, bnb.nn.Linear4bit) and layer.quant_state is not None:
                 layer.quant_state.to(args.device)
+
+
+class HeadOnTheGPU(TrainerCallback):
+    """Gather an offloaded output head where the loss needs it, from the end of the decoder until the loss's gradient is known.
+
+    TRL's fused loss takes the head's weight and does not run the head, so that FSDP does not gather it. TRL then gathers the
+    shards where they lie; of an offloaded model that is main memory, and the loss is made there, on the CPU. With the 8B model
+    and 2,048 tokens on each of two H200s that left 200 tokens/s of the 3,300 that there are with this callback.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"].get_base_model()
+        head = model.get_output_embeddings()
+        if isinstance(head, FSDPModule):
+            model.base_model.register_forward_hook(partial(_gather_until_its_gradient, head))
+
+
+def _gather_until_its_gradient(head: FSDPModule, decoder: torch.nn.Module, args: tuple, output: Any) -> None:
+    """A forward hook of the decoder, whose output the head is applied to."""
+    head.unshard()
+    if (hidden := output.last_hidden_state).requires_grad:
+        hidden.register_hook(lambda gradient: head.reshard())
 
 
 def whole_weights(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:

@@ -10,6 +10,12 @@ import torch
 from filelock import FileLock
 
 FOLDER = Path(__file__).resolve().parent
+# With several GPUs, a process that no launcher has started is refused. These tests use the first one; and those of several
+# find all of them under this name, also in the processes of pytest-xdist.
+ALL_GPUS = "QLORA_TESTS_ALL_GPUS"
+if torch.cuda.device_count() > 1 and ALL_GPUS not in os.environ:
+    every = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    os.environ |= {ALL_GPUS: every, "CUDA_VISIBLE_DEVICES": every.split(",")[0]}
 
 
 def pytest_collection_modifyitems(items):
@@ -17,12 +23,6 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if FOLDER in item.path.parents:  # pytest passes the items of all folders
                 item.add_marker(pytest.mark.skip(reason="needs a GPU that torch can see"))
-
-
-@pytest.fixture(autouse=True)
-def one_gpu_of_several(monkeypatch):
-    """With several GPUs, a process that no launcher has started is refused: these tests use the first, as if launched alone."""
-    monkeypatch.setenv("LOCAL_RANK", "0")
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,12 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from tests import ROOT
+from tests.gpu.conftest import ALL_GPUS
 
-pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs that torch can see")
+GPUS = os.environ.get(ALL_GPUS, "").split(",")
+pytestmark = pytest.mark.skipif(len(GPUS) < 2, reason="needs two GPUs that torch can see")
 STEPS = 300
 
 
@@ -28,7 +29,8 @@ def run(launcher: list[str], folder, *options: str, **environment: str) -> dict:
         str(folder),
         *options,
     ]
-    variables = os.environ | {"OMP_NUM_THREADS": "4", "HF_HUB_OFFLINE": "1"} | environment
+    several = {"CUDA_VISIBLE_DEVICES": ",".join(GPUS), "OMP_NUM_THREADS": "4", "HF_HUB_OFFLINE": "1"}
+    variables = os.environ | several | environment
     ended = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr[-4_000:]
     print(ended.stdout[-1_500:])
@@ -37,7 +39,7 @@ def run(launcher: list[str], folder, *options: str, **environment: str) -> dict:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    return run([], tmp_path_factory.mktemp("one") / "run", CUDA_VISIBLE_DEVICES="0")
+    return run([], tmp_path_factory.mktemp("one") / "run", CUDA_VISIBLE_DEVICES=GPUS[0])
 
 
 def torchrun(processes: int) -> list[str]:
@@ -66,8 +68,8 @@ def test_two_gpus_with_a_sharded_model_learn_the_same(name, one, tmp_path):
 
 def test_two_gpus_and_one_process_are_refused_with_the_command_that_uses_both(tmp_path):
     command = [sys.executable, "-m", "qlora_helpers", "run", "--output", str(tmp_path / "run")]
-    alone = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
-    ended = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=120)
+    several = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(GPUS)}
+    ended = subprocess.run(command, cwd=ROOT, env=several, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 2
-    count = torch.cuda.device_count()
+    count = len(GPUS)
     assert f"{count} GPUs are visible and one process was started: torchrun --nproc-per-node {count}" in ended.stderr

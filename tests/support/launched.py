@@ -151,6 +151,21 @@ def shard_on_a_cpu() -> None:
     run.decoded_once = lambda model: nullcontext()
 
 
+def heads_that_trl_gathers() -> list[None]:
+    """One entry for each time that TRL's loss finds the output head in shards."""
+    from torch.distributed.tensor import DTensor
+
+    usual, seen = DTensor.full_tensor, []
+
+    def full_tensor(self, *args, **kwargs):
+        if sys._getframe(1).f_globals["__name__"] == "trl.trainer.utils":
+            seen.append(None)
+        return usual(self, *args, **kwargs)
+
+    DTensor.full_tensor = full_tensor
+    return seen
+
+
 def compute_in(dtype: str) -> None:
     """Let the cpu gear compute in another dtype, as GPUs do."""
     import torch
@@ -166,7 +181,7 @@ def main(folder: Path, tasks: list[str]) -> None:
     from qlora_helpers.launch import launch_of_this_process
     from qlora_helpers.training.interrupts import Interrupted
 
-    launch = launch_of_this_process()
+    launch, gathered = launch_of_this_process(), heads_that_trl_gathers()
     for task in tasks:
         name, _, text = task.partition(":")
         changed = json.loads(text or "{}")
@@ -183,7 +198,7 @@ def main(folder: Path, tasks: list[str]) -> None:
             said = {"interrupted": stop.where, "signal": stop.signal}
         except (ValueError, OSError) as error:
             said = {"error": f"{type(error).__name__}: {error}"}
-        said["launch"] = asdict(launch)
+        said["launch"], said["heads_that_trl_gathers"] = asdict(launch), len(gathered)
         (folder / f"{name}-{launch.rank}.json").write_text(json.dumps(said), encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ from qlora_helpers.launch import Launch
 from qlora_helpers.models.loading import check_storage, load_model
 from qlora_helpers.settings import Settings
 from qlora_helpers.training.sharded import ScalesOnTheGPU, check_sharding, prepare_sharding
-from tests.support.launched import a_run, found, work
+from tests.support.launched import STEPS, a_run, found, work
 from tests.support.short_runs import CPU, adapter, differing
 from tests.test_launch import environment_of
 from tests.training.test_together import assert_alike
@@ -112,6 +112,7 @@ def test_a_sharded_run_learns_what_a_whole_one_learns_and_is_resumed(tmp_path):
     assert out.count("The validation loss was lowest at step") == 3
     whole = a_run(tmp_path / "whole", {})
     two = found(tmp_path, "two")
+    assert two.pop("heads_that_trl_gathers") >= STEPS  # on the GPU
     assert two.pop("launch") == {
         "processes": 2,
         "rank": 0,
@@ -155,6 +156,7 @@ def test_a_sharded_run_that_offloads_and_one_in_bfloat16(tmp_path):
     whole = a_run(tmp_path / "whole", {})
     offloaded = found(tmp_path, "offloaded")
     assert offloaded["launch"]["cpu_offload"] is True
+    assert offloaded["heads_that_trl_gathers"] == 0  # or they would lie in main memory, where the CPU makes the loss
     assert_alike(whole, offloaded)
     code, _, err = work(2, tmp_path, 'half:{"dtype": "bfloat16"}', environment=environment_of("fsdp"))
     assert code == 0, err

@@ -4,6 +4,7 @@
     python -m data.scripts.measure.several_gpus --processes 1    # the same rows with one process, as far as that goes
     python -m data.scripts.measure.several_gpus --rows "8B.*ddp"
     python -m data.scripts.measure.several_gpus --dry            # tiny models on CPU processes, writes nothing
+    python -m data.scripts.measure.several_gpus --collect LOG…   # no GPU needed; puts the rows of logs into the table
 
 Each row is a launch of its own with a limit of time: `torchrun`, or `accelerate launch` with a configuration of
 data/accelerate. What each gives is written to `--log` at once, one line of JSON for each row, and put together at the end.
@@ -44,27 +45,26 @@ WAYS = ("one", "ddp", "fsdp", "fsdp_offload")
 SHAPES = {"8B": "Llama-3.1-8B", "70B": "Llama-3.1-70B"}
 LONGEST = 65_536  # tokens: no longer sequence is tried
 TRIES = 3  # lengths, each three quarters of the one before
-LIMIT = 540  # seconds for a row
+LIMIT = 240  # seconds for a row
 SCORE_STEPS = 300
 
 
 def plan(processes: int) -> list[dict]:
-    """The rows: what is measured, in which way, and of how long sequences; None for the longest that fit."""
-    rows = [{"kind": "score", "way": way, "processes": number} for way, number in (("one", 1), ("ddp", processes))]
-    for way, number, tokens in (
-        ("one", 1, 2_048),
-        ("ddp", processes, 2_048),
-        ("fsdp", processes, 2_048),
-        ("fsdp_offload", processes, 2_048),
-        ("one", 1, None),
-        ("ddp", processes, None),
-        ("fsdp", processes, None),
-        ("fsdp_offload", processes, None),
-    ):
-        rows.append({"kind": "step", "model": "8B", "way": way, "processes": number, "tokens": tokens})
-    for way in ("fsdp", "fsdp_offload"):
-        for tokens in (512, None):
-            rows.append({"kind": "step", "model": "70B", "way": way, "processes": processes, "tokens": tokens})
+    """The rows, what nobody can guess first: what is measured, in which way, and of how long sequences; None for the longest
+    that fit.
+    """
+    rows = [
+        {"kind": "step", "model": model, "way": way, "processes": number, "tokens": tokens}
+        for model, tokens, ways in (
+            ("8B", 2_048, ("fsdp",)),
+            ("70B", 512, ("fsdp", "fsdp_offload")),
+            ("8B", 2_048, ("fsdp_offload", "ddp", "one")),
+            ("70B", None, ("fsdp_offload", "fsdp")),
+            ("8B", None, ("fsdp_offload", "fsdp", "ddp", "one")),
+        )
+        for way, number in ((way, 1 if way == "one" else processes) for way in ways)
+    ]
+    rows += [{"kind": "score", "way": way, "processes": number} for way, number in (("one", 1), ("ddp", processes))]
     labelled = {label_of(row): row | {"label": label_of(row)} for row in rows}  # with one process some are the same
     return list(labelled.values())
 
@@ -159,6 +159,8 @@ def build_model(row: dict, dry: bool):
     elif launch.sharding:
         for parameter in model.parameters():
             parameter.data = parameter.data.cpu()
+            if hasattr(parameter, "quant_state"):  # else the scales keep hold of the memory that they were made in
+                parameter.quant_state.to("cpu")
         torch.cuda.empty_cache()
     return model, hardware
 
@@ -323,6 +325,30 @@ def attempts(row: dict, dry: bool, cap: int):
             return
 
 
+def here() -> dict:
+    """The GPUs and the versions with which rows are measured."""
+    import torch
+
+    packages = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {"gpu": torch.cuda.get_device_name(0), "gpus": torch.cuda.device_count(), "versions": versions}
+
+
+def collect(logs: list[Path], table: Path) -> None:
+    """Put the rows of logs into a table, in the order of the plan; the later ones of a label and a cap replace earlier ones."""
+    rows = [json.loads(line) for log in logs for line in log.read_text(encoding="utf-8").splitlines()]
+    order = [label_of(row) for row in plan(max(row["processes"] for row in rows))]
+    found = {(row["label"], row["tokens"] if "tokens" in row else None, row["cap_bytes"]): row for row in rows}
+    rows = sorted(found.values(), key=lambda row: order.index(row["label"]))
+    made_on = [row.pop("made_on") for row in rows]
+    content = {
+        "made_on": [made for place, made in enumerate(made_on) if made not in made_on[:place]],
+        "command": "python -m data.scripts.measure.several_gpus",
+        "rows": rows,
+    }
+    table.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 def show(row: dict) -> str:
     """A row in a line."""
     said = f"{row['label']:26}{row['outcome']:16}"
@@ -348,14 +374,19 @@ def main() -> int:
     parser.add_argument("--cap", type=float, default=24.0, help="GiB of each GPU for torch (default: %(default)s)")
     parser.add_argument("--rows", type=re.compile, default=re.compile(""), help="only rows whose label this matches")
     parser.add_argument("--log", type=Path, help="a file for the rows as they come (default: beside the table)")
+    parser.add_argument("--collect", type=Path, nargs="+", metavar="LOG", help="only put the rows of these into the table")
     parser.add_argument("--table", type=Path, default=TABLE, help="the file at the end (default: %(default)s)")
     parser.add_argument("--dry", action="store_true", help="tiny models on CPU processes, writes no table")
     args = parser.parse_args()
     cap = int(args.cap * GIB)
     if args.job:
         return child(args.job, args.dry, cap)
+    if args.collect:
+        collect(args.collect, args.table)
+        return 0
     log = args.log or args.table.with_suffix(".jsonl")
     rows = [row for row in plan(args.processes) if args.rows.search(row["label"])]
+    made_on = {} if args.dry else here()
     done: list[dict] = []
     for row in rows:
         if args.dry and row["way"].startswith("fsdp"):
@@ -366,20 +397,9 @@ def main() -> int:
             print(show(found), flush=True)
             if not args.dry:
                 with log.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(found) + "\n")
+                    file.write(json.dumps(found | {"cap_bytes": cap, "made_on": made_on}) + "\n")
     if not args.dry:
-        import torch
-
-        packages = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
-        table = {
-            "gpu": torch.cuda.get_device_name(0),
-            "gpus": torch.cuda.device_count(),
-            "cap_bytes": cap,
-            "versions": {name: importlib.metadata.version(name) for name in packages},
-            "command": "python -m data.scripts.measure.several_gpus",
-            "rows": done,
-        }
-        args.table.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        collect([log], args.table)
     failed = [row["label"] for row in done if row["outcome"].startswith(("ended", "not done"))]
     if failed:
         print(f"failed: {', '.join(failed)}")

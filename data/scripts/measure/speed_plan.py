@@ -27,6 +27,7 @@ LONGEST = 32_768  # tokens of a row; a shape's default window may be shorter
 
 COMPILED, LIGER = {"compile_layers": True}, {"liger_layers": True}
 NONE = {"gradient_checkpointing": False}
+IN_16_BITS = {"method": "lora"}  # the base is not quantised
 OFFLOADED = {"activation_offloading": True}
 PACKED = {"packing": True}
 
@@ -57,6 +58,7 @@ PLAN = [
     ("8b", "bf16", 4, 1, 2_048, "full", [
         ARTICLES, TRL, OURS, OURS_COMPILED, ("ours compiled 16-of-32", COMPILED | some(16)), OURS_NONE, UNSLOTH, *BUDGETS,
         ("ours liger", LIGER), ("ours 16-of-32", some(16)), ("ours none-checkpointed", NONE),
+        ("ours 16-bit", IN_16_BITS), ("ours compiled 16-bit", IN_16_BITS | COMPILED),
     ]),
     ("8b", "bf16", 32, 1, 1_024, "mixed", [
         ARTICLES, TRL, OURS, OURS_COMPILED, OURS_PACKED, OURS_PACKED_COMPILED, UNSLOTH,

@@ -60,7 +60,8 @@ def build(row: dict, dry: bool, steps: int, output: Path):
 def _model_of(row: dict, dry: bool, t4_kernels: bool = False):
     from data.scripts.measure.memory import build_model
 
-    about = {"config": row["config"], "method": "qlora", "compute_dtype": dtype_of(row, dry), "double_quant": True}
+    method = row["settings"].get("method", "qlora")
+    about = {"config": row["config"], "method": method, "compute_dtype": dtype_of(row, dry), "double_quant": True}
     return build_model(about | {"attention": "sdpa", "t4_kernels": t4_kernels and not dry}, dry)
 
 
