@@ -338,7 +338,7 @@ def collect(logs: list[Path], table: Path) -> None:
     """Put the rows of logs into a table, in the order of the plan; the later ones of a label and a cap replace earlier ones."""
     rows = [json.loads(line) for log in logs for line in log.read_text(encoding="utf-8").splitlines()]
     order = [label_of(row) for row in plan(max(row["processes"] for row in rows))]
-    found = {(row["label"], row["tokens"] if "tokens" in row else None, row["cap_bytes"]): row for row in rows}
+    found = {(row["label"], row.get("tokens"), row["cap_bytes"]): row for row in rows}
     rows = sorted(found.values(), key=lambda row: order.index(row["label"]))
     made_on = [row.pop("made_on") for row in rows]
     content = {
@@ -374,7 +374,9 @@ def main() -> int:
     parser.add_argument("--cap", type=float, default=24.0, help="GiB of each GPU for torch (default: %(default)s)")
     parser.add_argument("--rows", type=re.compile, default=re.compile(""), help="only rows whose label this matches")
     parser.add_argument("--log", type=Path, help="a file for the rows as they come (default: beside the table)")
-    parser.add_argument("--collect", type=Path, nargs="+", metavar="LOG", help="only put the rows of these into the table")
+    parser.add_argument(
+        "--collect", type=Path, nargs="+", metavar="LOG", help="only put the rows of these into the table"
+    )
     parser.add_argument("--table", type=Path, default=TABLE, help="the file at the end (default: %(default)s)")
     parser.add_argument("--dry", action="store_true", help="tiny models on CPU processes, writes no table")
     args = parser.parse_args()
