@@ -49,7 +49,10 @@ OF_PEFT = {
 LOFTQ = {"LoftQ, 1 iteration": 1, "LoftQ, 5 iterations": 5}
 PISSA, EVA = "PiSSA", "EVA"
 RATES = (
-    {kind: rates for kind, (_, rates) in OF_PEFT.items()} | {EVA: USUAL} | dict.fromkeys(LOFTQ, USUAL) | {PISSA: LOWER}
+    {kind: rates for kind, (_, rates) in OF_PEFT.items()}
+    | {EVA: (4e-4, *USUAL)}
+    | dict.fromkeys(LOFTQ, USUAL)
+    | {PISSA: LOWER}
 )
 JOBS = jobs_of(RATES, dict.fromkeys(RATES, SEEDS))
 
