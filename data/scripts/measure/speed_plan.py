@@ -58,6 +58,8 @@ PLAN = [
     ("8b", "bf16", 4, 1, 2_048, "full", [
         ARTICLES, TRL, OURS, OURS_COMPILED, ("ours compiled 16-of-32", COMPILED | some(16)), OURS_NONE, UNSLOTH, *BUDGETS,
         ("ours liger", LIGER), ("ours 16-of-32", some(16)), ("ours none-checkpointed", NONE),
+        # what 4 bits cost in time: the two of a pair in one call
+        ("ours beside-16-bit", {}), ("ours compiled beside-16-bit", COMPILED),
         ("ours 16-bit", IN_16_BITS), ("ours compiled 16-bit", IN_16_BITS | COMPILED),
     ]),
     ("8b", "bf16", 32, 1, 1_024, "mixed", [
