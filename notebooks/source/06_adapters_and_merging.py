@@ -425,8 +425,8 @@ check("merge-aware run, merged: the same answers as trained", merged_aware, at_l
 check("merge-aware run, beside its base: the same", beside, at_most=85)
 
 # %% [markdown]
-# So the merge changes nothing any more. The price is in the last line: such an adapter *must* be merged into 4 bits. Beside its
-# base it is another model than the one that was trained.
+# So the merge changes nothing any more. The price is in the last line: such an adapter *must* be merged into 4 bits, which is
+# what the command `merge` does with it by default. Beside its base it is another model than the one that was trained.
 #
 # But "as it was trained" is not "as good". In its last steps this run could only choose among the 16 values of each block. It
 # takes more runs to tell what came of that. In the next table each kind of run has 5 seeds, and the last 30 % of the steps, or none,
