@@ -507,10 +507,10 @@ for kind, shift, colour, marker, label in (
     at = [place + shift for place in places]
     ax.errorbar(at, means, halves, fmt=marker, color=colour, capsize=3, label=label)
 ax.axhline(0, color="#555555", linewidth=1)
-ax.set_xticks(places, [f"{rate:g}" for _, rate in pairs], rotation=45)
+ax.set_xticks(places, [f"{1000 * rate:g}" for _, rate in pairs])
 for steps, place in zip(lengths, places[1::3]):
     ax.text(place, 8, f"{steps} steps", ha="center")
-ax.set_xlabel("learning rate")
+ax.set_xlabel("learning rate (in thousandths)")
 ax.set_ylabel("points of exact match against\nthe plain run, unmerged")
 ax.set_ylim(-36, 12)
 ax.legend(loc="lower left")
