@@ -6,6 +6,7 @@
 # - put two adapters on one 4-bit base, switch between them, and let both answer in one batch;
 # - merge an adapter in four ways, and measure what each of them changes;
 # - see why an adapter that is merged into 4 bits loses part of itself, and sometimes all of it;
+# - train for such a merge, so that its model is the one that was trained, and see when that pays;
 # - plan the memory of a merge for 8B and 70B, merge file by file, and save without losing anything.
 #
 # Takes about {{seconds}} seconds and {{gigabytes}} GB of memory on two processor cores. No GPU is needed: what only a GPU
@@ -375,7 +376,189 @@ check("16 bit, then 4 bit: the same", rows["16bit, then 4bit"]["mean"] / none, a
 # adapter, merged into the 16-bit base and then quantised to the same 4 bits, is nearly all there.
 #
 # **If you must serve 4 bits: keep the adapter beside the base, or merge into the 16-bit base and quantise again. Do not
-# merge into the 4-bit base.** Better still, hold each against your own test questions, as above.
+# merge a plain run into the 4-bit base.** Better still, hold each against your own test questions, as above.
+#
+# ## A merge that was trained for
+#
+# The run never knew that its adapter would be rounded. It can know. Then its steps compute with the weights that the merge
+# will give: the sum of base and adapter, rounded to 4 bits.
+#
+# There is one obstacle. Rounding is a staircase. On a step of a staircase nothing changes, so its slope, the
+# [gradient](../GLOSSARY.md#gradient), is zero, and nothing would be learned. The way out is a simple one: round on the way
+# forward, and on the way back act as if nothing had been rounded. The gradient goes straight through the rounding, hence
+# the name [straight-through estimator](../GLOSSARY.md#straight-through-estimator) (Bengio and others, arXiv 1308.3432).
+# `A` and `B` themselves are not rounded. Their small changes add up from step to step, until a weight reaches the border to
+# the next value. Only then does the model change, and the loss shows whether that was good.
+#
+# `Settings.merge_aware` says which share of the steps, the last ones, is trained so. Here is the run of the single words
+# once more, with the same chats and seed. Its first 35 steps are the same, and its last 15 are merge-aware:
+
+# %%
+from dataclasses import replace
+
+from qlora_helpers.training.merge_aware import MergeAware
+
+for_a_merge = replace(settings, merge_aware=0.3)
+aware = train(load_model(), tokenizer, train_chats, new_run_folder("lesson-06-aware"), for_a_merge)
+
+# %% [markdown]
+# What is trained is now the merged model. `MergeAware(1).in_layers_of(model)` lets a model with an adapter compute as it did
+# in those steps. So we can ask whether a real merge answers the same:
+
+# %%
+def same_answers(model, answers):
+    return sum(a == b for a, b in zip(evaluation.answer(model, tokenizer, asked), answers))
+
+
+asked = questions[:100]
+plain_answers = evaluation.answer(run.model, tokenizer, asked)
+with MergeAware(1).in_layers_of(aware.model):
+    aware_answers = evaluation.answer(aware.model, tokenizer, asked)
+same = {"plain run, merged into 4 bits": same_answers(merge(run.saved_path, "4bit"), plain_answers),
+        "merge-aware run, merged": same_answers(merge(aware.saved_path, "4bit"), aware_answers),
+        "merge-aware run, beside its base": same_answers(aware.model, aware_answers)}
+
+# %% tags=["nbval-check-output"]
+plain, merged_aware, beside = same.values()
+check("plain run, merged: the same answers as before, of 100", plain, at_most=85)
+check("merge-aware run, merged: the same answers as trained", merged_aware, at_least=98)
+check("merge-aware run, beside its base: the same", beside, at_most=85)
+
+# %% [markdown]
+# So the merge changes nothing any more. The price is in the last line: such an adapter *must* be merged into 4 bits, which is
+# what the command `merge` does with it by default. Beside its base it is another model than the one that was trained.
+#
+# But "as it was trained" is not "as good". In its last steps this run could only choose among the 16 values of each block. It
+# takes more runs to tell what came of that. In the next table each kind of run has 5 seeds, and the last 30 % of the steps, or none,
+# are merge-aware. Each way to use a run has a learning rate of its own, the one of three with the best exact match on
+# validation questions. The table shows the test questions:
+
+# %%
+runs = json.loads(data_path("measured", "merge_aware.json").read_text(encoding="utf-8"))["runs"]
+
+
+def scores(kind, rate, way, part="test"):
+    """Exact match of the runs of a kind at one learning rate, by seed."""
+    found = [r for r in runs if (r["kind"], r["learning_rate"]) == (kind, rate)]
+    return [r[part][way]["exact_match"] for r in sorted(found, key=lambda r: r["seed"])]
+
+
+def rates_of(kind):
+    return sorted({r["learning_rate"] for r in runs if r["kind"] == kind})
+
+
+def at_best_rate(kind, way):
+    rate = max(rates_of(kind), key=lambda rate: sum(scores(kind, rate, way, "validation")))
+    return scores(kind, rate, way)
+
+# %% tags=["nbval-check-output"]
+ways = {"unmerged": ("plain", "as trained"), "4bit": ("plain", "4bit"),
+        "merge-aware, 4bit": ("last 30 %", "4bit"),
+        "16bit, then 4bit": ("plain", "16bit, then 4bit"), "16bit": ("plain", "16bit")}
+lengths = (60, 100, 200, 300)
+test = {(steps, name): at_best_rate(f"{steps} steps, {kind}", way)
+        for steps in lengths for name, (kind, way) in ways.items()}
+table = [[steps, *(sum(test[steps, name]) / 5 for name in ways)] for steps in lengths]
+show_table(["steps", *ways], table, formats=["", *[".1%"] * len(ways)])
+
+# %% [markdown]
+# And the merge-aware runs against each of the others, compared seed by seed, in points of exact match:
+
+# %% tags=["nbval-check-output"]
+against, table = {}, []
+for other in ("unmerged", "4bit", "16bit, then 4bit", "16bit"):
+    for steps in lengths:
+        found = difference(test[steps, "merge-aware, 4bit"], test[steps, other])
+        against[other, steps] = found
+        shown = f"{100 * found.mean:+.1f} ± {100 * found.half:.1f}"
+        table.append([other, steps, shown, found.verdict, 100 * smallest_difference(found)])
+columns = ["merge-aware, 4bit, against", "steps", "points", "verdict", "would show"]
+show_table(columns, table, formats=["", "", "", "", ".1f"])
+gained = 100 * against["4bit", 300].mean
+check("merge-aware against 4bit, 300 steps: points", gained, 5.12, rel=0.01)
+
+# %% [markdown]
+# - **Against the plain run, merged into 4 bits**, it is better by 5.1 ± 2.2 points after 300 steps. After 60, 100 and 200
+#   steps the two are within noise. Small gains may be there: what would have shown is 4 to 9 points.
+# - **Against the plain run, unmerged**, no loss is found at any length. After 300 steps one of 1.6 points would have shown,
+#   after 60 steps none below 12.
+# - **Against a merge into 16 bits, quantised again**, it is better by 1.9 ± 1.5 points after 300 steps, and within noise
+#   before.
+# - **Against a merge into 16 bits that stays there**, it is worse after 100 and after 300 steps. That base has lost nothing to
+#   begin with, as you have seen above.
+#
+# Of 16 such comparisons about one is "a difference" by chance alone. With 99 % intervals, which are wider, the gain of 5.1
+# points would still be one, and that of 1.9 would not.
+#
+# Why does it help after 300 steps, and hardly before? Look at the same runs at one learning rate at a time. Here are all of
+# them, each against the plain run that is unmerged, has the same rate and the same seed:
+
+# %%
+pairs = [(steps, rate) for steps in lengths for rate in rates_of(f"{steps} steps, plain")]
+places = [n + n // 3 for n in range(len(pairs))]  # a gap after each number of steps
+fig, ax = plots.figure()
+for kind, shift, colour, marker, label in (
+        ("plain", -0.12, plots.RED, "o", "plain, merged into 4 bits"),
+        ("last 30 %", 0.12, plots.BLUE, "s", "last 30 % merge-aware, merged")):
+    points = [difference(scores(f"{steps} steps, {kind}", rate, "4bit"),
+                         scores(f"{steps} steps, plain", rate, "as trained"))
+              for steps, rate in pairs]
+    means, halves = [100 * p.mean for p in points], [100 * p.half for p in points]
+    at = [place + shift for place in places]
+    ax.errorbar(at, means, halves, fmt=marker, color=colour, capsize=3, label=label)
+ax.axhline(0, color="#555555", linewidth=1)
+ax.set_xticks(places, [f"{1000 * rate:g}" for _, rate in pairs])
+for steps, place in zip(lengths, places[1::3]):
+    ax.text(place, 8, f"{steps} steps", ha="center")
+ax.set_xlabel("learning rate (in thousandths)")
+ax.set_ylabel("points of exact match against\nthe plain run, unmerged")
+ax.set_ylim(-36, 12)
+ax.legend(loc="lower left")
+ax.set_title("Where a plain merge loses most, merge-aware saves most of it")
+plots.show(fig, "6.2")
+
+# %% tags=["nbval-check-output"]
+merged_plain = scores("200 steps, plain", 1e-3, "4bit")
+lost = difference(merged_plain, scores("200 steps, plain", 1e-3, "as trained"))
+saved = difference(scores("200 steps, last 30 %", 1e-3, "4bit"), merged_plain)
+check("200 steps at 1e-3: points that the plain merge loses", -100 * lost.mean, 22.6, rel=0.01)
+check("points that merge-aware steps save", 100 * saved.mean, 17.2, rel=0.01)
+check("half the first's interval, in points", 100 * lost.half, 10.2, rel=0.01)
+check("half the second's", 100 * saved.half, 6.1, rel=0.02)
+
+# %% [markdown]
+# The bars are 95 % intervals. A low rate makes a small adapter, and that is what rounding takes: 22.6 ± 10.2 points after 200
+# steps at 1e-3, of which merge-aware steps save 17.2 ± 6.1. At twice the rate there is nothing to save. So a higher rate is a
+# cure, too, and a free one as long as the run can bear it. After 300 steps it cannot: there the lowest of the three rates is
+# the best one. A plain merge has to choose between a rate that is too high and an adapter that is too small. (Where the best
+# rate is the lowest or the highest that was tried, as it is there, a better one may lie beyond.)
+#
+# How many steps should it be? Of 200 steps, with three seeds each:
+
+# %% tags=["nbval-check-output"]
+table = []
+for share in ("plain", "last 15 %", "last 30 %", "last 50 %", "last 100 %"):
+    found = at_best_rate(f"200 steps, {share}", "4bit")[:3]
+    costs = [r["seconds_per_step"] for r in runs if r["kind"] == f"200 steps, {share}"]
+    change = difference(found, at_best_rate("200 steps, last 30 %", "4bit")[:3])
+    shown = power = None
+    if share != "last 30 %":
+        shown = f"{100 * change.mean:+.1f} ± {100 * change.half:.1f}"
+        power = 100 * smallest_difference(change)
+    table.append([share, sum(found) / 3, shown, power, sum(costs) / len(costs)])
+columns = ["200 steps", "4bit", "against 30 %", "would show", "s/step"]
+show_table(columns, table, formats=["", ".1%", "", ".1f", ".2f"])
+
+# %% [markdown]
+# All of these are within noise of 30 %. That is no proof that they are the same: with three seeds, 15 and 50 % would have
+# shown a difference of 6 or 7 points, and 100 % only one of 14. What is sure is the time. Each merge-aware step rounds all
+# adapted weights anew, and a run that does so from the start takes more than twice as long. (All cores of the machine were at
+# work, so take these times as ratios.)
+#
+# **Train for the merge if you need one 4-bit model without an adapter beside it,** above all if there is no 16-bit base to
+# merge into, or if the model that you validate must be the model that you serve. **Do not, if you can serve 16 bits or keep
+# the adapter:** both are simpler, and here 16 bits were as good or better. All of this was measured on the shipped model; at
+# 8B it was not tried.
 #
 # ## The memory that a merge needs
 #
@@ -478,6 +661,7 @@ exercises.without_effect.check(rescued, tokenizer=tokenizer, chats=test_chats[:4
 # - put two adapters on one 4-bit base, switched between them, and let both answer in one batch;
 # - merged an adapter in four ways, and measured answers, loss, logits, size and speed;
 # - seen that rounding to 4 bits takes away part of an adapter, and at 8B took away all of a short run;
+# - trained for such a merge, so that its model was the one that was trained, and seen when that pays;
 # - planned the memory of a merge for 8B and 70B, merged file by file, and saved without losing anything.
 #
 # Next: [lesson 7](07_does_it_cost_quality.ipynb) asks what 4 bits cost in quality, with five seeds and error bars.

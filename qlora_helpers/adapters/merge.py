@@ -46,8 +46,8 @@ def way_of_merging(tuned: TunedFiles, base: str | Path, into: str | None = None)
     Args:
         tuned: the adapter and how its base was loaded for training.
         base: the folder of its base.
-        into: one of `BASES`; by default what was trained: "dequantised" if the run trained on a 4-bit base, "16bit" if on
-            an unquantised one.
+        into: one of `BASES`; by default what was trained: "4bit" after merge-aware steps, else "dequantised" if the run
+            trained on a 4-bit base, "16bit" if on an unquantised one.
 
     Raises:
         ValueError: `into` is none of them, or the adapter cannot be merged in this way.
@@ -70,6 +70,10 @@ def way_of_merging(tuned: TunedFiles, base: str | Path, into: str | None = None)
         "dequantised": "the adapter is added to the decoded 4-bit weights, and kept in 16 bits: what was trained",
         "4bit": "the adapter is added to the 4-bit weights, which are rounded to 4 bits again: small changes are lost",
     }
+    if tuned.merge_aware:
+        reasons = {way: f"{why}; the run's last steps were trained for 4bit instead" for way, why in reasons.items()}
+        reasons["4bit"] = "the run's last steps were trained with the weights that this merge gives: what was trained"
+        into = into or "4bit"
     if into is not None:
         return into, reasons[into]
     if tuned.quantization is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,7 @@ from qlora_helpers.models.loading import folder_of, load_model, name_in
 from qlora_helpers.models.saving import save_model
 from qlora_helpers.safe_folders import whole_folder
 from qlora_helpers.settings import GPU_RUN
+from qlora_helpers.training.merge_aware import MergeAware
 from qlora_helpers.training.run_folder import read_record
 from qlora_helpers.units import in_words
 
@@ -105,6 +106,16 @@ EXPECTED = {
 }
 
 
+# the same after merge-aware steps: they trained with these weights. How much of B A is in them says nothing then
+TRAINED_FOR = Expected(
+    (0.0, 0.0), 0.06, 0.03, float("-inf"), False, "the weights that the run's last steps trained with"
+)
+
+
+def _expected(into: str, trained_for: bool) -> Expected:
+    return TRAINED_FOR if trained_for else EXPECTED[into]
+
+
 class NotProven(ValueError):
     """The merged model does not do what the adapter does; the message says what was found, and where it is kept."""
 
@@ -127,6 +138,11 @@ class MergePlan:
     why: str
     by_files: bool
 
+    @property
+    def trained_for(self) -> bool:
+        """Whether the run's last steps were trained for this merge, so that it is held against what they computed."""
+        return self.into == "4bit" and self.tuned.merge_aware
+
 
 @dataclass(frozen=True)
 class Proof:
@@ -140,6 +156,7 @@ class Proof:
         base: the base against the merged model, along the adapter's answers.
         survived: how much of B A is in the merged weights; None if the adapter is more than plain LoRA.
         faults: what does not hold; () if all does.
+        trained_for: whether the run's last steps were trained for this merge; the adapter is then the model that it trained.
     """
 
     into: str
@@ -149,6 +166,7 @@ class Proof:
     base: Likeness
     survived: Survival | None
     faults: tuple[str, ...]
+    trained_for: bool = False
 
     @property
     def holds(self) -> bool:
@@ -160,14 +178,15 @@ class Proof:
         return self.merged.mean_logit_difference / self.adapter.mean_logit_difference
 
     def __str__(self) -> str:
-        found, expected = self.merged, EXPECTED[self.into]
+        found, expected = self.merged, _expected(self.into, self.trained_for)
         shipped, large = expected.measured
+        measured = f"{shipped:.1%}" if self.trained_for else f"{shipped:.1%} and, at 8B, {large:.1%}"
         lines = [
             f"Loaded by transformers alone, it gives {found.same_answers} of {found.prompts} answers as the adapter does "
             f"({self.questions}, greedy).",
             f"Logits differ by {found.mean_logit_difference:.4f} on average and {found.largest_logit_difference:.3f} at most, KL "
             f"{found.mean_kl:.2g} nats per token: {self.share:.1%} of what the adapter changes.",
-            f"Expected of {self.into}: lesson 6 measured {shipped:.1%} and, at 8B, {large:.1%} ({expected.why}).",
+            f"Expected of {self.into}: lesson 6 measured {measured} ({expected.why}).",
         ]
         if self.survived is not None:
             lines.append(f"In the weights: {said_of_survival(self.survived)}.")
@@ -200,8 +219,8 @@ def plan_merge(
     Args:
         adapter: the folder of an adapter or of a run.
         folder: for the merged model.
-        into: "16bit", "dequantised" or "4bit"; by default what was trained: dequantised if the run trained on a 4-bit base,
-            16bit if on an unquantised one.
+        into: "16bit", "dequantised" or "4bit"; by default what was trained: 4bit after merge-aware steps, else dequantised
+            if the run trained on a 4-bit base, 16bit if on an unquantised one.
         base: where the adapter's base is, if it is not where the files say.
         prove: whether the merged model is to be loaded.
         hardware: what to load for; by default what `detect()` finds.
@@ -369,7 +388,8 @@ def _other_base(plan: MergePlan) -> str | bool | None:
 def _asked(plan: MergePlan, model: PeftModel, asked: Questions, max_new_tokens: int) -> tuple[Said, Said]:
     """What the adapter says, and what its base says along that."""
     tokenizer = tokenizer_of(plan.tuned)
-    own = said(model, tokenizer, asked.chats, max_new_tokens=max_new_tokens)
+    with MergeAware(1).in_layers_of(model) if plan.trained_for else nullcontext():
+        own = said(model, tokenizer, asked.chats, max_new_tokens=max_new_tokens)
     with model.disable_adapter():
         base = said(model, tokenizer, asked.chats, max_new_tokens=max_new_tokens, along=own)
     if compared(own, base).shift < NOTHING:
@@ -487,15 +507,15 @@ def _proof(
     let_go()
     changed, to_adapter, to_base = compared(own, base), compared(own, merged), compared(base, merged)
     survived = survival_of(plan.tuned, plan.base, folder, hardware)
-    faults = _faults(plan.into, changed, to_adapter, to_base, survived)
-    return Proof(plan.into, asked.source, changed, to_adapter, to_base, survived, faults)
+    faults = _faults(plan.into, changed, to_adapter, to_base, survived, plan.trained_for)
+    return Proof(plan.into, asked.source, changed, to_adapter, to_base, survived, faults, plan.trained_for)
 
 
 def _faults(
-    into: str, adapter: Likeness, merged: Likeness, base: Likeness, survived: Survival | None
+    into: str, adapter: Likeness, merged: Likeness, base: Likeness, survived: Survival | None, trained_for: bool = False
 ) -> tuple[str, ...]:
     """What is not as it should be. Each comparison is made so that a value that is no number fails it."""
-    expected, faults = EXPECTED[into], []
+    expected, faults = _expected(into, trained_for), []
     if not merged.same_prompt_tokens:
         faults.append("its tokenizer makes other tokens of the questions")
     limit = max(expected.at_most * adapter.mean_logit_difference, expected.floor * merged.spread)

@@ -41,6 +41,7 @@ class TunedFiles:
         quantization: of the base: "nf4", "fp4", or None for an unquantised one.
         double_quant: whether the scales of the 4-bit base are in 8 bits.
         assumed: that no file says how the base was loaded for training, so that NF4 is a guess.
+        merge_aware: whether its last steps were trained with the weights of a merge into 4 bits, as far as files say.
     """
 
     folder: Path
@@ -48,12 +49,14 @@ class TunedFiles:
     quantization: str | None
     double_quant: bool = True
     assumed: bool = False
+    merge_aware: bool = False
 
     def __str__(self) -> str:
         if self.base is None:
             return f"the model in {self.folder}"
         guessed = "; a guess, since no file says how it was trained" if self.assumed else ""
-        how = f"in 4 bits ({self.quantization}{guessed})" if self.quantization else "unquantised"
+        aware = "; trained for a merge into 4 bits: beside its base it answers otherwise" if self.merge_aware else ""
+        how = f"in 4 bits ({self.quantization}{guessed}{aware})" if self.quantization else "unquantised"
         return f"the adapter in {self.folder} on {self.base}, {how}"
 
 
@@ -126,7 +129,10 @@ def find_tuned(folder: str | Path = LATEST, model: str | None = None) -> TunedFi
         return TunedFiles(found, base, "nf4", assumed=True)
     default = "none" if record["method"] == "lora" else "nf4"
     kind, _, scales = record.get("quantization", default).partition(", ")
-    return TunedFiles(found, base, None if kind == "none" else kind, scales != "double_quant=False")
+    merge_aware = record.get("merge_aware") is not None
+    return TunedFiles(
+        found, base, None if kind == "none" else kind, scales != "double_quant=False", merge_aware=merge_aware
+    )
 
 
 def _base_of(adapter: Path, run: Path | None) -> str:

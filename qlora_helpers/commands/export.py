@@ -164,7 +164,8 @@ def _plan(args: argparse.Namespace, found: TunedFiles) -> MergePlan | None:
         return None
     place = args.merged or args.out.with_name(f".{args.out.name}")  # which disk it will be on
     prove, by_files = args.check is not None, "--into 16bit, without --check"
-    return plan_merge(found.folder, place, args.into, base=args.base, prove=prove, by_files=by_files)
+    into = "dequantised" if args.into is None and found.merge_aware else args.into  # a GGUF file is made from 16 bits
+    return plan_merge(found.folder, place, into, base=args.base, prove=prove, by_files=by_files)
 
 
 @contextmanager

@@ -26,7 +26,8 @@ questions as the adapter. OUT appears complete or not at all.
   dequantised  the 4-bit weights that were trained on, decoded, plus the adapter: what was trained, in 16 bits
   16bit        the original weights plus the adapter, from file to file: exact arithmetic, on weights that a run in 4 bits
                has never seen
-  4bit         the 4-bit weights plus the adapter, rounded to 4 bits again: small changes are lost (lesson 6)
+  4bit         the 4-bit weights plus the adapter, rounded to 4 bits again: small changes are lost, unless the run was
+               trained for it (--merge-aware; then it is the default), as lesson 6 shows
 
 {WHICH}"""
 

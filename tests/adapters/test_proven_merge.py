@@ -74,6 +74,14 @@ def test_each_thing_that_does_not_hold_is_said(merged, base, survived, said):
     assert len(faults) == len(said) and all(fault.startswith(start) for fault, start in zip(faults, said, strict=True))
 
 
+def test_a_merge_that_was_trained_for_is_held_to_what_was_trained_and_not_to_what_survives():
+    little = replace(ALL, share=0.1, least=0.0)
+    near, far = (replace(LIKE, mean_logit_difference=by) for by in (0.05, 0.5))
+    assert _faults("4bit", LIKE, near, LIKE, little, trained_for=True) == ()
+    assert len(_faults("4bit", LIKE, far, LIKE, little, trained_for=True)) == 1
+    assert len(_faults("4bit", LIKE, far, LIKE, little)) == 1  # of a plain run it is what survives that is too little
+
+
 def test_other_tokens_of_the_prompts_do_not_hold():
     near = replace(LIKE, mean_logit_difference=0.01, same_prompt_tokens=False)
     assert _faults("16bit", LIKE, near, LIKE, None) == ("its tokenizer makes other tokens of the questions",)

@@ -1,5 +1,6 @@
 """Exporting from the command line: what is written and kept, what is refused before anything is loaded, and the lines to serve it."""
 
+import json
 import re
 import shutil
 from types import SimpleNamespace
@@ -60,6 +61,16 @@ def test_an_adapter_becomes_a_file_that_is_checked_and_can_be_served(export, tmp
         f"vllm serve {BASE} --enable-lora --max-lora-rank 16 --lora-modules people={ADAPTER}",
     ):
         assert f"  {line}\n" in out
+
+
+def test_a_merge_aware_run_is_exported_from_16_bits_and_told_that_it_was_trained_for_4(export, tmp_path):
+    record = dict.fromkeys(("steps", "chats", "model", "compute_dtype"), 0)
+    record |= {"method": "qlora", "quantization": "nf4, double_quant=True", "merge_aware": 0.3}
+    shutil.copytree(ADAPTER, tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    code, out, _ = export("run", "a.gguf", "--type", "bf16")
+    assert code == 0 and "Merging into dequantised: " in out
+    assert "the run's last steps were trained for 4bit instead" in out
 
 
 def test_by_default_it_is_merged_as_merge_does_and_into_16_bits_on_request(export, tmp_path):

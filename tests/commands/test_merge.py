@@ -15,6 +15,7 @@ from qlora_helpers.__main__ import main
 from qlora_helpers.adapters import proven_merge
 from qlora_helpers.adapters.file_merge import merge_files
 from qlora_helpers.adapters.files import save_adapter
+from qlora_helpers.adapters.tuned import find_tuned
 from qlora_helpers.models.fingerprint import fingerprint
 from qlora_helpers.models.loading import load_model
 from qlora_helpers.models.saving import save_model
@@ -208,6 +209,26 @@ def test_a_run_is_asked_what_it_was_trained_for(call, tmp_path):
     )
     code, _, err = call(run, "--into", "dequantised", out="b")
     assert code == 2 and "--into='dequantised': the run trained on the unquantised base" in err
+
+
+def test_after_merge_aware_steps_what_was_trained_is_the_merge_into_4_bits(call, tmp_path):
+    run = run_of(tmp_path / "run", "nf4, double_quant=True")
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    (run / "run.json").write_text(json.dumps(record | {"merge_aware": 0.3}), encoding="utf-8")
+    code, out, err = call(run)
+    assert code == 0, err
+    assert (
+        "into 4bit: the run's last steps were trained with the weights that this merge gives: what was trained" in out
+    )
+    share = float(re.search(r"([\d.]+)% of what the adapter changes", out)[1])
+    assert share < 3  # plain transformers computes the rest in 16 bits
+    assert "Expected of 4bit: lesson 6 measured 0.0% (the weights that the run's last steps trained with)" in out
+    code, out, err = call(run, "--into", "dequantised", out="b")
+    assert code in (0, 1) and "the run's last steps were trained for 4bit instead" in out
+    assert "trained for a merge into 4 bits: beside its base it answers otherwise" in str(find_tuned(run))
+    other = run_of(tmp_path / "other", "nf4, double_quant=True")
+    code, out, _ = call(other, "--into", "4bit", out="c")
+    assert float(re.search(r"([\d.]+)% of what the adapter changes", out)[1]) > 10
 
 
 def test_the_tokenizer_saved_with_the_adapter_goes_with_it(call, tmp_path):
