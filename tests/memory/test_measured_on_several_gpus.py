@@ -5,7 +5,8 @@ import json
 import pytest
 
 from data.scripts.measure.several_gpus import predicted
-from qlora_helpers.memory.sharding import HOST_TRAINING
+from qlora_helpers.memory import find_gpu
+from qlora_helpers.memory.sharding import HOST_TRAINING, NCCL_BYTES
 from qlora_helpers.paths import data_path
 from qlora_helpers.units import GIB
 from tests import ROOT
@@ -104,3 +105,11 @@ def test_70b_in_shards_fits_two_cards_of_32_gb_and_not_of_24():
     (row,) = (row for row in RAN if (row["model"], row["way"]) == ("70B", "fsdp"))
     found = predicted(row, row["tokens"], "5090")
     assert found.fits and not predicted(row, row["tokens"], "4090").fits
+
+
+def test_70b_offloaded_took_what_a_card_of_12_gb_has():
+    """With the context and NCCL's assumed share. The prediction is higher: it names cards of 16 GB."""
+    (row,) = (row for row in RAN if (row["model"], row["way"]) == ("70B", "fsdp_offload"))
+    small = find_gpu("3060-12")
+    assert row["peak_reserved_bytes"][0] + small.context_bytes + NCCL_BYTES < small.usable_bytes
+    assert not predicted(row, row["tokens"], small).fits and predicted(row, row["tokens"], "4060ti-16").fits
