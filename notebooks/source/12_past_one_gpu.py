@@ -436,7 +436,7 @@ plots.show(fig, "12.2")
 
 # %% [markdown]
 # Streams share nothing, and a large tensor finds no place between small ones. So an offloaded run holds much more than it needs:
-# how much more, depends on all that was there before. The predictor says rather too much, so that what it calls fitting does fit. A card
+# how much more, depends on all that was there before. There the predictor says rather too much, so that what it calls fitting does fit. A card
 # with less would not fail at once: before it gives up, the allocator gives back what no tensor needs. 70B in shards shows it. It
 # held all 27 GiB that it was allowed.
 #
@@ -561,7 +561,7 @@ print(f"on the card {on_card:.1f} GiB, in main memory {host:.0f} GiB")
 #
 # ### How fast were two?
 #
-# The same six runs, each step with one chat on each GPU:
+# The five runs that did not run out of memory, each step with one chat on each GPU:
 
 # %% tags=["nbval-check-output"]
 paces = {(r["model"], WAYS[r["way"]]): r for r, _ in ran}
@@ -577,11 +577,10 @@ print("8B, of the pace of copies:", ", ".join(f"{way} {part:.0%}" for way, part 
 print(f"8B at 200 tokens/s: {2 * 2048 / 200:.0f} s a step")
 
 # %% [markdown]
-# NVLink joins these two. Over PCIe alone shards will lose more, and offloaded ones most;
-# that was not measured. Nor was one GPU beside the two, so that there is no figure here for what the second one brings.
+# NVLink joins these two. Over PCIe alone shards should lose more, and offloaded ones most; that was not measured. Nor was one GPU beside the two, so that there is no figure here for what the second one brings.
 #
-# What is the last line about? **When it was first measured, 8B offloaded made 200 tokens/s**, a step in 20 seconds. Nothing failed,
-# and the loss was right. But 20 seconds is far more than the weights need to come and the products to run. So we looked at a
+# What is the last line about? **When it was first measured, 8B offloaded made 200 tokens/s**, a step in 20 seconds. Nothing failed.
+# But even the weights of 70B can come in 2.2 seconds, by the sum above, and those of 8B in less. So we looked at a
 # profile of a step, which lists the operations and how long each took: the time went into the loss, *on the CPU*.
 #
 # FSDP gathers a layer when the layer is run. TRL's loss does not run the output head. It takes the head's weight, and computes piece by
