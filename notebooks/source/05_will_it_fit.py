@@ -448,7 +448,8 @@ show_table(["model", "GiB", *gpus], table, formats=["", *[".1f"] * (1 + len(gpus
 
 # %% [markdown]
 # So 8B on a free T4 is true, and so is 20B on 24 GB. 70B on one consumer GPU, as an article's title promises, is not: its 4-bit
-# weights alone are larger than the card. And this is the least. With four sequences of 2,048 tokens and float32 copies, as in
+# weights alone are larger than the card. (Main memory and several cards are another matter: [lesson 12](12_past_one_gpu.ipynb).)
+# And this is the least. With four sequences of 2,048 tokens and float32 copies, as in
 # many recipes, 8B took 17.17 GiB above, which is more than a T4 has. What else the articles behind this course say about sizes
 # is judged in [CLAIMS.md](../CLAIMS.md).
 #
@@ -654,7 +655,7 @@ exercises.which_setting.check(cause)
 # - added up a run of Llama-3.1-8B by hand, and missed the measured peak by a few per cent;
 # - let a predictor do the sum, and seen it hold for 100 measured runs, also for those measured afterwards;
 # - seen that tokens, checkpointing, float32 copies and the attention kernel decide, and rank and optimizer hardly matter;
-# - chosen batch size and accumulation by sequence length and card, and seen that 8B fits a T4, and 70B no consumer GPU;
+# - chosen batch size and accumulation by sequence length and card, and seen that 8B fits a T4, and 70B no single consumer GPU;
 # - measured a run of your own;
 # - met a model that is called 4-bit and is not, and seen why.
 #

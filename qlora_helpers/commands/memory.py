@@ -273,8 +273,13 @@ def _notes(shape: ModelShape | AnyShape, settings: Settings, gpu: GPU) -> list[s
         )
     if settings.num_gpus > 1 or settings.sharding:
         notes.append(
-            "what several GPUs and FSDP take is derived from the libraries' code (qlora_helpers.memory.sharding), and not "
-            "measured"
+            "what several GPUs and FSDP take is derived from the libraries' code (qlora_helpers.memory.sharding). It was "
+            "measured on two H200s (data/measured/several_gpus.json), and not on one or on more; NCCL's share is assumed"
+        )
+    if settings.cpu_offload:
+        notes.append(
+            "torch's allocator reserves more here than its tensors need, for streams that share nothing; the sum on the card "
+            "counts all of it, with what is predicted too high"
         )
     trained = settings.compute_dtype if settings.method == "full" else settings.adapter_dtype
     if settings.compute_dtype == "float16" and trained != "float32":
@@ -336,7 +341,7 @@ def as_text(prediction: Prediction, found: dict) -> str:
     if found["cures"]:
         lines += ["", *what_helps(found["cures"])]
     if found["several_gpus"]:
-        lines += ["", *what_helps(found["several_gpus"], "With FSDP, derived and not measured, the fewest GPUs first:")]
+        lines += ["", *what_helps(found["several_gpus"], "With FSDP, predicted, the fewest GPUs first:")]
     if "cheapest_sets" in found:
         lines += ["", *_where_it_fits(found["cheapest_sets"])]
     return "\n".join(lines)

@@ -15,8 +15,16 @@ from qlora_helpers.memory.gpus import GPU, find_gpu
 from qlora_helpers.memory.layers import LayerSettings
 from qlora_helpers.memory.loaded import loaded_bytes, weights_by_part
 from qlora_helpers.memory.shape import FAMILIES, ModelShape
-from qlora_helpers.memory.sharding import GATHERED, NCCL_BYTES, Gathered, check_sharding, of_each_gpu, shards_of
-from qlora_helpers.memory.step import Moment, last_layer_forward, mask_bytes, moments_of_a_step
+from qlora_helpers.memory.sharding import (
+    GATHERED,
+    HOST_TRAINING,
+    NCCL_BYTES,
+    Gathered,
+    check_sharding,
+    of_each_gpu,
+    shards_of,
+)
+from qlora_helpers.memory.step import Moment, before_head, last_layer_forward, mask_bytes, moments_of_a_step
 from qlora_helpers.memory.trained import OPTIMIZERS, Trained, trained_width, what_is_trained
 from qlora_helpers.settings import DTYPES, GPU_OPTIMIZER, SHARDED_OPTIMIZERS, Settings
 
@@ -176,6 +184,8 @@ def _why_not_sharded(shape: ModelShape | AnyShape, settings: Settings) -> str:
 def _on_all_gpus(found: Prediction, settings: Settings) -> Prediction:
     """With what several processes take beside each other: DDP's buckets, NCCL, main memory."""
     number, process = settings.num_gpus, found.host_bytes_to_load
+    if number > 1:
+        process = max(process, HOST_TRAINING)
     buckets = 0
     if number > 1 and not settings.sharding:  # as large as the gradients; DDP fills them when these are there
         buckets = found.trainable_parameters * trained_width(settings)
@@ -207,17 +217,18 @@ def _by_the_layers(shape: ModelShape, settings: Settings, gpu: GPU, run: Setting
     how = LayerSettings.of(shape, settings, gpu)
     weights, trained, masks = weights_by_part(shape, settings), what_is_trained(shape, settings), mask_bytes(shape, how)
     moments = moments_of_a_step(shape, settings, how, trained)
-    parameters, gathered, host = trained.parameters, {}, {}
+    parameters, gathered, host, of_gathers = trained.parameters, {}, {}, 0
     host_to_load = 2 * shape.largest_tensor + HOST_PROCESS
     if run.sharding:
         last = last_layer_forward(shape, how, settings.gradient_checkpointing)
-        shards = shards_of(shape, run, trained, moments, last, host_to_load)
+        head = before_head(shape, how, settings.gradient_checkpointing)
+        shards = shards_of(shape, run, trained, moments, last, head, host_to_load)
         weights, trained, moments = shards.weights, shards.trained, shards.moments
-        gathered, host = shards.gathered, shards.host
+        gathered, host, of_gathers = shards.gathered, shards.host, shards.reserved
     standing = sum(weights.values()) + trained.adapters + trained.states + gpu.workspace_bytes + masks
     totals = {name: moment.total + gathered.get(name, Gathered()).total for name, moment in moments.items()}
     peak = max(totals, key=totals.__getitem__)
-    reserved = _reserved_bytes(standing, moments, trained, settings.gradient_checkpointing, gathered)
+    reserved = _reserved_bytes(standing, moments, trained, settings.gradient_checkpointing, gathered) + of_gathers
     more = {GATHERED: gathered[peak].total} if peak in gathered else {}
     return Prediction(
         shape=shape,
@@ -338,7 +349,7 @@ def _other_parts(
 def _reserved_bytes(
     standing: int, moments: dict[str, Moment], trained: Trained, checkpointing: bool, gathered: dict[str, Gathered]
 ) -> int:
-    """The most that torch's allocator holds for its tensors: what is in them, and fragmentation."""
+    """The most that torch's allocator holds for the tensors of the run's own stream: what is in them, and fragmentation."""
     fragmentation = FRAGMENTATION_WITH_CHECKPOINTING if checkpointing else FRAGMENTATION
 
     def held(name: str) -> float:
@@ -349,5 +360,4 @@ def _reserved_bytes(
         whole = gathered.get(name, Gathered()).here
         return standing + moment.total + whole + later + fragmentation * (moment.total - moment.gradients)
 
-    # the buffers of all-gathers come from the memory of another stream, which keeps the most that it ever held
-    return int(max(map(held, moments))) + max((one.buffer for one in gathered.values()), default=0)
+    return int(max(map(held, moments)))

@@ -1,7 +1,8 @@
 """What FSDP takes on each of several GPUs, and in main memory: shards, gathered weights, and what is not split.
 
-Derived from the code of torch 2.13 (`fully_shard`), accelerate 1.15 and transformers 5.23, whose Trainer uses FSDP2; how it is
-put together was not measured on two GPUs:
+Derived from the code of torch 2.13 (`fully_shard`), accelerate 1.15 and transformers 5.23, whose Trainer uses FSDP2. Two H200s
+with 8B and 70B took what is predicted here: tensors to 1 %, main memory to 3 % (data/measured/several_gpus.json, which also has
+what was predicted before the measurement). What NCCL takes, and other numbers of GPUs, were not measured:
 
 - **Split** over the GPUs, each tensor along its first dimension: the packed 4-bit weights, if `bnb_4bit_quant_storage` is a
   floating-point dtype, and the one that the run computes in, since FSDP casts to it (of bitsandbytes' usual uint8, accelerate
@@ -13,15 +14,20 @@ put together was not measured on two GPUs:
   beside it lies a buffer of the same size: in the forward pass the one that it was gathered in, which is freed when the next
   layer is there; in the backward pass that of the next one, which is gathered ahead. Adapters are gathered in the dtype of
   the products, so that autocast makes no copies of them. TRL's output head asks for its whole weight (`full_tensor`).
+  Offloaded, the course gathers it as FSDP does (`training.sharded.HeadOnTheGPU`), when the decoder ends: it lies beside its
+  buffer and that of the last layer, which is often the peak.
 - **Gradients** are summed over the GPUs and split, layer by layer. With accumulation each GPU keeps all of them, in the dtype of
   the products, until the last pass (`set_requires_gradient_sync`).
 - **Optimizers**: torch's. bitsandbytes' refuse FSDP2's tensors ("got mixed torch.Tensor and DTensor"), the paged ones, too.
 - **Offloaded** (`CPUOffloadPolicy`): shards of parameters, gradients and states lie in main memory, and the optimizer steps there.
-  A shard passes through the GPU on its way to being gathered. torch rounds page-locked memory up to a power of two.
-- **Loading**: each process has its own copy of the model in main memory until it is split: accelerate does not load on one
-  process alone where there are bitsandbytes' layers.
-- **All-gather buffers** belong to a CUDA stream of their own, whose memory torch's allocator does not share with others: what is
-  reserved for it comes on top.
+  torch rounds page-locked memory up to a power of two.
+- **Loading**: each process has its own copy of the model in main memory until all of it is split (`original_sd` in
+  `fsdp2_prepare_model`): accelerate does not load on one process alone where there are bitsandbytes' layers. With an offload the
+  page-locked shards are made beside that copy, which is the most of the run.
+- **All-gather buffers**, and the shards on their way into them, belong to a CUDA stream of their own, whose memory torch's
+  allocator does not share with others: what is reserved for it comes on top. Offloaded, 1.9 and
+  1.6 times as much was reserved as allocated, for 8B and 70B. Predicted are 5 and 14 % more than that, since what the allocator
+  finds room for depends on all that was there before. Under a limit it gives back what no tensor needs.
 
 Without sharding each GPU has a copy of everything, and DDP as much again as the gradients take, in its buckets.
 """
@@ -39,12 +45,24 @@ from qlora_helpers.memory.trained import Trained, trained_of, trained_tensors, t
 from qlora_helpers.settings import DTYPES, SHARDED_OPTIMIZERS, Settings
 from qlora_helpers.units import MIB
 
-__all__ = ["GATHERED", "NCCL_BYTES", "Gathered", "Shards", "check_sharding", "of_each_gpu", "shards_of"]
+__all__ = [
+    "GATHERED",
+    "HOST_TRAINING",
+    "NCCL_BYTES",
+    "Gathered",
+    "Shards",
+    "check_sharding",
+    "of_each_gpu",
+    "shards_of",
+]
 
 GATHERED = "gathered weights"  # the part of a prediction
 # NCCL's buffers and code on each card, outside torch's allocator. Not measured here: on eight H100 1.06 GB were taken beside
 # torch's memory (github.com/NVIDIA/nccl/issues/1685), of which an H100's context is 0.65. It grows with the channels.
 NCCL_BYTES = 512 * MIB
+# Main memory of each of several processes that train, beside shards and copies: the largest resident set of one that trained
+# 8B data-parallel on an H200 (data/measured/several_gpus.json).
+HOST_TRAINING = 2_394_394_624
 
 
 def of_each_gpu(settings: Settings) -> Settings:
@@ -102,6 +120,7 @@ class Shards:
         weights: of the model, by part, as in `loaded.weights_by_part`.
         trained: the shards of what is trained; nothing if they are offloaded, except for its `parameters`.
         gathered: whole weights, by the moment of the step.
+        reserved: what torch's allocator holds for gathering, beside what `gathered` has in the memory of the run's own stream.
         moments: of the step, the gradients split.
         host: main memory of all processes, by part, while it is most.
     """
@@ -109,12 +128,19 @@ class Shards:
     weights: dict[str, int]
     trained: Trained
     gathered: dict[str, Gathered]
+    reserved: int
     moments: dict[str, Moment]
     host: dict[str, int]
 
 
 def shards_of(
-    shape: ModelShape, settings: Settings, whole: Trained, moments: dict[str, Moment], last: Moment, per_process: int
+    shape: ModelShape,
+    settings: Settings,
+    whole: Trained,
+    moments: dict[str, Moment],
+    last: Moment,
+    before_head: Moment,
+    per_process: int,
 ) -> Shards:
     """A run that is split over `settings.num_gpus` GPUs.
 
@@ -123,7 +149,8 @@ def shards_of(
         whole: what is trained, as the layers see it: in the dtype of the products.
         moments: of the step of one GPU that has everything, for `whole`.
         last: that of the last layer's forward pass.
-        per_process: main memory that each process takes beside shards and copies.
+        before_head: that between the decoder and the output head.
+        per_process: main memory that each process takes to load, beside the copy of the model.
     """
     weights, params = _weights(shape, settings)
     on_gpu = trained = trained_of(trained_tensors(shape, settings, settings.num_gpus), settings)
@@ -139,10 +166,18 @@ def shards_of(
     step = split.pop("optimizer step")
     if sizes.again and "embeddings backward" not in split:
         split["embeddings backward"] = Moment(Peak(x), max(on_gpu.gradients, accumulated))
+    gathered = sizes.gathered()
+    if sizes.gathers_head:
+        pairs = (
+            (split["loss"], gathered["loss"]),
+            (replace(before_head, gradients=accumulated, copies=0), sizes.of_head()),
+        )
+        split["loss"], gathered["loss"] = max(pairs, key=lambda pair: pair[0].total + pair[1].total)
     return Shards(
         weights=weights,
         trained=on_gpu,
-        gathered={"forward": in_forward} | sizes.gathered(),
+        gathered={"forward": in_forward} | gathered,
+        reserved=sizes.reserved,
         moments={"forward": forward} | split | {"optimizer step": step},
         host=_host(shape, settings, trained, params, per_process),
     )
@@ -193,7 +228,8 @@ class _Sizes:
         tied: the head is the embeddings, which stay whole from the forward to the end of the backward pass.
         full: the embeddings and the head are trained.
         again: the embeddings are gathered for their backward pass, too.
-        share: of a weight that is offloaded, which passes through the GPU; None if none is.
+        number: of GPUs.
+        offloaded: shards come from main memory.
     """
 
     layer: int
@@ -202,8 +238,8 @@ class _Sizes:
     tied: bool
     full: bool
     again: bool
-    several: bool
-    share: int | None
+    number: int
+    offloaded: bool
 
     @classmethod
     def of(cls, shape: ModelShape, settings: Settings, whole: Trained) -> _Sizes:
@@ -219,15 +255,22 @@ class _Sizes:
             tied=shape.tie_word_embeddings,
             full=full,
             again=not shape.tie_word_embeddings and (settings.gradient_checkpointing or full),
-            several=settings.num_gpus > 1,
-            share=settings.num_gpus if settings.cpu_offload else None,
+            number=settings.num_gpus,
+            offloaded=settings.cpu_offload,
         )
 
+    @property
+    def gathers_head(self) -> bool:
+        """Whether FSDP gathers the head as it does the layers; a tied one is there already."""
+        return self.offloaded and not self.tied
+
     def _buffer(self, size: int, before: int = 0) -> int:
-        """That of an all-gather, beside the one before: one GPU gathers nothing; an offloaded shard is copied to it first."""
-        if not self.several:
-            return 0
-        return before + size + (-(-size // self.share) if self.share else 0)
+        """That of an all-gather, beside the one before; one GPU gathers nothing."""
+        return before + size if self.number > 1 else 0
+
+    def _passes(self, size: int) -> int:
+        """A weight that comes to the only GPU from main memory, and is copied there once more."""
+        return size if self.offloaded and self.number == 1 else 0
 
     @property
     def _stays(self) -> int:
@@ -236,10 +279,30 @@ class _Sizes:
     def of_embeddings(self) -> Gathered:
         """While the embeddings run, or the first layer is copied out, whichever is more."""
         first = Gathered(self.layer + self._stays, self._buffer(self.layer, before=self.table))
-        return max(Gathered(self.table, self._buffer(self.table)), first, key=lambda one: one.total)
+        alone = Gathered(self.table + self._passes(self.table), self._buffer(self.table))
+        return max(alone, first, key=lambda one: one.total)
 
     def of_last_layer(self) -> Gathered:
         return Gathered(self.layer + self._stays, self._buffer(self.layer, before=self.layer))
+
+    def of_head(self) -> Gathered:
+        """While the head is copied out of its buffer; that of the last layer is freed when the forward pass ends."""
+        return Gathered(self.table + self._passes(self.table), self._buffer(self.table, before=self.layer))
+
+    @property
+    def reserved(self) -> int:
+        """What the allocator holds for the gathers' own stream, and for places in the run's that cannot be used again.
+
+        On the stream: the shard of the embeddings, on its way, and their buffer; the layers' come into the place of the shard
+        as far as there is room. A head that is gathered finds no place that is large enough, since the last layer's buffer lies
+        in one. Its whole weight finds none, either: smaller tensors have come to where the whole embeddings were.
+        """
+        stream = 0
+        if self.number > 1:
+            share, of_layer = (-(-size // self.number) for size in (self.table, self.layer))
+            stream = max(max(share, self.layer + of_layer) + self.table, 2 * self.layer + of_layer)
+            stream += self.table if self.gathers_head else 0
+        return stream + (self.table if self.gathers_head else 0)
 
     def gathered(self) -> dict[str, Gathered]:
         """At each of the moments after the layers' forward pass."""
@@ -247,7 +310,7 @@ class _Sizes:
         again = self.table if self.again else 0
         found = {
             # the buffer of the last layer is freed when the forward pass ends
-            "loss": Gathered(self.table, self.layer if self.several else 0),
+            "loss": Gathered(self.table, self.layer if self.number > 1 else 0),
             "loss backward": Gathered(self.table + (2 * self.table if self.full else 0)),
             "last layer backward": Gathered(self._stays + self.layer + reduced, self._buffer(self.layer)),
             "first layer backward": Gathered(self._stays + self.layer + reduced, self._buffer(again)),
@@ -273,22 +336,21 @@ def _split_gradients(
 def _host(
     shape: ModelShape, settings: Settings, trained: Trained, params: list[tuple[int, int]], per_process: int
 ) -> dict[str, int]:
-    """Main memory of all processes: while the model is loaded, or, if that is more, while it trains with offloading."""
+    """Main memory of all processes when it is most: while the model is loaded, is split, or trains."""
     number = settings.num_gpus
-    model = sum(weights_by_part(shape, settings).values())
-    loading = {"copies of the model, to load": number * model, "processes": number * per_process}
-    if not settings.cpu_offload:
-        return loading
-    tensors = trained_tensors(shape, settings, number) if settings.method != "full" else []
-    params = params + [(tensor.elements * trained.width, tensor.count) for tensor in tensors]
-    locked = sum(count * _power_of_two(size) for size, count in params)
-    training = {
-        "shards of weights": number * locked,
-        "gradients": number * trained.gradients,
-        "optimizer states": number * (trained.states + trained.temporaries),
-        "processes": number * per_process,
-    }
-    return max(loading, training, key=lambda parts: sum(parts.values()))
+    copies = {"copies of the model, to load": number * sum(weights_by_part(shape, settings).values())}
+    processes = {"processes": number * max(per_process, HOST_TRAINING)}
+    moments = [copies | {"processes": number * per_process}, processes]
+    if settings.cpu_offload:
+        tensors = trained_tensors(shape, settings, number) if settings.method != "full" else []
+        params = params + [(tensor.elements * trained.width, tensor.count) for tensor in tensors]
+        shards = {"shards of weights": number * sum(count * _power_of_two(size) for size, count in params)}
+        of_training = {
+            "gradients": number * trained.gradients,
+            "optimizer states": number * (trained.states + trained.temporaries),
+        }
+        moments = [copies | shards | processes, shards | of_training | processes]
+    return max(moments, key=lambda parts: sum(parts.values()))
 
 
 def _power_of_two(size: int) -> int:

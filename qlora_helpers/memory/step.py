@@ -18,6 +18,7 @@ __all__ = [
     "Cost",
     "Moment",
     "Peak",
+    "before_head",
     "cost_of",
     "last_layer_forward",
     "mask_bytes",
@@ -213,6 +214,23 @@ def last_layer_forward(shape: ModelShape, how: LayerSettings, checkpointing: boo
     x = rounded(how.tokens * shape.hidden_size * how.between)
     kept = rounded(how.tokens * shape.hidden_size * how.stream) + (layers - 1) * x
     return Moment(_forward_without_gradient(shape, how), 0, kept)
+
+
+def before_head(shape: ModelShape, how: LayerSettings, checkpointing: bool) -> Moment:
+    """The moment between the decoder and the output head: it takes less than the loss, unless the head has to be gathered."""
+    tape = Tape()
+    layer = DecoderLayer(shape, how, tape)
+    x = tape.source(how.tokens * shape.hidden_size, how.between)
+    norm = layer.layer_norm if shape.has_layer_norm else layer.rms_norm
+    out = norm(x, shape.hidden_size)
+    normed = Peak(tape.live)
+    del x, out
+    if not checkpointing:
+        first, layer_cost, _ = _costs(shape, how, False)
+        return Moment(normed, 0, first.kept + (shape.num_hidden_layers - 1) * layer_cost.kept)
+    between = rounded(how.tokens * shape.hidden_size * how.between)
+    kept = rounded(how.tokens * shape.hidden_size * how.stream) + (shape.num_hidden_layers - 1) * between
+    return Moment(normed, 0, kept)
 
 
 def _gradients_above_the_first_layer(shape: ModelShape, how: LayerSettings, trained: Trained, table: int) -> int:

@@ -79,7 +79,7 @@ def test_no_number_below_that_of_the_run_is_named():
 def test_the_cheapest_sets_are_the_smallest_cards_with_which_the_run_fits():
     found, sizes, known = cheapest_sets(LARGE, GPU_RUN), nominal_gib(), known_gpus()
     assert [one.total_gib for one in found] == sorted(one.total_gib for one in found)
-    assert {str(one) for one in found} >= {"1 x 48 GB", "4 x 24 GB with FSDP", "2 x 11 GB with FSDP and offload"}
+    assert {str(one) for one in found} >= {"1 x 48 GB", "4 x 24 GB with FSDP", "2 x 16 GB with FSDP and offload"}
     assert sum(one.settings.num_gpus == 1 for one in found) == 2  # as it is, and with offload
     for one in found:
         current = {key for key, gpu in known.items() if gpu.compute_capability >= OLDEST and "AMD" not in gpu.name}

@@ -15,7 +15,13 @@ import torch
 from qlora_helpers.launch import Launch
 from qlora_helpers.models.loading import check_storage, load_model
 from qlora_helpers.settings import Settings
-from qlora_helpers.training.sharded import ScalesOnTheGPU, check_sharding, prepare_sharding
+from qlora_helpers.training.sharded import (
+    HeadOnTheGPU,
+    ScalesOnTheGPU,
+    _gather_until_its_gradient,
+    check_sharding,
+    prepare_sharding,
+)
 from tests.support.launched import STEPS, a_run, found, work
 from tests.support.short_runs import CPU, adapter, differing
 from tests.test_launch import environment_of
@@ -162,3 +168,35 @@ def test_a_sharded_run_that_offloads_and_one_in_bfloat16(tmp_path):
     assert code == 0, err
     for (_, a), (step, b) in zip(whole["step_losses"], found(tmp_path, "half")["step_losses"], strict=True):
         assert a == pytest.approx(b, rel=0.02), step  # bfloat16 has 8 bits of precision
+
+
+class Head:
+    """What FSDP makes of an output head, as far as `HeadOnTheGPU` uses it."""
+
+    def __init__(self):
+        self.seen = []
+
+    def unshard(self):
+        self.seen.append("gathered")
+
+    def reshard(self):
+        self.seen.append("freed")
+
+
+def test_an_offloaded_head_is_whole_from_the_end_of_the_decoder_until_its_gradient_is_known():
+    head, weight = Head(), torch.ones(3, requires_grad=True)
+    output = SimpleNamespace(last_hidden_state=weight * 2)
+    _gather_until_its_gradient(head, None, (), output)
+    assert head.seen == ["gathered"]
+    output.last_hidden_state.sum().backward()
+    assert head.seen == ["gathered", "freed"]
+    with torch.no_grad():  # an evaluation: it stays until the next step has its gradient
+        _gather_until_its_gradient(head, None, (), SimpleNamespace(last_hidden_state=weight * 2))
+    assert head.seen == ["gathered", "freed", "gathered"]
+
+
+def test_a_head_that_is_not_sharded_is_left_alone():
+    decoder = torch.nn.Linear(2, 2)
+    base = SimpleNamespace(get_output_embeddings=lambda: torch.nn.Linear(2, 2), base_model=decoder)
+    HeadOnTheGPU().on_train_begin(None, None, None, model=SimpleNamespace(get_base_model=lambda: base))
+    assert not decoder._forward_hooks
