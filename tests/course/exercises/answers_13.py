@@ -113,9 +113,7 @@ RIGHT = {
         Tried(float(SEEDS), pairs=PAIRS),
         Tried(numpy.int64(SEEDS), pairs=PAIRS),
     ],
-    "bits_of_deal": [
-        Tried(function) for function in (by_lgamma, by_logarithms, by_whole_numbers, one_after_the_other)
-    ],
+    "bits_of_deal": [Tried(function) for function in (by_lgamma, by_logarithms, by_whole_numbers, one_after_the_other)],
 }
 
 WRONG = {
