@@ -445,8 +445,8 @@ check("and recall there", recall, at_most=0.5)
 # ## Exercise 13.2: an adapter for the usual base
 #
 # *Build · medium · about 10 minutes.* Write `as_plain`. It takes the start `A0` and `B0` of a variant and the trained `A` and `B`, all with the shapes of
-# `lora_A` (rank, inputs) and `lora_B` (outputs, rank), and returns matrices `A2` and `B2` of rank 2 r with
-# `B2 @ A2 = B @ A - B0 @ A0`.
+# `lora_A` (rank, inputs) and `lora_B` (outputs, rank), and returns `lora_A` and `lora_B` of rank 2 r, in this order, so that
+# `lora_B @ lora_A` is `B @ A - B0 @ A0`.
 
 # %% tags=["exercise"]
 def as_plain(A0, B0, A, B) -> tuple[torch.Tensor, torch.Tensor]:
@@ -614,8 +614,8 @@ columns = ["one", "other", "points", "verdict", "would show", "loss", "verdict"]
 show_table(columns, table, formats=["", "", "", "", ".1f", "", ""])
 
 # %% [markdown]
-# By the loss, all layers together are better than either part. (Right or wrong is too coarse for three seeds: see what would have shown.) So the
-# first half of the claim holds. The second does not hold here: attention alone does better than the MLPs alone, though it trains fewer
+# By the loss, all layers together are better than either part, as claimed. (Right or wrong is too coarse for three seeds: see what would have
+# shown.) The rest of the claim does not hold here: attention alone does better than the MLPs alone, though it trains fewer
 # numbers, if only by a little more than noise. A higher rate than those tried may suit the MLPs better. And a model that already knows its
 # facts, and is taught to give them in another form, is no model that learns to reason. Adapt all layers, and the question does not arise.
 #

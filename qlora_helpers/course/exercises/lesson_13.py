@@ -64,7 +64,7 @@ def _fault_of_pair(got: Any, wanted: torch.Tensor, rank: int) -> str:
     if (found := [tuple(one.shape) for one in got]) != [(rank, inputs), (outputs, rank)]:
         return f"the shapes are {found[0]} and {found[1]}; they must be {(rank, inputs)} and {(outputs, rank)}."
     if not torch.allclose(got[1] @ got[0], wanted, rtol=1e-4, atol=1e-4):
-        return "B2 @ A2 is not B @ A - B0 @ A0."
+        return "the product of the two is not B @ A - B0 @ A0."
     return ""
 
 
