@@ -17,11 +17,6 @@ import json
 import math
 from collections import defaultdict
 
-import bitsandbytes as bnb
-import torch
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora.bnb import Linear4bit
-
 from qlora_helpers import evaluation
 from qlora_helpers.chats import read_chats
 from qlora_helpers.course import plots
@@ -37,6 +32,12 @@ from qlora_helpers.settings import Settings
 from qlora_helpers.statistics import difference, interval, smallest_difference
 from qlora_helpers.training.run import train
 from qlora_helpers.training.run_folder import new_run_folder
+
+# %%
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.bnb import Linear4bit
 
 cpu = detect("cpu")  # this lesson runs there in every gear
 print("torch", torch.__version__.split("+")[0])
@@ -158,7 +159,8 @@ twins = {"rsLoRA": runs_of["rsLoRA"], "alpha 128": of_kind["alpha 128"]}
 table = [[kind, *[run["test"]["exact_match"] for run in some if run["learning_rate"] == rate][:2]]
          for kind, some in twins.items()]
 show_table([f"at {rate:g}", "seed 0", "seed 1"], table, formats=["", ".1%", ".1%"])
-#
+
+# %% [markdown]
 # ## Where they begin
 #
 # For the others we need the weights in 16 bits. How far is base and adapter together from them? At the start of a run, that is
@@ -231,7 +233,7 @@ def rounded(weight: torch.Tensor) -> torch.Tensor:
 
 def principal(weight: torch.Tensor, rank: int, s: float) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B: s B A is the best approximation of this rank."""
-    U, S, V = torch.linalg.svd(weight, full_matrices=False)
+    U, S, V = torch.linalg.svd(weight, False)  # not the full matrices
     root = (S[:rank] / s).sqrt()
     return root[:, None] * V[:rank], U[:, :rank] * root
 
@@ -284,15 +286,16 @@ check("LoftQ: layers with the usual 4-bit codes", sum(same), len(same), exact=Tr
 # %%
 chats = read_chats(data_path("chats", "train.jsonl"))
 texts = [chat[0]["content"] for chat in chats[:64]]
-name, layer = next(iter(layers_of(default).items()))
+model = default
+name, layer = next(iter(layers_of(model).items()))
 seen = []
 hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().flatten(0, 1)))
 for text in texts:
-    default(**tokenizer(text, return_tensors="pt"))
+    model(input_ids=tokenizer(text, return_tensors="pt")["input_ids"])
 hook.remove()
 inputs = torch.cat(seen)
 inputs = inputs - inputs.mean(0)
-_, S, directions = torch.linalg.svd(inputs, full_matrices=False)
+_, S, directions = torch.linalg.svd(inputs, False)
 random_A = torch.linalg.qr(layer.lora_A["default"].weight.detach().T).Q
 read = {kind: (inputs @ A).square().sum().item() / inputs.square().sum().item()
         for kind, A in (("random", random_A), ("EVA", directions[:16].T))}
@@ -607,7 +610,8 @@ columns = ["layers", "trained numbers", "best rate", "", "exact match", "test lo
 show_table(columns, table, formats=["", ",", "g", "", ".1%", ".3f"])
 table = []
 for one, other in (("all linear", "attention"), ("all linear", "MLP"), ("attention", "MLP")):
-    match, loss = (minus(of_layers[one], of_layers[other], what) for what in ("exact_match", "loss"))
+    kinds = of_layers[one], of_layers[other]
+    match, loss = minus(*kinds), minus(*kinds, "loss")
     table.append([one, other, points(match), match.verdict, 100 * smallest_difference(match),
                   f"{loss.mean:+.3f} ± {loss.half:.3f}", loss.verdict])
 columns = ["one", "other", "points", "verdict", "would show", "loss", "verdict"]

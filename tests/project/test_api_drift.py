@@ -151,6 +151,7 @@ EXPANDED = {
     ("attention.py", "options"): lambda: (),
     ("trainer.py", "kwargs"): lambda: (),
     ("variants.py", "options"): lambda: {name for options, _ in variants.OF_PEFT.values() for name in options},
+    ("13_which_adapter.py", "options"): lambda: ("init_lora_weights", "use_dora", "use_rslora"),
     ("several_gpus.py", "options"): lambda: known_config("Llama-3.1-8B").keys() - {"model_type"},
     ("04_qlora_run.py", "copied | changes"): lambda: given_to_dict("notebooks/source/04_qlora_run.py", "copied"),
     # what the trainer's collator returns
