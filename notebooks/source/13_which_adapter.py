@@ -60,7 +60,7 @@ print("torch", torch.__version__.split("+")[0])
 # | [PiSSA](https://arxiv.org/abs/2404.02948) | where A and B begin, and the base | `s B A` = the largest components of `W`; base `W - s B A` |
 # | [LoftQ](https://arxiv.org/abs/2310.08659) | where A and B begin | `s B A` = the largest components of what rounding has lost |
 #
-# Nearly all of these papers, and PEFT's own benchmark, measure in 16 bits. Here the base has 4. That matters: a variant that
+# Most of these papers measure mainly in 16 bits, and PEFT's own benchmark only there. Here the base has 4. That matters: a variant that
 # changes the base has to round it again, and one of them is made for what rounding has lost.
 
 # %% tags=["nbval-check-output"]
@@ -281,7 +281,8 @@ check("LoftQ: layers with the usual 4-bit codes", sum(same), len(same), exact=Tr
 # over all directions, and an adapter can give back only as many as its rank, the largest.
 #
 # EVA leaves the base alone, too. It looks at the inputs of a layer. A random A reads random directions of them; EVA's A reads
-# as many, those in which they vary most:
+# as many, those in which they vary most. (Its paper also deals out the ranks anew among the layers. The runs of the table leave that out;
+# they looked at 512 chats.)
 
 # %%
 chats = read_chats(data_path("chats", "train.jsonl"))
@@ -388,7 +389,7 @@ print(f"by luck alone, one or more of {len(ahead)} are 'a difference' in {luck:.
 # DoRA ends where plain LoRA ends, seed by seed. rsLoRA's loss is a little higher. Its adapter
 # is plain LoRA's with another alpha, and alpha is not quite the rate: with a larger scale and a lower rate B does as much as before, but A
 # moves less. Why are PiSSA and OLoRA worse, which begin with a part of the weight itself? The table
-# does not say. Their papers report the contrary, in 16 bits and on large models. What is sure is that a variant's gain on one model
+# does not say. Their papers report the contrary, on large models and mostly in 16 bits. What is sure is that a variant's gain on one model
 # is no gain on yours until you have measured it, each at its own rate.
 #
 # ## What they forget
@@ -502,7 +503,7 @@ exercises.seeds.check(seeds, pairs=pairs)
 
 # %% [markdown]
 # That is for one task and one model. So it is with most variants: what they may gain is smaller than what a change of seed does, and
-# you would need more runs of each than anybody makes.
+# you would need more runs of each than are usually made.
 #
 # ## "LoRA Without Regret"
 #
@@ -776,7 +777,7 @@ plots.show(fig, "13.4")
 # - **Tune the learning rate first**, on validation questions. It decides more than the kind of adapter: each kind looks bad at another's
 #   rate.
 # - **EVA and LoftQ with one iteration** cost something before the run and nothing after it: the base stays the usual one. Their means are the
-#   highest here, and they forget less. If you have the time for a second kind of run, try one of these. LoftQ needs the 16-bit weights once.
+#   highest here, and they forgot less. If you have the time for a second kind of run, try one of these. LoftQ needs the 16-bit weights once.
 # - **A variant that changes the base** ties the adapter to a base of its own, which you then have to keep and to pass on.
 # - **Before you take another**, ask what would have to be shown: on your task, on your 4-bit base, each at its own learning rate chosen on
 #   other questions than those reported, several seeds, compared seed by seed, and a gain larger than such a comparison
