@@ -70,12 +70,11 @@ def by_kind(name: str) -> dict[str, list[dict]]:
     found = defaultdict(list)
     for run in table["runs"]:
         found[run["kind"]].append(run)
-    print(f"{name}: {len(table['runs'])} runs, {len(found)} kinds of run")
     return found
 
 
 runs_of, of_kind = by_kind("variants"), by_kind("comparisons")
-print("variants:", "; ".join(runs_of))
+print(f"variants, {sum(map(len, runs_of.values()))} runs:", "; ".join(runs_of))
 
 # %% [markdown]
 # All are runs of the shipped model with rank 16 on all linear layers. Each kind has its own [learning
