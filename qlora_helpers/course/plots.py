@@ -108,11 +108,14 @@ def figure(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Axe
 
 def _as_png(fig: Figure) -> bytes:
     """A figure in at most 256 colours: less than half as large, and no eye sees it. Each figure is stored in three editions."""
+    from matplotlib.image import imread
     from PIL import Image  # matplotlib needs it, too
 
     drawn, written = io.BytesIO(), io.BytesIO()
     fig.savefig(drawn, format="png")
-    in_few = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    drawn.seek(0)
+    colours = (imread(drawn)[..., :3] * 255).round().astype("uint8")  # without opacity: the background is white
+    in_few = Image.fromarray(colours).quantize(256, Image.Quantize.MAXCOVERAGE)
     in_few.save(written, "PNG", optimize=True)
     return written.getvalue()
 

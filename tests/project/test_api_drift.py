@@ -96,6 +96,7 @@ OTHERS = {
     r"with_fused_head": "the model with TRL's output head (qlora_helpers.training.trainer)",
     r"ledger\.mark": "qlora_helpers.memory.fake.ledger",
     r"get_session\(\)\.head": "huggingface_hub's own client of the web (qlora_helpers.models.hub)",
+    r"in_few\.save": "PIL, an image (qlora_helpers.course.plots)",
     r"pick": "min or max (qlora_helpers.memory.timeline)",
     r"self\.collator": "a trainer's collator, with what it was called with (data.scripts.measure.speed_clock)",
     r"(self\.)?process\.communicate": "subprocess",
