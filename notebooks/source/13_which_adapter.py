@@ -162,8 +162,8 @@ show_table([f"at {rate:g}", "seed 0", "seed 1"], table, formats=["", ".1%", ".1%
 # %% [markdown]
 # ## Where they begin
 #
-# For the others we need the weights in 16 bits. How far is base and adapter together from them? At the start of a run, that is
-# what the run has to work with:
+# For the others we need the weights in 16 bits. How far from them are base and adapter together, before the first step? That is
+# what a run has to work with:
 
 # %%
 in_16_bits = load_model(quantization=None, hardware=cpu)
@@ -671,8 +671,8 @@ for large in (32, 128):
 
 # %% [markdown]
 # LoRA's loss is above that of full fine-tuning at each batch. At the largest batch the gap is wider, as claimed, but by hardly more than noise.
-# A larger batch here is also a shorter run, as in any comparison that gives every batch as many chats. And what large batches cost
-# *both* methods is far more than what they cost LoRA alone: with a given number of chats, take small ones.
+# A larger batch here is also a shorter run, as in any comparison that gives every batch as many chats. And full
+# fine-tuning loses by it, too: with a given number of chats, take small batches.
 #
 # ### 5 · "An adapter must be as large as what is to be learnt"
 #
@@ -763,7 +763,7 @@ plots.show(fig, "13.4")
 # | the best rate is about ten times that of full fine-tuning | higher, but by less in most runs |
 # | the best rate hardly depends on the rank | holds with a fixed alpha, and only then |
 # | all layers, above all the MLPs | all layers: yes; the MLPs: no, as far as these rates tell |
-# | LoRA pays more for a large batch | yes, by hardly more than noise; both pay far more for few steps |
+# | LoRA pays more for a large batch | yes, by hardly more than noise; full fine-tuning pays, too |
 # | the adapter must be as large as what is to be learnt | one can be too small; 2 bits for each number were out of reach in 20 passes |
 #
 # None of this contradicts experiments on far larger models. It says which of their advice you can see at work in a few minutes on
