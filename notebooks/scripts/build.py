@@ -366,6 +366,7 @@ HELPERS = {
     ),
     "11_where_the_time_goes": ("memory/budget", "training/packing", "training/step_profile"),
     "12_past_one_gpu": ("memory/several",),
+    "13_which_adapter": ("statistics",),
 }
 
 

@@ -106,10 +106,22 @@ def figure(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Axe
     return fig, fig.subplots(rows, columns, **of_axes)
 
 
+def _as_png(fig: Figure) -> bytes:
+    """A figure in at most 256 colours: less than half as large, and no eye sees it. Each figure is stored in three editions."""
+    from matplotlib.image import imread
+    from PIL import Image  # matplotlib needs it, too
+
+    drawn, written = io.BytesIO(), io.BytesIO()
+    fig.savefig(drawn, format="png")
+    drawn.seek(0)
+    colours = (imread(drawn)[..., :3] * 255).round().astype("uint8")  # without opacity: the background is white
+    in_few = Image.fromarray(colours).quantize(256, Image.Quantize.MAXCOVERAGE)
+    in_few.save(written, "PNG", optimize=True)
+    return written.getvalue()
+
+
 def _as_html(fig: Figure, alt: str, caption: str = "") -> HTML:
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format="png")
-    data = base64.b64encode(buffer.getvalue()).decode()
+    data = base64.b64encode(_as_png(fig)).decode()
     width = int(fig.get_size_inches()[0] * 100)
     image = f'<img alt="{html.escape(alt)}" width="{width}" src="data:image/png;base64,{data}">'
     if not caption:

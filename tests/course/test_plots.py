@@ -1,5 +1,6 @@
 """Figures are shown with alt text, and the live plot keeps up with the run."""
 
+import io
 import json
 
 import numpy as np
@@ -34,6 +35,23 @@ def test_a_figure_is_shown_as_an_image_with_its_alt_text(shown):
     assert len(shown) == 1
     assert shown[0].startswith('<img alt="a line that says &quot;x &lt; 1&quot;"')
     assert "data:image/png;base64,iVBOR" in shown[0]
+
+
+def test_a_figure_is_stored_in_few_bytes_and_looks_as_it_was_drawn():
+    from PIL import Image
+
+    fig, ax = plots.figure()
+    for place, colour in enumerate(plots.COLOURS):
+        ax.plot(range(9), [(place + x) ** 1.5 for x in range(9)], "o-", color=colour, label=f"line {place}")
+    ax.legend()
+    ax.set_title("A figure")
+    drawn = io.BytesIO()
+    fig.savefig(drawn, format="png")
+    stored = plots._as_png(fig)
+    assert len(stored) < 0.6 * len(drawn.getvalue())
+    wanted, got = (np.array(Image.open(file).convert("RGB"), dtype=int) for file in (drawn, io.BytesIO(stored)))
+    assert got.shape == wanted.shape and (got[0, 0] == 255).all()
+    assert np.abs(got - wanted).max() <= 16
 
 
 def test_a_figure_without_alt_text_is_refused(shown):

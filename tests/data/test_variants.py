@@ -1,11 +1,13 @@
 """The starting points of LoRA's variants are what their papers define, and each can be measured."""
 
+import json
+
 import pytest
 import torch
 from peft import get_peft_model
 
 from data.scripts.measure import held_out, variants
-from data.scripts.measure.runs_at_rates import Job
+from data.scripts.measure.runs_at_rates import Job, best_rate
 from qlora_helpers.models.loading import load_model
 from qlora_helpers.models.weights import linear_layers
 from tests.support.short_runs import CPU
@@ -127,3 +129,14 @@ def test_the_script_measures_each_variant(kind, monkeypatch):
     assert (found["recall_before"] > 0.96) == (kind != "OLoRA"), found  # it rounds the rounded weights again
     assert (found["trained_parameters"] == 262_144) == (kind != "DoRA")  # it trains the lengths of the rows, too
     assert 0 < found["error_at_the_start"] < 0.2
+
+
+def test_the_best_rate_of_a_variant_is_neither_the_lowest_nor_the_highest_that_was_tried():
+    runs = json.loads(variants.TABLE.read_text(encoding="utf-8"))["runs"]
+    assert {run["kind"] for run in runs} == set(variants.RATES)
+    for kind, rates in variants.RATES.items():
+        assert {run["learning_rate"] for run in runs if run["kind"] == kind} == set(rates), kind
+        best = best_rate(runs, kind, held_out.exact_match)
+        assert rates[0] < best < rates[-1], (kind, best)
+        seeds = {run["seed"] for run in runs if run["kind"] == kind and run["learning_rate"] == best}
+        assert seeds == set(range(variants.SEEDS)), kind

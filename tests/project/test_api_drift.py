@@ -96,6 +96,7 @@ OTHERS = {
     r"with_fused_head": "the model with TRL's output head (qlora_helpers.training.trainer)",
     r"ledger\.mark": "qlora_helpers.memory.fake.ledger",
     r"get_session\(\)\.head": "huggingface_hub's own client of the web (qlora_helpers.models.hub)",
+    r"in_few\.save": "PIL, an image (qlora_helpers.course.plots)",
     r"pick": "min or max (qlora_helpers.memory.timeline)",
     r"self\.collator": "a trainer's collator, with what it was called with (data.scripts.measure.speed_clock)",
     r"(self\.)?process\.communicate": "subprocess",
@@ -151,6 +152,7 @@ EXPANDED = {
     ("attention.py", "options"): lambda: (),
     ("trainer.py", "kwargs"): lambda: (),
     ("variants.py", "options"): lambda: {name for options, _ in variants.OF_PEFT.values() for name in options},
+    ("13_which_adapter.py", "options"): lambda: ("init_lora_weights", "use_dora", "use_rslora"),
     ("several_gpus.py", "options"): lambda: known_config("Llama-3.1-8B").keys() - {"model_type"},
     ("04_qlora_run.py", "copied | changes"): lambda: given_to_dict("notebooks/source/04_qlora_run.py", "copied"),
     # what the trainer's collator returns

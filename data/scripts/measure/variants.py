@@ -50,7 +50,7 @@ LOFTQ = {"LoftQ, 1 iteration": 1, "LoftQ, 5 iterations": 5}
 PISSA, EVA = "PiSSA", "EVA"
 RATES = (
     {kind: rates for kind, (_, rates) in OF_PEFT.items()}
-    | {EVA: (4e-4, *USUAL)}
+    | {EVA: (2e-4, 4e-4, *USUAL)}
     | dict.fromkeys(LOFTQ, USUAL)
     | {PISSA: LOWER}
 )

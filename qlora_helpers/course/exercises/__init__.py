@@ -1,1 +1,1 @@
-"""The exercises: `asking` has what all of them share, and `lesson_01` to `lesson_12` have those of each lesson."""
+"""The exercises: `asking` has what all of them share, and `lesson_01` to `lesson_13` have those of each lesson."""
