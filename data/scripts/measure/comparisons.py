@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.scripts import ROOT
+from data.scripts.measure.bases import IN_4_BITS, load
 from data.scripts.measure.held_out import exact_match
-from data.scripts.measure.quality import IN_4_BITS, load
 from data.scripts.measure.runs_at_rates import Job, command_line
 
 TABLE = ROOT / "data" / "measured" / "comparisons.json"
