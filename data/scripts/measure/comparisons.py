@@ -5,8 +5,8 @@
     python -m data.scripts.measure.comparisons --list --missing         # those that are not made yet
     python -m data.scripts.measure.comparisons --row "QLoRA NF4" --rate 0.002 --seed 3   # one run, printed
 
-`data.scripts.measure.runs_at_rates` makes and keeps them, and gives up rates that two seeds show to be worse. Every run is the shipped model in float32 on one thread of a CPU, with
-`BUDGET` and what its kind changes.
+`data.scripts.measure.runs_at_rates` makes and keeps them, and gives up rates that two seeds show to be worse. Every run is the
+shipped model in float32 on one thread of a CPU, with `BUDGET` and what its kind changes.
 
 A learning rate is chosen by the exact match on 500 validation questions, and reported on 500 test questions. The people of the
 training chats, of the validation and of the test questions are others (`data.scripts.measure.held_out`). Where a run is to
