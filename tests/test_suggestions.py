@@ -113,7 +113,10 @@ def said(name, place=-1, source="this course"):
 
 
 def test_what_the_course_is_said_to_have_measured_it_has():
-    rates, written = said("learning_rate", 0), {2e-4: "2e-4", 1e-3: "1e-3", 1.5e-3: "1.5e-3", 3e-3: "3e-3", 6e-3: "6e-3"}
+    rates, written = (
+        said("learning_rate", 0),
+        {2e-4: "2e-4", 1e-3: "1e-3", 1.5e-3: "1.5e-3", 3e-3: "3e-3", 6e-3: "6e-3"},
+    )
     for rate in (2e-4, 1e-3, 1.5e-3, 6e-3):
         assert f"{measured(SHARED, rate)} at {written[rate]}" in rates
     assert len(of_kind(SHARED, 1.5e-3)) == 5 and "with five seeds" in rates
