@@ -357,7 +357,7 @@ ax.set_title("More steps pay most of the price of 4 bits back")
 plots.show(fig, "7.3")
 
 # %% [markdown]
-# The price falls with the number of steps, from 16.8 points after 100 to 1.9 after 800, which is within noise; 3.8 would have
+# The price falls with the number of steps, from 17.6 points after 100 to 1.9 after 800, which is within noise; 3.8 would have
 # shown. After 800 steps, QLoRA answers about as many questions right as LoRA on 16 bits does after 200. So here 4 bits mostly
 # slow a run down: they limit how fast it learns much more than what it can learn. (The longer the run, the lower its own rate.
 # Where this is the lowest that was tried, a lower one may do better still.) Whether a large model shows the same, these runs do

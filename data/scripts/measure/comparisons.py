@@ -1,6 +1,6 @@
 """Fair comparisons of methods, formats, ranks, batches and sizes: each at its own learning rate, chosen on validation questions.
 
-    python -m data.scripts.measure.comparisons --workers 16 --missing   # all runs; about four hours of one core in all
+    python -m data.scripts.measure.comparisons --workers 16 --missing   # all runs; 4.5 hours of training on one core
     python -m data.scripts.measure.comparisons --group method --missing # one group of them
     python -m data.scripts.measure.comparisons --list --missing         # those that are not made yet
     python -m data.scripts.measure.comparisons --row "QLoRA NF4" --rate 0.002 --seed 3   # one run, printed
