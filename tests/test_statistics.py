@@ -1,6 +1,5 @@
 """Means and ratios with their intervals, and McNemar's test, compared with values from other sources."""
 
-import json
 import math
 import random
 import statistics
@@ -9,13 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from data.scripts.measure import quality as measure_quality
 from qlora_helpers import evaluation
-from qlora_helpers.paths import data_path
-from qlora_helpers.settings import Settings
 from qlora_helpers.statistics import difference, interval, mcnemar, ratio, smallest_difference
-from qlora_helpers.training.trainer import check_settings
-from tests.support.short_runs import CPU
 
 # Student's two-sided t for 95 %, by the number of values (from any table, at one degree of freedom less)
 T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 10: 2.262, 31: 2.042}
@@ -72,55 +66,6 @@ def test_too_few_values_are_refused(values, match):
 def test_a_difference_needs_pairs():
     with pytest.raises(ValueError, match="values has 2 runs and others 3"):
         difference([1.0, 2.0], [1.0, 2.0, 3.0])
-
-
-# The table of lesson 7
-
-
-def test_every_row_of_the_table_was_measured_with_every_seed():
-    runs = json.loads(data_path("measured", "quality.json").read_text())["runs"]
-    assert [(run["label"], run["seed"]) for run in runs] == [
-        (row.label, seed) for row in measure_quality.rows() for seed in row.seeds
-    ]
-    assert all(run["outcome"] == "ran" for run in runs)
-
-
-def test_the_same_run_under_two_labels_gave_the_same_numbers():
-    runs = {(r["label"], r["seed"]): r for r in json.loads(data_path("measured", "quality.json").read_text())["runs"]}
-    same = ("rank 16, all linear", "alpha 32", "lora, learning rate 0.0015", "QLoRA NF4 + double quant")
-    for seed in range(5):
-        assert len({(runs[label, seed]["exact_match"], runs[label, seed]["loss"]) for label in same}) == 1
-
-
-def test_every_row_has_settings_that_a_run_takes():
-    for row in measure_quality.rows():
-        Settings(**{**measure_quality.BUDGET, **row.settings})
-    labels = [row.label for row in measure_quality.rows()]
-    assert len(set(labels)) == len(labels)
-
-
-def test_each_row_has_the_method_of_its_base():
-    methods = {}
-    for row in measure_quality.rows():
-        methods.setdefault(row.base, set()).add(measure_quality.settings_of(row, 0, measure_quality.BUDGET).method)
-    assert methods == {
-        "16 bit": {"full", "lora"}, "NF4": {"qlora"}, "NF4 + double quant": {"qlora"}, "FP4": {"qlora"}, "INT4": {"lora"},
-        "INT4 symmetric": {"lora"},
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("label", ["LoRA 16 bit", "QLoRA NF4 + double quant", "QLoRA INT4"])
-def test_a_base_is_what_its_settings_describe(label):
-    row = next(row for row in measure_quality.rows() if row.label == label)
-    check_settings(measure_quality.load(row.base), measure_quality.settings_of(row, 0, measure_quality.BUDGET), CPU)
-
-
-def test_a_run_of_the_table_can_be_repeated_in_short(monkeypatch):
-    monkeypatch.setattr(evaluation, "exact_match", lambda model, tokenizer, chats: len(chats) / 1000)  # seconds
-    row = next(row for row in measure_quality.rows() if row.label == "full fine-tuning")
-    found = measure_quality.measure(row, 0, {"steps": 2, "batch_size": 2, "warmup_steps": 0})
-    assert found["outcome"] == "ran" and found["trained_parameters"] == 2_984_192
-    assert found["exact_match"] == 0.5 and found["recall"] > 0.9
 
 
 @pytest.mark.parametrize(

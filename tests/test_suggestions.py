@@ -7,6 +7,8 @@ from math import ceil
 import pytest
 from IPython.lib.pretty import pretty
 
+from data.scripts.measure.held_out import exact_match
+from data.scripts.measure.runs_at_rates import best_rate
 from qlora_helpers import suggestions
 from qlora_helpers.json_files import read_json
 from qlora_helpers.memory import ModelShape, find_gpu, find_shape, predict
@@ -72,10 +74,29 @@ def test_each_source_is_used_and_has_a_place():
         assert source["name"] and source["url"].startswith(("https://", "data/"))
 
 
-def measured(label, what="exact_match"):
-    runs = read_json(data_path("measured", "quality.json"))["runs"]
-    values = [run[what] for run in runs if run["label"] == label]
+SHARED = "QLoRA NF4 + double quant"  # at rank 16, on all linear layers
+
+
+def of_kind(kind, rate, what="exact_match"):
+    """A test result of lesson 7's runs, by seed."""
+    runs = read_json(data_path("measured", "comparisons.json"))["runs"]
+    mine = [run for run in runs if (run["kind"], run["learning_rate"]) == (kind, rate)]
+    return {run["seed"]: run[what] if what in run else run["test"][what] for run in mine}
+
+
+def measured(kind, rate, what="exact_match"):
+    values = of_kind(kind, rate, what).values()
     return f"{100 * sum(values) / len(values):.0f} %"
+
+
+def of_both(kind, other):
+    """The results of a kind at its own rate, of the seeds that another has at its."""
+    theirs = of_kind(other, own_rate(other))
+    return {seed: share for seed, share in of_kind(kind, own_rate(kind)).items() if seed in theirs}
+
+
+def own_rate(kind):
+    return best_rate(read_json(data_path("measured", "comparisons.json"))["runs"], kind, exact_match)
 
 
 def compared(one, other):
@@ -92,23 +113,28 @@ def said(name, place=-1, source="this course"):
 
 
 def test_what_the_course_is_said_to_have_measured_it_has():
-    rates = said("learning_rate", 0)
-    for rate, written in ((0.0002, "2e-4"), (0.001, "1e-3"), (0.0015, "1.5e-3"), (0.006, "6e-3")):
-        assert f"{measured(f'lora, learning rate {rate}')} at {written}" in rates
-    for rate, written in ((0.001, "1e-3"), (0.0015, "1.5e-3")):
-        assert f"{measured(f'lora, learning rate {rate}', 'recall')} at {written}" in rates
+    rates, written = (
+        said("learning_rate", 0),
+        {2e-4: "2e-4", 1e-3: "1e-3", 1.5e-3: "1.5e-3", 3e-3: "3e-3", 6e-3: "6e-3"},
+    )
+    for rate in (2e-4, 1e-3, 1.5e-3, 6e-3):
+        assert f"{measured(SHARED, rate)} at {written[rate]}" in rates
+    assert len(of_kind(SHARED, 1.5e-3)) == 5 and "with five seeds" in rates
+    assert {len(of_kind(SHARED, rate)) for rate in (2e-4, 1e-3, 6e-3)} == {2} and "two" in rates
+    for rate in (1e-3, 1.5e-3):
+        assert f"{measured(SHARED, rate, 'recall')} at {written[rate]}" in rates
+    assert own_rate(SHARED) == 1.5e-3 and "1.5e-3 was the best of seven rates" in said("short_run_factor", 0)
+    assert f"{measured(SHARED, 1.5e-3)} exact match, {measured(SHARED, 1e-3)} at 1e-3" in said("short_run_factor", 0)
     layers = said("target_modules")
-    assert layers.startswith(f"{measured('rank 16, all linear')} exact match with all at rank 16")
-    assert f"{measured('rank 64, attention')} with attention alone at rank 64" in layers
-    runs = read_json(data_path("measured", "quality.json"))["runs"]
-    by_seed = [
-        {run["seed"]: run["exact_match"] for run in runs if run["label"] == f"rank {rank}"}
-        for rank in ("16, all linear", "64, attention")
-    ]
-    assert layers.endswith(f": {compared(*by_seed)}")
+    assert layers.startswith(f"at rank 16 {measured(SHARED, 1.5e-3)} exact match with all")
+    for part in ("attention", "MLP"):
+        kind = f"rank 16, {part}"
+        rate = own_rate(kind)
+        found = f"{measured(kind, rate)} with {part} alone: {compared(of_both(SHARED, kind), of_both(kind, SHARED))}"
+        assert found in layers
     forgets = next(change.source for change in first_changes() if "forgets" in change.symptom)
-    for rate, written in ((0.001, "1e-3"), (0.003, "3e-3"), (0.006, "6e-3")):
-        assert f"{measured(f'lora, learning rate {rate}', 'recall')} at {written}" in forgets
+    for rate in (1e-3, 3e-3, 6e-3):
+        assert f"{measured(SHARED, rate, 'recall')} at {written[rate]}" in forgets
     scores = read_json(data_path("tiny-llama", "scores.json"))
     right = f"{100 * scores['exact_match_after']['NF4']:.0f} % exact match"
     assert said("examples", 0).startswith(right) and said("dropout", 0).startswith(right)

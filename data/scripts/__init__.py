@@ -1,6 +1,6 @@
 """The scripts that make the data, measure it, and judge the articles' claims: `make`, `measure` and `claims`.
 
-Run them from the repository's root, for example `python -m data.scripts.measure.quality`.
+Run them from the repository's root, for example `python -m data.scripts.measure.comparisons`.
 """
 
 from pathlib import Path

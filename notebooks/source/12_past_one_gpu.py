@@ -805,6 +805,4 @@ exercises.counts.check(counts)
 # - computed what is sent in a step, and when two GPUs help and when they do not;
 # - found the GPUs that can train 70B, and the command that starts such a run.
 #
-# This was the last lesson. Now take your own file: [README.md](../README.md) has the commands, and
-# [TROUBLESHOOTING.md](../TROUBLESHOOTING.md) what to do when something goes wrong. What the articles claim, and what is true, is
-# listed in [CLAIMS.md](../CLAIMS.md).
+# Next: [lesson 13](13_which_adapter.ipynb) asks which of LoRA's variants is worth its trouble on a 4-bit base.

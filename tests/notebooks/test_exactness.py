@@ -50,7 +50,7 @@ DECIDED = {
         "without_effect": "text",  # 38 of 40 answers are right, and 34 are enough: the last bits do not decide
     },
     "07_does_it_cost_quality": {
-        "rate_for_alpha": "count",  # a loss of 0.66 where 0.9 is enough: the last bits do not decide
+        "rate_for_alpha": "count",  # a loss of 0.63 where 0.9 is enough: the last bits do not decide
     },
     "08_stability": {
         "loss spikes": "count",  # a spike is far above the usual loss: the last bits do not decide

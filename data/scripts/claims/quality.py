@@ -6,8 +6,10 @@ from functools import cache
 
 from data.scripts.claims.rules import Finding, by_setting, claim
 from data.scripts.claims.size import measured
+from data.scripts.measure.held_out import exact_match
+from data.scripts.measure.runs_at_rates import best_rate
 from qlora_helpers.paths import data_path
-from qlora_helpers.statistics import Interval, difference, interval, smallest_difference
+from qlora_helpers.statistics import Interval, difference, smallest_difference
 
 LORA_16, QLORA, FULL = "LoRA 16 bit", "QLoRA NF4 + double quant", "full fine-tuning"
 
@@ -34,27 +36,52 @@ RATE_OF_THE_AUTHORS = {"7B": 2e-4, "13B": 2e-4, "33B": 1e-4, "65B": 1e-4}  # art
 AUTHORS_RANK, AUTHORS_ALPHA = 64, 16  # artidoro/qlora, scripts/finetune_guanaco_65b.sh
 
 
+Runs = str | tuple[str, float]  # a kind, whose runs are those at its own rate; or a kind and a rate
+
+
 @cache
-def exact_matches() -> dict[str, dict[int, float]]:
-    """For each run's label: the share of right answers by seed."""
+def test_results() -> dict[tuple[str, float], dict[int, dict[str, float]]]:
+    """For each kind and learning rate: the share of right answers to the test questions and their loss, by seed."""
     found = {}
-    for run in measured("quality")["runs"]:
-        found.setdefault(run["label"], {})[run["seed"]] = run["exact_match"]
+    for run in measured("comparisons")["runs"]:
+        if "test" in run:
+            found.setdefault((run["kind"], run["learning_rate"]), {})[run["seed"]] = run["test"]
     return found
 
 
-def mean(label: str) -> float:
-    return interval(list(exact_matches()[label].values())).mean
+@cache
+def own_rate(kind: str) -> float:
+    """The learning rate of a kind, chosen on the validation questions."""
+    return best_rate(measured("comparisons")["runs"], kind, exact_match)
 
 
-def more_right(one: str, other: str) -> Interval:
-    """How many more answers of one kind of run are right: a paired comparison over the seeds that both have."""
-    a, b = exact_matches()[one], exact_matches()[other]
+def of(runs: Runs, what: str = "exact_match") -> dict[int, float]:
+    """A test result by seed."""
+    results = test_results()[(runs, own_rate(runs)) if isinstance(runs, str) else runs]
+    return {seed: result[what] for seed, result in results.items()}
+
+
+def mean(runs: Runs) -> float:
+    return statistics.fmean(of(runs).values())
+
+
+def by_seed(one: Runs, other: Runs, what: str) -> Interval:
+    """A paired comparison over the seeds that both kinds of run have."""
+    a, b = of(one, what), of(other, what)
     seeds = sorted(a.keys() & b.keys())
     return difference([a[seed] for seed in seeds], [b[seed] for seed in seeds])
 
 
-def is_ahead(one: str, other: str) -> bool:
+def more_right(one: Runs, other: Runs) -> Interval:
+    """How many more answers of one kind of run are right."""
+    return by_seed(one, other, "exact_match")
+
+
+def higher_test_loss(one: Runs, other: Runs) -> Interval:
+    return by_seed(one, other, "loss")
+
+
+def is_ahead(one: Runs, other: Runs) -> bool:
     """Whether one kind of run has more right answers than another by more than noise."""
     found = more_right(one, other)
     return found.mean > found.half
@@ -67,11 +94,6 @@ def in_points(found: Interval) -> list[str]:
 
 def points(share: float) -> str:
     return f"{100 * share:.1f}"
-
-
-def best_rate(start: str) -> str:
-    """The run with the best mean, of those whose label is this, or this and a learning rate."""
-    return max((label for label in exact_matches() if label.partition(", learning")[0] == start), key=mean)
 
 
 @cache
@@ -142,15 +164,15 @@ def difference_is_below_one_per_cent() -> Finding:
 
 @claim("B63.3")
 def more_rank_is_not_always_better() -> Finding:
-    labels = [f"rank {rank}, all linear" for rank in (64, 16)]
-    own_rate = [best_rate(label) for label in labels]
-    compared = more_right(*labels), more_right(*own_rate)
+    high = "rank 64, all linear"
+    shared = own_rate(QLORA)  # QLoRA's rank is 16
+    compared = more_right((high, shared), QLORA), more_right(high, QLORA), more_right("rank 64, alpha 32", QLORA)
     return by_setting(
-        not is_ahead(*labels), not is_ahead(*own_rate),
-        value="{} % instead of {} %".format(*(points(mean(label)) for label in labels)),
+        not is_ahead((high, shared), QLORA), not is_ahead(high, QLORA),
+        value=f"{points(mean((high, shared)))} % instead of {points(mean(QLORA))} %",
         shown=[
-            *(points(mean(label)) for label in own_rate), *in_points(compared[0]), *in_points(compared[1]),
-            points(smallest_difference(compared[1])),
+            points(mean(high)), *(number for found in compared for number in in_points(found)),
+            points(smallest_difference(compared[1])), "32",
         ],
     )  # fmt: skip
 
@@ -158,27 +180,26 @@ def more_rank_is_not_always_better() -> Finding:
 @claim("B67.1")
 def all_linear_layers_are_best() -> Finding:
     outcomes, shown = [], []
-    for rank in (1, 4, 16, 64):
-        everywhere, attention = (mean(best_rate(f"rank {rank}, {layers}")) for layers in ("all linear", "attention"))
-        outcomes.append(everywhere > attention)
-        shown += [points(everywhere), points(attention)]
-    many = best_rate("rank 64, attention")  # more trainable parameters than rank 16 on all layers
-    few = best_rate("rank 16, all linear")
+    for part in ("rank 16, attention", "rank 16, MLP"):
+        lost, more = more_right(QLORA, part), higher_test_loss(part, QLORA)
+        outcomes += [lost.mean > 0, more.mean > more.half]
+        shown += [points(mean(part)), *in_points(lost), points(smallest_difference(lost)), *in_nats(more)]
     return by_setting(
-        *outcomes, is_ahead(few, many), value=f"{points(mean(few))} % instead of {points(mean(many))} %",
-        shown=[*shown, *in_points(more_right(few, many))],
-    )  # fmt: skip
+        *outcomes, value=f"{points(mean(QLORA))} % instead of {points(mean('rank 16, attention'))} %", shown=shown
+    )
 
 
 @claim("B65.2")
 def alpha_is_twice_the_rank() -> Finding:
-    ours = {alpha: mean(f"alpha {alpha}") for alpha in (4, 8, 16, 32, 64, 128)}  # at rank 16
-    compared = [more_right("alpha 32", f"alpha {alpha}") for alpha in (16, 64)]
+    rate = own_rate(QLORA)  # chosen with alpha = 32, at rank 16
+    others = [4, 8, 16, 64, 128]
+    runs = {alpha: (f"alpha {alpha}", rate) for alpha in others} | {32: (QLORA, rate)}
+    compared = [more_right(runs[32], runs[alpha]) for alpha in (16, 64)]
     return by_setting(
-        all(is_ahead("alpha 32", f"alpha {alpha}") for alpha in ours if alpha != 2 * 16), AUTHORS_ALPHA == 2 * AUTHORS_RANK,
+        all(mean(runs[32]) > mean(runs[alpha]) for alpha in others), AUTHORS_ALPHA == 2 * AUTHORS_RANK,
         value=f"r / {AUTHORS_RANK // AUTHORS_ALPHA}", claimed="2 r",
         shown=[
-            f"{AUTHORS_RANK}", f"{AUTHORS_ALPHA}", *(points(ours[alpha]) for alpha in (8, 32, 128)), *map(str, ours),
+            f"{AUTHORS_RANK}", f"{AUTHORS_ALPHA}", *(points(mean(runs[alpha])) for alpha in (8, 32, 128)), *map(str, runs),
             *(number for found in compared for number in in_points(found)),
         ],
     )  # fmt: skip
@@ -186,13 +207,12 @@ def alpha_is_twice_the_rank() -> Finding:
 
 @claim("B253.1")
 def two_in_ten_thousand_is_a_good_start() -> Finding:
-    at_it, best = mean("lora, learning rate 0.0002"), mean(best_rate("lora"))
-    rate = best_rate("lora").rpartition(" ")[2]
-    ahead = more_right(best_rate("lora"), "lora, learning rate 0.0002")
+    at_it = mean((QLORA, 2e-4))
+    ahead = more_right(QLORA, (QLORA, 2e-4))
     return by_setting(
-        RATE_OF_THE_AUTHORS["7B"] == RATE_OF_THE_AUTHORS["13B"] == 2e-4, at_it > 0.9 * best,
-        value=f"{points(at_it)} % and {points(best)} %",
-        shown=[f"{float(rate):.1e}".replace("e-0", "e-"), "2e-4", *in_points(ahead)],
+        RATE_OF_THE_AUTHORS["7B"] == RATE_OF_THE_AUTHORS["13B"] == 2e-4, at_it > 0.9 * mean(QLORA),
+        value=f"{points(at_it)} % and {points(mean(QLORA))} %",
+        shown=[f"{own_rate(QLORA):.1e}".replace("e-0", "e-"), "2e-4", *in_points(ahead)],
     )  # fmt: skip
 
 

@@ -1,12 +1,12 @@
 """Fair comparisons of methods, formats, ranks, batches and sizes: each at its own learning rate, chosen on validation questions.
 
-    python -m data.scripts.measure.comparisons --workers 16 --missing   # all runs; about four hours of one core in all
+    python -m data.scripts.measure.comparisons --workers 16 --missing   # all runs; 4.5 hours of training on one core
     python -m data.scripts.measure.comparisons --group method --missing # one group of them
     python -m data.scripts.measure.comparisons --list --missing         # those that are not made yet
     python -m data.scripts.measure.comparisons --row "QLoRA NF4" --rate 0.002 --seed 3   # one run, printed
 
-`data.scripts.measure.runs_at_rates` makes and keeps them, and gives up rates that two seeds show to be worse. Every run is the shipped model in float32 on one thread of a CPU, with
-`BUDGET` and what its kind changes.
+`data.scripts.measure.runs_at_rates` makes and keeps them, and gives up rates that two seeds show to be worse. Every run is the
+shipped model in float32 on one thread of a CPU, with `BUDGET` and what its kind changes.
 
 A learning rate is chosen by the exact match on 500 validation questions, and reported on 500 test questions. The people of the
 training chats, of the validation and of the test questions are others (`data.scripts.measure.held_out`). Where a run is to
@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.scripts import ROOT
+from data.scripts.measure.bases import IN_4_BITS, load
 from data.scripts.measure.held_out import exact_match
-from data.scripts.measure.quality import IN_4_BITS, load
 from data.scripts.measure.runs_at_rates import Job, command_line
 
 TABLE = ROOT / "data" / "measured" / "comparisons.json"
