@@ -593,7 +593,8 @@ check("times as long in 4 bits, layers compiled", pairs[" compiled"], at_most=1.
 # - "LoRA Without Regret" finds LoRA level with full fine-tuning if all layers are adapted, the rank is large enough for the
 #   data, the batch is not too large and the learning rate is tuned for each.
 #
-# We tried none of these at their size. What is shown here is a mechanism, on a model of 3 million weights.
+# We tried none of these at their size. What is shown here is a mechanism, on a model of 3 million weights. On the same model,
+# [lesson 13](13_which_adapter.ipynb) tries LoftQ and other variants, and claims of "LoRA Without Regret".
 
 # %% [markdown]
 # ## On a real model
