@@ -11,7 +11,7 @@
 # - look at a real language model: what each format costs it, and what a short run teaches it.
 #
 # Takes about {{seconds}} seconds and {{gigabytes}} GB of memory on two processor cores. The runs of the tables were made by
-# `data/scripts/measure/comparisons.py`; how long that took, and on what, is printed below.
+# `data/scripts/measure/comparisons.py`.
 
 # %%
 import json
@@ -70,7 +70,7 @@ for here in measured["made_on"]:
 check("runs that broke off", sum(run["outcome"] != "ran" for run in made), 0, exact=True)
 
 # %% [markdown]
-# (Scoring the runs comes on top.) Every rate was tried with two seeds, and only the best two rates of a kind got the other
+# Every rate was tried with two seeds, and only the best two rates of a kind got the other
 # seeds. This is one round of *successive halving* (Jamieson and Talwalkar, arXiv 1502.07943), which spends the time where it
 # counts. Among rates with all seeds, the one with the best mean [exact match](../GLOSSARY.md#exact-match) on the validation
 # questions is a kind's own rate. Exact match is the share of questions that are answered right, word for word:
@@ -134,8 +134,8 @@ plots.show(fig, "7.1")
 #
 # ## Repeat one run
 #
-# You need not believe a table. Here is one of its runs once more: LoRA on the 16-bit base, at its own rate, with seed 0. Same
-# code, same settings, your machine:
+# Here is one of the table's runs once more: LoRA on the 16-bit base, at its own rate, with seed 0. Same code, same settings,
+# your machine:
 
 # %%
 tokenizer = load_tokenizer()
@@ -162,8 +162,7 @@ table_loss = tries[LORA][own][0]["test"]["loss"]
 check("the loss of this run over the table's", loss_again / table_loss, at_least=0.7, at_most=1.4)
 
 # %% [markdown]
-# One run is no measurement. At 1.5e-3 four seeds say that this rate is as good as the other; the fifth ends at 78 %. Whoever
-# has one run does not know which kind it is.
+# One run is no measurement. At 1.5e-3 four seeds say that this rate is as good as the other; the fifth ends at 78 %.
 #
 # ## Difference or noise?
 #
@@ -171,8 +170,7 @@ check("the loss of this run over the table's", loss_again / table_loss, at_least
 # the first values of their adapters. Part of their luck is therefore the same, and it cancels out if we subtract seed by
 # seed. This is a [paired comparison](../GLOSSARY.md#paired-comparison). We take the five differences, and look whether the
 # 95 % interval of their mean contains zero. If it does, the difference may be noise. With five seeds the interval is 2.776
-# [standard errors](../GLOSSARY.md#standard-error) wide on either side (Student's t). The bars in the figure above know
-# nothing of pairs: they may overlap although the paired difference is real.
+# [standard errors](../GLOSSARY.md#standard-error) wide on either side (Student's t).
 #
 # ## Exercise 7.1: difference or noise, by eye
 #
@@ -228,7 +226,7 @@ exercises.paired.check(paired)
 # stands in the last column. "Within noise" does not mean that two methods are equal. It means that nothing was found, and that
 # a difference of less than this may well be there.
 
-# %%
+# %% tags=["nbval-check-output"]
 def compare(*pairs):
     """Pairs of kinds, each at its own rate; or of (kind, rate)."""
     found, table = [], []
@@ -244,7 +242,7 @@ def compare(*pairs):
     show_table(columns, table, formats=["", "", "", "", "", ".1f"])
     return found
 
-# %% tags=["nbval-check-output"]
+
 _, nf4_cost, _, _, at_one, *_ = compare(
     (FULL, LORA), (LORA, QLORA), (LORA, (QLORA, 2e-3)), (QLORA, "QLoRA NF4"),
     ((QLORA, 2e-3), ("QLoRA NF4", 2e-3)), (QLORA, "QLoRA INT4"), (QLORA, "QLoRA FP4"),
@@ -257,9 +255,8 @@ check("4 bits make a difference", not nf4_cost.is_noise, True, exact=True)
 # - NF4 with double quantisation costs 8.6 points against 16 bits. The interval is wide, since one seed of five came out badly; at
 #   the next rate, where none did, it is 10.4 ± 1.2. That is a lot, and it has a reason: the model is small and full of facts,
 #   0.36 bits per weight (lesson 2). Large models have room to spare, and the paper found no loss there;
-# - [double quantisation](../GLOSSARY.md#double-quantisation) costs nothing that five seeds can see, as the paper says. The two
-#   kinds chose different rates, so their first row could have shown only 8.1 points. At one rate they differ in nothing else,
-#   and 0.7 points would have shown;
+# - [double quantisation](../GLOSSARY.md#double-quantisation) costs nothing that five seeds can see, as the paper says. At
+#   one rate they differ in nothing else, and 0.7 points would have shown;
 # - NF4 against INT4 is within noise: a difference of 1.6 points would have shown. Against FP4 it is a difference;
 # - full fine-tuning against 16-bit LoRA is within noise, too, with 11 times as many trained numbers. A difference of 2.2
 #   points would have shown.
@@ -298,7 +295,7 @@ plots.show(fig, "7.2")
 # (Schulman and others, 2025) reports a factor of about 10 between the best rates of LoRA and of full fine-tuning. Here it
 # is 5, on a grid whose steps are about two.
 #
-# What would one shared rate for LoRA in 16 bits and in 4 have told us? That depends on the rate. Here is the price of 4 bits
+# What would one shared rate for LoRA in 16 bits and in 4 have told us? Here is the price of 4 bits
 # at each rate that both were tried at:
 
 # %% tags=["nbval-check-output"]
@@ -308,8 +305,7 @@ check("largest price over the smallest", max(prices) / min(prices), at_least=3)
 
 # %% [markdown]
 # At 5e-4 the price looks like 21 points, at 1.5e-3 like 4.6. (Two seeds make wide intervals; look at the means.)
-# **So a comparison of methods at one shared learning rate says nothing.** Many comparisons in blog posts are of
-# this kind.
+# **So a comparison of methods at one shared learning rate says nothing.**
 #
 # ## Is it what is learnt, or how fast?
 #
@@ -328,15 +324,9 @@ table = [[count, base, own_rate(kind), edge_of(kind), with_error(column(kind))]
          for count, names in names_at.items() for base, kind in zip(("16 bit", "NF4"), names)]
 columns = ["steps", "base", "own rate", "of those tried", "exact match"]
 show_table(columns, table, formats=["", "", "g", "", ""])
-prices = dict(zip(names_at, compare(*names_at.values())))
-
-# %% tags=["nbval-check-output"]
-def price_by_seed(count: int) -> list[float]:
-    return [a - b for a, b in zip(*map(column, names_at[count]))]
-
-
-late = price_by_seed(800)
-fall = difference(price_by_seed(200)[: len(late)], late)
+_ = compare(*names_at.values())
+early, late = ([a - b for a, b in zip(*map(column, names_at[count]))] for count in (200, 800))
+fall = difference(early[: len(late)], late)
 print(f"price after 200 steps minus price after 800: {100 * fall.mean:.1f} ± {100 * fall.half:.1f}"
       f" points, {fall.verdict}; {100 * smallest_difference(fall):.1f} would have shown")
 check("the price falls", not fall.is_noise, True, exact=True)
@@ -383,7 +373,7 @@ columns = ["rank", "layers", "alpha", "numbers", "own rate", "of those tried", "
 show_table(columns, table, formats=["", "", "", ",", "g", "", ""])
 
 # %% [markdown]
-# The "±" are those of each mean. What counts is again the difference, over the seeds that both have:
+# What counts is again the difference, over the seeds that both have:
 
 # %% tags=["nbval-check-output"]
 others = [kind for kind in ranks.values() if kind != QLORA]
@@ -396,7 +386,7 @@ check("rank 16 minus rank 64, all layers, at one rate", one_rate.mean, at_least=
 # %% [markdown]
 # With alpha at twice the rank, the own rate falls as the rank grows, from 6e-3 at rank 1 to 7e-4 at rank 64. With alpha fixed
 # at 32, rank 64 keeps the rate of rank 16, 1.5e-3. Most reports say this of a fixed alpha: the best rate hardly moves with the
-# rank. Either convention will do. But with alpha at twice the rank and one rate for all, rank 64 looks 24.1 points worse than
+# rank. But with alpha at twice the rank and one rate for all, rank 64 looks 24.1 points worse than
 # rank 16. With a rate of its own it is within noise of it, and 6.1 points would have shown; with alpha = 32 it is ahead by
 # 1.9 ± 0.6.
 #
@@ -499,12 +489,7 @@ show_table(["method", "learning rate", "recall"], table, formats=["", "g", ".1%"
 # %% [markdown]
 # ## What it saves
 #
-# First the bytes of the base in these runs. Then what is predicted for an 8B model that is trained with 1 x 2,048 tokens, as
-# in [lesson 1](01_memory_maths.ipynb):
-
-# %% tags=["nbval-check-output"]
-of_bases = [[kind, column(kind, "base_bytes")[0]] for kind in three]
-show_table(["method", "bytes of the base here"], of_bases, formats=["", ","])
+# This is predicted for an 8B model that is trained with 1 x 2,048 tokens, as in [lesson 1](01_memory_maths.ipynb):
 
 # %% tags=["nbval-check-output"]
 methods_of_8b, table = memory_of_methods(find_shape("meta-llama/Llama-3.1-8B"), gpu="h200"), []
