@@ -535,26 +535,28 @@ show_table(columns, table, formats=["", ".2f", ",", ".2f"])
 # what is measured. One pair makes it 1.68 times as long for each token, the other 1.24, of almost the same QLoRA run (its adapters
 # are in float32).
 #
-# With four sequences of 2,048 tokens the GPU is busy. These four runs are of one card, one after the other:
+# Four sequences at a time give the GPU far more to do. These runs are of one card, one after the other:
 
 # %% tags=["nbval-check-output"]
 of_speed, full = {row["label"]: row for row in measured_in("speed")}, "8b bf16 4x2048 full ours"
-pairs, table = {}, []
+pairs, table, busy = {}, [], []
 for layers in ("", " compiled"):
     in_16, in_4 = (of_speed[f"{full}{layers} {which}"] for which in ("16-bit", "beside-16-bit"))
     pairs[layers] = in_16["tokens_per_second"] / in_4["tokens_per_second"]
     peaks = [row["peak_allocated_bytes"] / GB for row in (in_16, in_4)]
     paces = [row["tokens_per_second"] for row in (in_16, in_4)]
+    busy += [in_16["busy_share"], in_4["busy_share"]]
     table.append([layers.strip() or "as they are", *peaks, *paces, pairs[layers]])
 columns = ["layers", "16 bits, GB", "4 bits, GB", "16 bits, tokens/s", "4 bits", "times as long"]
 show_table(columns, table, formats=["", ".2f", ".2f", ",.0f", ",.0f", ".2f"])
+print(f"the GPU is at work for {min(busy):.0%} to {max(busy):.0%} of a step")
 check("times as long in 4 bits, layers compiled", pairs[" compiled"], at_most=1.1)
 
 # %% [markdown]
-# With compiled layers the price of 4 bits is 1.03 times the time: a product of 8,192 tokens takes far longer than the decoding of
-# its weights. Without compiling, QLoRA is even faster, 0.94 times the time. That is no merit of its 4 bits: TRL makes the
-# adapters of a 4-bit model bfloat16, while those of a 16-bit one stay float32 and are cast in each product. So the price
-# is large for few tokens at a time, as when a model answers, and small for a full batch.
+# With compiled layers 4 bits take 1.03 times as long: a product of so many tokens takes far longer than the decoding of its
+# weights. Without compiling, QLoRA is even faster, 0.94 times as long. That is no merit of its 4 bits: TRL makes the adapters
+# of a 4-bit model bfloat16, while those of a 16-bit one stay float32 and are cast in each product. So the price in time is
+# large for few tokens at a time, as when a model answers, and small for a full batch.
 #
 # ## What the paper found, and what came later
 #

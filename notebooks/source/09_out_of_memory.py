@@ -311,7 +311,7 @@ show_table(headings, table, formats=["", ".1f", ".2f", ".2f", ".2f", ".2f", ",.0
 #
 # Do not generalise from the pace of the cure for `load`. It is of one sequence at a time, and such a run is bound by the CPU:
 # the GPU waits for it. By this pair 4 bits take 1.68 times as long as 16-bit LoRA, by another pair, with almost the same QLoRA
-# run, 1.24 times. With four sequences, which keep the GPU busy, and compiled layers it is 1.03 times
+# run, 1.24 times. With four sequences at a time and compiled layers it is 1.03 times
 # ([lesson 7](07_does_it_cost_quality.ipynb)).
 
 # %% tags=["nbval-check-output"]

@@ -577,7 +577,7 @@ print("8B, of the pace of copies:", ", ".join(f"{way} {part:.0%}" for way, part 
 print(f"8B at 200 tokens/s: {2 * 2048 / 200:.0f} s a step")
 
 # %% [markdown]
-# H200s usually are joined by NVLink; how these two were was not recorded. Over PCIe alone shards should lose more, and
+# GPUs of this type usually are joined by NVLink; how these were was not recorded. Over PCIe alone shards should lose more, and
 # offloaded ones most; that was not measured. Nor was one GPU beside the two, so that there is no figure here for what the
 # second one brings.
 #
