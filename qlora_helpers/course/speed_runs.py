@@ -34,6 +34,8 @@ def in_words(label: str) -> tuple[str, str]:
 def _option(word: str) -> str:
     if word == "in-auto":
         return "budget: what is free"
+    if word.endswith("16-bit"):
+        return "16 bits" if word == "16-bit" else "4 bits once more"
     if budget := re.fullmatch(r"in-([\d.]+)GiB", word):
         return f"budget of {budget[1]} GiB"
     return word.replace("-of-", " of ").replace("none-", "none ") + (" checkpointed" if "-of-" in word else "")
