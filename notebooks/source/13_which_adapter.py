@@ -521,8 +521,7 @@ def minus(one: str, other: str, what: str = "exact_match"):
 # %% [markdown]
 # ### 1 · "LoRA's best rate is about ten times that of full fine-tuning"
 #
-# Lesson 7 has the figure, with rates chosen on the test questions. Here they are chosen on validation questions, for 16-bit LoRA, and for
-# several numbers and sizes of steps:
+# Lesson 7 has the figure, for one length of run. Here are several numbers and sizes of steps, for LoRA on the 16-bit base:
 
 # %% tags=["nbval-check-output"]
 pairs_of = {"200 steps of 8": ("LoRA 16 bit", "full fine-tuning")}
@@ -625,8 +624,8 @@ show_table(columns, table, formats=["", "", "", "", ".1f", "", ""])
 #
 # ### 4 · "LoRA pays more for a large batch"
 #
-# Here each batch sees as many chats in all: the larger the batch, the fewer the steps. With small batches nearly every answer is
-# right, so the loss says more:
+# All of these runs see the same number of chats: the larger the batch, the fewer the steps. With small batches nearly every
+# answer is right, so the loss says more:
 
 # %% tags=["nbval-check-output"]
 def both(batch: int) -> tuple[str, str]:
@@ -671,7 +670,7 @@ for large in (32, 128):
 
 # %% [markdown]
 # LoRA's loss is above that of full fine-tuning at each batch. At the largest batch the gap is wider, as claimed, but by hardly more than noise.
-# A larger batch here is also a shorter run, as in any comparison that gives every batch as many chats. And full
+# A larger batch here is also a shorter run, as in any comparison with a fixed number of chats. And full
 # fine-tuning loses by it, too: with a given number of chats, take small batches.
 #
 # ### 5 · "An adapter must be as large as what is to be learnt"
