@@ -1,6 +1,6 @@
 """What a merge into 4 bits costs after a plain run, and after one whose last steps trained with the merged weights.
 
-    python -m data.scripts.measure.merge_aware --workers 16        # all runs; writes data/measured/merge_aware.json
+    python -m data.scripts.measure.merge_aware --workers 16        # all runs; 0.7 hours of training on one core
     python -m data.scripts.measure.merge_aware --missing           # only runs that are not in the table yet
     python -m data.scripts.measure.merge_aware --row "200 steps, last 30 %" --rate 0.0015 --seed 0   # one run, printed
 
