@@ -205,8 +205,10 @@ show_table(["way", "time, of plain", "of it decoding"], table, formats=["", ".1%
 # The same run on an H200, made in many ways: Llama-3.1-8B in its real shape, rank 16, bfloat16. Each row is a process of its
 # own, alone on the GPU. "4 of 2,048" are four chats of 2,048 tokens at once; "8 x" stands before them where eight such passes
 # make a step. "Compiled" is `compile_layers=True`, "16 of 32 checkpointed" is `checkpointed_layers=16`, and "budget of 24 GiB"
-# is `memory_budget="24GiB"`. "Bound by" says which of the two the other waits for, the GPU or the CPU. The last column says in
-# which session on the machine a row was measured: a small difference between two sessions may be one of the machines.
+# is `memory_budget="24GiB"`. The rows with "16 bits" have a base that is not quantised, and belong to those beside them
+# ([lesson 7](07_does_it_cost_quality.ipynb)). "Bound by" says which of the two the other waits for, the GPU or the CPU. The
+# last column says in which session on the machine a row was measured: a small difference between two sessions may be one of
+# the machines.
 
 # %% tags=["nbval-check-output"]
 measured = json.loads(data_path("measured", "speed.json").read_text(encoding="utf-8"))["rows"]
