@@ -1,6 +1,6 @@
 """LoRA's variants on a 4-bit base: what each starts from, and where a short run takes it, each at its own learning rate.
 
-    python -m data.scripts.measure.variants --workers 16 --missing   # all runs; 0.5 hours of training on one core
+    python -m data.scripts.measure.variants --workers 16          # all runs; 0.5 hours of training on one core
     python -m data.scripts.measure.variants --missing             # only runs that are not in the table yet
     python -m data.scripts.measure.variants --row DoRA --rate 0.0015 --seed 3   # one of them, printed
 
