@@ -111,3 +111,15 @@ def test_a_row_is_measured_on_cpu_processes_with_a_tiny_model():
     assert found["outcome"] == "ran", found
     assert len(found["host_bytes"]) == 2 and found["tokens_per_second"] > 0 and found["loss"] > 0
     assert "tokens/s" in measure.show(found | {"peak_allocated_bytes": [GIB, GIB]})
+
+
+def test_collected_rows_come_beside_those_of_the_table_or_in_their_place(tmp_path):
+    table, log = tmp_path / "table.json", tmp_path / "log.jsonl"
+    ran = ROW | SEEN | {"cap_bytes": CAP, "made_on": {"gpu": "H200"}}
+    offloaded = ran | {"way": "fsdp_offload", "label": "8B fsdp_offload x2 2048"}
+    log.write_text(json.dumps(ran) + "\n" + json.dumps(offloaded) + "\n", encoding="utf-8")
+    measure.collect([log], table)
+    log.write_text(json.dumps(ran | {"loss": 1.0}) + "\n" + json.dumps(ran | {"cap_bytes": 1}) + "\n", encoding="utf-8")
+    measure.collect([log], table)
+    rows = json.loads(table.read_text(encoding="utf-8"))["rows"]
+    assert rows == [offloaded, ran | {"loss": 1.0}, ran | {"cap_bytes": 1}]

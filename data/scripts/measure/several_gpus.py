@@ -335,17 +335,15 @@ def here() -> dict:
 
 
 def collect(logs: list[Path], table: Path) -> None:
-    """Put the rows of logs into a table, in the order of the plan; the later ones of a label and a cap replace earlier ones."""
-    rows = [json.loads(line) for log in logs for line in log.read_text(encoding="utf-8").splitlines()]
+    """Put the rows of logs into a table, in the order of the plan. Rows of the table that were not measured again stay; of a
+    label, a length and a cap the last one counts.
+    """
+    there = json.loads(table.read_text(encoding="utf-8")) if table.is_file() else {"rows": []}
+    rows = there["rows"] + [json.loads(line) for log in logs for line in log.read_text(encoding="utf-8").splitlines()]
     order = [label_of(row) for row in plan(max(row["processes"] for row in rows))]
     found = {(row["label"], row.get("tokens"), row["cap_bytes"]): row for row in rows}
     rows = sorted(found.values(), key=lambda row: order.index(row["label"]))
-    made_on = [row.pop("made_on") for row in rows]
-    content = {
-        "made_on": [made for place, made in enumerate(made_on) if made not in made_on[:place]],
-        "command": "python -m data.scripts.measure.several_gpus",
-        "rows": rows,
-    }
+    content = {"command": "python -m data.scripts.measure.several_gpus", "rows": rows}
     table.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
