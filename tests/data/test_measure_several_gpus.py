@@ -76,7 +76,7 @@ def test_of_the_processes_the_slowest_counts_and_each_has_its_peak():
 def test_a_length_that_does_not_fit_is_followed_by_three_quarters_of_it(monkeypatch):
     tried = []
 
-    def launched(row, dry, cap):
+    def launched(row, dry, cap, limit):
         tried.append(row["tokens"])
         return row | {"outcome": "ran" if row["tokens"] < 3_000 else "out of memory"}
 
@@ -101,8 +101,7 @@ def test_a_launch_that_fails_says_why(monkeypatch):
 
 def test_a_launch_that_takes_too_long_is_ended(monkeypatch):
     monkeypatch.setattr(measure, "command_of", lambda *args: [sys.executable, "-c", "import time; time.sleep(60)"])
-    monkeypatch.setattr(measure, "LIMIT", 1)
-    assert measure.launched(ROW, False, CAP)["outcome"] == "not done in 1 s"
+    assert measure.launched(ROW, False, CAP, limit=1)["outcome"] == "not done in 1 s"
 
 
 @pytest.mark.everything

@@ -1,6 +1,6 @@
 """What a run on two GPUs takes, how fast it is, and whether it learns the same: beside what is predicted.
 
-    python -m data.scripts.measure.several_gpus                  # needs two GPUs; writes data/measured/several_gpus.json
+    python -m data.scripts.measure.several_gpus                  # for two GPUs; writes data/measured/several_gpus.json
     python -m data.scripts.measure.several_gpus --processes 1    # the same rows with one process, as far as that goes
     python -m data.scripts.measure.several_gpus --rows "8B.*ddp"
     python -m data.scripts.measure.several_gpus --dry            # tiny models on CPU processes, writes nothing
@@ -15,6 +15,9 @@ The other rows train a few steps of a model that has a known shape and random we
 to `--cap` GiB. The weights are made on the GPU when transformers asks for them, layer by layer; for a sharded run they then go
 to main memory, from where FSDP takes them, and the limit begins. So nothing is read from a disk, and how long loading takes is
 not measured. Every sequence has the longest length that is predicted to fit; if it does not fit, three quarters of that.
+
+Where there are fewer GPUs than a row has processes, these share one (`data.scripts.measure.shared_gpu`): "share_a_gpu". Then
+memory alone is measured. 8B in shards took the same on two GPUs and so, but for 1,536 bytes.
 
     peak_allocated_bytes, peak_reserved_bytes     of each process, by torch, over all steps
     host_bytes                  the largest resident set of each process; pages that are shared count in each
@@ -35,6 +38,7 @@ import time
 from pathlib import Path
 
 from data.scripts import ROOT
+from data.scripts.measure.shared_gpu import share_the_gpu
 from qlora_helpers.units import GIB
 
 TABLE = ROOT / "data" / "measured" / "several_gpus.json"
@@ -45,7 +49,7 @@ WAYS = ("one", "ddp", "fsdp", "fsdp_offload")
 SHAPES = {"8B": "Llama-3.1-8B", "70B": "Llama-3.1-70B"}
 LONGEST = 65_536  # tokens: no longer sequence is tried
 TRIES = 3  # lengths, each three quarters of the one before
-LIMIT = 240  # seconds for a row
+LIMIT = 240  # seconds for a row, unless another limit is given
 SCORE_STEPS = 300
 
 
@@ -81,7 +85,7 @@ def settings_of(row: dict, tokens: int):
     from qlora_helpers.settings import Settings
 
     return Settings(
-        steps=STEPS,
+        steps=WARM + 1 if row.get("share_a_gpu") else STEPS,
         batch_size=row["processes"],
         max_length=tokens,
         learning_rate=2e-4,
@@ -191,7 +195,7 @@ def step_row(row: dict, dry: bool, cap: int) -> dict:
     tokens = 64 if dry else row["tokens"]
     settings = settings_in(together.launch, settings_of(row, tokens))
     tokenizer = make_tokenizer()
-    made = chats(settings.batch_size * STEPS, tokens, tokenizer)
+    made = chats(settings.batch_size * settings.steps, tokens, tokenizer)
     result: dict = {"rank": together.launch.rank}
     with tempfile.TemporaryDirectory() as output:
         try:
@@ -210,7 +214,7 @@ def step_row(row: dict, dry: bool, cap: int) -> dict:
         "peak_allocated_bytes": None if dry else torch.cuda.max_memory_allocated(),
         "peak_reserved_bytes": None if dry else torch.cuda.max_memory_reserved(),
         "host_bytes": peak_memory_bytes(),
-        "tokens_per_second": round((STEPS - WARM) * settings.batch_size * tokens / (marks[-1] - marks[WARM - 1])),
+        "tokens_per_second": round((settings.steps - WARM) * settings.batch_size * tokens / (marks[-1] - marks[WARM - 1])),
     }
 
 
@@ -218,6 +222,8 @@ def child(row: dict, dry: bool, cap: int) -> int:
     """One process of a row: 0 if it ran, or ran out of memory, which ends the others."""
     import qlora_helpers  # noqa: F401  before bitsandbytes: it silences the libraries
 
+    if row.get("share_a_gpu"):
+        share_the_gpu()
     result = step_row(row, dry, cap)
     print("RESULT " + json.dumps(result), flush=True)
     if result["outcome"] != "ran":
@@ -241,8 +247,8 @@ def command_of(row: dict, dry: bool, cap: int, folder: Path) -> list[str]:
     return [sys.executable, *launcher, *job]
 
 
-def launched(row: dict, dry: bool, cap: int) -> dict:
-    """Measure one row in processes of its own, for which there is a limit of time."""
+def launched(row: dict, dry: bool, cap: int, limit: int = LIMIT) -> dict:
+    """Measure one row in processes of its own, which have `limit` seconds."""
     started = time.monotonic()
     visible = {"CUDA_VISIBLE_DEVICES": ""} if dry else {}
     environment = (
@@ -259,12 +265,12 @@ def launched(row: dict, dry: bool, cap: int) -> dict:
             start_new_session=True,
         )
         try:
-            out, err = process.communicate(timeout=LIMIT)
+            out, err = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
             # torchrun ends its processes, which have sessions of their own, when it is asked to end
             process.send_signal(signal.SIGTERM)
             out, err = process.communicate(timeout=60)
-            return row | {"outcome": f"not done in {LIMIT} s", "seconds": LIMIT}
+            return row | {"outcome": f"not done in {limit} s", "seconds": limit}
         seconds = {"seconds": round(time.monotonic() - started, 1)}
         if row["kind"] == "score" and process.returncode == 0:
             return row | of_report(json.loads(Path(folder, "run", "report.json").read_text(encoding="utf-8"))) | seconds
@@ -275,7 +281,8 @@ def launched(row: dict, dry: bool, cap: int) -> dict:
         # the launcher adds as much of its own
         own = "\n".join(line for line in err.splitlines() if re.match(r"\[rank\d+\]", line))
         return row | {"outcome": f"ended with {process.returncode}", "stderr": (own or err)[-3_000:]} | seconds
-    return row | put_together(sorted(results, key=lambda result: result["rank"])) | seconds
+    found = row | put_together(sorted(results, key=lambda result: result["rank"])) | seconds
+    return found | {"tokens_per_second": None} if row.get("share_a_gpu") else found
 
 
 def put_together(results: list[dict]) -> dict:
@@ -300,10 +307,10 @@ def of_report(report: dict) -> dict:
     }
 
 
-def attempts(row: dict, dry: bool, cap: int):
+def attempts(row: dict, dry: bool, cap: int, limit: int = LIMIT):
     """A row for each length that is tried, from the longest one that is predicted to fit, until one fits."""
     if row["kind"] == "score":
-        yield launched(row, dry, cap)
+        yield launched(row, dry, cap, limit)
         return
     tokens = row["tokens"] or (512 if dry else longest(row, cap))
     if not tokens:
@@ -311,7 +318,7 @@ def attempts(row: dict, dry: bool, cap: int):
         return
     for _ in range(1 if row["tokens"] else TRIES):
         foreseen = predicted(row, tokens)
-        found = launched(row | {"tokens": tokens}, dry, cap)
+        found = launched(row | {"tokens": tokens}, dry, cap, limit)
         found["predicted"] = {
             "peak_allocated_bytes": foreseen.peak_allocated_bytes,
             "peak_reserved_bytes": foreseen.peak_reserved_bytes,
@@ -341,7 +348,7 @@ def collect(logs: list[Path], table: Path) -> None:
     there = json.loads(table.read_text(encoding="utf-8")) if table.is_file() else {"rows": []}
     rows = there["rows"] + [json.loads(line) for log in logs for line in log.read_text(encoding="utf-8").splitlines()]
     order = [label_of(row) for row in plan(max(row["processes"] for row in rows))]
-    found = {(row["label"], row.get("tokens"), row["cap_bytes"]): row for row in rows}
+    found = {(row["label"], row.get("tokens"), row["cap_bytes"], row.get("share_a_gpu")): row for row in rows}
     rows = sorted(found.values(), key=lambda row: order.index(row["label"]))
     content = {"command": "python -m data.scripts.measure.several_gpus", "rows": rows}
     table.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -361,7 +368,7 @@ def show(row: dict) -> str:
     return said + (
         f"{row['tokens']:7,} tokens  {peak / GIB:6.2f} GiB ({row['predicted']['peak_allocated_bytes'] / GIB:.2f} predicted)  "
         f"{sum(row['host_bytes']) / GIB:6.1f} GiB main memory ({row['predicted']['host_bytes'] / GIB:.1f})  "
-        f"{row['tokens_per_second']:7,} tokens/s  loss {row['loss']:.3f}"
+        f"{row['tokens_per_second'] or 0:7,} tokens/s  loss {row['loss']:.3f}"
     )
 
 
@@ -370,6 +377,7 @@ def main() -> int:
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--processes", type=int, default=2, help="of the rows on several GPUs (default: %(default)s)")
     parser.add_argument("--cap", type=float, default=24.0, help="GiB of each GPU for torch (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=LIMIT, help="seconds for a row (default: %(default)s)")
     parser.add_argument("--rows", type=re.compile, default=re.compile(""), help="only rows whose label this matches")
     parser.add_argument("--log", type=Path, help="a file for the rows as they come (default: beside the table)")
     parser.add_argument(
@@ -387,12 +395,14 @@ def main() -> int:
     log = args.log or args.table.with_suffix(".jsonl")
     rows = [row for row in plan(args.processes) if args.rows.search(row["label"])]
     made_on = {} if args.dry else here()
+    if not args.dry:
+        rows = [row | {"share_a_gpu": True} if row["processes"] > made_on["gpus"] else row for row in rows]
     done: list[dict] = []
     for row in rows:
         if args.dry and row["way"].startswith("fsdp"):
             print(f"{row['label']:26}not tried: accelerate shards on GPUs alone")
             continue
-        for found in attempts(row, args.dry, cap):
+        for found in attempts(row, args.dry, cap, args.limit):
             done.append(found)
             print(show(found), flush=True)
             if not args.dry:
