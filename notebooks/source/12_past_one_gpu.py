@@ -59,12 +59,11 @@ print(f"after loading {loaded:.1f} GiB, at the peak {peak:.1f} GiB; an RTX 4090 
 check("GiB of 70B before anything is trained, for the room of the card", loaded, at_least=room)
 
 # %% [markdown]
-# The weights alone are half as large again as the card. No batch, no rank, no optimizer changes that, and a paged optimizer
-# moves only its own states. So as the article does it, it cannot be. What can be?
+# The weights alone are half as large again as the card. No batch, rank or optimizer changes that. What can be?
 #
 # - **One larger card.** A step with one short chat takes little more than the weights.
 # - **Several cards**, each of which holds a part of the weights. That is what this lesson is about.
-# - **Main memory**, from which a card fetches each layer when its turn comes. It belongs to the second way, as you will see.
+# - **Main memory**, from which a card fetches each layer when its turn comes.
 #
 # And most runs on several GPUs are made for another reason: to go faster, each GPU with all of the model.
 #
@@ -371,7 +370,8 @@ for name, p in on_each.items():
 # of 70B will start and then fail?
 
 # %% tags=["nbval-check-output"]
-two = json.loads(data_path("measured", "several_gpus.json").read_text(encoding="utf-8"))["rows"]
+runs = json.loads(data_path("measured", "several_gpus.json").read_text(encoding="utf-8"))["rows"]
+two = [r for r in runs if r["made_on"]["gpus"] == 2]
 WAYS = {"ddp": "copies", "fsdp": "shards", "fsdp_offload": "offloaded"}
 table = []
 for r in two:
@@ -436,9 +436,27 @@ plots.show(fig, "12.2")
 
 # %% [markdown]
 # Streams share nothing, and a large tensor finds no place between small ones. So an offloaded run holds much more than it needs:
-# how much more, depends on all that was there before. There the predictor says rather too much, so that what it calls fitting does fit. A card
-# with less would not fail at once: before it gives up, the allocator gives back what no tensor needs. 70B in shards shows it. It
-# held all 27 GiB that it was allowed.
+# how much more, depends on all that was there before. There the predictor says rather too much, so that what it calls fitting does fit.
+#
+# Must a card have room for all that is held? Before it gives up, the allocator gives back what no tensor needs: 70B in shards
+# held all 27 GiB that it was allowed, for 24.49 GiB of tensors. **Predict: is the smallest limit nearer to the tensors, or to the
+# predicted reserve?** To find it, two *processes* shared one GPU, each with its own limit and its own shards, and talked through
+# main memory. That is slow, but the memory should be the same:
+
+# %% tags=["nbval-check-output"]
+first, *others = [r for r in runs if r.get("share_a_gpu")]
+(own,) = [r for r in two if r["label"] == first["label"]]
+for kind in ("allocated", "reserved"):
+    on_two, on_one = (r[f"peak_{kind}_bytes"][0] for r in (own, first))
+    print(f"8B in shards, {kind}: {on_two:,} bytes on two GPUs, {on_one:,} on one")
+for r in others:
+    print(f"70B in shards, limit {r['cap_bytes'] / GIB} GiB: {r['outcome']}")
+print(f"predicted reserve {now(others[0]).peak_reserved_bytes / GIB:.2f} GiB")
+
+# %% [markdown]
+# It is the same. The smallest limit, between 25.5 and 26.25 GiB, is where the reserve was predicted: a block of memory goes back
+# whole or not at all. So compare the reserve with your card. (`data/scripts/measure/shared_gpu.py` lets several processes run on
+# one GPU.)
 #
 # ## What is sent
 #
@@ -556,30 +574,36 @@ on_card, host = alone.device_bytes / GIB, alone.host_bytes_of_run / GIB
 print(f"on the card {on_card:.1f} GiB, in main memory {host:.0f} GiB")
 
 # %% [markdown]
-# So the title could be made true: with 96 GB of main memory beside the card, and with FSDP's offload in the code. The article has
-# neither. Its code puts all weights on the card. Nor have we run it on one card: this is a prediction. On two it was run.
+# So the title could be made true: with 96 GB of main memory beside the card, and FSDP's offload. The article has neither. We have
+# not run it on one card, either: this is a prediction.
 #
 # ### How fast were two?
 #
-# The five runs that did not run out of memory, each step with one chat on each GPU:
+# The five runs that did not run out of memory, and one GPU, each step with one chat on each:
 
 # %% tags=["nbval-check-output"]
-paces = {(r["model"], WAYS[r["way"]]): r for r, _ in ran}
+(single,) = [r for r in runs if r["label"] == "8B one x1 2048"]
+paces = {(r["model"], WAYS[r["way"]]): r for r, _ in ran} | {("8B", "one GPU"): single}
 table = []
 for (name, way), r in paces.items():
     pace = r["tokens_per_second"]
-    table.append([name, way, r["tokens"], pace, 2 * r["tokens"] / pace])
+    table.append([name, way, r["tokens"], pace, r["processes"] * r["tokens"] / pace])
 header = ["", "", "tokens of a chat", "tokens/s", "s a step"]
 show_table(header, table, formats=["", "", ",d", ",d", ".2f"])
-share = {way: paces["8B", way]["tokens_per_second"] / paces["8B", "copies"]["tokens_per_second"]
-         for way in ("shards", "offloaded")}
-print("8B, of the pace of copies:", ", ".join(f"{way} {part:.0%}" for way, part in share.items()))
+share = {way: paces["8B", way]["tokens_per_second"] / single["tokens_per_second"]
+         for way in ("copies", "shards", "offloaded")}
+print("8B, times the pace of one GPU:", ", ".join(f"{way} {x:.2f}" for way, x in share.items()))
+(four,) = [row for row in timings if row["label"] == "8b bf16 4x2048 full ours"]
+print(f"one GPU with four chats in a step: {four['tokens_per_second']:,.0f} tokens/s")
 print(f"8B at 200 tokens/s: {2 * 2048 / 200:.0f} s a step")
 
 # %% [markdown]
-# GPUs of this type usually are joined by NVLink; how these were was not recorded. Over PCIe alone shards should lose more, and
-# offloaded ones most; that was not measured. Nor was one GPU beside the two, so that there is no figure here for what the
-# second one brings.
+# How these two are joined was not recorded; usually it is NVLink. Over PCIe alone shards should lose more, and offloaded ones most.
+#
+# Two GPUs with copies are only 1.34 times as fast as one. The wire is not to blame: 168 MB take NVLink less than a millisecond. But
+# one chat is too little for such a GPU, which then waits for the CPU (lesson 11): with four, *one* GPU makes more than these two.
+# Fill each GPU before you add another. (One was measured on another machine, and the CPU of the two had other work: two can be
+# faster than this.)
 #
 # What is the last line about? **When it was first measured, 8B offloaded made 200 tokens/s**, a step in 20 seconds. Nothing failed.
 # But even the weights of 70B can come in 2.2 seconds, by the sum above, and those of 8B in less. So we looked at a
@@ -589,7 +613,7 @@ print(f"8B at 200 tokens/s: {2 * 2048 / 200:.0f} s a step")
 # piece with it. So it has to gather the weight itself, and does that where the shard lies: with an offload, in main memory. There it
 # also computed. The course now asks FSDP to gather the head when the decoder ends (`HeadOnTheGPU` in
 # `qlora_helpers/training/sharded.py`), and the pace is 16 times as high. The memory that it takes there is the peak that had not been predicted.
-# A number that you have computed beforehand is worth having, even a rough one: without it, 200 tokens/s is just what offloading costs.
+# Without the rough sum, 200 tokens/s would have seemed to be what offloading costs.
 #
 # ## Which GPUs?
 #
@@ -609,8 +633,7 @@ for length in (512, 2048):
 
 # %% [markdown]
 # A set without *FSDP* has the whole model on each card. Those with an offload are small in memory and slow: all that is not on the
-# card comes over the bus, twice in each pass. They are named with care, too: of two H200 offloading takes what a card of 12 GB has,
-# if NCCL takes what is assumed; the table wants 16. For the fewest cards that keep their shards the table says two of 32 GB, or
+# card comes over the bus, twice in each pass. For the fewest cards that keep their shards the table says two of 32 GB, or
 # four of 20 or 24 GB. One card of 48 GB has less memory than all of these, and nothing to exchange: if you can choose, choose that.
 #
 # With the GPUs given, how many chats can each take? The more, the better their exchange is hidden. The most chats of 2,048 tokens
@@ -658,7 +681,7 @@ print(f"products of 2 chats of 2,048 tokens on each GPU: {products:.1f} s a pass
 # %% [markdown]
 # Over the slower network a pass would wait longer for weights than it computes. So split within a machine, and copy between
 # machines. What a GPU holds is then what the predictor says for the GPUs of one machine. This course's own commands run on one
-# machine; how several find each other is in torchrun's documentation and in accelerate's.
+# machine.
 #
 # ## The command
 #
@@ -692,13 +715,11 @@ show_table(header, table, formats=["", "", ".3f", ".3f", ".1e"])
 
 # %% [markdown]
 # Two processes learn what one learns: their adapters differ by rounding, which the steps have carried on. With twice the chats in
-# each step something else is learned, and each step costs twice as much. (Of several processes the first alone prints and writes;
-# the others wait for it.)
+# each step something else is learned, and each step costs twice as much.
 #
 # On two H200 these commands ran, too (`tests/gpu/test_several_gpus.py`): with copies the shipped model reached the score of one
-# GPU within its noise, and with shards the losses were those of one in their first digits. Not tried on two GPUs are an offloaded
-# run of this length, a run that is killed and resumed, the longest chats, and cards without NVLink. On a machine with several GPUs
-# `python -m data.scripts.measure.several_gpus` measures memory and speed.
+# GPU within its noise. With shards, offloaded or not, the losses were those of one in their first digits. Not tried on GPUs are the longest
+# chats, a run of several processes that is killed and resumed (on CPUs the tests do that), and cards without NVLink.
 #
 # ## Exercise 12.1: an average that changes nothing
 #

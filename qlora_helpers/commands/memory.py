@@ -354,7 +354,7 @@ def _host_memory(prediction: Prediction) -> list[str]:
         lines.append(f"{'host memory to load':26}{_gib(prediction.host_bytes_to_load)}")
     if list(prediction.host_parts.values()) != [prediction.host_bytes_to_load]:
         of = ", ".join(f"{name} {_amount(size)}" for name, size in prediction.host_parts.items())
-        line = f"{'host memory of the run':26}{_gib(prediction.host_bytes_of_run)}  {of}"
+        line = f"{'host memory of the run':26}{_gib(prediction.host_bytes_of_run)}  {of if ',' in of else ''}".rstrip()
         lines.append(_wrapped(line, "", " " * 38))
     return lines
 

@@ -183,9 +183,7 @@ def _why_not_sharded(shape: ModelShape | AnyShape, settings: Settings) -> str:
 
 def _on_all_gpus(found: Prediction, settings: Settings) -> Prediction:
     """With what several processes take beside each other: DDP's buckets, NCCL, main memory."""
-    number, process = settings.num_gpus, found.host_bytes_to_load
-    if number > 1:
-        process = max(process, HOST_TRAINING)
+    number, process = settings.num_gpus, max(found.host_bytes_to_load, HOST_TRAINING)
     buckets = 0
     if number > 1 and not settings.sharding:  # as large as the gradients; DDP fills them when these are there
         buckets = found.trainable_parameters * trained_width(settings)

@@ -60,8 +60,8 @@ GATHERED = "gathered weights"  # the part of a prediction
 # NCCL's buffers and code on each card, outside torch's allocator. Not measured here: on eight H100 1.06 GB were taken beside
 # torch's memory (github.com/NVIDIA/nccl/issues/1685), of which an H100's context is 0.65. It grows with the channels.
 NCCL_BYTES = 512 * MIB
-# Main memory of each of several processes that train, beside shards and copies: the largest resident set of one that trained
-# 8B data-parallel on an H200 (data/measured/several_gpus.json).
+# Main memory of each process that trains, beside shards and copies: the largest resident set of one of two that trained 8B
+# data-parallel on an H200 (data/measured/several_gpus.json, where a process alone took up to 6 % more).
 HOST_TRAINING = 2_394_394_624
 
 

@@ -10,7 +10,7 @@ import torch
 from data.scripts.measure import shared_gpu
 from tests import ROOT
 
-EACH_PROCESS = '''
+EACH_PROCESS = """
 import sys
 import torch
 import torch.distributed as dist
@@ -49,7 +49,7 @@ fully_shard(shards, mesh=init_device_mesh("cpu", (2,)))
 shards(mine).square().sum().backward()
 torch.testing.assert_close(shards.weight.grad.full_tensor(), whole.weight.grad)
 print("all of it")
-'''
+"""
 
 
 def test_what_training_needs_of_a_group_comes_out_right(tmp_path):

@@ -59,7 +59,7 @@ def test_a_run_on_one_gpu_is_as_before():
     """What several GPUs need is there only if there are several, or shards."""
     found = predict(LLAMA, FUSED, "h200")
     assert not {GATHERED, "NCCL", "DDP's buckets"} & found.parts.keys() and "forward" not in found.phases
-    assert found.host_bytes_of_run == found.host_bytes_to_load
+    assert found.host_bytes_of_run == HOST_TRAINING > found.host_bytes_to_load
 
 
 @pytest.mark.parametrize("shape", [LLAMA, LARGE, TIED], ids=["8B", "70B", "tied"])
@@ -177,7 +177,7 @@ def test_without_sharding_each_gpu_has_everything_and_the_buckets():
     assert two.peak_allocated_bytes == alone.peak_allocated_bytes + buckets
     assert two.device_bytes == alone.device_bytes + buckets + NCCL_BYTES
     assert two.phases == {name: size + buckets for name, size in alone.phases.items()}
-    assert two.host_bytes_of_run == 2 * HOST_TRAINING > 2 * alone.host_bytes_of_run
+    assert two.host_bytes_of_run == 2 * HOST_TRAINING == 2 * alone.host_bytes_of_run
 
 
 def test_without_sharding_the_libraries_road_is_that_of_each_gpu():
@@ -191,7 +191,7 @@ def test_checkpoints_in_main_memory_are_counted_there():
     run = replace(GPU_RUN, activation_offloading=True, max_length=256)
     found = predict(TIED, run, "t4")
     assert found.host_parts["checkpoints"] == 16 * 256 * 2_048 * 2
-    assert found.host_bytes_of_run == found.host_bytes_to_load + found.host_parts["checkpoints"]
+    assert found.host_bytes_of_run == HOST_TRAINING + found.host_parts["checkpoints"]
 
 
 def test_accumulated_gradients_are_whole_on_each_gpu():

@@ -100,6 +100,8 @@ OTHERS = {
     r"pick": "min or max (qlora_helpers.memory.timeline)",
     r"self\.collator": "a trainer's collator, with what it was called with (data.scripts.measure.speed_clock)",
     r"(self\.)?process\.communicate": "subprocess",
+    r"process\.children": "psutil",
+    r"begin_nccl": "torch.distributed.init_process_group (data.scripts.measure.shared_gpu)",
 }
 
 # The receivers of the keywords that a callee passes on through its **kwargs; a list gives names.

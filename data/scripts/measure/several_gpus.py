@@ -214,7 +214,9 @@ def step_row(row: dict, dry: bool, cap: int) -> dict:
         "peak_allocated_bytes": None if dry else torch.cuda.max_memory_allocated(),
         "peak_reserved_bytes": None if dry else torch.cuda.max_memory_reserved(),
         "host_bytes": peak_memory_bytes(),
-        "tokens_per_second": round((settings.steps - WARM) * settings.batch_size * tokens / (marks[-1] - marks[WARM - 1])),
+        "tokens_per_second": round(
+            (settings.steps - WARM) * settings.batch_size * tokens / (marks[-1] - marks[WARM - 1])
+        ),
     }
 
 

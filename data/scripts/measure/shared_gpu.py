@@ -43,7 +43,7 @@ class ThroughMainMemory(dist.ProcessGroup):
         for device in ("cpu", "cuda"):  # which the group's name is kept in
             self._register_backend(torch.device(device), dist.ProcessGroup.BackendType.CUSTOM, self.gloo)
 
-    def getBackendName(self) -> str:  # noqa: N802  torch's name
+    def getBackendName(self) -> str:
         return BACKEND
 
     def _done(self, call: Callable[..., dist.Work], *args: Any) -> dist.Work:
@@ -96,8 +96,8 @@ class ThroughMainMemory(dist.ProcessGroup):
     def broadcast(self, several: list, *opts: Any) -> dist.Work:
         return self._done(lambda given: self.gloo.broadcast(given, *opts), several)
 
-    def barrier(self, *opts: Any, **named: Any) -> dist.Work:
-        return self.gloo.barrier(*opts, **named)
+    def barrier(self, opts: Any = None) -> dist.Work:
+        return self.gloo.barrier(*([opts] if opts is not None else []))
 
     # as torch 2.13 calls them
     all_gather_single, reduce_scatter_single = _allgather_base, _reduce_scatter_base
@@ -140,10 +140,10 @@ def share_the_gpu() -> None:
     """
     from qlora_helpers.training import together
 
-    begin, check = dist.init_process_group, together.check_launch
+    check, begin_nccl = together.check_launch, dist.init_process_group
 
     def through_main_memory(backend: str | None = None, **options: Any) -> None:
-        begin(backend=BACKEND, **options)
+        begin_nccl(BACKEND, **options)
 
     def of_one_gpu(launch: Any, hardware: Any) -> None:
         if launch.processes <= torch.cuda.device_count():
