@@ -110,6 +110,8 @@ def test_a_row_is_measured_on_cpu_processes_with_a_tiny_model():
     assert found["outcome"] == "ran", found
     assert len(found["host_bytes"]) == 2 and found["tokens_per_second"] > 0 and found["loss"] > 0
     assert "tokens/s" in measure.show(found | {"peak_allocated_bytes": [GIB, GIB]})
+    shared = measure.show(found | {"peak_allocated_bytes": [GIB, GIB], "tokens_per_second": None})
+    assert "on one GPU: no pace" in shared
 
 
 def test_collected_rows_come_beside_those_of_the_table_or_in_their_place(tmp_path):

@@ -367,10 +367,11 @@ def show(row: dict) -> str:
             + f"exact match {row['exact_match']:.1%}, validation loss {row['validation_loss']:.4f}, {row['train_seconds']:.0f} s"
         )
     peak = max(row["peak_allocated_bytes"], default=0, key=lambda size: size or 0) or 0
+    pace = f"{row['tokens_per_second']:7,} tokens/s" if row["tokens_per_second"] else "on one GPU: no pace"
     return said + (
         f"{row['tokens']:7,} tokens  {peak / GIB:6.2f} GiB ({row['predicted']['peak_allocated_bytes'] / GIB:.2f} predicted)  "
         f"{sum(row['host_bytes']) / GIB:6.1f} GiB main memory ({row['predicted']['host_bytes'] / GIB:.1f})  "
-        f"{row['tokens_per_second'] or 0:7,} tokens/s  loss {row['loss']:.3f}"
+        f"{pace}  loss {row['loss']:.3f}"
     )
 
 
