@@ -224,7 +224,7 @@ exercises.paired.check(paired)
 # `difference` does the same, and adds the interval. `smallest_difference` tells the [power](../GLOSSARY.md#power) of a
 # comparison: how large a true difference would have to be for such seeds and questions to show it in 80 of 100 repeats. It
 # stands in the last column. "Within noise" does not mean that two methods are equal. It means that nothing was found, and that
-# a difference of less than this may well be there.
+# a difference of less than this may well be there. (`NF4 + DQ` is NF4 with double quantisation.)
 
 # %% tags=["nbval-check-output"]
 def compare(*pairs):
@@ -236,6 +236,7 @@ def compare(*pairs):
         shared = min(len(a), len(b))  # seeds that both have: the first ones
         found.append(one := difference(a[:shared], b[:shared]))
         names = [f"{kind} at {rate:g}" for kind, rate in runs]
+        names = [name.replace(QLORA, "NF4 + DQ").replace(LORA, "16 bit") for name in names]
         shown = f"{100 * one.mean:+.1f} ± {100 * one.half:.1f}"
         table.append([*names, one.count, shown, one.verdict, 100 * smallest_difference(one)])
     columns = ["one", "other", "seeds", "points", "verdict", "would show"]
@@ -613,7 +614,7 @@ show_table(columns, table, formats=["", "", ".3f", ".3f", ".3f", ".2f"])
 # %% tags=["nbval-check-output"]
 costs = {name: row["costs"] for name, row in formats.items()}
 zero, no_zero = "INT4, 15 levels with a zero", "INT4, 16 levels without a zero"
-given_back = "16 levels, in the v_proj layers a zero"
+given_back = "16 levels, a zero in v_proj"
 pairs = [("NF4, double quantisation", "NF4"), ("NF4, blocks of 32", "NF4"), ("FP4", "NF4"),
          (zero, "NF4"), (no_zero, zero), (given_back, no_zero), (given_back, zero)]
 table = []

@@ -113,7 +113,7 @@ def test_an_output_error_is_that_of_the_outputs(tiny):
 
 
 def test_a_format_may_be_for_one_kind_of_layer(tiny):
-    mixed = real_formats.decoded("16 levels, in the v_proj layers a zero", tiny.weights)
+    mixed = real_formats.decoded("16 levels, a zero in v_proj", tiny.weights)
     without, with_zero = (
         real_formats.decoded(name, tiny.weights)
         for name in ("INT4, 16 levels without a zero", "16 levels, and a zero between them")
@@ -131,4 +131,4 @@ def test_what_the_lesson_says_of_the_formats():
     assert abs(cost["NF4, double quantisation"] - cost["NF4"]) < 0.03
     for kind, error in ROWS[without]["output_errors"].items():
         assert (error > ROWS[with_zero]["output_errors"][kind]) == (kind == "v_proj")
-    assert cost["16 levels, in the v_proj layers a zero"] < cost[with_zero]
+    assert cost["16 levels, a zero in v_proj"] < cost[with_zero]

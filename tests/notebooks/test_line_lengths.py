@@ -1,5 +1,10 @@
-"""The code of the lessons fits on a page: lines have at most 100 characters, but for one of each lesson."""
+"""What the lessons show fits beside each other: code has at most 100 characters in a line, but for one line of each lesson,
+and a table at most as many as a browser's window of 1,280 pixels.
+"""
 
+import re
+
+import nbformat
 import pytest
 
 from notebooks.scripts import build
@@ -7,6 +12,8 @@ from notebooks.scripts.running import code_cells
 from tests import ROOT
 
 LONGEST, MAY_BE_LONGER = 100, 1
+WIDEST_TABLE = 110
+RULE = re.compile(r"-+(  -+)+")  # below the headings of a table
 EXERCISES = ROOT / "qlora_helpers" / "course" / "exercises"
 
 
@@ -33,3 +40,31 @@ def test_a_line_is_long_from_101_characters_on(monkeypatch):
 
     monkeypatch.setattr(build, "build_edition", edition)
     assert long_lines("any") == ["y" * 101, "z" * 101, "w" * 150]
+
+
+def wide_tables(notebook) -> list[str]:
+    """The widest line of each table that a notebook shows and that is too wide, so that a browser would break its lines."""
+    wide = []
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            lines = output.text.splitlines() if output.output_type == "stream" else []
+            for number, line in enumerate(lines):
+                if RULE.fullmatch(line):
+                    end = next((at for at in range(number, len(lines)) if not lines[at].strip()), len(lines))
+                    wide += [max(lines[number - 1 : end], key=len)]
+    return [line for line in wide if len(line) > WIDEST_TABLE]
+
+
+@pytest.mark.parametrize("name", build.lessons())
+def test_a_table_is_no_wider_than_a_window(name):
+    wide = wide_tables(nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4))
+    assert not wide, "\n".join(f"{len(line)}: {line}" for line in wide)
+
+
+def test_a_table_is_wide_if_one_of_its_lines_is():
+    table = "one  two\n---  ---\n1    2\n" + "x" * (WIDEST_TABLE + 1) + "  3\n\n" + "y" * 200
+    new = build.nbformat.v4
+    cells = [
+        new.new_code_cell("", outputs=[new.new_output("stream", text=text)]) for text in (table, "z" * 200, table[:20])
+    ]
+    assert wide_tables(new.new_notebook(cells=cells)) == ["x" * (WIDEST_TABLE + 1) + "  3"]

@@ -83,7 +83,7 @@ FORMATS = {
 WITH_A_ZERO = Format(Codebook("INT4 and a zero", 5, torch.cat([INT4.values, torch.zeros(1)]).sort().values))
 WHY = {
     "16 levels, and a zero between them": WITH_A_ZERO,
-    "16 levels, in the v_proj layers a zero": {"v_proj": WITH_A_ZERO, "": FORMATS["INT4, 16 levels without a zero"]},
+    "16 levels, a zero in v_proj": {"v_proj": WITH_A_ZERO, "": FORMATS["INT4, 16 levels without a zero"]},
 }
 ROWS = [*FORMATS, SHUFFLED, *WHY]
 
