@@ -3,6 +3,9 @@
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,3 +81,10 @@ def test_sharded_tensors_on_a_gpu_go_through_main_memory_too():
 def test_the_tensors_of_nested_lists(nested):
     (found,) = shared_gpu.tensors(nested)
     assert found.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="this system has no /dev/shm")
+def test_a_buffer_that_is_too_large_for_shared_memory_lies_on_the_disk(monkeypatch):
+    monkeypatch.setattr(shared_gpu.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    assert shared_gpu.folder_with_room(100) == tempfile.gettempdir()
+    assert shared_gpu.folder_with_room(99) == "/dev/shm"

@@ -13,6 +13,7 @@ copied to main memory and back. gloo's own functions for tensors on a GPU end wi
 
 import os
 import runpy
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -59,9 +60,8 @@ class ThroughMainMemory(dist.ProcessGroup):
     def _buffer(self, size: int) -> torch.Tensor:
         """Main memory of so many bytes that all processes see, made at its first use and then kept."""
         if size not in self.buffers:
-            folder = "/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()
             if self.rank() == 0:
-                handle, name = tempfile.mkstemp(dir=folder)
+                handle, name = tempfile.mkstemp(dir=folder_with_room(size))
                 os.close(handle)
                 self.store.set(f"buffer of {size}", name)
             name = self.store.get(f"buffer of {size}").decode()
@@ -108,6 +108,12 @@ def done(outputs: list[torch.Tensor]) -> dist.Work:
     future = Future(devices=sorted({tensor.device.index for tensor in outputs if tensor.is_cuda}))
     future.set_result(outputs)
     return torch._C._distributed_c10d._create_work_from_future(future)
+
+
+def folder_with_room(size: int) -> str:
+    """Where a file of so many bytes lies in main memory, or if there is too little room, as in a container, on the disk."""
+    shared = Path("/dev/shm")
+    return str(shared) if shared.is_dir() and shutil.disk_usage(shared).free > size else tempfile.gettempdir()
 
 
 def tensors(nested) -> list[torch.Tensor]:
