@@ -594,14 +594,15 @@ share = {way: paces["8B", way]["tokens_per_second"] / single["tokens_per_second"
          for way in ("copies", "shards", "offloaded")}
 print("8B, times the pace of one GPU:", ", ".join(f"{way} {x:.2f}" for way, x in share.items()))
 (four,) = [row for row in timings if row["label"] == "8b bf16 4x2048 full ours"]
-print(f"one GPU with four chats in a step: {four['tokens_per_second']:,.0f} tokens/s")
+pace = four["tokens_per_second"]
+print(f"one GPU with four chats in a step: {pace:,.0f} tokens/s, {4 * 2048 / pace:.2f} s a step")
 print(f"8B at 200 tokens/s: {2 * 2048 / 200:.0f} s a step")
 
 # %% [markdown]
 # How these two are joined was not recorded; usually it is NVLink. Over PCIe alone shards should lose more, and offloaded ones most.
 #
 # Two GPUs with copies are only 1.34 times as fast as one. The wire is not to blame: 168 MB take NVLink less than a millisecond. But
-# one chat is too little for such a GPU, which then waits for the CPU (lesson 11): with four, *one* GPU makes more than these two.
+# one chat is too little for such a GPU. Four take *one* GPU only twice as long, so that it makes more than these two (lesson 11).
 # Fill each GPU before you add another. (One was measured on another machine, and the CPU of the two had other work: two can be
 # faster than this.)
 #
@@ -718,8 +719,8 @@ show_table(header, table, formats=["", "", ".3f", ".3f", ".1e"])
 # each step something else is learned, and each step costs twice as much.
 #
 # On two H200 these commands ran, too (`tests/gpu/test_several_gpus.py`): with copies the shipped model reached the score of one
-# GPU within its noise. With shards, offloaded or not, the losses were those of one in their first digits. Not tried on GPUs are the longest
-# chats, a run of several processes that is killed and resumed (on CPUs the tests do that), and cards without NVLink.
+# GPU within its noise. With shards, offloaded or not, the losses were those of one in their first digits. Not tried on two GPUs are the
+# longest chats, a run that is killed and resumed (on CPUs the tests do that), and cards without NVLink.
 #
 # ## Exercise 12.1: an average that changes nothing
 #

@@ -114,6 +114,24 @@ def test_a_row_is_measured_on_cpu_processes_with_a_tiny_model():
     assert "on one GPU: no pace" in shared
 
 
+def test_rows_with_more_processes_than_gpus_share_one_and_have_no_pace(tmp_path, monkeypatch):
+    rows = measure.with_sharing(measure.plan(2), 1)
+    assert {row["label"] for row in rows if row.get("share_a_gpu")} == {
+        row["label"] for row in measure.plan(2) if row["processes"] == 2
+    }
+    assert measure.with_sharing(measure.plan(2), 2) == measure.plan(2)
+    score = next(row for row in rows if row["label"].startswith("score ddp"))
+    command = measure.command_of(score, False, CAP, tmp_path)
+    assert command[command.index("data.scripts.measure.shared_gpu") - 1 :][:4] == [
+        "-m", "data.scripts.measure.shared_gpu", "qlora_helpers", "run",
+    ]  # fmt: skip
+    said = [SEEN | {"rank": rank, "tokens_per_second": 20} for rank in range(2)]
+    code = "".join(f"print('RESULT ' + {json.dumps(json.dumps(one))});" for one in said)
+    monkeypatch.setattr(measure, "command_of", lambda *args: [sys.executable, "-c", code])
+    assert measure.launched(ROW, False, CAP)["tokens_per_second"] == 20
+    assert measure.launched(ROW | {"share_a_gpu": True}, False, CAP)["tokens_per_second"] is None
+
+
 def test_collected_rows_come_beside_those_of_the_table_or_in_their_place(tmp_path):
     table, log = tmp_path / "table.json", tmp_path / "log.jsonl"
     ran = ROW | SEEN | {"cap_bytes": CAP, "made_on": {"gpu": "H200"}}
@@ -124,3 +142,7 @@ def test_collected_rows_come_beside_those_of_the_table_or_in_their_place(tmp_pat
     measure.collect([log], table)
     rows = json.loads(table.read_text(encoding="utf-8"))["rows"]
     assert rows == [offloaded, ran | {"loss": 1.0}, ran | {"cap_bytes": 1}]
+    log.write_text(json.dumps(ran | {"share_a_gpu": True}) + "\n", encoding="utf-8")
+    measure.collect([log], table)
+    rows = json.loads(table.read_text(encoding="utf-8"))["rows"]
+    assert ran | {"loss": 1.0} in rows and ran | {"share_a_gpu": True} in rows  # one does not replace the other

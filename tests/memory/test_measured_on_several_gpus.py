@@ -97,6 +97,14 @@ def test_the_longest_sequence_that_is_predicted_to_fit_did_not_and_three_quarter
     )
 
 
+def test_four_chats_take_one_gpu_about_twice_as_long_as_one():
+    (one,) = (row for row in RAN if row["label"] == "8B one x1 2048")
+    timed = json.loads(data_path("measured", "speed.json").read_text(encoding="utf-8"))["rows"]
+    (four,) = (row for row in timed if row["label"] == "8b bf16 4x2048 full ours")
+    assert 4 * one["tokens_per_second"] / four["tokens_per_second"] == pytest.approx(2, abs=0.15)
+    assert four["tokens_per_second"] > max(row["tokens_per_second"] for row in ON_TWO)
+
+
 def test_the_memory_of_a_process_is_that_of_the_data_parallel_run():
     (row,) = (row for row in RAN if row["way"] == "ddp")
     assert max(row["host_bytes"]) == HOST_TRAINING

@@ -51,6 +51,7 @@ LONGEST = 65_536  # tokens: no longer sequence is tried
 TRIES = 3  # lengths, each three quarters of the one before
 LIMIT = 240  # seconds for a row, unless another limit is given
 SCORE_STEPS = 300
+NO_PACE = "on one GPU: no pace"
 
 
 def plan(processes: int) -> list[dict]:
@@ -241,7 +242,8 @@ def command_of(row: dict, dry: bool, cap: int, folder: Path) -> list[str]:
     job = ["-m", MODULE, "--job", json.dumps(row), "--cap", str(cap / GIB), *["--dry"] * dry]
     if row["kind"] == "score":
         steps = ["--steps", "4" if dry else str(SCORE_STEPS)]
-        job = ["-m", "qlora_helpers", "run", *steps, "--output", str(folder / "run")]
+        share = ["data.scripts.measure.shared_gpu"] if row.get("share_a_gpu") else []
+        job = ["-m", *share, "qlora_helpers", "run", *steps, "--output", str(folder / "run")]
     if row["way"].startswith("fsdp"):
         launcher = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{row['way']}.yaml")]
         return [sys.executable, *launcher, "--num_processes", str(row["processes"]), *job]
@@ -275,7 +277,8 @@ def launched(row: dict, dry: bool, cap: int, limit: int = LIMIT) -> dict:
             return row | {"outcome": f"not done in {limit} s", "seconds": limit}
         seconds = {"seconds": round(time.monotonic() - started, 1)}
         if row["kind"] == "score" and process.returncode == 0:
-            return row | of_report(json.loads(Path(folder, "run", "report.json").read_text(encoding="utf-8"))) | seconds
+            report = json.loads(Path(folder, "run", "report.json").read_text(encoding="utf-8"))
+            return without_pace_if_shared(row | of_report(report) | seconds)
     results = [json.loads(line[7:]) for line in out.splitlines() if line.startswith("RESULT ")]
     if any(result["outcome"] == "out of memory" for result in results):
         return row | {"outcome": "out of memory", "processes_said": results} | seconds
@@ -283,8 +286,18 @@ def launched(row: dict, dry: bool, cap: int, limit: int = LIMIT) -> dict:
         # the launcher adds as much of its own
         own = "\n".join(line for line in err.splitlines() if re.match(r"\[rank\d+\]", line))
         return row | {"outcome": f"ended with {process.returncode}", "stderr": (own or err)[-3_000:]} | seconds
-    found = row | put_together(sorted(results, key=lambda result: result["rank"])) | seconds
-    return found | {"tokens_per_second": None} if row.get("share_a_gpu") else found
+    return without_pace_if_shared(row | put_together(sorted(results, key=lambda result: result["rank"])) | seconds)
+
+
+def without_pace_if_shared(found: dict) -> dict:
+    """A row without how fast it was, if its processes shared a GPU: they took turns."""
+    paces = {"tokens_per_second", "train_seconds"} & found.keys() if found.get("share_a_gpu") else ()
+    return found | dict.fromkeys(paces)
+
+
+def with_sharing(rows: list[dict], gpus: int) -> list[dict]:
+    """The rows as this machine can measure them: where a row has more processes than there are GPUs, they share one."""
+    return [row | {"share_a_gpu": True} if row["processes"] > gpus else row for row in rows]
 
 
 def put_together(results: list[dict]) -> dict:
@@ -362,12 +375,10 @@ def show(row: dict) -> str:
     if row["outcome"] != "ran":
         return said + (row.get("stderr", "").strip().splitlines() or [""])[-1]
     if row["kind"] == "score":
-        return (
-            said
-            + f"exact match {row['exact_match']:.1%}, validation loss {row['validation_loss']:.4f}, {row['train_seconds']:.0f} s"
-        )
+        took = f"{row['train_seconds']:.0f} s" if row["train_seconds"] else NO_PACE
+        return said + f"exact match {row['exact_match']:.1%}, validation loss {row['validation_loss']:.4f}, {took}"
     peak = max(row["peak_allocated_bytes"], default=0, key=lambda size: size or 0) or 0
-    pace = f"{row['tokens_per_second']:7,} tokens/s" if row["tokens_per_second"] else "on one GPU: no pace"
+    pace = f"{row['tokens_per_second']:7,} tokens/s" if row["tokens_per_second"] else NO_PACE
     return said + (
         f"{row['tokens']:7,} tokens  {peak / GIB:6.2f} GiB ({row['predicted']['peak_allocated_bytes'] / GIB:.2f} predicted)  "
         f"{sum(row['host_bytes']) / GIB:6.1f} GiB main memory ({row['predicted']['host_bytes'] / GIB:.1f})  "
@@ -399,7 +410,7 @@ def main() -> int:
     rows = [row for row in plan(args.processes) if args.rows.search(row["label"])]
     made_on = {} if args.dry else here()
     if not args.dry:
-        rows = [row | {"share_a_gpu": True} if row["processes"] > made_on["gpus"] else row for row in rows]
+        rows = with_sharing(rows, made_on["gpus"])
     done: list[dict] = []
     for row in rows:
         if args.dry and row["way"].startswith("fsdp"):
